@@ -1,0 +1,1 @@
+"""Checkpoints: opening base models and experts, and writing merged models."""

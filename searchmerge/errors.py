@@ -1,0 +1,21 @@
+"""Every error searchmerge raises on purpose; anything else that escapes is a bug."""
+
+
+class SearchMergeError(Exception):
+    """Base class, so that a caller can catch everything raised on purpose."""
+
+
+class SpecError(SearchMergeError, ValueError):
+    """A study, config or plan names something that does not exist, or a value out of range."""
+
+
+class CheckpointError(SearchMergeError, ValueError):
+    """The checkpoints cannot be merged with one another, or cannot be read or written."""
+
+
+class EvaluationError(SearchMergeError, RuntimeError):
+    """A candidate could not be scored; the trial fails and the study goes on."""
+
+
+class StudyError(SearchMergeError, RuntimeError):
+    """A study cannot go on: changed since it began, already running, or every trial failed."""

@@ -1,0 +1,54 @@
+"""What an evaluator is, the examples it scores, and the registry of those there are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import nn
+
+from searchmerge.registry import Registry
+
+Part = Literal["select", "hold_out"]
+"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What the search must know of a task before anything is scored.
+
+    Attributes:
+        n_examples: How many examples the task has, in a fixed order.
+        mean: Whether the task's score is the mean of its examples' scores. Where it is not,
+            the task is scored in one block, whose score is one number.
+        metric: Name of the score, for reports: ``"acc"``.
+    """
+
+    n_examples: int
+    mean: bool = True
+    metric: str = "score"
+
+
+class Evaluator(Protocol):
+    """Scores whatever weights are in a model now, and leaves them as they were."""
+
+    tasks: Mapping[str, TaskInfo]
+
+    def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return one number per example, higher is better (one in all if not a mean).
+
+        The same weights and the same ``examples`` give the same scores, in any process and
+        after any other call.
+
+        Args:
+            model: The resident model.
+            task: One of ``tasks``.
+            examples: Positions in the task's fixed order, each in [0, n_examples).
+
+        Raises:
+            EvaluationError: If the model cannot be scored, e.g. its logits are not finite; it
+                names the task and the example.
+        """
+        ...
+
+
+EVALUATORS: Registry[type[Evaluator]] = Registry("evaluator")

@@ -1,0 +1,228 @@
+"""The merge plan: all that one trial decides, in a form that a person can read."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from searchmerge.errors import SpecError
+
+Rows = tuple[tuple[float, ...], ...]
+"""One row per group, one number per expert."""
+
+Setting = str | int | float | bool
+"""The value of a method-wide choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """How the parameters of a model are divided; each group has its own row of values.
+
+    Attributes:
+        depth: Number of blocks of consecutive layers, 1 or more; ``None`` where not by depth.
+        patterns: Regular expressions searched in parameter names, one group each; a last
+            pattern ``rest`` takes the parameters that no other matches. Empty where not by name.
+    """
+
+    depth: int | None = None
+    patterns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and self.patterns:
+            raise SpecError("groups: give either depth or patterns, not both")
+        if self.depth is not None and self.depth < 1:
+            raise SpecError(f"groups: depth is {self.depth}; allowed is 1 or more")
+        if len(set(self.patterns)) != len(self.patterns):
+            raise SpecError(f"groups: a pattern is listed twice in {list(self.patterns)}")
+
+    def __len__(self) -> int:
+        if self.depth is not None:
+            return self.depth
+        return len(self.patterns) or 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return a name for each group, for parameter names and reports."""
+        if self.depth is not None:
+            return tuple(f"depth{i}" for i in range(self.depth))
+        return self.patterns or ("whole",)
+
+    @classmethod
+    def from_data(cls, data: Any) -> "Groups":
+        """Read ``whole``, ``{depth: k}`` or ``{patterns: [...]}``.
+
+        Raises:
+            SpecError: If ``data`` is none of these.
+        """
+        if data == "whole":
+            return cls()
+        match data:
+            case {"depth": int(depth), **rest} if not rest and not isinstance(depth, bool):
+                return cls(depth=depth)
+            case {"patterns": [_, *_] as patterns, **rest} if not rest:
+                return cls(patterns=tuple(str(pattern) for pattern in patterns))
+        raise SpecError(
+            f"groups: found {data!r}; allowed: whole, {{depth: k}} or {{patterns: [p, ...]}}"
+        )
+
+    def to_data(self) -> Any:
+        """Return what :meth:`from_data` reads."""
+        if self.depth is not None:
+            return {"depth": self.depth}
+        return {"patterns": list(self.patterns)} if self.patterns else "whole"
+
+
+WHOLE = Groups()
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Which experts to merge, by which method, with which hyper-parameters.
+
+    A plan holds names and numbers only, no tensors: it is what travels to a worker, what is
+    written beside a saved model, and what a report prints.
+
+    Attributes:
+        method: Name of a merge method.
+        experts: Expert names, in the order of every row and of axis 0 of every stacked tensor.
+        values: For each hyper-parameter of the method, one row per group.
+        groups: How the parameters are divided.
+        settings: Method-wide choices, e.g. ``{"aggregate": "mean"}``.
+    """
+
+    method: str
+    experts: tuple[str, ...]
+    values: Mapping[str, Rows]
+    groups: Groups = WHOLE
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise SpecError("plan: experts is empty; give one name or more")
+        if len(set(self.experts)) != len(self.experts):
+            raise SpecError(f"plan: an expert is listed twice in {list(self.experts)}")
+        for name, rows in self.values.items():
+            if len(rows) != len(self.groups):
+                raise SpecError(
+                    f"plan: values.{name} has {len(rows)} rows; "
+                    f"groups {self.groups.to_data()!r} need {len(self.groups)}"
+                )
+            for row in rows:
+                _check_row(name, row, self.experts)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that are equal for equal plans, in any process."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "MergePlan":
+        """Read what :meth:`to_dict` returns.
+
+        Raises:
+            SpecError: If a key is missing or unknown, or a value does not have the right form.
+        """
+        known = ("method", "experts", "groups", "values", "settings")
+        if not isinstance(data, Mapping):
+            raise SpecError(f"plan: found {type(data).__name__}; a mapping is needed")
+        if unknown := [key for key in data if key not in known]:
+            raise SpecError(f"plan: unknown key {unknown[0]!r} (known: {', '.join(known)})")
+        if missing := [key for key in ("method", "experts", "values") if key not in data]:
+            raise SpecError(f"plan: key {missing[0]!r} is missing")
+        experts = data["experts"]
+        if not isinstance(experts, list | tuple):
+            raise SpecError(f"plan: experts is {experts!r}; a list of names is needed")
+        return cls(
+            method=str(data["method"]),
+            experts=tuple(str(expert) for expert in experts),
+            groups=Groups.from_data(data.get("groups", "whole")),
+            values=_read_values(data["values"]),
+            settings=_read_settings(data.get("settings") or {}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain lists, mappings, strings and numbers."""
+        return {
+            "method": self.method,
+            "experts": list(self.experts),
+            "groups": self.groups.to_data(),
+            "values": {name: [list(row) for row in rows] for name, rows in self.values.items()},
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> "MergePlan":
+        """Read a plan from a YAML file, or from YAML text that holds a newline.
+
+        Raises:
+            SpecError: If the file cannot be read, or does not hold a plan; it names the file.
+        """
+        import yaml
+
+        where = "plan" if isinstance(source, str) and "\n" in source else str(source)
+        try:
+            text = str(source) if where == "plan" else Path(source).read_text(encoding="utf-8")
+            return cls.from_dict(yaml.safe_load(text))
+        except OSError as error:
+            raise SpecError(f"{where}: cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise SpecError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+        except SpecError as error:
+            raise SpecError(f"{where}: {error}" if where != "plan" else str(error)) from error
+
+    def to_yaml(self, path: Path | None = None) -> str:
+        """Return the plan as YAML text, and write it to ``path`` where one is given."""
+        import yaml
+
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+        if path is not None:
+            path.write_text(text, encoding="utf-8")
+        return text
+
+
+def _check_row(name: str, row: tuple[float, ...], experts: tuple[str, ...]) -> None:
+    if len(row) != len(experts):
+        raise SpecError(
+            f"plan: a row of values.{name} has {len(row)} numbers; "
+            f"there are {len(experts)} experts: {', '.join(experts)}"
+        )
+    for expert, number in zip(experts, row, strict=True):
+        if not math.isfinite(number):
+            raise SpecError(f"plan: values.{name} of expert {expert!r} is {number}, not finite")
+
+
+def _read_values(data: Any) -> dict[str, Rows]:
+    if not isinstance(data, Mapping):
+        raise SpecError(f"plan: values is {data!r}; a mapping of name to rows is needed")
+    values = {}
+    for name, rows in data.items():
+        try:
+            values[str(name)] = tuple(tuple(_number(number) for number in row) for row in rows)
+        except (TypeError, ValueError) as error:
+            raise SpecError(
+                f"plan: values.{name} is {rows!r}; a list of rows of numbers is needed, "
+                "one row per group, one number per expert"
+            ) from error
+    return values
+
+
+def _number(data: Any) -> float:
+    if isinstance(data, bool):
+        raise TypeError(data)
+    return float(data)  # YAML 1.1 reads 1e-3 as text
+
+
+def _read_settings(data: Any) -> dict[str, Setting]:
+    if not isinstance(data, Mapping):
+        raise SpecError(f"plan: settings is {data!r}; a mapping is needed")
+    for name, value in data.items():
+        if not isinstance(value, str | int | float | bool):
+            raise SpecError(f"plan: settings.{name} is {value!r}; one word or number is needed")
+    return {str(name): value for name, value in data.items()}

@@ -1,0 +1,1 @@
+"""Reports: tables, the written report of a study, and the card of a saved model."""
