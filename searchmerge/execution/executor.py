@@ -1,0 +1,131 @@
+"""Where plans are run: the executor protocol, and the executor that runs them here and now."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from searchmerge.errors import EvaluationError
+from searchmerge.evaluators.blocks import Round
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.worker import RoundResult, Worker
+from searchmerge.plan import MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A round of a job was scored."""
+
+    job: int
+    result: RoundResult
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job's last round was scored, and its worker is free."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A job's candidate cannot be scored; another try would end the same way."""
+
+    job: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A job's worker died or hung; another may do better.
+
+    Attributes:
+        job: The job that the worker was at.
+        reason: What became of the worker.
+        blameless: Whether the job cannot have caused it, e.g. its node was taken away.
+    """
+
+    job: int
+    reason: str
+    blameless: bool = False
+
+
+Event = Scored | Finished | Failed | Lost
+
+
+class Executor(Protocol):
+    """Runs jobs on workers, each a plan and the rounds to score it on.
+
+    A job ends with ``Finished``, ``Failed`` or ``Lost``, or when it is stopped.
+    """
+
+    def tasks(self) -> Mapping[str, TaskInfo]:
+        """Return what the search must know of each task."""
+        ...
+
+    @property
+    def n_free(self) -> int:
+        """How many jobs could be submitted now; may change as workers come and go."""
+        ...
+
+    def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
+        """Start a job on a free worker; ``job`` is a number not in use."""
+        ...
+
+    def stop(self, job: int) -> None:
+        """Give up a job; nothing more is heard of it."""
+        ...
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """Wait for the next event; ``None`` where there is none within ``timeout_s``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of all workers."""
+        ...
+
+
+class InProcessExecutor:
+    """One worker in this very process: for one GPU, for tests, and for a debugger."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._job: int | None = None
+        self._rounds: Iterator[RoundResult] = iter(())
+
+    def tasks(self) -> Mapping[str, TaskInfo]:
+        """Return what the search must know of each task."""
+        return self._worker.tasks()
+
+    @property
+    def n_free(self) -> int:
+        """One where nothing runs, else none."""
+        return int(self._job is None)
+
+    def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
+        """Start a job; its work is done inside :meth:`next_event`."""
+        if self._job is not None:
+            raise RuntimeError(f"job {job} was submitted while job {self._job} runs")
+        self._job = job
+        self._rounds = self._worker.score(plan, rounds)
+
+    def stop(self, job: int) -> None:
+        """Give up the job."""
+        if self._job == job:
+            self._job = None
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """Score one round of the job."""
+        if (job := self._job) is None:
+            return None
+        try:
+            return Scored(job, next(self._rounds))
+        except StopIteration:
+            event: Event = Finished(job)
+        except EvaluationError as error:
+            event = Failed(job, str(error))
+        self._job = None
+        return event
+
+    def close(self) -> None:
+        """Forget the job, if there is one."""
+        self._job = None

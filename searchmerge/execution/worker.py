@@ -1,0 +1,87 @@
+"""A worker: one resident model, merged and scored plan after plan."""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from searchmerge.errors import EvaluationError
+from searchmerge.evaluators.blocks import BlockScores, Round
+from searchmerge.evaluators.evaluator import Evaluator, TaskInfo
+from searchmerge.plan import MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """The scores of one round, and where the time went.
+
+    Attributes:
+        scores: One entry per block, in the order asked.
+        merge_s: Seconds spent merging; 0 after a plan's first round.
+        score_s: Seconds spent scoring.
+    """
+
+    scores: tuple[BlockScores, ...]
+    merge_s: float
+    score_s: float
+
+
+class Merges(Protocol):
+    """Writes a plan's merged weights into the resident model."""
+
+    def apply(self, plan: MergePlan) -> None: ...
+
+
+class Worker:
+    """Merges plans into its model and scores them. It knows nothing of Ray or of Optuna.
+
+    Args:
+        model: The resident model.
+        merger: Writes into that model's parameters.
+        evaluators: Task name to the evaluator that scores it; several tasks may share one.
+    """
+
+    def __init__(
+        self, model: nn.Module, merger: Merges, evaluators: Mapping[str, Evaluator]
+    ) -> None:
+        self._model = model
+        self._merger = merger
+        self._evaluators = evaluators
+
+    def tasks(self) -> dict[str, TaskInfo]:
+        """Return what the search must know of each task."""
+        return {task: evaluator.tasks[task] for task, evaluator in self._evaluators.items()}
+
+    def score(self, plan: MergePlan, rounds: Sequence[Round]) -> Iterator[RoundResult]:
+        """Merge ``plan``, then yield each round's scores; a closed iterator stops at the next.
+
+        Raises:
+            EvaluationError: If the merged model cannot be scored.
+        """
+        start = time.perf_counter()
+        self._merger.apply(plan)
+        merge_s = time.perf_counter() - start
+        for blocks in rounds:
+            start = time.perf_counter()
+            scores = tuple(self._score_round(blocks))
+            yield RoundResult(scores, merge_s, time.perf_counter() - start)
+            merge_s = 0.0
+
+    def _score_round(self, blocks: Round) -> Iterator[BlockScores]:
+        for task, group in itertools.groupby(blocks, key=lambda block: block.task):
+            own = list(group)
+            info = self._evaluators[task].tasks[task]
+            examples = [example for block in own for example in block.examples]
+            values = iter(self._evaluators[task].score(self._model, task, examples))
+            for block in own:
+                wanted = len(block.examples) if info.mean else 1
+                scores = tuple(itertools.islice(values, wanted))
+                if len(scores) != wanted:
+                    raise EvaluationError(
+                        f"task {task!r}: its evaluator gave too few scores "
+                        f"for {len(examples)} examples"
+                    )
+                yield BlockScores(block, scores)
