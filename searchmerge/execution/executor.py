@@ -76,7 +76,12 @@ class Executor(Protocol):
         ...
 
     def next_event(self, timeout_s: float) -> Event | None:
-        """Wait for the next event; ``None`` where there is none within ``timeout_s``."""
+        """Wait for the next event.
+
+        Returns:
+            The event; ``None`` where there is none within ``timeout_s``, or where a worker has
+            become free in the meantime without one.
+        """
         ...
 
     def close(self) -> None:

@@ -1,0 +1,97 @@
+"""The score cache: every block that was ever scored, kept as soon as it is known."""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from searchmerge.errors import StudyError
+from searchmerge.evaluators.blocks import Block, BlockScores, Round
+from searchmerge.evaluators.evaluator import Part
+from searchmerge.plan import MergePlan
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS plans (digest TEXT PRIMARY KEY, plan TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS scores (
+    digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, block INTEGER NOT NULL,
+    vals TEXT NOT NULL, PRIMARY KEY (digest, task, part, block)
+);
+"""
+
+BlockValues = dict[tuple[str, Part, int], tuple[float, ...]]
+"""Block key to what its examples scored."""
+
+
+class ScoreStore:
+    """Block scores by plan, in an SQLite file that belongs to one study.
+
+    A plan that was scored on a block is never scored on it again: the study's fingerprint
+    guards the file, so equal plans have equal scores.
+
+    Args:
+        path: The file; made where there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=NORMAL")
+        self._connection.executescript(_SCHEMA)
+        self._known: dict[str, BlockValues] = {}
+
+    def put(self, plan: MergePlan, scores: Iterable[BlockScores]) -> None:
+        """Keep a round's scores, all of them or none.
+
+        Raises:
+            StudyError: If the file cannot be written, e.g. because the disk is full.
+        """
+        rows = [
+            (plan.digest, s.block.task, s.block.part, s.block.index, json.dumps(s.values))
+            for s in scores
+        ]
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(
+                "INSERT OR IGNORE INTO plans VALUES (?, ?)",
+                (plan.digest, json.dumps(plan.to_dict())),
+            )
+            self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?)", rows)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise StudyError(f"{self._path}: scores cannot be written: {error}") from error
+        self._of(plan.digest).update(
+            {(task, part, block): tuple(json.loads(vals)) for _, task, part, block, vals in rows}
+        )
+
+    def get(self, plan: MergePlan) -> Mapping[tuple[str, Part, int], tuple[float, ...]]:
+        """Return all that is known of ``plan``: block key to its values."""
+        return self._of(plan.digest)
+
+    def missing(self, plan: MergePlan, rounds: Sequence[Round]) -> tuple[Round, ...]:
+        """Return the rounds that still have to be scored, whole, in order."""
+        known = self._of(plan.digest)
+        return tuple(r for r in rounds if any(block.key not in known for block in r))
+
+    def task_values(self, plan: MergePlan, blocks: Sequence[Block]) -> tuple[float, ...]:
+        """Return the values of one task's blocks, one after the other.
+
+        Raises:
+            KeyError: If a block was not scored.
+        """
+        known = self._of(plan.digest)
+        return tuple(value for block in blocks for value in known[block.key])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def _of(self, digest: str) -> BlockValues:
+        if digest not in self._known:
+            rows = self._connection.execute(
+                "SELECT task, part, block, vals FROM scores WHERE digest = ?", (digest,)
+            )
+            self._known[digest] = {(t, p, b): tuple(json.loads(v)) for t, p, b, v in rows}
+        return self._known[digest]

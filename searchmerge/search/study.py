@@ -1,0 +1,143 @@
+"""A study's run directory: Optuna's storage, the score cache, and what guards them."""
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from searchmerge.errors import StudyError
+from searchmerge.search.scores import ScoreStore
+
+STUDY_FILE = "study.db"
+SCORES_FILE = "scores.db"
+_LOCK_FILE = ".lock"
+_SPEC = "spec"  # user attribute: the canonical study, as it was begun
+_ELAPSED = "elapsed_s"
+
+
+def storage_url(run_dir: Path) -> str:
+    """Return the URL of the SQLite storage in ``run_dir``."""
+    return f"sqlite:///{(run_dir / STUDY_FILE).resolve()}"
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold ``run_dir`` for one driver.
+
+    Raises:
+        StudyError: If the directory cannot be made, or another driver holds it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(run_dir / _LOCK_FILE, timeout=0):
+            yield
+    except Timeout as error:
+        raise StudyError(
+            f"{run_dir}: another searchmerge is running this study; "
+            "wait for it, stop it, or give this study another name"
+        ) from error
+    except OSError as error:
+        raise StudyError(f"{run_dir}: cannot be used: {error.strerror or error}") from error
+
+
+class StudyDirectory:
+    """The study and the scores of one run directory, open for writing.
+
+    Args:
+        run_dir: Where the files are, or are made.
+        name: Name of the study.
+        spec: The canonical study: all that may change a score. A study that was begun with
+            another one is not gone on with.
+        sampler: What proposes parameters.
+        directions: One per objective, each ``maximize``.
+        storage: Optuna storage URL; ``None`` for SQLite in ``run_dir``.
+
+    Raises:
+        StudyError: If the study was begun with another ``spec``, or a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        name: str,
+        spec: Mapping[str, Any],
+        sampler: BaseSampler | None = None,
+        n_objectives: int = 1,
+        storage: str | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        quiet_optuna()
+        try:
+            if storage is None:
+                _switch_to_wal(run_dir / STUDY_FILE)
+            self.study = optuna.create_study(
+                storage=storage or storage_url(run_dir),
+                study_name=name,
+                sampler=sampler,
+                directions=["maximize"] * n_objectives,
+                load_if_exists=True,
+            )
+            self._guard(spec)
+            self.scores = ScoreStore(run_dir / SCORES_FILE)
+        except (sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+            raise StudyError(f"{run_dir}: the study cannot be opened: {error}") from error
+
+    def _guard(self, spec: Mapping[str, Any]) -> None:
+        text = json.dumps(spec, sort_keys=True)
+        known = self.study.user_attrs.get(_SPEC)
+        if known is None:
+            self.study.set_user_attr(_SPEC, text)
+        elif known != text:
+            where, was, now = _first_difference(json.loads(known), json.loads(text))
+            raise StudyError(
+                f"{self.run_dir}: the study has changed since it was begun: {where} was {was!r} "
+                f"and is now {now!r}; change it back, or give the study another name or run "
+                "directory"
+            )
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that earlier runs of this study took."""
+        return float(self.study.user_attrs.get(_ELAPSED, 0.0))
+
+    def set_elapsed(self, seconds: float) -> None:
+        """Keep the seconds that all runs of this study have taken so far."""
+        self.study.set_user_attr(_ELAPSED, seconds)
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Return the trials in these states, by number."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def close(self) -> None:
+        """Close the score cache."""
+        self.scores.close()
+
+
+def quiet_optuna() -> None:
+    """Let Optuna log through the root logger alone, and from warnings on."""
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _switch_to_wal(path: Path) -> None:
+    """Make readers and the writer of the file not wait for one another, and commits cheap."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _first_difference(was: Any, now: Any, where: str = "") -> tuple[str, Any, Any]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(was.keys() | now.keys()):
+            if was.get(key) != now.get(key):
+                dotted = f"{where}.{key}" if where else str(key)
+                return _first_difference(was.get(key), now.get(key), dotted)
+    return where, was, now
