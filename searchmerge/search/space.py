@@ -11,9 +11,9 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
 )
+from searchmerge.merging.method import METHODS, Hyperparameter, validate_plan
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.method import METHODS, Hyperparameter, validate_plan
 from searchmerge.plan import WHOLE, Groups, MergePlan, Rows, Setting
 
 Per = Literal["all", "expert", "group", "expert_and_group"]
@@ -261,20 +261,21 @@ def _distributions(
 ) -> dict[str, BaseDistribution]:
     found: dict[str, BaseDistribution] = {}
     for name, searched in alternative.values.items():
-        if isinstance(searched, Range):
-            distribution = _number(searched)
-            for row in _cells(name, searched.per, alternative, experts):
-                found |= {f"{prefix}{cell}": distribution for cell in row}
-        elif isinstance(searched, Shares):
-            found[f"{prefix}{name}.scale"] = FloatDistribution(searched.low, searched.high)
-            for expert in experts[:-1]:
-                found[f"{prefix}{name}.share.{expert}"] = FloatDistribution(0.0, 1.0)
+        match searched:
+            case Range():
+                cells = _cells(name, searched.per, alternative, experts)
+                found |= {cell: _number(searched) for row in cells for cell in row}
+            case Shares(low, high):
+                found[f"{name}.scale"] = FloatDistribution(low, high)
+                found |= {
+                    f"{name}.share.{expert}": FloatDistribution(0.0, 1.0) for expert in experts[:-1]
+                }
     for setting, choices in alternative.settings.items():
         if isinstance(choices, Range):
-            found[f"{prefix}{setting}"] = _number(choices)
+            found[setting] = _number(choices)
         elif len(choices) > 1:
-            found[f"{prefix}{setting}"] = CategoricalDistribution(choices)
-    return found
+            found[setting] = CategoricalDistribution(choices)
+    return {f"{prefix}{name}": distribution for name, distribution in found.items()}
 
 
 def _number(searched: Range) -> BaseDistribution:
@@ -400,9 +401,7 @@ def _spread(plan: MergePlan, groups: Groups) -> MergePlan:
     return MergePlan(plan.method, plan.experts, values, groups, plan.settings)
 
 
-def _within(
-    params: Mapping[str, Setting], distributions: Mapping[str, BaseDistribution]
-) -> bool:
+def _within(params: Mapping[str, Setting], distributions: Mapping[str, BaseDistribution]) -> bool:
     for name, distribution in distributions.items():
         value = params[name]
         if isinstance(distribution, CategoricalDistribution):

@@ -1,0 +1,369 @@
+"""The study runner: references first, then what the sampler proposes, until the budget ends."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import optuna
+from optuna.trial import TrialState
+
+from searchmerge.errors import StudyError
+from searchmerge.evaluators.blocks import Block, Round
+from searchmerge.evaluators.evaluator import Part
+from searchmerge.plan import MergePlan
+from searchmerge.search.dispatch import Dispatcher, Job, ListSource
+from searchmerge.search.objective import Objective
+from searchmerge.search.racing import Racing, paired_estimate
+from searchmerge.search.scores import ScoreStore
+from searchmerge.search.space import SearchSpace
+from searchmerge.search.study import StudyDirectory
+
+_logger = logging.getLogger(__name__)
+
+RESULT = "result"  # user attribute of a finished trial: scores, seconds, blocks
+PLAN = "plan"  # user attribute: the trial's plan
+KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
+_FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every candidate is scored on, in which order.
+
+    Attributes:
+        blocks: For each part, task name to its blocks.
+        rounds: For each part, the blocks of all tasks in rounds.
+        means: Tasks whose score is the mean of their examples' scores.
+    """
+
+    blocks: Mapping[Part, Mapping[str, Sequence[Block]]]
+    rounds: Mapping[Part, Sequence[Round]]
+    means: frozenset[str]
+
+    def scores(self, store: ScoreStore, plan: MergePlan, part: Part) -> dict[str, float]:
+        """Return each task's score of a plan that was scored on all of ``part``."""
+        return {
+            task: _mean(store.task_values(plan, blocks))
+            for task, blocks in self.blocks[part].items()
+        }
+
+    def is_known(self, store: ScoreStore, plan: MergePlan, part: Part) -> bool:
+        """Return whether a plan was scored on all of ``part``."""
+        return not store.missing(plan, self.rounds[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When a study ends; the first limit that is reached ends it.
+
+    Attributes:
+        n_trials: Trials that are finished, failed ones counted; ``None`` for no limit.
+        timeout_s: Seconds over all runs of the study; ``None`` for no limit.
+        patience: Finished trials since the best one; ``None`` for no limit.
+    """
+
+    n_trials: int | None = None
+    timeout_s: float | None = None
+    patience: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """A finished trial, for progress lines and reports.
+
+    Attributes:
+        number: Optuna's number of the trial.
+        value: What it was told: the objective; ``None`` where it failed.
+        scores: Task name to score.
+        partial: Blocks it was scored on, where it was stopped early, else ``None``.
+        is_best: Whether no earlier fully scored trial is better.
+        seconds: Time a worker spent on it.
+        note: The reason of a failure, or the baseline it is.
+    """
+
+    number: int
+    value: float | None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    partial: int | None = None
+    is_best: bool = False
+    seconds: float = 0.0
+    note: str = ""
+
+
+class Observer(Protocol):
+    """Shows a person what happens."""
+
+    def phase(self, title: str, total: int | None, done: int = 0) -> None:
+        """A phase of ``total`` steps begins, ``done`` of which are behind it."""
+        ...
+
+    def round_scored(self, name: str) -> None:
+        """One more round of ``name`` is known."""
+        ...
+
+    def step(self, name: str, scores: Mapping[str, float]) -> None:
+        """A reference or a candidate for confirmation is scored."""
+        ...
+
+    def trial(self, record: TrialRecord) -> None:
+        """A trial is finished."""
+        ...
+
+
+class StudyRunner:
+    """Runs one study on one executor, from wherever it stands.
+
+    Args:
+        directory: The study and its scores.
+        space: What to search.
+        schedule: What to score candidates on.
+        dispatcher: Keeps the workers busy.
+        references: Name to plan of what the winner is compared with.
+        observer: Shows a person what happens.
+    """
+
+    def __init__(
+        self,
+        directory: StudyDirectory,
+        space: SearchSpace,
+        schedule: Schedule,
+        dispatcher: Dispatcher,
+        references: Mapping[str, MergePlan],
+        observer: Observer,
+    ) -> None:
+        self._directory = directory
+        self._space = space
+        self._schedule = schedule
+        self._dispatcher = dispatcher
+        self._references = references
+        self._observer = observer
+
+    def score_plans(self, title: str, plans: Mapping[str, MergePlan], part: Part) -> set[str]:
+        """Score plans on all of ``part``; return the names of those that can be scored."""
+        source = _PlansSource(
+            [Job(name, plan, self._schedule.rounds[part]) for name, plan in plans.items()],
+            report=lambda job: self._observer.step(
+                job.name, self._schedule.scores(self._directory.scores, job.plan, part)
+            ),
+        )
+        self._observer.phase(title, len(plans))
+        self._dispatcher.run(source)
+        return {job.name for job in source.done}
+
+    def run(self, objective: Objective, budget: Budget, racing: Racing | None) -> None:
+        """Run trials until the budget ends.
+
+        Args:
+            objective: With the own experts' scores put in.
+            budget: When to end.
+            racing: Stops candidates that will not win; ``None`` scores all in full.
+
+        Raises:
+            StudyError: If the first trials all fail.
+        """
+        self._enqueue_references()
+        source = TrialSource(
+            self._directory, self._space, self._schedule, objective, budget, self._observer
+        )
+        source.racing = racing
+        self._observer.phase("search", budget.n_trials, source.n_finished)
+        try:
+            self._dispatcher.run(source)
+        finally:
+            source.keep_elapsed()
+
+    def _enqueue_references(self) -> None:
+        for name, plan in self._references.items():
+            if (params := self._space.params(plan)) is not None:
+                self._directory.study.enqueue_trial(
+                    params, user_attrs={KIND: name}, skip_if_exists=True
+                )
+
+
+class _PlansSource(ListSource):
+    """A list of plans, whose progress is shown."""
+
+    def __init__(self, jobs: Sequence[Job], report: Callable[[Job], None]) -> None:
+        super().__init__(jobs)
+        self._report = report
+
+    def finished(self, job: Job) -> None:
+        super().finished(job)
+        self._report(job)
+
+
+class TrialSource:
+    """The trials of a study: those a stopped run left behind, then new ones.
+
+    Args:
+        directory: The study and its scores.
+        space: What to search.
+        schedule: What to score candidates on; trials see its ``select`` part.
+        objective: What to maximise.
+        budget: When to ask no more.
+        observer: Shows a person what happens.
+    """
+
+    def __init__(
+        self,
+        directory: StudyDirectory,
+        space: SearchSpace,
+        schedule: Schedule,
+        objective: Objective,
+        budget: Budget,
+        observer: Observer,
+    ) -> None:
+        self.racing: Racing | None = None
+        self._directory = directory
+        self._study = directory.study
+        self._space = space
+        self._schedule = schedule
+        self._objective = objective
+        self._budget = budget
+        self._observer = observer
+        self._start = time.monotonic() - directory.elapsed_s
+        self._orphans = [
+            optuna.trial.Trial(self._study, trial._trial_id)
+            for trial in directory.trials(TrialState.RUNNING)
+        ]
+        finished = directory.trials(TrialState.COMPLETE, TrialState.FAIL)
+        self.n_finished = len(finished)
+        self._n_live = 0
+        self._best: tuple[float, MergePlan] | None = None
+        self._n_since_best = 0
+        for trial in sorted(finished, key=lambda trial: trial.datetime_complete or trial.number):
+            if trial.state == TrialState.COMPLETE:
+                result = trial.user_attrs[RESULT]
+                plan = MergePlan.from_dict(trial.user_attrs[PLAN])
+                self._note_best(result["scores"], plan, partial=result["partial"] is not None)
+
+    def next_job(self) -> Job | None:
+        """Return a trial left behind, or a new one while the budget lasts."""
+        if self._orphans:
+            return self._job(self._orphans.pop(0))
+        if self._is_over():
+            return None
+        return self._job(self._study.ask())
+
+    def goes_on(self, job: Job) -> bool:
+        """Return whether the candidate may still win."""
+        if self.racing is None or self._best is None:
+            return True
+        best = self._directory.scores.get(self._best[1])
+        known = self._directory.scores.get(job.plan)
+        keys = [b.key for blocks in self._schedule.blocks["select"].values() for b in blocks]
+        keys = [key for key in keys if key in known and key[0] in self._schedule.means]
+        return not self.racing.stops(
+            {key: self._in_units(key[0], _mean(known[key])) for key in keys},
+            {key: self._in_units(key[0], _mean(best[key])) for key in keys},
+        )
+
+    def finished(self, job: Job) -> None:
+        """Tell the study what the trial scored, in full or by paired estimate."""
+        store = self._directory.scores
+        partial = None
+        if self._schedule.is_known(store, job.plan, "select"):
+            scores = self._schedule.scores(store, job.plan, "select")
+        else:
+            scores, partial = self._estimate(job.plan)
+        trial = self._trial(job)
+        result = {
+            "scores": scores,
+            "partial": partial,
+            "merge_s": round(job.merge_s, 4),
+            "score_s": round(job.score_s, 4),
+        }
+        trial.set_user_attr(RESULT, result)
+        is_best = self._note_best(scores, job.plan, partial=partial is not None)
+        self._study.tell(trial, self._objective.values(scores))
+        self._end(
+            TrialRecord(
+                trial.number,
+                self._objective.scalar(scores),
+                scores,
+                partial,
+                is_best,
+                job.merge_s + job.score_s,
+                str(trial.user_attrs.get(KIND, "")),
+            )
+        )
+
+    def failed(self, job: Job, reason: str) -> None:
+        """Tell the study that the trial cannot be scored.
+
+        Raises:
+            StudyError: If none of the first trials could be scored.
+        """
+        trial = self._trial(job)
+        trial.set_user_attr("failure", reason)
+        self._study.tell(trial, state=TrialState.FAIL)
+        self._end(TrialRecord(trial.number, None, note=reason))
+        if self._best is None and self.n_finished >= _FIRST_TRIALS:
+            raise StudyError(f"the first {self.n_finished} trials all failed; the last: {reason}")
+
+    def keep_elapsed(self) -> None:
+        """Keep the time that all runs of the study have taken so far."""
+        self._directory.set_elapsed(time.monotonic() - self._start)
+
+    def _is_over(self) -> bool:
+        limits = self._budget
+        asked = self.n_finished + self._n_live
+        return (
+            (limits.n_trials is not None and asked >= limits.n_trials)
+            or (limits.timeout_s is not None and self._elapsed() >= limits.timeout_s)
+            or (limits.patience is not None and self._n_since_best >= limits.patience)
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def _job(self, trial: optuna.Trial) -> Job:
+        plan = self._space.suggest(trial)
+        trial.set_user_attr(PLAN, plan.to_dict())
+        self._n_live += 1
+        return Job(f"trial {trial.number}", plan, self._schedule.rounds["select"], payload=trial)
+
+    def _trial(self, job: Job) -> optuna.Trial:
+        if not isinstance(job.payload, optuna.Trial):
+            raise TypeError(f"{job.name} is no trial of the study")
+        return job.payload
+
+    def _end(self, record: TrialRecord) -> None:
+        self._n_live -= 1
+        self.n_finished += 1
+        self.keep_elapsed()
+        _logger.info(
+            "trial %d: %s", record.number, record.note if record.value is None else record.value
+        )
+        self._observer.trial(record)
+
+    def _note_best(self, scores: Mapping[str, float], plan: MergePlan, *, partial: bool) -> bool:
+        value = self._objective.scalar(scores)
+        if not partial and (self._best is None or value > self._best[0]):
+            self._best = (value, plan)
+            self._n_since_best = 0
+            return True
+        self._n_since_best += 1
+        return False
+
+    def _estimate(self, plan: MergePlan) -> tuple[dict[str, float], int]:
+        """Return the task scores by paired estimate, and on how many blocks it rests."""
+        if self._best is None:
+            raise StudyError("a trial was stopped early though nothing was scored in full")
+        store = self._directory.scores
+        known, best = store.get(plan), store.get(self._best[1])
+        pairs = {
+            task: [(_mean(known[b.key]), _mean(best[b.key])) for b in blocks if b.key in known]
+            for task, blocks in self._schedule.blocks["select"].items()
+        }
+        best_scores = self._schedule.scores(store, self._best[1], "select")
+        return paired_estimate(pairs, best_scores), sum(len(own) for own in pairs.values())
+
+    def _in_units(self, task: str, score: float) -> float:
+        return self._objective.normalised(task, score)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
