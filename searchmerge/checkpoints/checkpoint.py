@@ -1,0 +1,239 @@
+"""Checkpoints: opened by their headers, read through the page cache, told apart by content."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from searchmerge.checkpoints.embeddings import aliases
+from searchmerge.checkpoints.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MODEL_FILE,
+    default_cache_dir,
+    read_json,
+)
+from searchmerge.checkpoints.fingerprint import fingerprint
+from searchmerge.checkpoints.hub import fetch, is_hub_id
+from searchmerge.checkpoints.lora import ADAPTER_CONFIG, materialise
+from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader, read_headers
+from searchmerge.errors import CheckpointError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model on disk; nothing is loaded until :meth:`weights` is asked for a tensor.
+
+    Attributes:
+        name: The model as the user wrote it, for messages.
+        path: The local directory it was opened from.
+        config: What ``config.json`` says; an adapter has its base's.
+        headers: Dtype and shape of every tensor, by its name in the checkpoint.
+        files: The safetensors file that holds each of these tensors.
+        base: The model that an adapter was trained on; ``None`` where this is a whole model.
+        cache_dir: Where fingerprints are remembered.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    headers: Mapping[str, TensorHeader] = field(repr=False)
+    files: Mapping[str, Path] = field(repr=False)
+    base: "Checkpoint | None" = field(repr=False)
+    cache_dir: Path = field(repr=False)
+
+    @property
+    def model_dir(self) -> Path:
+        """Return the directory that transformers can load: an adapter's is its base's."""
+        return self.path if self.base is None else self.base.model_dir
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Return the directory of the tokenizer: an adapter's own where it has one."""
+        if self.base is None or any((self.path / name).exists() for name in _TOKENIZER_FILES):
+            return self.path
+        return self.base.tokenizer_dir
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of all tensors, as stored."""
+        return sum(header.size_bytes for header in self.headers.values())
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return all tensors by their names in the checkpoint, memory-mapped on the CPU.
+
+        A tensor costs memory only where it is touched, and shares it with every process that
+        reads the same file. What is written to one never reaches the file, and is seen by
+        those who hold this mapping; another call makes another mapping.
+        """
+        return MappedTensors(self.files)
+
+    def fingerprint(self) -> str:
+        """Return 64 hexadecimal digits that differ where any tensor differs.
+
+        The first call reads every tensor; later ones, in any process, only look at the
+        modification times of the files.
+
+        Raises:
+            CheckpointError: If a file has gone or cannot be read.
+        """
+        if self.base is None:
+            return fingerprint(self.files, self.cache_dir)
+        own = {name: file for name, file in self.files.items() if file not in self._base_files()}
+        parts = (self.base.fingerprint(), fingerprint(own, self.cache_dir))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def _base_files(self) -> set[Path]:
+        return set(self.base.files.values()) if self.base else set()
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    base: Checkpoint | None = None,
+    cache_dir: Path | None = None,
+) -> Checkpoint:
+    """Open a model: its configuration and the headers of its weights, nothing more.
+
+    An adapter is added to its base once, in float32, and kept under ``cache_dir``; only the
+    tensors that it changes are stored, the others are read from the base's own files.
+
+    Args:
+        source: A directory with a Hugging Face model in safetensors, in one file or many; a
+            directory with a LoRA adapter; or ``organisation/name`` of either on the hub.
+        revision: Branch, tag or commit; only for a model on the hub.
+        base: What an adapter is added to; not used for a whole model.
+        cache_dir: Where to keep what is worked out once. ``None`` is ``$SEARCHMERGE_CACHE``, or
+            ``~/.cache/searchmerge``.
+
+    Raises:
+        CheckpointError: If there is no such model, or it cannot be read or used; the message
+            names the file, and the tensor where it is one.
+    """
+    name = str(source)
+    cache_dir = cache_dir or default_cache_dir()
+    directory = _locate(name, revision)
+    if (directory / ADAPTER_CONFIG).exists():
+        return _open_adapter(name, directory, base, cache_dir)
+    files, headers = _read_model(directory)
+    return Checkpoint(
+        name=name,
+        path=directory,
+        config=read_json(directory / CONFIG_FILE),
+        headers=headers,
+        files=files,
+        base=None,
+        cache_dir=cache_dir,
+    )
+
+
+def tied(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names that store another tensor once more, each with the name that is used.
+
+    These are the embeddings that the configuration ties, where both are stored and their data
+    are equal; where they differ they count as two tensors. Reads those tensors.
+    """
+    found = {}
+    weights = checkpoint.weights()
+    for alias, canonical in aliases(checkpoint.headers, checkpoint.config).items():
+        same_form = checkpoint.headers[alias] == checkpoint.headers[canonical]
+        if same_form and torch.equal(weights[alias], weights[canonical]):
+            found[alias] = canonical
+    return found
+
+
+def _locate(name: str, revision: str | None) -> Path:
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{name}: revision {revision!r} is given for a local directory; "
+                "only a model on the hub has one"
+            )
+        return directory.resolve()
+    if directory.exists():
+        raise CheckpointError(f"{name}: is a file; give the directory of the model")
+    if not is_hub_id(name):
+        raise CheckpointError(
+            f"{name}: no such directory, and not the name of a model on the hub "
+            "(organisation/name)"
+        )
+    return fetch(name, revision)
+
+
+def _open_adapter(
+    name: str, directory: Path, base: Checkpoint | None, cache_dir: Path
+) -> Checkpoint:
+    if base is None:
+        raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
+    own = materialise(
+        directory,
+        base_headers=base.headers,
+        base_weights=base.weights(),
+        base_fingerprint=base.fingerprint(),
+        cache_dir=cache_dir,
+    )
+    headers = read_headers(own)
+    return Checkpoint(
+        name=name,
+        path=directory,
+        config=base.config,
+        headers={**base.headers, **headers},
+        files={**base.files, **dict.fromkeys(headers, own)},
+        base=base,
+        cache_dir=cache_dir,
+    )
+
+
+def _read_model(directory: Path) -> tuple[dict[str, Path], dict[str, TensorHeader]]:
+    """Return the file and the header of every tensor of a model."""
+    files: dict[str, Path] = {}
+    headers: dict[str, TensorHeader] = {}
+    for shard in _shards(directory):
+        for name, header in read_headers(shard).items():
+            if name in files:
+                raise CheckpointError(f"{shard}: {name!r} is also in {files[name].name}")
+            files[name], headers[name] = shard, header
+    _check_index(directory, files)
+    return files, headers
+
+
+def _shards(directory: Path) -> list[Path]:
+    if (single := directory / MODEL_FILE).exists():
+        return [single]
+    if (index := directory / INDEX_FILE).exists():
+        names = _weight_map(index).values()
+        return [directory / name for name in sorted(set(names))]
+    if shards := sorted(directory.glob("*.safetensors")):
+        return shards
+    if old := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
+        raise CheckpointError(
+            f"{directory}: has {old[0].name} but no .safetensors file; convert it: load it with "
+            "transformers and call save_pretrained"
+        )
+    raise CheckpointError(f"{directory}: has no .safetensors file")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{index}: weight_map is missing")
+    return {str(name): str(file) for name, file in names.items()}
+
+
+def _check_index(directory: Path, files: Mapping[str, Path]) -> None:
+    """Refuse a sharded model whose index names a tensor that its shards do not have."""
+    if (directory / MODEL_FILE).exists() or not (directory / INDEX_FILE).exists():
+        return
+    for name, shard in _weight_map(directory / INDEX_FILE).items():
+        if name not in files:
+            raise CheckpointError(
+                f"{directory / shard}: {name!r} is missing, which {INDEX_FILE} says it holds"
+            )

@@ -1,0 +1,161 @@
+"""Whether experts can be merged with their base, by configurations, headers and tokenizers."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from searchmerge.checkpoints.checkpoint import Checkpoint
+from searchmerge.checkpoints.embeddings import aliases, is_vocabulary, says_untied
+from searchmerge.checkpoints.tensor_files import TensorHeader
+from searchmerge.checkpoints.tokenizer_files import difference, read_tokenizer
+from searchmerge.errors import CheckpointError
+
+
+def check_compatible(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    *,
+    exclude: Sequence[str] = (),
+    vocabulary: Literal["same", "base"] = "same",
+    tokenizers: Literal["same", "any"] = "same",
+) -> None:
+    """Refuse experts that cannot be merged on this base; no tensor is read.
+
+    Task heads may differ: a tensor that only an expert has is its private head
+    (:func:`private_tensors`). Tensors that are not floating come from the base, and need not be
+    in an expert.
+
+    Args:
+        base: The model the experts were trained from.
+        experts: The experts, by the names the study gives them.
+        exclude: Regular expressions, searched in tensor names; what matches is not merged, and
+            may differ or be missing.
+        vocabulary: ``base``: embeddings may have another number of rows than the base's.
+        tokenizers: ``any``: an expert may have another tokenizer.
+
+    Raises:
+        CheckpointError: For the first that does not fit; it names the models and the tensor,
+            what was found, and what the study can say about it.
+    """
+    excluded = _excluded((base, *experts.values()), exclude)
+    _check_floating("base", base)
+    for name, expert in experts.items():
+        _check_floating(f"expert {name!r}", expert)
+        _check_architecture(name, base, expert)
+        _check_tying(name, base, expert, excluded)
+        _check_shapes(name, base, expert, excluded, vocabulary)
+        if tokenizers == "same":
+            _check_tokenizer(name, base, expert)
+
+
+def private_tensors(base: Checkpoint, expert: Checkpoint) -> tuple[str, ...]:
+    """Return the tensors that only the expert has, e.g. its classification head, in order."""
+    once_more = aliases(expert.headers, expert.config)
+    return tuple(
+        name for name in expert.headers if name not in base.headers and name not in once_more
+    )
+
+
+def _excluded(checkpoints: Iterable[Checkpoint], patterns: Sequence[str]) -> frozenset[str]:
+    names = {name for checkpoint in checkpoints for name in checkpoint.headers}
+    excluded: set[str] = set()
+    for pattern in patterns:
+        try:
+            matched = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise CheckpointError(
+                f"exclude: {pattern!r} is no regular expression: {error}"
+            ) from error
+        if not matched:
+            some = ", ".join(sorted(names)[:3])
+            raise CheckpointError(
+                f"exclude: {pattern!r} matches no tensor (there are {some}, ...)"
+            )
+        excluded |= matched
+    return frozenset(excluded)
+
+
+def _check_floating(who: str, checkpoint: Checkpoint) -> None:
+    quantized = checkpoint.config.get("quantization_config")
+    if quantized:
+        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else "?"
+        raise CheckpointError(
+            f"{who} ({checkpoint.name}) is quantized ({kind}); only floating weights can be merged"
+        )
+
+
+def _check_architecture(name: str, base: Checkpoint, expert: Checkpoint) -> None:
+    ours, theirs = (_architecture(checkpoint.config) for checkpoint in (base, expert))
+    if ours != theirs:
+        raise CheckpointError(
+            f"expert {name!r} ({expert.name}) is a {theirs} model; "
+            f"the base ({base.name}) is a {ours} model"
+        )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """Return the kind of model; the class of the whole where a configuration does not say."""
+    return str(config.get("model_type") or (config.get("architectures") or ["unknown"])[0])
+
+
+def _check_tying(
+    name: str, base: Checkpoint, expert: Checkpoint, excluded: frozenset[str]
+) -> None:
+    """Refuse an expert with an output embedding of its own where the base ties its."""
+    if says_untied(base.config) or not says_untied(expert.config):
+        return
+    for tensor in aliases(expert.headers, base.config):
+        if tensor not in base.headers and tensor not in excluded:
+            raise CheckpointError(
+                f"expert {name!r} ({expert.name}) has a {tensor!r} of its own; the base "
+                f"({base.name}) ties it to its input embedding; leave it out with `exclude:`"
+            )
+
+
+def _check_shapes(
+    name: str,
+    base: Checkpoint,
+    expert: Checkpoint,
+    excluded: frozenset[str],
+    vocabulary: Literal["same", "base"],
+) -> None:
+    once_more = aliases(base.headers, base.config)
+    if says_untied(expert.config):
+        once_more = {}
+    for tensor, header in base.headers.items():
+        if tensor in excluded or not header.dtype.is_floating_point:
+            continue
+        found = expert.headers.get(tensor)
+        if found is None and tensor not in once_more:
+            raise CheckpointError(
+                f"expert {name!r} ({expert.name}) does not have {tensor!r}, which the base "
+                f"({base.name}) has; leave it as in the base with `exclude:`"
+            )
+        if found is None or found.shape == header.shape:
+            continue
+        by_rows = is_vocabulary(tensor) and found.shape[1:] == header.shape[1:]
+        if not (vocabulary == "base" and by_rows):
+            _refuse_shape(name, tensor, found, header, by_rows=by_rows)
+
+
+def _refuse_shape(
+    name: str, tensor: str, found: TensorHeader, header: TensorHeader, *, by_rows: bool
+) -> None:
+    way_out = "`vocabulary: base`" if by_rows else "`exclude:`"
+    raise CheckpointError(
+        f"{tensor!r} has shape {list(found.shape)} in expert {name!r} and {list(header.shape)} "
+        f"in the base; keep the base's with {way_out}"
+    )
+
+
+def _check_tokenizer(name: str, base: Checkpoint, expert: Checkpoint) -> None:
+    if base.tokenizer_dir == expert.tokenizer_dir:
+        return
+    ours, theirs = (read_tokenizer(model.tokenizer_dir) for model in (base, expert))
+    if ours is None or theirs is None:
+        return
+    if (found := difference(ours, theirs)) is not None:
+        raise CheckpointError(
+            f"expert {name!r} ({expert.name}) has another tokenizer than the base ({base.name}): "
+            f"{found}; accept it with `tokenizers: any`"
+        )

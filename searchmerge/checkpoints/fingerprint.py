@@ -1,0 +1,68 @@
+"""What tells two sets of weights apart: a hash of every tensor, remembered per file."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from searchmerge.checkpoints.files import write_atomically
+from searchmerge.checkpoints.tensor_files import MappedTensors, as_bytes
+from searchmerge.errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
+
+
+def fingerprint(files: Mapping[str, Path], cache_dir: Path) -> str:
+    """Return the SHA-256 of all tensors: names, dtypes, shapes and data, in order of name.
+
+    How the tensors are divided into files makes no difference. The result is remembered under
+    path, size and modification time of the files, so that a second call reads no tensor.
+
+    Args:
+        files: The file that holds each name.
+        cache_dir: Where to remember; where it cannot be written, nothing is remembered.
+
+    Raises:
+        CheckpointError: If a file is missing or cannot be read.
+    """
+    stamps = [_stamp(file) for file in sorted(set(files.values()))]
+    key = hashlib.sha256(json.dumps([sorted(files), stamps]).encode()).hexdigest()
+    remembered = cache_dir / "fingerprints" / f"{key[:32]}.json"
+    if (found := _recall(remembered, stamps)) is not None:
+        return found
+    digest = _hash_tensors(files)
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(remembered, json.dumps({"files": stamps, "fingerprint": digest}))
+    except OSError as error:
+        _logger.warning("%s: cannot be written: %s", remembered, error.strerror)
+    return digest
+
+
+def _stamp(file: Path) -> list[str | int]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    return [str(file), status.st_size, status.st_mtime_ns]
+
+
+def _recall(remembered: Path, stamps: list[list[str | int]]) -> str | None:
+    """Return the remembered fingerprint; None where there is none, or its file is damaged."""
+    try:
+        data = json.loads(remembered.read_text(encoding="utf-8"))
+        return str(data["fingerprint"]) if data["files"] == stamps else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hash_tensors(files: Mapping[str, Path]) -> str:
+    tensors = MappedTensors(files)  # of its own: what it maps is let go when this returns
+    total = hashlib.sha256()
+    for name in sorted(files):
+        tensor = tensors[name]
+        head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0"
+        total.update(head.encode())
+        total.update(as_bytes(tensor))
+    return total.hexdigest()

@@ -1,0 +1,181 @@
+"""The resident model: loaded once, and written through views that have the checkpoint's names."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from searchmerge.checkpoints.checkpoint import Checkpoint
+from searchmerge.errors import CheckpointError
+
+
+def load_resident(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    auto_class: str = "AutoModelForCausalLM",
+) -> nn.Module:
+    """Return the model, ready to be evaluated and to be written over: no gradients, no dropout.
+
+    Args:
+        checkpoint: What to load; an adapter is loaded merged with its base.
+        dtype: Of the parameters, except where transformers keeps some in float32.
+        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        auto_class: The class of transformers to load it with. A task head that the checkpoint
+            does not have is made, with random weights.
+
+    Raises:
+        CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
+            weight of the model itself, other than a head, is not in the checkpoint.
+    """
+    import transformers
+
+    loader: Any = getattr(transformers, auto_class, None)
+    if not hasattr(loader, "from_pretrained"):
+        raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
+    try:
+        with _quiet():
+            model, found = loader.from_pretrained(
+                checkpoint.model_dir, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.name}: cannot be loaded as {auto_class}: {reason}"
+        ) from error
+    _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
+    resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
+    if checkpoint.base is not None:
+        _write_over(checkpoint, resident)
+    return resident
+
+
+def writable_views(model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors under their checkpoint names that alias the parameters of a loaded model.
+
+    In transformers 5 a resident model may have other names than its checkpoint, and hold several
+    of its tensors as one (the experts of a mixture). What is written to a view is in the model
+    at once. Tensors that are tied appear under one name, that which the checkpoint uses.
+
+    Args:
+        model: A model of transformers.
+
+    Returns:
+        Every parameter and persistent buffer, each element in exactly one view.
+
+    Raises:
+        CheckpointError: If this architecture stores a weight in a form that no view can have.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    resident = _without_aliases(model)
+    try:
+        with _NoCopies():
+            views: dict[str, Tensor] = revert_weight_conversion(model, dict(resident))
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be written in place: its parameters cannot be named "
+            f"as in its checkpoint: {error}"
+        ) from error
+    _check_aliasing(model, resident, views)
+    return views
+
+
+class _NoCopies(TorchFunctionMode):
+    """Makes ``tensor.contiguous()`` return the tensor itself.
+
+    Splitting a parameter gives views of it; transformers then makes each contiguous, for files.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.contiguous:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _without_aliases(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state, each tensor once, under the name that its checkpoint uses."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    state = model.state_dict()
+    seen: dict[tuple[Any, ...], str] = {}
+    for name in sorted(state, key=lambda name: name in tied):  # stable: canonical names first
+        tensor = state[name]
+        place = (
+            (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
+        )
+        seen.setdefault((place,), name)
+    kept = set(seen.values())
+    return {name: tensor for name, tensor in state.items() if name in kept}
+
+
+def _check_aliasing(
+    model: nn.Module, resident: Mapping[str, Tensor], views: Mapping[str, Tensor]
+) -> None:
+    """Refuse views that do not reach every element of the model's storage exactly once."""
+    unseen: dict[int, int] = {}
+    for tensor in resident.values():
+        place = tensor.untyped_storage().data_ptr()
+        unseen[place] = unseen.get(place, 0) + tensor.numel()
+    for name, view in views.items():
+        place = view.untyped_storage().data_ptr()
+        if place not in unseen:
+            raise CheckpointError(
+                f"{type(model).__name__} cannot be written in place: {name!r} of its checkpoint "
+                "is stored in another order in the loaded model"
+            )
+        unseen[place] -= view.numel()
+    if any(unseen.values()):
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be written in place: the names of its checkpoint "
+            "do not cover its parameters"
+        )
+
+
+def _check_loaded(
+    checkpoint: Checkpoint, model: nn.Module, missing: set[str], auto_class: str
+) -> None:
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    inner = sorted(name for name in missing if name.startswith(prefix))
+    if inner:
+        raise CheckpointError(
+            f"{checkpoint.name}: has no weights for {inner[0]!r} of {type(model).__name__} "
+            f"({len(inner)} missing), so it cannot be loaded as {auto_class}"
+        )
+
+
+@torch.no_grad()
+def _write_over(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Write what an adapter changes into its base."""
+    views = writable_views(model)
+    weights = checkpoint.weights()
+    inherited = set(checkpoint.base.files.values()) if checkpoint.base else set()
+    for name, file in checkpoint.files.items():
+        if file in inherited or name not in views:
+            continue
+        views[name].copy_(weights[name])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting on the terminal what it loads."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,218 @@
+"""Safetensors files: headers without data, tensors without copies, writing one at a time."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from searchmerge.errors import CheckpointError
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What a file says of a tensor before its data is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of the data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_headers(file: Path) -> dict[str, TensorHeader]:
+    """Return the header of every tensor of a safetensors file; no data is read.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, or not a safetensors file.
+    """
+    handle = _open(file)
+    headers = {}
+    for name in handle.keys():  # noqa: SIM118 - not a dict, and not iterable
+        part = handle.get_slice(name)
+        code = part.get_dtype()
+        if code not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise CheckpointError(f"{file}: {name!r} is stored as {code} (known: {known})")
+        headers[name] = TensorHeader(_DTYPES[code], tuple(part.get_shape()))
+    return headers
+
+
+class MappedTensors(Mapping[str, Tensor]):
+    """Named tensors that alias memory-mapped files, each mapped when it is first asked for.
+
+    The mapping is private and copy-on-write: processes that read the same file share its pages,
+    a page costs memory only once it is touched, and writing to a tensor never reaches the file.
+
+    Args:
+        files: The file that holds each name.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+        self._handles: dict[Path, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            file = self._files[name]
+            if file not in self._handles:
+                self._handles[file] = _open(file)
+            try:
+                self._tensors[name] = self._handles[file].get_tensor(name)
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class TensorFileWriter:
+    """Writes one safetensors file, tensor by tensor, in any order.
+
+    The header goes first, so dtype and shape of every tensor must be known; the data of each
+    goes to its place when it comes. No more than one tensor is in memory.
+
+    Args:
+        file: The file to make.
+        headers: What the file will hold.
+
+    Raises:
+        OSError: From any method, where the file cannot be written.
+    """
+
+    def __init__(self, file: Path, headers: Mapping[str, TensorHeader]) -> None:
+        text, self._offsets = _layout(headers)
+        self._headers = headers
+        self._missing = dict.fromkeys(headers)
+        self._file = file.open("wb")
+        self._file.write(text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the data of one tensor, converted to the dtype that the header says.
+
+        Args:
+            name: One of the names of the header.
+            tensor: Any device and dtype; of the header's shape.
+        """
+        header = self._headers[name]
+        data = tensor.detach().to("cpu", header.dtype).contiguous()
+        if tuple(data.shape) != header.shape:
+            raise CheckpointError(
+                f"{name!r} has shape {list(data.shape)}; {list(header.shape)} was announced"
+            )
+        self._file.seek(self._offsets[name])
+        self._file.write(as_bytes(data))
+        self._missing.pop(name, None)
+
+    def close(self) -> None:
+        """Flush everything to the disk itself.
+
+        Raises:
+            CheckpointError: If a tensor was announced and never written.
+        """
+        if self._missing:
+            raise CheckpointError(f"{self._file.name}: {next(iter(self._missing))!r} is missing")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file as it is, where writing failed; the caller removes it."""
+        with suppress(OSError):  # what is buffered cannot be written: the error we are here for
+            self._file.close()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the data of a contiguous CPU tensor of any dtype and shape, without a copy."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: {_why_unreadable(file, error)}") from error
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    try:
+        with file.open("rb") as opened:
+            if opened.read(20).startswith(b"version https://git-"):
+                return "a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+    except OSError as again:
+        return f"cannot be read: {again.strerror}"
+    return f"truncated, or not a safetensors file ({error})"
+
+
+def _layout(headers: Mapping[str, TensorHeader]) -> tuple[bytes, dict[str, int]]:
+    """Return the start of the file, and where in the file each tensor's data begins."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    # Widest first, as readers want: every tensor is then aligned to its own item size.
+    for name in sorted(headers, key=lambda name: (-headers[name].dtype.itemsize, name)):
+        header = headers[name]
+        begins[name], end = end, end + header.size_bytes
+        entries[name] = {
+            "dtype": _CODES[header.dtype],
+            "shape": list(header.shape),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    prefix = len(text).to_bytes(8, "little") + text
+    return prefix, {name: start + begin for name, begin in begins.items()}

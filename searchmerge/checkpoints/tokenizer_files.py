@@ -1,0 +1,91 @@
+"""What a tokenizer's files say, in a form in which two of them can be compared."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from searchmerge.checkpoints.files import read_json
+
+_VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt")
+_BINARY_SUFFIXES = (".model", ".tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """Which tokens there are, and how text is cut into them.
+
+    Attributes:
+        tokens: Token to id, added tokens included; empty where no file lists them.
+        digests: Hashes of the parts, by kind of part; two tokenizers are the same where the
+            parts that both have are equal.
+    """
+
+    tokens: Mapping[str, int]
+    digests: Mapping[str, str]
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """Return what the tokenizer files in a directory say; None where there are none.
+
+    ``tokenizer.json`` is read where there is one: its vocabulary, merges and added tokens, not
+    its formatting. Else the older vocabulary files are.
+
+    Raises:
+        CheckpointError: If a file cannot be read; it names the file.
+    """
+    if (file := directory / "tokenizer.json").exists():
+        return _read_fast(file)
+    digests = {
+        file.name: hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+        for file in sorted(directory.iterdir())
+        if file.name in _VOCABULARY_FILES or file.suffix in _BINARY_SUFFIXES
+    }
+    tokens = {}
+    if (file := directory / "vocab.json").exists():
+        tokens = {str(token): int(index) for token, index in read_json(file).items()}
+        digests["vocab.json"] = _digest(tokens)
+    return Tokenizer(tokens, digests) if digests else None
+
+
+def difference(one: Tokenizer, other: Tokenizer) -> str | None:
+    """Return in a few words how two tokenizers differ; None where all that both have is equal."""
+    shared = [kind for kind in one.digests if kind in other.digests]
+    differing = [kind for kind in shared if one.digests[kind] != other.digests[kind]]
+    if not differing:
+        return None
+    apart = [token for token in one.tokens if other.tokens.get(token) != one.tokens[token]]
+    apart += [token for token in other.tokens if token not in one.tokens]
+    if not (apart and one.tokens and other.tokens):
+        return f"{differing[0]} differs"
+    more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
+    return f"they differ in {apart[0]!r}{more}"
+
+
+def _read_fast(file: Path) -> Tokenizer:
+    data = read_json(file)
+    model = data.get("model") or {}
+    tokens = _tokens(model.get("vocab") or {})
+    listed = len(tokens)
+    added = data.get("added_tokens") or []
+    tokens |= {str(token["content"]): int(token["id"]) for token in added}
+    merges = [
+        pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])
+    ]
+    parts: dict[str, Any] = {"tokenizer.json": [model.get("type"), sorted(tokens.items()), merges]}
+    if listed == len(tokens):
+        parts["vocab.json"] = sorted(tokens.items())
+    return Tokenizer(tokens, {kind: _digest(part) for kind, part in parts.items()})
+
+
+def _tokens(vocabulary: Any) -> dict[str, int]:
+    """Return token to id; a unigram model lists pairs of token and score, in order of id."""
+    if isinstance(vocabulary, Mapping):
+        return {str(token): int(index) for token, index in vocabulary.items()}
+    return {str(token): index for index, (token, _) in enumerate(vocabulary)}
+
+
+def _digest(part: Any) -> str:
+    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
