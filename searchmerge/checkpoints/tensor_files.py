@@ -51,20 +51,33 @@ class TensorHeader:
 
 
 def read_headers(file: Path) -> dict[str, TensorHeader]:
-    """Return the header of every tensor of a safetensors file; no data is read.
+    """Return the header of every tensor of a safetensors file, in the order of their data.
+
+    Only the start of the file is read, and nothing is mapped, so a file larger than the memory
+    can be looked at.
 
     Raises:
         CheckpointError: If the file is missing, truncated, or not a safetensors file.
     """
-    handle = _open(file)
-    headers = {}
-    for name in handle.keys():  # noqa: SIM118 - not a dict, and not iterable
-        part = handle.get_slice(name)
-        code = part.get_dtype()
-        if code not in _DTYPES:
-            known = ", ".join(_DTYPES)
-            raise CheckpointError(f"{file}: {name!r} is stored as {code} (known: {known})")
-        headers[name] = TensorHeader(_DTYPES[code], tuple(part.get_shape()))
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(8)
+            length = int.from_bytes(start, "little")
+            size = os.fstat(opened.fileno()).st_size
+            if len(start) < 8 or 8 + length > size:
+                raise CheckpointError(f"{file}: {_why_unreadable(start)}")
+            entries = json.loads(opened.read(length))
+            entries.pop("__metadata__", None)
+            found = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+            headers = {name: _header(file, name, entry) for name, entry in found}
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{file}: {_system_error(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or another
+        raise CheckpointError(f"{file}: {_why_unreadable(start)}") from error
+    if 8 + length + sum(header.size_bytes for header in headers.values()) != size:
+        raise CheckpointError(f"{file}: {_why_unreadable(start)}")
     return headers
 
 
@@ -178,23 +191,33 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def _header(file: Path, name: str, entry: Mapping[str, Any]) -> TensorHeader:
+    code = entry["dtype"]
+    if code not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise CheckpointError(f"{file}: {name!r} is stored as {code} (known: {known})")
+    return TensorHeader(_DTYPES[code], tuple(int(length) for length in entry["shape"]))
+
+
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: {_why_unreadable(file, error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: {_system_error(error)}") from error
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: it cannot be mapped
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
 
 
-def _why_unreadable(file: Path, error: Exception) -> str:
-    try:
-        with file.open("rb") as opened:
-            if opened.read(20).startswith(b"version https://git-"):
-                return "a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
-    except OSError as again:
-        return f"cannot be read: {again.strerror}"
-    return f"truncated, or not a safetensors file ({error})"
+def _system_error(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return f"cannot be read: {error.strerror or error}"
+
+
+def _why_unreadable(start: bytes) -> str:
+    if start == b"version ":
+        return "a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+    return "truncated, or not a safetensors file"
 
 
 def _layout(headers: Mapping[str, TensorHeader]) -> tuple[bytes, dict[str, int]]:

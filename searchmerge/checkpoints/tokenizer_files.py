@@ -46,7 +46,7 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     tokens = {}
     if (file := directory / "vocab.json").exists():
         tokens = {str(token): int(index) for token, index in read_json(file).items()}
-        digests["vocab.json"] = _digest(tokens)
+        digests["vocab.json"] = _digest(sorted(tokens.items()))
     return Tokenizer(tokens, digests) if digests else None
 
 

@@ -1,0 +1,115 @@
+import pytest
+import torch
+import transformers
+
+from searchmerge.checkpoints.checkpoint import open_checkpoint
+from searchmerge.checkpoints.resident import load_resident, writable_views
+from searchmerge.errors import CheckpointError
+from tests.checkpoints.conftest import ARCHITECTURES
+
+
+def load(checkpoint, dtype=torch.float32, **settings):
+    return load_resident(checkpoint, dtype=dtype, device="cpu", **settings)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_writing_all_views_is_loading_another_checkpoint(name, opened):
+    base, expert = opened(name), opened(name, 1)
+    auto_class = ARCHITECTURES[name].auto_class
+    model = load(base, auto_class=auto_class)
+    views = writable_views(model)
+    assert views.keys() == expert.headers.keys()
+    for key, tensor in expert.weights().items():
+        assert views[key].shape == tensor.shape
+        views[key].copy_(tensor)
+    expected = load(expert, auto_class=auto_class).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_element_is_in_exactly_one_view(name, opened):
+    model = load(opened(name), auto_class=ARCHITECTURES[name].auto_class)
+    views = writable_views(model)
+    for view in views.values():
+        view.fill_(0)
+    for view in views.values():
+        view.add_(1)
+    assert all(tensor.eq(1).all() for tensor in model.state_dict().values())
+
+
+def test_a_model_made_without_a_checkpoint_has_views_too():
+    model = ARCHITECTURES["mixtral"].make()
+    with torch.no_grad():
+        for view in writable_views(model).values():
+            view.fill_(3)
+    assert all(parameter.eq(3).all() for parameter in model.parameters())
+
+
+def test_a_tied_weight_is_one_view(opened):
+    views = writable_views(load(opened("llama_tied")))
+    assert "model.embed_tokens.weight" in views
+    assert "lm_head.weight" not in views
+
+
+def test_the_resident_model_is_ready_to_be_evaluated(opened, capfd):
+    model = load(opened("llama"), torch.bfloat16)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_writing_does_not_reach_the_files(opened):
+    checkpoint = opened("llama")
+    before = {file: file.read_bytes() for file in set(checkpoint.files.values())}
+    for view in writable_views(load(checkpoint)).values():
+        view.zero_()
+    assert all(file.read_bytes() == data for file, data in before.items())
+
+
+def test_the_outputs_are_those_of_transformers(save, opened):
+    tokens = torch.arange(6)[None]
+    expected = transformers.AutoModelForCausalLM.from_pretrained(save("qwen3_moe"))(tokens).logits
+    assert torch.equal(load(opened("qwen3_moe"))(tokens).logits, expected)
+
+
+def test_a_missing_head_is_made_but_a_missing_layer_is_refused(tmp_path, cache_dir, capfd):
+    model = ARCHITECTURES["bert"].make()
+    model.bert.save_pretrained(tmp_path / "headless")
+    headless = open_checkpoint(tmp_path / "headless", cache_dir=cache_dir)
+    capfd.readouterr()
+    loaded = load(headless, auto_class="AutoModelForSequenceClassification")
+    assert loaded.classifier.out_features == 3
+    assert capfd.readouterr() == ("", "")
+    state = model.state_dict()
+    del state["bert.encoder.layer.1.output.dense.weight"]
+    model.save_pretrained(tmp_path / "partial", state_dict=state)
+    partial = open_checkpoint(tmp_path / "partial", cache_dir=cache_dir)
+    with pytest.raises(CheckpointError, match=r"has no weights for 'bert\.encoder\.layer\.1\.out"):
+        load(partial, auto_class="AutoModelForSequenceClassification")
+
+
+@pytest.mark.parametrize("name", ["AutoModelForNothing", "utils", "set_seed"])
+def test_an_unknown_class_is_refused(name, opened):
+    with pytest.raises(CheckpointError, match=f"transformers has no class '{name}'"):
+        load(opened("llama"), auto_class=name)
+
+
+def test_a_model_of_another_kind_is_refused(opened):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded as AutoModelForCausalLM: Unrec"):
+        load(opened("vit"))
+
+
+def test_a_model_whose_weights_are_permuted_is_refused(opened):
+    from transformers.core_model_loading import Interleave, WeightConverter
+
+    model = load(opened("llama"))
+    model._weight_conversions = [
+        WeightConverter("q_proj.weight", "q_proj.weight", operations=[Interleave(dim=0)])
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"LlamaForCausalLM cannot be written in place: 'mod"
+    ):
+        writable_views(model)
