@@ -117,7 +117,7 @@ class TaskVectors:
             for model, tensor in models:
                 for chunk in tensor.detach().reshape(-1).split(4 * CHUNK):
                     # NaN and inf survive a sum of zeros times each entry; a sum is one pass
-                    if not bool(torch.isfinite(chunk.float().mul_(0.0).sum())):
+                    if not bool(torch.isfinite((chunk.float() * 0.0).sum())):
                         raise CheckpointError(f"tensor {name!r} of {model!r} holds NaN or inf")
 
 
