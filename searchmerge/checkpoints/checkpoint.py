@@ -1,90 +1,96 @@
-"""Opening checkpoints: a local directory, a hub id, or a LoRA adapter on a base."""
+"""Checkpoints: opened by their headers, read through the page cache, told apart by content."""
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from searchmerge.checkpoints.embeddings import aliases
+from searchmerge.checkpoints.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MODEL_FILE,
+    default_cache_dir,
+    read_json,
+)
+from searchmerge.checkpoints.fingerprint import fingerprint
+from searchmerge.checkpoints.hub import fetch, is_hub_id
+from searchmerge.checkpoints.lora import ADAPTER_CONFIG, materialise
+from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader, read_headers
 from searchmerge.errors import CheckpointError
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def default_cache_dir() -> Path:
-    """Return ``$SEARCHMERGE_CACHE``, or ``~/.cache/searchmerge``."""
-    return Path(os.environ.get("SEARCHMERGE_CACHE") or Path.home() / ".cache" / "searchmerge")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """What a file says of a tensor before it is read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Return the size of the tensor."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint whose tensors have not been read yet.
+    """A model on disk; nothing is loaded until :meth:`weights` is asked for a tensor.
 
     Attributes:
-        name: As the user wrote it, for messages.
-        path: Directory of its configuration and tokenizer.
-        headers: Tensor name to header.
-        find: Returns tensor name to the file that holds it; may make files first.
-        fingerprint: A hash of the content of all tensors, 16 hexadecimal digits.
+        name: The model as the user wrote it, for messages.
+        path: The local directory it was opened from.
+        config: What ``config.json`` says; an adapter has its base's.
+        headers: Dtype and shape of every tensor, by its name in the checkpoint.
+        files: The safetensors file that holds each of these tensors.
+        base: The model that an adapter was trained on; ``None`` where this is a whole model.
+        cache_dir: Where fingerprints are remembered.
     """
 
     name: str
     path: Path
-    headers: Mapping[str, TensorHeader]
-    find: Callable[[], Mapping[str, Path]] = field(repr=False)
-    hash_content: Callable[[], str] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    headers: Mapping[str, TensorHeader] = field(repr=False)
+    files: Mapping[str, Path] = field(repr=False)
+    base: "Checkpoint | None" = field(repr=False)
+    cache_dir: Path = field(repr=False)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Return a hash of the content of all tensors, 16 hexadecimal digits."""
-        return self.hash_content()
+    @property
+    def model_dir(self) -> Path:
+        """Return the directory that transformers can load: an adapter's is its base's."""
+        return self.path if self.base is None else self.base.model_dir
 
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """Return what ``config.json`` holds; empty where there is none."""
-        return read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Return the directory of the tokenizer: an adapter's own where it has one."""
+        if self.base is None or any((self.path / name).exists() for name in _TOKENIZER_FILES):
+            return self.path
+        return self.base.tokenizer_dir
 
     @property
     def size_bytes(self) -> int:
-        """Return the size of all tensors."""
+        """Return the size of all tensors, as stored."""
         return sum(header.size_bytes for header in self.headers.values())
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return every tensor by name, memory-mapped: nothing is read until it is used."""
-        by_file: dict[Path, list[str]] = {}
-        for name, file in self.find().items():
-            by_file.setdefault(file, []).append(name)
-        tensors = {}
-        for file, names in by_file.items():
-            with safe_open(file, "pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in names}
-        return {name: tensors[name] for name in self.headers}
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return all tensors by their names in the checkpoint, memory-mapped on the CPU.
+
+        A tensor costs memory only where it is touched, and shares it with every process that
+        reads the same file. What is written to one never reaches the file, and is seen by
+        those who hold this mapping; another call makes another mapping.
+        """
+        return MappedTensors(self.files)
+
+    def fingerprint(self) -> str:
+        """Return 64 hexadecimal digits that differ where any tensor differs.
+
+        The first call reads every tensor; later ones, in any process, only look at the
+        modification times of the files.
+
+        Raises:
+            CheckpointError: If a file has gone or cannot be read.
+        """
+        if self.base is None:
+            return fingerprint(self.files, self.cache_dir)
+        own = {name: file for name, file in self.files.items() if file not in self._base_files()}
+        parts = (self.base.fingerprint(), fingerprint(own, self.cache_dir))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def _base_files(self) -> set[Path]:
+        return set(self.base.files.values()) if self.base else set()
 
 
 def open_checkpoint(
@@ -94,148 +100,140 @@ def open_checkpoint(
     base: Checkpoint | None = None,
     cache_dir: Path | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint and read its headers.
+    """Open a model: its configuration and the headers of its weights, nothing more.
+
+    An adapter is added to its base once, in float32, and kept under ``cache_dir``; only the
+    tensors that it changes are stored, the others are read from the base's own files.
 
     Args:
-        source: A directory of safetensors files, a hub id ``owner/name``, or the directory of
-            a LoRA adapter.
-        revision: Branch, tag or commit of a hub id.
-        base: The base model, which an adapter needs.
-        cache_dir: Where hashes and materialised adapters are kept.
+        source: A directory with a Hugging Face model in safetensors, in one file or many; a
+            directory with a LoRA adapter; or ``organisation/name`` of either on the hub.
+        revision: Branch, tag or commit; only for a model on the hub.
+        base: What an adapter is added to; not used for a whole model.
+        cache_dir: Where to keep what is worked out once. ``None`` is ``$SEARCHMERGE_CACHE``, or
+            ``~/.cache/searchmerge``.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it cannot be read.
+        CheckpointError: If there is no such model, or it cannot be read or used; the message
+            names the file, and the tensor where it is one.
     """
+    name = str(source)
     cache_dir = cache_dir or default_cache_dir()
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        path = _download(str(source), revision)
-    if (path / "adapter_config.json").exists():
-        from searchmerge.checkpoints.lora import open_adapter
-
-        return open_adapter(str(source), path, base, cache_dir)
-    files = shards(path, str(source))
-    headers, where = read_headers(files)
+    directory = _locate(name, revision)
+    if (directory / ADAPTER_CONFIG).exists():
+        return _open_adapter(name, directory, base, cache_dir)
+    files, headers = _read_model(directory)
     return Checkpoint(
-        str(source), path, headers, lambda: where, lambda: hash_files(files, cache_dir)
+        name=name,
+        path=directory,
+        config=read_json(directory / CONFIG_FILE),
+        headers=headers,
+        files=files,
+        base=None,
+        cache_dir=cache_dir,
     )
 
 
-def _download(source: str, revision: str | None) -> Path:
-    owner, _, name = source.partition("/")
-    if not name or "/" in name or owner in (".", "..", "~", ""):
+def tied(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names that store another tensor once more, each with the name that is used.
+
+    These are the embeddings that the configuration ties, where both are stored and their data
+    are equal; where they differ they count as two tensors. Reads those tensors.
+    """
+    found = {}
+    weights = checkpoint.weights()
+    for alias, canonical in aliases(checkpoint.headers, checkpoint.config).items():
+        same_form = checkpoint.headers[alias] == checkpoint.headers[canonical]
+        if same_form and torch.equal(weights[alias], weights[canonical]):
+            found[alias] = canonical
+    return found
+
+
+def _locate(name: str, revision: str | None) -> Path:
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{name}: revision {revision!r} is given for a local directory; "
+                "only a model on the hub has one"
+            )
+        return directory.resolve()
+    if directory.exists():
+        raise CheckpointError(f"{name}: is a file; give the directory of the model")
+    if not is_hub_id(name):
         raise CheckpointError(
-            f"{source}: no such directory, and no hub id, which has the form owner/name"
+            f"{name}: no such directory, and not the name of a model on the hub "
+            "(organisation/name)"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    return fetch(name, revision)
 
-    try:
-        found = snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+def _open_adapter(
+    name: str, directory: Path, base: Checkpoint | None, cache_dir: Path
+) -> Checkpoint:
+    if base is None:
+        raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
+    own = materialise(
+        directory,
+        base_headers=base.headers,
+        base_weights=base.weights(),
+        base_fingerprint=base.fingerprint(),
+        cache_dir=cache_dir,
+    )
+    headers = read_headers(own)
+    return Checkpoint(
+        name=name,
+        path=directory,
+        config=base.config,
+        headers={**base.headers, **headers},
+        files={**base.files, **dict.fromkeys(headers, own)},
+        base=base,
+        cache_dir=cache_dir,
+    )
+
+
+def _read_model(directory: Path) -> tuple[dict[str, Path], dict[str, TensorHeader]]:
+    """Return the file and the header of every tensor of a model."""
+    files: dict[str, Path] = {}
+    headers: dict[str, TensorHeader] = {}
+    for shard in _shards(directory):
+        for name, header in read_headers(shard).items():
+            if name in files:
+                raise CheckpointError(f"{shard}: {name!r} is also in {files[name].name}")
+            files[name], headers[name] = shard, header
+    _check_index(directory, files)
+    return files, headers
+
+
+def _shards(directory: Path) -> list[Path]:
+    if (single := directory / MODEL_FILE).exists():
+        return [single]
+    if (index := directory / INDEX_FILE).exists():
+        names = _weight_map(index).values()
+        return [directory / name for name in sorted(set(names))]
+    if shards := sorted(directory.glob("*.safetensors")):
+        return shards
+    if old := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
         raise CheckpointError(
-            f"{source}: no such directory, and the hub does not give it: {first_line}"
-        ) from error
-    return Path(found)
+            f"{directory}: has {old[0].name} but no .safetensors file; convert it: load it with "
+            "transformers and call save_pretrained"
+        )
+    raise CheckpointError(f"{directory}: has no .safetensors file")
 
 
-def shards(path: Path, name: str) -> list[Path]:
-    """Return the safetensors files of a directory, those its index names if it has one.
-
-    Raises:
-        CheckpointError: If there is none, or one that the index names is missing.
-    """
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({path / file for file in read_json(index).get("weight_map", {}).values()})
-        if missing := [file.name for file in files if not file.exists()]:
-            raise CheckpointError(f"{name}: {index.name} names {missing[0]}, which is not there")
-        return files
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        has_bin = any(path.glob("*.bin"))
-        advice = "; convert its .bin files to safetensors first" if has_bin else ""
-        raise CheckpointError(f"{name}: no safetensors file in {path}{advice}")
-    return files
+def _weight_map(index: Path) -> dict[str, str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{index}: weight_map is missing")
+    return {str(name): str(file) for name, file in names.items()}
 
 
-def read_headers(files: list[Path]) -> tuple[dict[str, TensorHeader], dict[str, Path]]:
-    """Return each tensor's header, and the file that holds it.
-
-    Raises:
-        CheckpointError: If a file is damaged; it names the file.
-    """
-    headers, where = {}, {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (no mapping)
-                    tensor = opened.get_slice(name)
-                    dtype = _DTYPES[tensor.get_dtype()]
-                    headers[name] = TensorHeader(dtype, tuple(tensor.get_shape()))
-                    where[name] = file
-        except (SafetensorError, OSError, KeyError) as error:
-            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
-    return headers, where
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    return data
-
-
-def hash_files(files: list[Path], cache_dir: Path) -> str:
-    """Return a hash of the files' content; hashes of unchanged files are remembered."""
-    remembered = cache_dir / "hashes.json"
-    known: dict[str, str] = read_json(remembered) if remembered.exists() else {}
-    digests, is_new = [], False
-    for file in files:
-        stat = file.stat()
-        key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if key not in known:
-            is_new = True
-            with file.open("rb") as opened:
-                known[key] = hashlib.file_digest(opened, "sha256").hexdigest()
-        digests.append(known[key])
-    if is_new:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = remembered.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        unfinished.replace(remembered)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-
-
-def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the names that are the same parameter as another, by the checkpoint's own config.
-
-    Only names that stand in the file beside the one they are tied to: the input embeddings.
-    """
-    if not checkpoint.config.get("tie_word_embeddings", False):
-        return {}
-    heads = [
-        name
-        for name in checkpoint.headers
-        if name.endswith(("lm_head.weight", "embed_out.weight"))
-    ]
-    inputs = [
-        name
-        for name in checkpoint.headers
-        if name.endswith(("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight"))
-    ]
-    found = {head: name for head in heads for name in inputs[:1]}
-    if "shared.weight" in checkpoint.headers:
-        found |= {name: "shared.weight" for name in inputs if name != "shared.weight"}
-    return {
-        alias: name
-        for alias, name in found.items()
-        if checkpoint.headers[alias] == checkpoint.headers[name]
-    }
+def _check_index(directory: Path, files: Mapping[str, Path]) -> None:
+    """Refuse a sharded model whose index names a tensor that its shards do not have."""
+    if (directory / MODEL_FILE).exists() or not (directory / INDEX_FILE).exists():
+        return
+    for name, shard in _weight_map(directory / INDEX_FILE).items():
+        if name not in files:
+            raise CheckpointError(
+                f"{directory / shard}: {name!r} is missing, which {INDEX_FILE} says it holds"
+            )
