@@ -1,0 +1,94 @@
+"""The samplers that a study can name."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import optuna
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    NSGAIISampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+
+from searchmerge.errors import SpecError
+from searchmerge.registry import Registry
+
+_MANY_TRIALS = 200  # from here on a Gaussian process costs more than it gains
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerSetting:
+    """What a sampler may have to know of its study.
+
+    Attributes:
+        seed: Seed of its random numbers.
+        is_flat: Whether every trial has the same parameters, all numbers.
+        n_objectives: How many values a trial is told.
+        n_trials: How many trials are planned; ``None`` where only time limits them.
+    """
+
+    seed: int
+    is_flat: bool
+    n_objectives: int = 1
+    n_trials: int | None = None
+
+
+SAMPLERS: Registry[Callable[[SamplerSetting], BaseSampler]] = Registry("sampler")
+
+
+def make_sampler(name: str, setting: SamplerSetting) -> BaseSampler:
+    """Return the sampler of this name.
+
+    Raises:
+        SpecError: If there is none, or it cannot search this study's space or objectives.
+    """
+    make = SAMPLERS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return make(setting)
+
+
+@SAMPLERS.register("auto")
+def _auto(setting: SamplerSetting) -> BaseSampler:
+    """Gaussian process for few trials of numbers; TPE for mixed spaces, CMA-ES for long runs."""
+    is_long = setting.n_trials is None or setting.n_trials > _MANY_TRIALS
+    if not setting.is_flat or (is_long and setting.n_objectives > 1):
+        return _tpe(setting)
+    return _cma_es(setting) if is_long else _gp(setting)
+
+
+@SAMPLERS.register("tpe")
+def _tpe(setting: SamplerSetting) -> BaseSampler:
+    return TPESampler(seed=setting.seed, multivariate=setting.n_objectives == 1, group=False)
+
+
+@SAMPLERS.register("gp")
+def _gp(setting: SamplerSetting) -> BaseSampler:
+    return GPSampler(seed=setting.seed, deterministic_objective=True)
+
+
+@SAMPLERS.register("cma_es")
+def _cma_es(setting: SamplerSetting) -> BaseSampler:
+    if setting.n_objectives > 1:
+        raise SpecError("search.sampler: cma_es takes one objective; use nsga2, tpe or gp")
+    return CmaEsSampler(seed=setting.seed)
+
+
+@SAMPLERS.register("nsga2")
+def _nsga2(setting: SamplerSetting) -> BaseSampler:
+    return NSGAIISampler(seed=setting.seed)
+
+
+@SAMPLERS.register("qmc")
+def _qmc(setting: SamplerSetting) -> BaseSampler:
+    return QMCSampler(seed=setting.seed, scramble=True)
+
+
+@SAMPLERS.register("random")
+def _random(setting: SamplerSetting) -> BaseSampler:
+    return RandomSampler(seed=setting.seed)

@@ -1,0 +1,275 @@
+"""What a study file may say: all that may change a score."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from searchmerge.errors import SpecError
+from searchmerge.merging.method import METHODS
+from searchmerge.plan import WHOLE, Groups, Setting
+from searchmerge.search.objective import Kind
+from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
+from searchmerge.yaml_file import read_yaml
+
+STUDY_FILE = "study.yaml"
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*$")
+_SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _seconds(value: Any) -> Any:
+    if isinstance(value, str) and (match := _DURATION.match(value)):
+        return float(match[1]) * _SECONDS[match[2]]
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+"""Seconds, or text such as ``90s``, ``30m``, ``8h``."""
+
+
+class ModelSpec(_Strict):
+    """Where a model is: a directory, from the study file's folder on, or a hub id."""
+
+    path: str
+    revision: str | None = None
+
+
+def _model(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Model = Annotated[ModelSpec, BeforeValidator(_model)]
+
+
+class RangeSpec(_Strict):
+    """A range to search, both ends included."""
+
+    low: float
+    high: float
+    per: Per | None = None
+    step: float | None = Field(default=None, gt=0)
+    log: bool = False
+
+
+class ScaleSpec(_Strict):
+    """One scale for all experts, times each one's share of it."""
+
+    scale: RangeSpec
+
+
+Searched = float | dict[str, float] | ScaleSpec | RangeSpec
+
+
+class SpaceSpec(BaseModel):
+    """One method and what is searched of it; every other key is one of its hyper-parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    __pydantic_extra__: dict[str, Searched]
+    method: str
+    name: str | None = None
+    groups: Any = "whole"
+    settings: dict[str, Setting | list[Setting] | RangeSpec] = Field(default_factory=dict)
+
+
+class TaskSpec(_Strict):
+    """A task, how it is scored and what it counts for."""
+
+    evaluator: Literal["lm_harness", "function"] = "lm_harness"
+    select: int | None = Field(default=None, ge=1)
+    hold_out: int | None = Field(default=None, ge=1)
+    weight: float = Field(default=1.0, gt=0)
+    expert: str | None = None
+    task: str | None = None
+    split: str | None = None
+    metric: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+    function: str | None = None
+    n_examples: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="after")
+    def _belongs(self) -> "TaskSpec":
+        own = {
+            "lm_harness": ("task", "split", "metric", "num_fewshot"),
+            "function": ("function", "n_examples"),
+        }
+        for evaluator, keys in own.items():
+            for key in keys:
+                if evaluator != self.evaluator and getattr(self, key) is not None:
+                    raise ValueError(f"{key} belongs to evaluator {evaluator}")
+        if self.evaluator == "lm_harness" and self.split is None:
+            raise ValueError("split is missing: name the dataset split that is scored")
+        if self.evaluator == "function" and (self.function is None or self.n_examples is None):
+            raise ValueError("function (module:function) and n_examples are needed")
+        return self
+
+
+class LmHarnessSpec(_Strict):
+    """How lm-eval tasks are scored."""
+
+    include_path: str | None = None
+    batch_tokens: int = Field(default=4096, ge=64)
+    max_length: int | None = Field(default=None, ge=2)
+    fewshot_seed: int = 1234
+
+
+class RacingSpec(_Strict):
+    """When a candidate is stopped before all its blocks are scored."""
+
+    p_threshold: float = Field(default=0.05, gt=0, lt=1)
+    min_blocks: int = Field(default=8, ge=2)
+
+
+class SearchSpec(_Strict):
+    """What proposes candidates, and for how long."""
+
+    sampler: str = "auto"
+    seed: int = Field(default=0, ge=0)
+    n_trials: int | None = Field(default=None, ge=1)
+    timeout: Duration | None = None
+    patience: int | None = Field(default=None, ge=1)
+    racing: RacingSpec | Literal["off"] = RacingSpec()
+    block_size: int = Field(default=8, ge=1)
+    round_blocks: int = Field(default=12, ge=1)
+
+    @field_validator("racing", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else {} if value is True or value == "on" else value
+
+
+class ConfirmSpec(_Strict):
+    """How the winner is confirmed on held-out examples."""
+
+    top_k: int = Field(default=3, ge=1)
+    level: float = Field(default=0.95, gt=0.5, lt=1)
+    n_resamples: int = Field(default=2000, ge=100)
+
+
+class StudySpec(_Strict):
+    """A study file."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: Model
+    experts: dict[str, Model] = Field(min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    exclude: list[str] = Field(default_factory=list)
+    vocabulary: Literal["same", "base"] = "same"
+    tokenizers: Literal["same", "any"] = "same"
+    space: SpaceSpec | list[SpaceSpec]
+    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    objective: Kind = "normalised"
+    lm_harness: LmHarnessSpec = LmHarnessSpec()
+    search: SearchSpec = SearchSpec(n_trials=50)
+    confirm: ConfirmSpec = ConfirmSpec()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "StudySpec":
+        for task, spec in self.tasks.items():
+            if spec.expert is not None and spec.expert not in self.experts:
+                raise ValueError(
+                    f"tasks.{task}.expert is {spec.expert!r}; experts are: "
+                    f"{', '.join(self.experts)}"
+                )
+        if self.search.n_trials is None and self.search.timeout is None:
+            raise ValueError("search: give n_trials, timeout, or both")
+        return self
+
+    @property
+    def alternatives(self) -> list[SpaceSpec]:
+        """Return the methods of the space."""
+        return self.space if isinstance(self.space, list) else [self.space]
+
+    def canonical(self) -> dict[str, Any]:
+        """Return what may change a score: all but the budget and the confirmation."""
+        data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
+        for key in ("n_trials", "timeout", "patience"):
+            data["search"].pop(key)
+        return data
+
+
+def read_study(path: Path, overrides: dict[str, str] | None = None) -> tuple[StudySpec, Path]:
+    """Return the study in a file, or in the folder of one, and the file.
+
+    Raises:
+        SpecError: If it cannot be read or is not a study; it names file, line and key.
+    """
+    file = path / STUDY_FILE if path.is_dir() else path
+    spec = read_yaml(file, StudySpec, overrides)
+    try:
+        make_space(spec)
+    except SpecError as error:
+        raise SpecError(f"{file}: {error}") from error
+    return spec, file
+
+
+def make_space(spec: StudySpec) -> SearchSpace:
+    """Return the search space of a study.
+
+    Raises:
+        SpecError: If a range is not within its method's legal one, or a name is unknown.
+    """
+    experts = tuple(spec.experts)
+    return SearchSpace(experts, [_alternative(one, experts) for one in spec.alternatives])
+
+
+def _alternative(spec: SpaceSpec, experts: tuple[str, ...]) -> Alternative:
+    hyperparameters = {h.name: h for h in METHODS[spec.method].hyperparameters}
+    groups = Groups.from_data(spec.groups)
+    values = {}
+    for key, searched in (spec.__pydantic_extra__ or {}).items():
+        name, searched = _density(key, searched)
+        step = hyperparameters[name].step if name in hyperparameters else None
+        values[name] = _searched(name, searched, experts, groups, step)
+    settings: dict[str, tuple[Setting, ...] | Range] = {}
+    for key, choice in spec.settings.items():
+        if isinstance(choice, RangeSpec):
+            settings[key] = Range(choice.low, choice.high, step=choice.step, log=choice.log)
+        else:
+            settings[key] = tuple(choice) if isinstance(choice, list) else (choice,)
+    return Alternative(spec.name or spec.method, spec.method, groups, values, settings)
+
+
+def _density(key: str, searched: Searched) -> tuple[str, Searched]:
+    """Return a drop ratio as the density that it is: 1 - drop ratio."""
+    if key != "drop_ratio":
+        return key, searched
+    match searched:
+        case RangeSpec(low=low, high=high):
+            ends = {"low": _complement(high), "high": _complement(low)}
+            return "density", searched.model_copy(update=ends)
+        case dict():
+            return "density", {expert: _complement(n) for expert, n in searched.items()}
+        case float() | int():
+            return "density", _complement(searched)
+    raise SpecError("space: drop_ratio takes a number, one per expert, or a range")
+
+
+def _complement(ratio: float) -> float:
+    return round(1.0 - ratio, 12)
+
+
+def _searched(
+    name: str, searched: Searched, experts: tuple[str, ...], groups: Groups, step: float | None
+) -> Fixed | Range | Shares:
+    match searched:
+        case RangeSpec(low=low, high=high, per=per, log=log):
+            if per is None:
+                per = "expert" if groups == WHOLE else "expert_and_group"
+                per = ("all" if groups == WHOLE else "group") if name == "density" else per
+            return Range(low, high, per, searched.step or (None if log else step), log)
+        case ScaleSpec(scale=scale):
+            return Shares(scale.low, scale.high)
+        case dict():
+            if set(searched) != set(experts):
+                raise SpecError(
+                    f"space: {name} names {', '.join(searched)}; "
+                    f"one number per expert is needed: {', '.join(experts)}"
+                )
+            return Fixed(tuple(float(searched[expert]) for expert in experts))
+    return Fixed((float(searched),) * len(experts))
