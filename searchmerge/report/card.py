@@ -1,0 +1,55 @@
+"""The card of a saved model: what it is, how it was made, what it scores."""
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from searchmerge.report.results import Results
+
+
+def model_card(results: Results, base: str, experts: Mapping[str, str]) -> str:
+    """Return the README of a saved model, with the metadata that the hub reads.
+
+    Args:
+        results: Of the study that found the merge.
+        base: The base model, as the study names it.
+        experts: Expert name to the model, as the study names it.
+    """
+    hub_ids = [name for name in (base, *experts.values()) if _is_hub_id(name)]
+    metadata = {
+        **({"base_model": hub_ids, "base_model_relation": "merge"} if hub_ids else {}),
+        "library_name": "transformers",
+        "tags": ["merge", "searchmerge", results.merge_plan.method],
+    }
+    models = "\n".join(f"- {name}: `{source}`" for name, source in experts.items())
+    header, cells = results.table()
+    rows = _plain_table(header, [row for row in cells if row[0] != ""])
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False)}---
+
+# {results.study}
+
+A merge of these experts on the base `{base}`, found by searchmerge:
+
+{models}
+
+{results.verdict} Scores times 100, as select / held out: the search saw the select examples only.
+
+{rows}
+
+`merge_plan.yaml` beside this file is all that is needed to make this model again:
+
+```
+searchmerge merge merge_plan.yaml --base BASE --expert NAME=PATH ... --out OUT
+```
+"""
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _plain_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    from searchmerge.report.results import markdown_table
+
+    return markdown_table(header, cells)

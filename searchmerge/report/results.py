@@ -1,0 +1,151 @@
+"""The results of a study, as data and as the written report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from searchmerge.errors import StudyError
+from searchmerge.plan import MergePlan
+
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One plan of the table.
+
+    Attributes:
+        name: What the plan is called.
+        select: Task name to score on what the trials saw.
+        hold_out: Task name to score on held-out examples.
+        objective: The objective on held-out examples: value, low, high.
+        is_candidate: Whether the search found it.
+    """
+
+    name: str
+    select: Mapping[str, float]
+    hold_out: Mapping[str, float]
+    objective: tuple[float, float, float]
+    is_candidate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that a report says.
+
+    Attributes:
+        study: Name of the study.
+        tasks: Task name to the name of its metric.
+        objective: Name of the objective.
+        rows: References first, then candidates.
+        winner: Name of the winning row.
+        verdict: One sentence on winner and best reference.
+        plan: The winner's plan.
+        counts: Numbers of trials by what became of them, examples, seconds.
+        level: Of the intervals, in (0, 1).
+        made_of: Name to source and fingerprint of every model, and the versions used.
+    """
+
+    study: str
+    tasks: Mapping[str, str]
+    objective: str
+    rows: Sequence[Row]
+    winner: str
+    verdict: str
+    plan: Mapping[str, Any]
+    counts: Mapping[str, float]
+    level: float
+    made_of: Mapping[str, str]
+
+    @property
+    def merge_plan(self) -> MergePlan:
+        """Return the winner's plan."""
+        return MergePlan.from_dict(self.plan)
+
+    def save(self, run_dir: Path) -> None:
+        """Write the data and the report into ``run_dir``.
+
+        Raises:
+            StudyError: If they cannot be written.
+        """
+        try:
+            data = json.dumps(asdict(self), indent=1)
+            for file, text in ((RESULTS_FILE, data), (REPORT_FILE, self.markdown())):
+                unfinished = run_dir / f".{file}"
+                unfinished.write_text(text, encoding="utf-8")
+                unfinished.replace(run_dir / file)
+        except OSError as error:
+            raise StudyError(f"{run_dir}: cannot be written: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Results":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            StudyError: If there are no results in ``run_dir``.
+        """
+        file = run_dir / RESULTS_FILE
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StudyError(
+                f"{run_dir}: no results yet; the study writes {RESULTS_FILE} once it is confirmed"
+            ) from error
+        data["rows"] = [Row(**{**row, "objective": tuple(row["objective"])}) for row in data["rows"]]
+        return cls(**data)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the cells: scores as select / held-out, in per cent."""
+        header = ["", *self.tasks, f"{self.objective}, held out"]
+        cells = []
+        for row in self.rows:
+            value, low, high = (100 * number for number in row.objective)
+            scores = [
+                f"{100 * row.select[task]:.1f} / {100 * row.hold_out[task]:.1f}"
+                for task in self.tasks
+            ]
+            cells.append([row.name, *scores, f"{value:.1f} [{low:.1f}, {high:.1f}]"])
+        return header, cells
+
+    def markdown(self) -> str:
+        """Return the report."""
+        header, cells = self.table()
+        metrics = ", ".join(f"{task}: {metric}" for task, metric in self.tasks.items())
+        counts = ", ".join(f"{name} {number:g}" for name, number in self.counts.items())
+        sources = "\n".join(f"| {name} | {source} |" for name, source in self.made_of.items())
+        return f"""# {self.study}
+
+**{self.verdict}**
+
+Scores times 100, as select / held out. The trials saw the select examples only; the held-out
+ones were scored after the search. Objective: {self.objective}; metrics: {metrics}. In brackets
+the {100 * self.level:g} % interval of a paired bootstrap over held-out examples; the verdict's is
+corrected for having chosen the winner among the candidates.
+
+{markdown_table(header, cells, bold=self.winner)}
+
+Counts: {counts}.
+
+## The winner's plan
+
+```yaml
+{self.merge_plan.to_yaml()}```
+
+## Made of
+
+| | |
+|---|---|
+{sources}
+"""
+
+
+def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]], bold: str = "") -> str:
+    """Return a Markdown table; the row whose first cell is ``bold`` stands out."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in cells:
+        shown = [f"**{cell}**" for cell in row] if row[0] == bold else row
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
