@@ -1,0 +1,320 @@
+"""From a study and a run config to live objects: the one place that knows them all."""
+
+import hashlib
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from searchmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, tied
+from searchmerge.checkpoints.compatibility import check_compatible
+from searchmerge.checkpoints.resident import load_resident, writable_views
+from searchmerge.checkpoints.writer import PLAN_FILE, save_model
+from searchmerge.config import RunConfig
+from searchmerge.errors import SpecError, StudyError
+from searchmerge.evaluators.blocks import Block, make_blocks, make_rounds, split_examples
+from searchmerge.evaluators.evaluator import Evaluator, Part, TaskInfo
+from searchmerge.execution.executor import InProcessExecutor
+from searchmerge.execution.worker import Worker
+from searchmerge.merging.merger import Merger
+from searchmerge.merging.task_vectors import TaskVectors
+from searchmerge.plan import MergePlan
+from searchmerge.search.objective import Goal, Objective
+from searchmerge.search.runner import Budget, Schedule
+from searchmerge.search.racing import Racing
+from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.study import StudyDirectory
+from searchmerge.spec import ModelSpec, StudySpec, make_space
+
+_logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_VERSIONS = ("searchmerge", "torch", "transformers", "lm-eval")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The checkpoints of a study, opened and checked, nothing loaded.
+
+    Attributes:
+        base: The base model.
+        experts: Expert name to checkpoint, in the study's order.
+        dtype: Of the resident model, and of the saved one.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    dtype: torch.dtype
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Return each model's name as the user wrote it."""
+        return {name: checkpoint.name for name, checkpoint in self.experts.items()}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a hash of each model's content."""
+        named = {"base": self.base, **self.experts}
+        return {name: checkpoint.fingerprint()[:16] for name, checkpoint in named.items()}
+
+
+def open_models(spec: StudySpec, study_file: Path) -> Models:
+    """Open the study's checkpoints and check by their headers that they can be merged.
+
+    Raises:
+        CheckpointError: If one cannot be opened, or they do not fit together.
+    """
+    base = _open(spec.base, study_file, None)
+    experts = {name: _open(model, study_file, base) for name, model in spec.experts.items()}
+    check_compatible(
+        base,
+        experts,
+        exclude=spec.exclude,
+        vocabulary=spec.vocabulary,
+        tokenizers=spec.tokenizers,
+    )
+    return Models(base, experts, _DTYPES.get(spec.dtype) or main_dtype(base))
+
+
+def _open(model: ModelSpec, study_file: Path, base: Checkpoint | None) -> Checkpoint:
+    beside = study_file.parent / Path(model.path).expanduser()
+    source: str | Path = beside if beside.exists() else model.path
+    return open_checkpoint(source, revision=model.revision, base=base)
+
+
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the floating-point dtype that most of a checkpoint's bytes have."""
+    sizes: dict[torch.dtype, int] = {}
+    for header in checkpoint.headers.values():
+        if header.dtype.is_floating_point:
+            sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def load_task_vectors(models: Models, spec: StudySpec) -> TaskVectors:
+    """Map all models into memory and pair their parameters.
+
+    Raises:
+        CheckpointError: If a tensor holds NaN or inf, or tensors do not fit.
+    """
+    vectors = TaskVectors.from_weights(
+        models.base.weights(),
+        {name: checkpoint.weights() for name, checkpoint in models.experts.items()},
+        exclude=spec.exclude,
+        vocabulary=spec.vocabulary,
+        tied=tied(models.base),
+    )
+    vectors.check_finite()
+    return vectors
+
+
+def pick_device(config: RunConfig) -> str:
+    """Return the torch device that a config means."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunConfig) -> Worker:
+    """Load the resident model, map the experts and build the evaluators."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    evaluators = make_evaluators(spec, study_file, models.base.tokenizer_dir)
+    vectors = load_task_vectors(models, spec)
+    model = load_resident(models.base, dtype=models.dtype, device=pick_device(config))
+    merger = Merger(vectors, targets=writable_views(model), engine=config.engine)
+    return Worker(model, merger, evaluators)
+
+
+def make_evaluators(spec: StudySpec, study_file: Path, tokenizer: Path) -> dict[str, Evaluator]:
+    """Return each task's evaluator; tasks of one kind share one.
+
+    Raises:
+        SpecError: If a task, split, metric or function does not exist.
+    """
+    found: dict[str, Evaluator] = {}
+    lm_tasks = {n: t for n, t in spec.tasks.items() if t.evaluator == "lm_harness"}
+    if lm_tasks:
+        found |= dict.fromkeys(lm_tasks, _lm_harness(spec, study_file, tokenizer))
+    for name, task in spec.tasks.items():
+        if task.evaluator == "function":
+            from searchmerge.evaluators.function import FunctionEvaluator
+
+            found[name] = FunctionEvaluator(
+                str(task.function), {name: task.n_examples or 0}, search_path=study_file.parent
+            )
+    return {name: found[name] for name in spec.tasks}
+
+
+def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path) -> Evaluator:
+    from searchmerge.evaluators.lm_harness import LmHarness, LmTask
+
+    own = spec.lm_harness
+    return LmHarness(
+        {
+            name: LmTask(
+                task.task or name, str(task.split), metric=task.metric, num_fewshot=task.num_fewshot
+            )
+            for name, task in spec.tasks.items()
+            if task.evaluator == "lm_harness"
+        },
+        tokenizer=tokenizer,
+        include_path=study_file.parent / own.include_path if own.include_path else None,
+        batch_tokens=own.batch_tokens,
+        max_length=own.max_length,
+        fewshot_seed=own.fewshot_seed,
+    )
+
+
+def make_schedule(spec: StudySpec, tasks: Mapping[str, TaskInfo]) -> Schedule:
+    """Return what every candidate is scored on.
+
+    Raises:
+        SpecError: If a task has too few examples for its parts.
+    """
+    blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"select": {}, "hold_out": {}}
+    for name, info in tasks.items():
+        task = spec.tasks[name]
+        parts = split_examples(
+            name,
+            info.n_examples,
+            seed=spec.search.seed,
+            select=task.select,
+            hold_out=task.hold_out,
+        )
+        for part, examples in parts.items():
+            blocks[part][name] = make_blocks(name, part, examples, info, spec.search.block_size)
+    rounds = {
+        part: make_rounds(own, round_blocks=spec.search.round_blocks, seed=spec.search.seed)
+        for part, own in blocks.items()
+    }
+    means = frozenset(name for name, info in tasks.items() if info.mean)
+    return Schedule(blocks, rounds, means)
+
+
+def make_objective(spec: StudySpec) -> Objective:
+    """Return the study's objective, without the own experts' scores."""
+    goals = {name: Goal(task.weight, task.expert) for name, task in spec.tasks.items()}
+    return Objective(spec.objective, goals)
+
+
+def make_racing(spec: StudySpec) -> Racing | None:
+    """Return the study's racing, or ``None`` where it is off."""
+    racing = spec.search.racing
+    return None if racing == "off" else Racing(racing.p_threshold, racing.min_blocks)
+
+
+def make_budget(spec: StudySpec) -> Budget:
+    """Return when the study ends."""
+    return Budget(spec.search.n_trials, spec.search.timeout, spec.search.patience)
+
+
+def make_executor(
+    spec: StudySpec, study_file: Path, models: Models, config: RunConfig
+) -> InProcessExecutor:
+    """Return the executor that a config names, its workers ready."""
+    return InProcessExecutor(make_worker(spec, study_file, models, config))
+
+
+def study_name(spec: StudySpec, study_file: Path) -> str:
+    """Return the study's name: its own, or that of its folder or file."""
+    if spec.name:
+        return spec.name
+    file = study_file.resolve()
+    return file.parent.name if file.name == "study.yaml" else file.stem
+
+
+def canonical_study(
+    spec: StudySpec, study_file: Path, models: Models, config: RunConfig
+) -> dict[str, Any]:
+    """Return all that may change a score, as plain data: what guards a resume."""
+    return {
+        "study": spec.canonical(),
+        "space": make_space(spec).describe(),
+        "checkpoints": models.fingerprints(),
+        "task_files": _hash_task_files(spec, study_file),
+        "device": pick_device(config).partition(":")[0],
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what merges and scores."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONS}
+
+
+def _hash_task_files(spec: StudySpec, study_file: Path) -> str:
+    """Return a hash of the local task definitions and their data."""
+    if spec.lm_harness.include_path is None:
+        return ""
+    folder = study_file.parent / spec.lm_harness.include_path
+    if not folder.is_dir():
+        raise SpecError(f"{study_file}: lm_harness.include_path: no folder {folder}")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if "__pycache__" not in file.parts:
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def open_directory(
+    spec: StudySpec, study_file: Path, models: Models, config: RunConfig, run_dir: Path
+) -> StudyDirectory:
+    """Open the run directory, refusing a study that has changed.
+
+    Raises:
+        StudyError: If it has.
+    """
+    space, objective = make_space(spec), make_objective(spec)
+    setting = SamplerSetting(
+        spec.search.seed, space.is_flat, len(objective.names), spec.search.n_trials
+    )
+    return StudyDirectory(
+        run_dir,
+        name=study_name(spec, study_file),
+        spec=canonical_study(spec, study_file, models, config),
+        sampler=make_sampler(spec.search.sampler, setting),
+        n_objectives=len(objective.names),
+    )
+
+
+def save_merge(
+    models: Models,
+    vectors: TaskVectors,
+    plan: MergePlan,
+    out: Path,
+    *,
+    card: str | None = None,
+    engine: str = "auto",
+) -> None:
+    """Merge ``plan`` and write the model with its plan, in the study's dtype.
+
+    Raises:
+        CheckpointError: If it cannot be written; what was at ``out`` before is kept.
+    """
+    merger = Merger(vectors, engine=engine)  # type: ignore[arg-type]
+    extra = {PLAN_FILE: plan.to_yaml()} | ({"README.md": card} if card else {})
+    save_model(
+        merger.merged(plan, dtype=models.dtype),
+        out,
+        like=models.base,
+        dtype=models.dtype,
+        extra_files=extra,
+    )
+
+
+def check_own_experts(spec: StudySpec, scored: set[str], names: Mapping[str, str]) -> None:
+    """Refuse to go on where a task's own expert cannot be scored.
+
+    Raises:
+        StudyError: If so.
+    """
+    for task, name in names.items():
+        if name not in scored:
+            raise StudyError(
+                f"tasks.{task}: its own expert {spec.tasks[task].expert!r} cannot be scored, "
+                "so nothing can be normalised by it"
+            )
