@@ -24,8 +24,8 @@ from searchmerge.merging.merger import Merger
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
 from searchmerge.search.objective import Goal, Objective
-from searchmerge.search.runner import Budget, Schedule
 from searchmerge.search.racing import Racing
+from searchmerge.search.runner import Budget, Schedule
 from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.study import StudyDirectory
 from searchmerge.spec import ModelSpec, StudySpec, make_space
@@ -156,7 +156,10 @@ def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path) -> Evaluator
     return LmHarness(
         {
             name: LmTask(
-                task.task or name, str(task.split), metric=task.metric, num_fewshot=task.num_fewshot
+                task.task or name,
+                str(task.split),
+                metric=task.metric,
+                num_fewshot=task.num_fewshot,
             )
             for name, task in spec.tasks.items()
             if task.evaluator == "lm_harness"
@@ -318,3 +321,8 @@ def check_own_experts(spec: StudySpec, scored: set[str], names: Mapping[str, str
                 f"tasks.{task}: its own expert {spec.tasks[task].expert!r} cannot be scored, "
                 "so nothing can be normalised by it"
             )
+
+
+def first_examples(block: Block, n_examples: int) -> Block:
+    """Return the block cut to its first examples."""
+    return Block(block.task, block.part, block.index, block.examples[:n_examples])

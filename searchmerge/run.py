@@ -102,7 +102,11 @@ def top_plans(
     """
     known = {plan.digest for plan in references.values()}
     ranked = sorted(
-        (t for t in directory.trials(TrialState.COMPLETE) if t.user_attrs[RESULT]["partial"] is None),
+        (
+            t
+            for t in directory.trials(TrialState.COMPLETE)
+            if t.user_attrs[RESULT]["partial"] is None
+        ),
         key=lambda trial: -objective.scalar(trial.user_attrs[RESULT]["scores"]),
     )
     found: dict[str, MergePlan] = {}

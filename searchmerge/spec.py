@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from searchmerge.errors import SpecError
 from searchmerge.merging.method import METHODS
@@ -14,6 +21,7 @@ from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace
 from searchmerge.yaml_file import read_yaml
 
 STUDY_FILE = "study.yaml"
+DTYPES = ("bfloat16", "float16", "float32")
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*$")
 _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -273,3 +281,23 @@ def _searched(
                 )
             return Fixed(tuple(float(searched[expert]) for expert in experts))
     return Fixed((float(searched),) * len(experts))
+
+
+def plain_study(base: str, experts: dict[str, str], dtype: str) -> StudySpec:
+    """Return a study that names models and nothing else, for a single merge.
+
+    Raises:
+        SpecError: If ``dtype`` is not one of a study's.
+    """
+    known = ("auto", *sorted(DTYPES))
+    if dtype not in known:
+        raise SpecError(f"--dtype is {dtype!r}; allowed: {', '.join(known)}")
+    return StudySpec.model_validate(
+        {
+            "base": base,
+            "experts": experts,
+            "dtype": dtype,
+            "space": {"method": "task_arithmetic"},
+            "tasks": {"none": {"split": "none"}},
+        }
+    )

@@ -94,7 +94,9 @@ class Results:
             raise StudyError(
                 f"{run_dir}: no results yet; the study writes {RESULTS_FILE} once it is confirmed"
             ) from error
-        data["rows"] = [Row(**{**row, "objective": tuple(row["objective"])}) for row in data["rows"]]
+        data["rows"] = [
+            Row(**{**row, "objective": tuple(row["objective"])}) for row in data["rows"]
+        ]
         return cls(**data)
 
     def table(self) -> tuple[list[str], list[list[str]]]:

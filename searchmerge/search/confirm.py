@@ -126,7 +126,11 @@ def _resample(
         for name, own_values in values.items():
             means[name][task] = counts @ np.asarray(own_values[task], dtype=float) / n_examples
     drawn = [
-        _objectives({n: {t: float(m[i]) for t, m in own_means.items()} for n, own_means in means.items()}, objective, own)
+        _objectives(
+            {n: {t: float(m[i]) for t, m in own_means.items()} for n, own_means in means.items()},
+            objective,
+            own,
+        )
         for i in range(n_resamples)
     ]
     return {name: np.array([one[name] for one in drawn]) for name in values}

@@ -11,9 +11,9 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
 )
-from searchmerge.merging.method import METHODS, Hyperparameter, validate_plan
 
 from searchmerge.errors import SpecError
+from searchmerge.merging.method import METHODS, Hyperparameter, validate_plan
 from searchmerge.plan import WHOLE, Groups, MergePlan, Rows, Setting
 
 Per = Literal["all", "expert", "group", "expert_and_group"]
@@ -268,7 +268,8 @@ def _distributions(
             case Shares(low, high):
                 found[f"{name}.scale"] = FloatDistribution(low, high)
                 found |= {
-                    f"{name}.share.{expert}": FloatDistribution(0.0, 1.0) for expert in experts[:-1]
+                    f"{name}.share.{expert}": FloatDistribution(0.0, 1.0)
+                    for expert in experts[:-1]
                 }
     for setting, choices in alternative.settings.items():
         if isinstance(choices, Range):

@@ -19,7 +19,7 @@ STUDY_FILE = "study.db"
 SCORES_FILE = "scores.db"
 _LOCK_FILE = ".lock"
 _SPEC = "spec"  # user attribute: the canonical study, as it was begun
-_ELAPSED = "elapsed_s"
+ELAPSED = "elapsed_s"
 
 
 def storage_url(run_dir: Path) -> str:
@@ -106,11 +106,11 @@ class StudyDirectory:
     @property
     def elapsed_s(self) -> float:
         """Seconds that earlier runs of this study took."""
-        return float(self.study.user_attrs.get(_ELAPSED, 0.0))
+        return float(self.study.user_attrs.get(ELAPSED, 0.0))
 
     def set_elapsed(self, seconds: float) -> None:
         """Keep the seconds that all runs of this study have taken so far."""
-        self.study.set_user_attr(_ELAPSED, seconds)
+        self.study.set_user_attr(ELAPSED, seconds)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states, by number."""

@@ -1,0 +1,77 @@
+"""Checking a study before its weights are loaded, and estimating what it will cost."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from searchmerge import assemble
+from searchmerge.config import RunConfig
+from searchmerge.search.references import reference_plans
+from searchmerge.spec import StudySpec, make_space
+
+_EXAMPLES = 2
+
+
+def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterator[str]:
+    """Yield what is found, line by line: first by headers alone, then by scoring two examples.
+
+    Raises:
+        SearchMergeError: At the first thing that would stop the study.
+    """
+    models = assemble.open_models(spec, study_file)
+    names = ", ".join(models.experts)
+    yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
+    n_parameters = sum(_numel(header.shape) for header in models.base.headers.values())
+    resident = n_parameters * models.dtype.itemsize
+    stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())
+    yield (
+        f"memory: {_gib(resident)} for the resident model in {models.dtype}, and "
+        f"{_gib(stored)} of mapped files that are read in every merge"
+    )
+    free = shutil.disk_usage(study_file.parent).free
+    yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
+    yield f"space: {_describe_space(spec)}"
+    evaluators = assemble.make_evaluators(spec, study_file, models.base.tokenizer_dir)
+    tasks = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
+    schedule = assemble.make_schedule(spec, tasks)
+    for name, info in tasks.items():
+        parts = {p: sum(len(b.examples) for b in own[name]) for p, own in schedule.blocks.items()}
+        yield (
+            f"task {name}: {info.metric}, {info.n_examples} examples, "
+            f"{parts['select']} to select, {parts['hold_out']} held out"
+        )
+    worker = assemble.make_worker(spec, study_file, models, config)
+    plan = reference_plans(tuple(spec.experts))["average"]
+    rounds = [
+        (assemble.first_examples(own[0], _EXAMPLES),) for own in schedule.blocks["select"].values()
+    ]
+    start = time.perf_counter()
+    results = list(worker.score(plan, rounds))
+    seconds = time.perf_counter() - start - results[0].merge_s
+    n_select = sum(len(b.examples) for own in schedule.blocks["select"].values() for b in own)
+    n_scored = sum(len(block.examples) for r in rounds for block in r)
+    yield (
+        f"cost: merging {results[0].merge_s:.2f} s; {n_scored} examples took {seconds:.2f} s, so a "
+        f"trial of {n_select} takes about {results[0].merge_s + seconds * n_select / n_scored:.0f} "
+        "s or less"
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"
+
+
+def _describe_space(spec: StudySpec) -> str:
+    space = make_space(spec)
+    parts = [
+        f"{name} with {len(space.distributions(name))} parameters" for name in space.alternatives
+    ]
+    return ", ".join(parts)

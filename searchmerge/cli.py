@@ -1,0 +1,194 @@
+"""The command line: arguments in, lines out."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from searchmerge.errors import SearchMergeError, SpecError
+
+app = typer.Typer(
+    help="Find the best merge of several fine-tuned experts of one base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+_INTERRUPTED = 130
+
+Study = Annotated[Path, typer.Argument(help="A study file, or the folder of a study.yaml.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A run config: what machine.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, e.g. search.n_trials=20."),
+]
+RunsDir = Annotated[Path | None, typer.Option(help="Where run directories are; default runs/.")]
+
+
+class _State:
+    debug = False
+
+
+@app.callback()
+def _main(
+    *,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and logs.")] = False,
+) -> None:
+    _State.debug = debug
+    level = logging.INFO if debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "lm_eval", "datasets", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.INFO if debug else logging.ERROR)
+    for switch in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(switch, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@app.command()
+def run(
+    study: Study,
+    config: ConfigFile = None,
+    runs_dir: RunsDir = None,
+    set_: Overrides = None,
+) -> None:
+    """Run a study, or go on with it where it was stopped."""
+    from searchmerge.assemble import study_name
+    from searchmerge.config import read_config
+    from searchmerge.progress import ProgressView
+    from searchmerge.run import run_study
+    from searchmerge.spec import read_study
+
+    settings = read_config(config)
+    spec, file = read_study(study, _read_overrides(set_))
+    run_dir = (runs_dir or Path(settings.runs_dir)) / study_name(spec, file)
+    with ProgressView(_err) as view:
+        try:
+            results = run_study(spec, file, settings, run_dir, view)
+        except KeyboardInterrupt:
+            _err.print(f"Interrupted. All scores are kept in {run_dir}; so far:", soft_wrap=True)
+            _print_status(run_dir)
+            _err.print("The same command goes on from here.")
+            raise typer.Exit(_INTERRUPTED) from None
+    _print_table(*results.table(), bold=results.winner)
+    _out.print(results.verdict, highlight=False, soft_wrap=True)
+    _out.print(f"Report, plans and model are in {run_dir}.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(study: Study, config: ConfigFile = None, set_: Overrides = None) -> None:
+    """Check a study without running it, and say what a trial will cost."""
+    from searchmerge.check import check_study
+    from searchmerge.config import read_config
+    from searchmerge.spec import read_study
+
+    spec, file = read_study(study, _read_overrides(set_))
+    for line in check_study(spec, file, read_config(config)):
+        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how far a study is; it may be running, stopped or done."""
+    from searchmerge.search.status import read_status
+
+    if as_json:
+        _out.print_json(json.dumps(read_status(run_dir)))
+        return
+    _print_status(run_dir)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+) -> None:
+    """Write the report of a finished study again, and print its table."""
+    from searchmerge.report.results import REPORT_FILE, Results
+
+    results = Results.load(run_dir)
+    results.save(run_dir)
+    _print_table(*results.table(), bold=results.winner)
+    _out.print(results.verdict, highlight=False, soft_wrap=True)
+    _out.print(f"Written: {run_dir / REPORT_FILE}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    plan: Annotated[Path, typer.Argument(help="A merge plan.")],
+    base: Annotated[str, typer.Option(help="The base model: a directory or a hub id.")],
+    expert: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="One per expert.")],
+    out: Annotated[Path, typer.Option(help="The directory to write the model to.")],
+    dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16, float16.")] = (
+        "auto"
+    ),
+) -> None:
+    """Merge once, as a plan says, and write the model."""
+    from searchmerge.assemble import load_task_vectors, open_models, save_merge
+    from searchmerge.plan import MergePlan
+    from searchmerge.spec import plain_study
+
+    what = MergePlan.from_yaml(plan)
+    experts = dict(_pair(text, "--expert") for text in expert)
+    if missing := [name for name in what.experts if name not in experts]:
+        raise SpecError(f"{plan}: merges expert {missing[0]!r}; give --expert {missing[0]}=PATH")
+    spec = plain_study(base, {name: experts[name] for name in what.experts}, dtype)
+    models = open_models(spec, Path())
+    save_merge(models, load_task_vectors(models, spec), what, out)
+    _out.print(f"Written: {out}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; a wrong input ends it with one line and exit code 2."""
+    with _one_line_errors():
+        app()
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except SearchMergeError as error:
+        if _State.debug:
+            raise
+        _err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("Interrupted.")
+        sys.exit(_INTERRUPTED)
+
+
+def _read_overrides(texts: list[str] | None) -> dict[str, str]:
+    return dict(_pair(text, "--set") for text in texts or [])
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise SpecError(f"{option} {text!r} is not of the form name=value")
+    return key, value
+
+
+def _print_table(header: list[str], cells: list[list[str]], bold: str = "") -> None:
+    table = Table(*header)
+    for row in cells:
+        table.add_row(*row, style="bold" if row[0] == bold else None)
+    Console(width=None if _out.is_terminal else 160).print(table)
+
+
+def _print_status(run_dir: Path) -> None:
+    from searchmerge.search.status import describe_status
+
+    for line in describe_status(run_dir):
+        _out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""How far a study is, read beside a running driver or after its end."""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from searchmerge.errors import StudyError
+from searchmerge.search.runner import RESULT
+from searchmerge.search.study import ELAPSED, STUDY_FILE, quiet_optuna, storage_url
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Return counts of trials by state, seconds so far, and the best trials.
+
+    Raises:
+        StudyError: If there is no study in ``run_dir``.
+    """
+    if not (run_dir / STUDY_FILE).exists():
+        raise StudyError(f"{run_dir}: no study here; a run directory holds {STUDY_FILE}")
+    quiet_optuna()
+    storage = storage_url(run_dir)
+    names = optuna.get_all_study_names(storage)
+    if not names:
+        raise StudyError(f"{run_dir}: the study was not begun yet")
+    study = optuna.load_study(study_name=names[0], storage=storage)
+    trials = study.get_trials(deepcopy=False)
+    full = [trial for trial in trials if _is_full(trial)]
+    ranked = sorted(full, key=lambda trial: -sum(trial.values or ()))
+    return {
+        "study": names[0],
+        "trials": {
+            state.name.lower(): sum(trial.state == state for trial in trials)
+            for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
+        },
+        "stopped_early": sum(t.state == TrialState.COMPLETE for t in trials) - len(full),
+        "elapsed_s": float(study.user_attrs.get(ELAPSED, 0.0)),
+        "best": [
+            {"trial": t.number, "values": t.values, "scores": t.user_attrs[RESULT]["scores"]}
+            for t in ranked[:5]
+        ],
+    }
+
+
+def describe_status(run_dir: Path) -> list[str]:
+    """Return the same as lines for a person.
+
+    Raises:
+        StudyError: If there is no study in ``run_dir``.
+    """
+    status = read_status(run_dir)
+    trials = status["trials"]
+    lines = [
+        f"{status['study']}: {trials['complete']} trials complete "
+        f"({status['stopped_early']} stopped early), {trials['running']} running, "
+        f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
+    ]
+    for best in status["best"]:
+        values = ", ".join(f"{value:.4f}" for value in best["values"])
+        scores = "  ".join(f"{task} {score:.3f}" for task, score in best["scores"].items())
+        lines.append(f"  trial {best['trial']:<5} {values}  {scores}")
+    return lines
+
+
+def _is_full(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE and trial.user_attrs[RESULT]["partial"] is None
