@@ -1,0 +1,41 @@
+# make quickstart   install into .venv and run the main job end to end
+# make test         install into .venv and run the tests (under 8 minutes on 2 cores)
+# make test-all     the same with the slow tests
+# make bench        merging and scoring against named alternatives
+# make lint         ruff and mypy
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: quickstart test test-all bench lint
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/quickstart: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) ".[quickstart]"
+	touch $@
+
+.venv/dev: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) ".[quickstart,dev]"
+	touch $@
+
+quickstart: .venv/quickstart
+	$(BIN)/python studies/quickstart/prepare.py base
+	$(BIN)/searchmerge run studies/quickstart --config configs/local.yaml
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+test-all: .venv/dev
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: .venv/dev
+	$(BIN)/python tests/benchmarks/bench_merging.py
+	$(BIN)/python tests/benchmarks/bench_scoring.py
+
+lint: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
