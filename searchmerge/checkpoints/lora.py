@@ -118,7 +118,7 @@ def materialise(
         with FileLock(target.parent / "lock"):
             if not target.exists():
                 adapter = MappedTensors(dict.fromkeys(headers, file))
-                _write(target, results, _results(updates, adapter, base_weights))
+                _write(target, results, _results(updates, results, adapter, base_weights))
     except OSError as error:
         raise CheckpointError(describe_write_error(target, results, error)) from error
     return target
@@ -306,14 +306,23 @@ def _write(
 
 
 def _results(
-    updates: Mapping[str, _Update], adapter: Mapping[str, Tensor], base: Mapping[str, Tensor]
+    updates: Mapping[str, _Update],
+    headers: Mapping[str, TensorHeader],
+    adapter: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the changed tensors, one at a time: float32 where factors are added."""
+    """Yield the changed tensors, one at a time: float32 where factors are added.
+
+    A tensor holds its values until the next one is asked for: all are computed in one buffer.
+    """
+    sizes = (math.prod(headers[name].shape) for name, update in updates.items() if update.factors)
+    buffer = torch.empty(max(sizes, default=0))
     for name, update in updates.items():
         start = adapter[update.replacement] if update.replacement else base[name]
         if update.factors is None:
             yield name, start
             continue
         first, second = (adapter[key].float() for key in update.factors)
-        product = second @ first  # (n_out, n_in)
-        yield name, start.float() + (product.T if update.transposed else product) * update.scaling
+        product = buffer[: start.numel()].view(len(second), -1)  # (n_out, n_in)
+        torch.mm(second, first, out=product).mul_(update.scaling)
+        yield name, (product.T if update.transposed else product).add_(start)

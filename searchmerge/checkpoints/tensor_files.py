@@ -34,6 +34,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CHUNK = 1 << 20  # elements that are converted at once
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -132,6 +133,7 @@ class TensorFileWriter:
         text, self._offsets = _layout(headers)
         self._headers = headers
         self._missing = dict.fromkeys(headers)
+        self._buffers: dict[torch.dtype, Tensor] = {}
         self._file = file.open("wb")
         self._file.write(text)
 
@@ -143,14 +145,29 @@ class TensorFileWriter:
             tensor: Any device and dtype; of the header's shape.
         """
         header = self._headers[name]
-        data = tensor.detach().to("cpu", header.dtype).contiguous()
-        if tuple(data.shape) != header.shape:
+        if tuple(tensor.shape) != header.shape:
             raise CheckpointError(
-                f"{name!r} has shape {list(data.shape)}; {list(header.shape)} was announced"
+                f"{name!r} has shape {list(tensor.shape)}; {list(header.shape)} was announced"
             )
         self._file.seek(self._offsets[name])
-        self._file.write(as_bytes(data))
+        for data in self._in_chunks(tensor.detach().contiguous(), header.dtype):
+            self._file.write(as_bytes(data))
         self._missing.pop(name, None)
+
+    def _in_chunks(self, tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the data on the CPU and in ``dtype``: as it is, or converted in one buffer.
+
+        The buffer is one for all tensors: were each converted to a new one, the allocator
+        would keep most of them (measured: memory grew by the size of the whole model).
+        """
+        if tensor.dtype == dtype and tensor.device.type == "cpu":
+            yield tensor
+            return
+        if dtype not in self._buffers:
+            self._buffers[dtype] = torch.empty(_CHUNK, dtype=dtype)
+        buffer = self._buffers[dtype]
+        for chunk in torch.split(tensor.reshape(-1), _CHUNK):
+            yield buffer[: len(chunk)].copy_(chunk)
 
     def close(self) -> None:
         """Flush everything to the disk itself.

@@ -41,7 +41,9 @@ ARCHITECTURES = {
     "llama": Architecture(transformers.LlamaConfig(**_DECODER)),
     "llama_tied": Architecture(transformers.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
     "gpt2": Architecture(
-        transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+        transformers.GPT2Config(
+            vocab_size=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
+        )
     ),
     "mixtral": Architecture(transformers.MixtralConfig(**_DECODER, num_local_experts=3)),
     "qwen3_moe": Architecture(
