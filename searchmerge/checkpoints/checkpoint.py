@@ -1,6 +1,5 @@
 """Checkpoints: opened by their headers, read through the page cache, told apart by content."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from searchmerge.checkpoints.files import (
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.hub import fetch, is_hub_id
-from searchmerge.checkpoints.lora import ADAPTER_CONFIG, materialise
+from searchmerge.checkpoints.lora import ADAPTER_CONFIG, Adapter, materialise, read_adapter
 from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader, read_headers
 from searchmerge.errors import CheckpointError
 
@@ -32,33 +31,50 @@ class Checkpoint:
 
     Attributes:
         name: The model as the user wrote it, for messages.
-        path: The local directory it was opened from.
+        path: The local directory of the model, which transformers can load; an adapter's is its
+            base's.
+        source_dir: The local directory it was opened from; for an adapter the adapter's own.
         config: What ``config.json`` says; an adapter has its base's.
         headers: Dtype and shape of every tensor, by its name in the checkpoint.
-        files: The safetensors file that holds each of these tensors.
+        own_files: The safetensors file of each tensor; empty for an adapter, whose file is not
+            made before it is needed (:attr:`files`).
         base: The model that an adapter was trained on; ``None`` where this is a whole model.
+        adapter: What is added to that base; ``None`` where this is a whole model.
         cache_dir: Where fingerprints are remembered.
     """
 
     name: str
     path: Path
+    source_dir: Path
     config: Mapping[str, Any] = field(repr=False)
     headers: Mapping[str, TensorHeader] = field(repr=False)
-    files: Mapping[str, Path] = field(repr=False)
+    own_files: Mapping[str, Path] = field(repr=False)
     base: "Checkpoint | None" = field(repr=False)
+    adapter: Adapter | None = field(repr=False)
     cache_dir: Path = field(repr=False)
-
-    @property
-    def model_dir(self) -> Path:
-        """Return the directory that transformers can load: an adapter's is its base's."""
-        return self.path if self.base is None else self.base.model_dir
 
     @property
     def tokenizer_dir(self) -> Path:
         """Return the directory of the tokenizer: an adapter's own where it has one."""
-        if self.base is None or any((self.path / name).exists() for name in _TOKENIZER_FILES):
-            return self.path
-        return self.base.tokenizer_dir
+        own = any((self.source_dir / name).exists() for name in _TOKENIZER_FILES)
+        return self.source_dir if self.base is None or own else self.base.tokenizer_dir
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Return the safetensors file that holds each tensor; an adapter's is made first.
+
+        Raises:
+            CheckpointError: If an adapter cannot be added to its base.
+        """
+        if self.base is None or self.adapter is None:
+            return self.own_files
+        changed = materialise(
+            self.adapter,
+            base_weights=self.base.weights(),
+            base_fingerprint=self.base.fingerprint(),
+            cache_dir=self.cache_dir,
+        )
+        return {**self.base.files, **dict.fromkeys(self.adapter.headers, changed)}
 
     @property
     def size_bytes(self) -> int:
@@ -83,14 +99,9 @@ class Checkpoint:
         Raises:
             CheckpointError: If a file has gone or cannot be read.
         """
-        if self.base is None:
-            return fingerprint(self.files, self.cache_dir)
-        own = {name: file for name, file in self.files.items() if file not in self._base_files()}
-        parts = (self.base.fingerprint(), fingerprint(own, self.cache_dir))
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-
-    def _base_files(self) -> set[Path]:
-        return set(self.base.files.values()) if self.base else set()
+        if self.base is None or self.adapter is None:
+            return fingerprint(self.own_files, self.cache_dir)
+        return self.adapter.fingerprint(self.base.fingerprint(), self.cache_dir)
 
 
 def open_checkpoint(
@@ -102,8 +113,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model: its configuration and the headers of its weights, nothing more.
 
-    An adapter is added to its base once, in float32, and kept under ``cache_dir``; only the
-    tensors that it changes are stored, the others are read from the base's own files.
+    An adapter is added to its base when its weights are first asked for, once, in float32, and
+    kept under ``cache_dir``; only the tensors that it changes are stored, the others are read
+    from the base's own files.
 
     Args:
         source: A directory with a Hugging Face model in safetensors, in one file or many; a
@@ -126,10 +138,12 @@ def open_checkpoint(
     return Checkpoint(
         name=name,
         path=directory,
+        source_dir=directory,
         config=read_json(directory / CONFIG_FILE),
         headers=headers,
-        files=files,
+        own_files=files,
         base=None,
+        adapter=None,
         cache_dir=cache_dir,
     )
 
@@ -173,21 +187,16 @@ def _open_adapter(
 ) -> Checkpoint:
     if base is None:
         raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
-    own = materialise(
-        directory,
-        base_headers=base.headers,
-        base_weights=base.weights(),
-        base_fingerprint=base.fingerprint(),
-        cache_dir=cache_dir,
-    )
-    headers = read_headers(own)
+    adapter = read_adapter(directory, base.headers, base.path)
     return Checkpoint(
         name=name,
-        path=directory,
+        path=base.path,
+        source_dir=directory,
         config=base.config,
-        headers={**base.headers, **headers},
-        files={**base.files, **dict.fromkeys(headers, own)},
+        headers={**base.headers, **adapter.headers},
+        own_files={},
         base=base,
+        adapter=adapter,
         cache_dir=cache_dir,
     )
 

@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from searchmerge.checkpoints.files import (
     sync_directory,
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
+from searchmerge.checkpoints.renames import resident_names
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
     TensorFileWriter,
@@ -58,6 +59,9 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "orthogonal", "m
 """Initialisations whose adapters are trained on a base that they have changed."""
 
 
+_Find = Callable[[str], str | None]
+
+
 @dataclass(frozen=True, slots=True)
 class _Update:
     """How one tensor of the base is changed.
@@ -77,10 +81,61 @@ class _Update:
     transposed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter that fits its base, read by its headers alone.
+
+    Attributes:
+        file: Its safetensors file.
+        updates: What it does to each tensor that it changes, by the name in the base.
+        headers: What these tensors become.
+    """
+
+    file: Path
+    updates: Mapping[str, _Update]
+    headers: Mapping[str, TensorHeader]
+
+    def fingerprint(self, base_fingerprint: str, cache_dir: Path) -> str:
+        """Return 64 hexadecimal digits that differ where base, adapter or scaling differ.
+
+        Raises:
+            CheckpointError: If the file has gone or cannot be read.
+        """
+        own = fingerprint(dict.fromkeys(read_headers(self.file), self.file), cache_dir)
+        updates = [(name, *astuple(update)) for name, update in sorted(self.updates.items())]
+        identity = json.dumps((base_fingerprint, own, updates))
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def read_adapter(
+    directory: Path, base_headers: Mapping[str, TensorHeader], base_dir: Path
+) -> Adapter:
+    """Return what an adapter does to its base; no tensor is read.
+
+    Args:
+        directory: The adapter: its configuration and safetensors file.
+        base_headers: Dtype and shape of the base's tensors, by their names in its checkpoint.
+        base_dir: Where transformers can load the base from; it is asked for names that the
+            checkpoint does not have.
+
+    Raises:
+        CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
+            fit the base.
+    """
+    config = read_json(directory / ADAPTER_CONFIG)
+    _check_supported(directory, config)
+    file = _adapter_file(directory)
+    headers = read_headers(file)
+    find = _finder(headers, base_headers, base_dir)
+    updates = _plan(file, config, headers, find)
+    updates = _orient(file, config, updates, headers, base_headers)
+    results = {name: _header(name, updates[name], headers, base_headers) for name in updates}
+    return Adapter(file, updates, results)
+
+
 def materialise(
-    directory: Path,
+    adapter: Adapter,
     *,
-    base_headers: Mapping[str, TensorHeader],
     base_weights: Mapping[str, Tensor],
     base_fingerprint: str,
     cache_dir: Path,
@@ -92,35 +147,27 @@ def materialise(
     adapter: two processes that ask for it at once make it once.
 
     Args:
-        directory: The adapter: its configuration and safetensors file.
-        base_headers: Dtype and shape of the base's tensors, by their names in its checkpoint.
-        base_weights: The tensors themselves; only those that change are read.
+        adapter: What :func:`read_adapter` returned.
+        base_weights: The base's tensors; only those that change are read.
         base_fingerprint: Tells one base from another.
         cache_dir: Where the file is kept.
 
     Raises:
-        CheckpointError: If the adapter cannot be read, is of an unsupported kind, does not fit
-            the base, or the file cannot be written.
+        CheckpointError: If the adapter can no longer be read, or the file cannot be written.
     """
     from filelock import FileLock
 
-    config = read_json(directory / ADAPTER_CONFIG)
-    _check_supported(directory, config)
-    file = _adapter_file(directory)
-    headers = read_headers(file)
-    updates = _plan(file, config, headers, base_headers)
-    identity = (base_fingerprint, fingerprint(dict.fromkeys(headers, file), cache_dir), config)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    digest = adapter.fingerprint(base_fingerprint, cache_dir)[:32]
     target = cache_dir / "adapters" / digest / MODEL_FILE
-    results = {name: _header(name, updates[name], headers, base_headers) for name in updates}
+    if target.exists():
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / "lock"):
             if not target.exists():
-                adapter = MappedTensors(dict.fromkeys(headers, file))
-                _write(target, results, _results(updates, results, adapter, base_weights))
+                _write(target, adapter.headers, _results(adapter, base_weights))
     except OSError as error:
-        raise CheckpointError(describe_write_error(target, results, error)) from error
+        raise CheckpointError(describe_write_error(target, adapter.headers, error)) from error
     return target
 
 
@@ -153,7 +200,7 @@ def _plan(
     file: Path,
     config: Mapping[str, Any],
     headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
+    find: _Find,
 ) -> dict[str, _Update]:
     """Return, by name in the base, what the adapter does to each tensor it changes."""
     updates: dict[str, _Update] = {}
@@ -166,14 +213,14 @@ def _plan(
             raise CheckpointError(f"{file}: {key!r} is not understood; {_SUPPORTED}")
         else:
             plain = name.replace(".base_layer.", ".")
-            updates[_find(plain, base) or plain] = _Update(replacement=key)
+            updates[find(plain) or plain] = _Update(replacement=key)
     if not headers:
         raise CheckpointError(f"{file}: holds no tensor")
     for module, sides in factors.items():
-        name, update = _low_rank(file, config, module, sides, base)
+        name, update = _low_rank(file, config, module, sides, find)
         earlier = updates.get(name, _Update())
         updates[name] = replace(update, replacement=earlier.replacement)
-    return _orient(file, config, updates, headers, base)
+    return updates
 
 
 def _low_rank(
@@ -181,11 +228,11 @@ def _low_rank(
     config: Mapping[str, Any],
     module: str,
     sides: Mapping[str, str],
-    base: Mapping[str, TensorHeader],
+    find: _Find,
 ) -> tuple[str, _Update]:
     """Return the base's name of a module's weight, and its update, shapes not yet checked."""
     module = module.replace(".base_layer", "")
-    name = _find(f"{module}.weight", base)
+    name = find(f"{module}.weight")
     if name is None:
         raise CheckpointError(
             f"{file}: changes {module + '.weight'!r}, which the base does not have"
@@ -200,7 +247,29 @@ def _low_rank(
     return name, _Update(factors=(sides["A"], sides["B"]), scaling=scaling)
 
 
-def _find(name: str, base: Mapping[str, TensorHeader]) -> str | None:
+def _finder(
+    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], base_dir: Path
+) -> _Find:
+    """Return the function that gives the base's name of a tensor, None where it has none.
+
+    Transformers is asked for other names only where an adapter needs them.
+    """
+    plain = (key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in headers)
+    wanted = {f"{match['module']}.weight" for key in plain if (match := _FACTOR.match(key))}
+    renames: Mapping[str, str] = {}
+    if any(_find(name, base) is None for name in wanted):
+        known = resident_names(base_dir)
+        renames = {name: stored for name, stored in known.items() if stored in base}
+
+    def find(name: str) -> str | None:
+        if (found := _find(name, base)) is None and (resident := _find(name, renames)):
+            return renames[resident]
+        return found
+
+    return find
+
+
+def _find(name: str, base: Mapping[str, Any]) -> str | None:
     """Return the base's name of a tensor, with or without the name of the model in front."""
     if name in base:
         return name
@@ -305,24 +374,21 @@ def _write(
         part.unlink(missing_ok=True)
 
 
-def _results(
-    updates: Mapping[str, _Update],
-    headers: Mapping[str, TensorHeader],
-    adapter: Mapping[str, Tensor],
-    base: Mapping[str, Tensor],
-) -> Iterator[tuple[str, Tensor]]:
+def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the changed tensors, one at a time: float32 where factors are added.
 
     A tensor holds its values until the next one is asked for: all are computed in one buffer.
     """
-    sizes = (math.prod(headers[name].shape) for name, update in updates.items() if update.factors)
+    own = MappedTensors(dict.fromkeys(read_headers(adapter.file), adapter.file))
+    low_rank = [name for name, update in adapter.updates.items() if update.factors]
+    sizes = (math.prod(adapter.headers[name].shape) for name in low_rank)
     buffer = torch.empty(max(sizes, default=0))
-    for name, update in updates.items():
-        start = adapter[update.replacement] if update.replacement else base[name]
+    for name, update in adapter.updates.items():
+        start = own[update.replacement] if update.replacement else base[name]
         if update.factors is None:
             yield name, start
             continue
-        first, second = (adapter[key].float() for key in update.factors)
+        first, second = (own[key].float() for key in update.factors)
         product = buffer[: start.numel()].view(len(second), -1)  # (n_out, n_in)
         torch.mm(second, first, out=product).mul_(update.scaling)
         yield name, (product.T if update.transposed else product).add_(start)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
+from searchmerge.checkpoints.lora import Adapter
 from searchmerge.errors import CheckpointError
 
 
@@ -40,7 +41,7 @@ def load_resident(
     try:
         with _quiet():
             model, found = loader.from_pretrained(
-                checkpoint.model_dir, dtype=dtype, output_loading_info=True, local_files_only=True
+                checkpoint.path, dtype=dtype, output_loading_info=True, local_files_only=True
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
@@ -49,8 +50,8 @@ def load_resident(
         ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
     resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
-    if checkpoint.base is not None:
-        _write_over(checkpoint, resident)
+    if checkpoint.adapter is not None:
+        _write_over(checkpoint.adapter, checkpoint.weights(), resident)
     return resident
 
 
@@ -154,14 +155,10 @@ def _check_loaded(
 
 
 @torch.no_grad()
-def _write_over(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _write_over(adapter: Adapter, weights: Mapping[str, Tensor], model: nn.Module) -> None:
     """Write what an adapter changes into its base."""
     views = writable_views(model)
-    weights = checkpoint.weights()
-    inherited = set(checkpoint.base.files.values()) if checkpoint.base else set()
-    for name, file in checkpoint.files.items():
-        if file in inherited or name not in views:
-            continue
+    for name in adapter.headers.keys() & views.keys():
         views[name].copy_(weights[name])
 
 

@@ -71,7 +71,7 @@ def save_model(
     ):
         check_free_space(directory, headers, out)
         _write_weights(weights, directory, headers, like, max_shard_bytes)
-        _copy_companions(like.model_dir, directory, dtype)
+        _copy_companions(like.path, directory, dtype)
         for name, text in (extra_files or {}).items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             write_text(directory / name, text)

@@ -38,7 +38,7 @@ def test_models_of_one_architecture_fit(opened):
 def test_nothing_is_read_but_headers(opened, tmp_path):
     """The files of the weights are not even there any more."""
     base, expert = (
-        replace(checkpoint, files=dict.fromkeys(checkpoint.files, tmp_path / "gone"))
+        replace(checkpoint, own_files=dict.fromkeys(checkpoint.files, tmp_path / "gone"))
         for checkpoint in (opened("llama"), opened("llama", 1))
     )
     check_compatible(base, {"a": expert})

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
-from searchmerge.checkpoints.resident import load_resident
+from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.errors import CheckpointError
 from tests.checkpoints.conftest import ARCHITECTURES
 
@@ -39,7 +39,8 @@ def train(name, directory, *, dtype=torch.float32, **settings):
 
 
 def merged(model):
-    return model.merge_and_unload().state_dict()
+    """Return the merged weights under the names that a checkpoint has."""
+    return writable_views(model.merge_and_unload())
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ _CASES = {
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "tied_model": ("llama_tied", {}),
     "encoder_decoder": ("t5", {"target_modules": ["q", "v", "wo"]}),
+    "renamed": ("vit", {"target_modules": ["q_proj", "v_proj", "fc1"]}),
     "untied_head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
 }  # fmt: skip
 
@@ -87,6 +89,22 @@ def test_an_adapter_is_merged_exactly_as_peft_does(case, opened, tmp_path, cache
     assert changed
     assert all(torch.equal(weights[n], expected[n]) for n in weights)
     assert {n for n in weights if expert.files[n] != base.files[n]} == changed
+
+
+def test_an_adapter_is_opened_and_told_apart_without_being_materialised(opened, edit, tmp_path):
+    cache = tmp_path / "cache"
+    expert = open_checkpoint(edit(), base=opened("llama"), cache_dir=cache)
+    digest = expert.fingerprint()
+    assert expert.headers["model.layers.0.mlp.down_proj.weight"].dtype == torch.float32
+    assert expert.size_bytes == opened("llama").size_bytes
+    assert not (cache / "adapters").exists()
+    changed = open_checkpoint(edit({"lora_alpha": 7}), base=opened("llama"), cache_dir=cache)
+    other_base = open_checkpoint(edit({"lora_alpha": 6}), base=opened("llama", 1), cache_dir=cache)
+    renamed = open_checkpoint(
+        edit({"base_model_name_or_path": "x"}), base=opened("llama"), cache_dir=cache
+    )
+    assert digest not in (changed.fingerprint(), other_base.fingerprint())
+    assert digest == renamed.fingerprint()
 
 
 def test_the_update_is_scaling_times_b_times_a_in_float32(opened, tmp_path, cache_dir):
@@ -187,7 +205,7 @@ def test_the_tokenizer_is_the_adapters_own_where_it_has_one(opened, tmp_path, ca
     train("llama", tmp_path)
     base = opened("llama")
     expert = open_checkpoint(tmp_path, base=base, cache_dir=cache_dir)
-    assert (expert.model_dir, expert.tokenizer_dir) == (base.path, base.path)
+    assert (expert.path, expert.tokenizer_dir) == (base.path, base.path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert expert.tokenizer_dir == tmp_path
 
@@ -270,7 +288,7 @@ def test_a_cache_that_cannot_be_written_is_named(edit, opened, tmp_path):
     base = opened("llama")
     (tmp_path / "cache").write_text("")
     with pytest.raises(CheckpointError, match=r"cache/adapters/.*: cannot be written: .* needed,"):
-        open_checkpoint(edit(), base=base, cache_dir=tmp_path / "cache")
+        open_checkpoint(edit(), base=base, cache_dir=tmp_path / "cache").weights()
 
 
 def test_a_file_that_was_left_unfinished_is_made_again(edit, opened, tmp_path):
