@@ -1,0 +1,95 @@
+import pytest
+
+from searchmerge.evaluators.blocks import make_blocks, make_rounds, split_examples
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.executor import InProcessExecutor
+from searchmerge.execution.worker import Worker
+from searchmerge.search.dispatch import Dispatcher
+from searchmerge.search.objective import Goal, Objective
+from searchmerge.search.references import reference_plans
+from searchmerge.search.runner import Budget, Schedule, StudyRunner
+from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.study import StudyDirectory
+from tests.toy import EXPERTS, ToyEvaluator, ToyMerger, ToyModel
+
+SPACE = SearchSpace(
+    EXPERTS,
+    [Alternative("t", "task_arithmetic", values={"coefficient": Range(0.0, 1.0)})],
+)
+
+
+class Recorder:
+    """An observer that keeps what it sees, and may interrupt."""
+
+    def __init__(self, interrupt_at=None):
+        self.trials, self.steps, self.phases = [], [], []
+        self._interrupt_at = interrupt_at
+
+    def phase(self, title, total, done=0):
+        self.phases.append((title, total, done))
+
+    def round_scored(self, name):
+        pass
+
+    def step(self, name, scores):
+        self.steps.append(name)
+
+    def trial(self, record):
+        self.trials.append(record)
+        if len(self.trials) == self._interrupt_at:
+            raise KeyboardInterrupt
+
+
+def toy_schedule(n_examples=40, mean=True):
+    info = TaskInfo(n_examples, mean=mean)
+    blocks = {"select": {}, "hold_out": {}}
+    for task in EXPERTS:
+        parts = split_examples(task, n_examples, seed=0, select=None, hold_out=None)
+        for part, examples in parts.items():
+            blocks[part][task] = make_blocks(task, part, examples, info, 4)
+    rounds = {p: make_rounds(b, round_blocks=3, seed=0) for p, b in blocks.items()}
+    return Schedule(blocks, rounds, frozenset(EXPERTS) if mean else frozenset())
+
+
+class Toy:
+    """One run of a toy study in a directory."""
+
+    def __init__(self, run_dir, sampler="random", evaluator=None, space=SPACE, spec=None):
+        self.evaluator = evaluator or ToyEvaluator()
+        self.model = ToyModel()
+        self.merger = ToyMerger(self.model)
+        worker = Worker(self.model, self.merger, dict.fromkeys(EXPERTS, self.evaluator))
+        setting = SamplerSetting(seed=0, is_flat=space.is_flat, n_trials=10)
+        self.directory = StudyDirectory(
+            run_dir,
+            name="toy",
+            spec=spec or {"space": space.describe()},
+            sampler=make_sampler(sampler, setting),
+        )
+        self.schedule = toy_schedule()
+        self.executor = InProcessExecutor(worker)
+        self.objective = Objective("mean", {task: Goal() for task in EXPERTS})
+        self.space = space
+
+    def run(self, n_trials, racing=None, observer=None, references=None, **budget):
+        self.observer = observer or Recorder()
+        runner = StudyRunner(
+            self.directory,
+            self.space,
+            self.schedule,
+            Dispatcher(self.executor, self.directory.scores),
+            reference_plans(EXPERTS) if references is None else references,
+            self.observer,
+        )
+        try:
+            runner.run(self.objective, Budget(n_trials, **budget), racing)
+        finally:
+            self.directory.close()
+        return self.directory.study.trials
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Make toy studies in the same directory, one after the other."""
+    return lambda **options: Toy(tmp_path, **options)

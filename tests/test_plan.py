@@ -1,0 +1,84 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchmerge.errors import SpecError
+from searchmerge.plan import Groups, MergePlan
+
+DATA = {
+    "method": "ties",
+    "experts": ["math", "code"],
+    "groups": "whole",
+    "values": {"coefficient": [[0.7, 0.9]], "density": [[0.2, 0.3]]},
+    "settings": {"aggregate": "mean"},
+}
+numbers = st.floats(-1e6, 1e6)
+groups = st.sampled_from([Groups(), Groups(depth=3), Groups(patterns=("attn", "rest"))])
+
+
+@st.composite
+def plans(draw):
+    chosen = draw(groups)
+    experts = tuple(draw(st.lists(st.text("abc", min_size=1), min_size=1, max_size=3, unique=True)))
+    row = st.tuples(*[numbers] * len(experts))
+    rows = st.tuples(*[row] * len(chosen))
+    return MergePlan("ties", experts, {"coefficient": draw(rows)}, chosen, {"aggregate": "sum"})
+
+
+@given(plans())
+def test_dict_and_yaml_give_the_plan_back(plan):
+    assert MergePlan.from_dict(plan.to_dict()) == plan
+    assert MergePlan.from_yaml(plan.to_yaml()) == plan
+    assert MergePlan.from_yaml(plan.to_yaml()).digest == plan.digest
+
+
+def test_the_documented_file_format_is_read_and_written(tmp_path):
+    text = """
+method: ties
+experts: [math, code]
+groups: {depth: 2}
+values: {coefficient: [[0.7, 9e-1], [1, 0.5]], density: [[0.2, 0.3], [0.1, 0.2]]}
+settings: {aggregate: mean}
+"""
+    plan = MergePlan.from_yaml(text)
+    assert plan.groups == Groups(depth=2)
+    assert plan.values["coefficient"] == ((0.7, 0.9), (1.0, 0.5))
+    file = tmp_path / "plan.yaml"
+    plan.to_yaml(file)
+    assert MergePlan.from_yaml(file) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metod": "ties"}, "unknown key 'metod'"),
+        ({"values": None}, "a mapping of name to rows"),
+        ({"values": {"density": [[0.1]]}}, "a row of values.density has 1 numbers; there are 2"),
+        ({"values": {"density": [[0.1, 0.2]] * 2}}, "values.density has 2 rows; .* need 1"),
+        ({"values": {"density": [[0.1, "x"]]}}, "values.density is"),
+        ({"values": {"density": [[0.1, True]]}}, "values.density is"),
+        ({"values": {"density": [[0.1, float("nan")]]}}, "of expert 'code' is nan, not finite"),
+        ({"experts": "math"}, "experts is 'math'"),
+        ({"experts": []}, "experts is empty"),
+        ({"experts": ["a", "a"]}, "an expert is listed twice"),
+        ({"groups": {"depth": 0}}, "depth is 0"),
+        ({"groups": {"depth": 2, "patterns": ["a"]}}, "allowed: whole"),
+        ({"groups": "half"}, "found 'half'; allowed: whole"),
+        ({"settings": {"aggregate": ["mean"]}}, "settings.aggregate"),
+    ],
+)
+def test_a_plan_that_is_not_one_is_refused(change, message):
+    with pytest.raises(SpecError, match=message):
+        MergePlan.from_dict({**DATA, **change})
+
+
+def test_a_file_that_holds_no_plan_is_named(tmp_path):
+    file = tmp_path / "plan.yaml"
+    with pytest.raises(SpecError, match=r"plan\.yaml: cannot be read: No such file"):
+        MergePlan.from_yaml(file)
+    file.write_text("method: [")
+    with pytest.raises(SpecError, match=r"plan\.yaml: not valid YAML"):
+        MergePlan.from_yaml(file)
+    file.write_text("method: ties\nexperts: [a]\n")
+    with pytest.raises(SpecError, match=r"plan\.yaml: plan: key 'values' is missing"):
+        MergePlan.from_yaml(file)
