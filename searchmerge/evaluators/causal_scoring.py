@@ -296,8 +296,10 @@ def plan_packed(
             kinds["packed" if prefix else _kind(document, limit)].append(document)
         if kinds["plain"]:
             clusters.append(Cluster((), lay_out_plain(kinds["plain"], batch_tokens)))
-        for document in kinds["long"]:
-            clusters.append(_cluster([document], len(document.context) - 1, limit, max_length))
+        clusters += [
+            _cluster([document], len(document.context) - 1, limit, max_length)
+            for document in kinds["long"]
+        ]
         if kinds["packed"]:
             clusters.append(_cluster(kinds["packed"], prefix, limit, max_length))
     return clusters
@@ -405,7 +407,7 @@ def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, boo
             reads.append(_read(_logits(model, batch, cache), batch))
             owners.append(batch.owners)
             if cache is not None:
-                cache.crop(len(cluster.prefix))
+                cache.crop(-batch.tokens.shape[1])  # a negative length is what to take away
     owner = torch.cat(owners)
     values = torch.cat([read[0] for read in reads]).cpu().double()
     missed = ~torch.cat([read[1] for read in reads]).cpu()
@@ -460,7 +462,7 @@ def _mask(documents: Tensor, branches: Tensor, past: int, dtype: torch.dtype) ->
 def _read(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the log-probability of every token read, float32, and whether it is the largest."""
     at, targets = batch.at.to(logits.device), batch.targets.to(logits.device)
-    total = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(_LOGIT_ROWS)])
+    total = torch.cat([rows.float().logsumexp(-1) for rows in torch.split(logits, _LOGIT_ROWS)])
     chosen = logits[at, targets]
     greedy = chosen == logits.amax(-1)[at]
     # Of equal logits the first is the greedy one; few are left to look at.
@@ -506,7 +508,8 @@ def honours_packing(model: nn.Module) -> bool | None:
     try:
         packed = _likelihoods(model, plan)
         for batch in plan[0].batches:
-            batch.layout = batch.layout * torch.tensor([[1], [0], [0]])  # positions stay
+            if batch.layout is not None:
+                batch.layout[1:] = 0  # one document, one branch; the positions stay
         causal = _likelihoods(model, plan)
     except torch.OutOfMemoryError:
         raise

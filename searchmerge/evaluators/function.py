@@ -31,7 +31,9 @@ class FunctionEvaluator:
     def __init__(
         self, function: str, tasks: Mapping[str, int], *, search_path: Path | None = None
     ) -> None:
-        self.tasks = {task: TaskInfo(n_examples) for task, n_examples in tasks.items()}
+        self.tasks: Mapping[str, TaskInfo] = {
+            task: TaskInfo(n_examples) for task, n_examples in tasks.items()
+        }
         self._name = function
         self._function = import_function(function, search_path)
 
@@ -43,7 +45,7 @@ class FunctionEvaluator:
         """
         try:
             scores = tuple(float(score) for score in self._function(model, task, examples))
-        except Exception as error:  # noqa: BLE001  (the user's code may raise anything)
+        except Exception as error:  # the user's code may raise anything
             raise EvaluationError(
                 f"task {task!r}: {self._name} raised {type(error).__name__}: {error}"
             ) from error
@@ -73,8 +75,11 @@ def import_function(name: str, search_path: Path | None = None) -> UserFunction:
         sys.path.insert(0, str(search_path))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SpecError(f"function {name!r}: module {module_name!r}: {error}") from error
+    except Exception as error:  # importing the user's module runs the user's code
+        raise SpecError(
+            f"function {name!r}: module {module_name!r} cannot be imported "
+            f"({type(error).__name__}: {error})"
+        ) from error
     function: UserFunction | None = getattr(module, attribute, None)
     if not callable(function):
         raise SpecError(f"function {name!r}: module {module_name!r} has no function {attribute!r}")
