@@ -1,0 +1,234 @@
+"""Compares the ``lm_harness`` evaluator with lm-eval's own ``HFLM`` on the quickstart's model.
+
+    python tests/benchmarks/bench_scoring.py [--quick] [--model DIR] [--threads 2]
+
+Prints one markdown table: for each kind of task and each dtype the seconds that ``evaluate``
+takes with ``HFLM`` at its best batch size, the seconds that ``LmHarness.score`` takes, both the
+best of several runs that take turns, and how far the two agree.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+import yaml
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from searchmerge.evaluators.lm_harness import LmHarness, LmTask, make_lm
+
+STUDY = Path(__file__).parents[2] / "studies" / "quickstart"
+BATCH_SIZES = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of task: its name in the table and in lm-eval, and how many examples are scored."""
+
+    title: str
+    task: str
+    n_examples: int
+
+
+CASES = (
+    Case("4 choices, 0-shot (hypernym)", "quickstart_hypernym", 120),
+    Case("4 choices, 0-shot (rhyme)", "quickstart_rhyme", 120),
+    Case("4 choices, 0-shot (spelling)", "quickstart_spelling", 80),
+    Case("4 choices, shared 5-shot prefix", "bench_fewshot", 40),
+    Case("4 choices, drawn 5-shot prefix", "bench_drawn", 24),
+    Case("rolling log-likelihood", "bench_rolling", 24),
+    Case("generation", "bench_generate", 48),
+)
+
+
+def own_task(name: str) -> dict[str, Any]:
+    """Return one of the quickstart's tasks; lm-eval itself needs absolute paths in it."""
+    task: dict[str, Any] = yaml.safe_load((STUDY / "tasks" / f"{name}.yaml").read_text())
+    files = {"validation": str(STUDY / "tasks" / "data" / f"{name}.jsonl")}
+    return task | {"dataset_kwargs": {"data_files": files}}
+
+
+def write_tasks(folder: Path) -> None:
+    """Write the tasks' YAMLs, and the texts of the rolling one."""
+    lines = (STUDY / "tasks" / "data" / "spelling.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line)["question"] for line in lines]
+    texts = [" ".join(questions[i : i + 2 + i % 9]) for i in range(len(questions) - 10)]
+    texts_file = folder / "texts.jsonl"
+    texts_file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fewshot = own_task("rhyme") | {"num_fewshot": 5, "fewshot_split": "validation"}
+    generate = own_task("rhyme") | {
+        "task": "bench_generate",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n", "."], "max_gen_toks": 24, "do_sample": False},
+        "metric_list": [
+            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+        ],
+    }
+    del generate["doc_to_choice"]
+    rolling = {
+        "task": "bench_rolling",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(texts_file)}},
+        "output_type": "loglikelihood_rolling",
+        "validation_split": "validation",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        ],
+    }
+    tasks = [own_task(name) for name in ("hypernym", "rhyme", "spelling")]
+    tasks.append(fewshot | {"task": "bench_fewshot", "fewshot_config": {"sampler": "first_n"}})
+    tasks += [fewshot | {"task": "bench_drawn"}, generate, rolling]
+    for task in tasks:
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+
+
+class Timer:
+    """Measures seconds: of the clock, or of the processor where others use the machine too."""
+
+    def __init__(self, *, cpu_time: bool) -> None:
+        self._now = time.process_time if cpu_time else time.perf_counter
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        """Return the seconds that a call takes, and what it returns."""
+        start = self._now()
+        with redirect_stderr(io.StringIO()):  # lm-eval's progress bars
+            result = function()
+        return self._now() - start, result
+
+
+class Contest:
+    """One model, scored both ways."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, folder: Path, timer: Timer, *, batch_tokens: int
+    ) -> None:
+        self._model = model
+        self._timed = timer
+        self._tokenizer = tokenizer
+        tasks = {case.task: LmTask(case.task, "validation") for case in CASES}
+        self._harness = LmHarness(
+            tasks, tokenizer=tokenizer, include_path=folder, batch_tokens=batch_tokens
+        )
+        self._lm = make_lm(tokenizer, batch_tokens=batch_tokens)
+        self._lm.model = model
+        self._manager = TaskManager(include_path=str(folder), include_defaults=False)
+        self._tasks = self._manager.load([case.task for case in CASES])["tasks"]
+
+    def evaluate(self, lm: Any, case: Case, limit: int) -> Any:
+        """Return lm-eval's own result; the task and its data are loaded already."""
+        task = self._tasks[case.task]
+        task.set_fewshot_seed(1234)
+        return evaluate(lm, {"tasks": {case.task: task}}, limit=limit, bootstrap_iters=0)
+
+    def hflm(self, batch_size: int) -> Any:
+        """Return lm-eval's model around ours."""
+        return HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=batch_size)
+
+    def best_batch_size(self, case: Case) -> int:
+        """Return the batch size at which ``HFLM`` is fastest on a third of the examples."""
+        limit = max(8, case.n_examples // 3)
+        seconds = {
+            size: self._timed(lambda size=size: self.evaluate(self.hflm(size), case, limit))[0]
+            for size in BATCH_SIZES
+        }
+        return min(seconds, key=lambda size: seconds[size])
+
+    def row(self, case: Case, n_examples: int, rounds: int) -> list[str]:
+        """Return the table's row of one case."""
+        size = self.best_batch_size(case)
+        lm = self.hflm(size)
+        self._harness.score(self._model, case.task, range(2))  # prompts are made once a study
+        theirs, ours = [], []
+        for _ in range(rounds):
+            seconds, result = self._timed(lambda: self.evaluate(lm, case, n_examples))
+            theirs.append(seconds)
+            seconds, _ = self._timed(
+                lambda: self._harness.score(self._model, case.task, range(n_examples))
+            )
+            ours.append(seconds)
+        samples = result["samples"][case.task]
+        _, again = self._timed(lambda: self.evaluate(self._lm, case, n_examples))
+        again = again["samples"][case.task]
+        difference, same = compare(samples, again)
+        return [
+            case.title,
+            str(n_examples),
+            f"{min(theirs):.2f} ({size})",
+            f"{min(ours):.2f}",
+            f"{min(theirs) / min(ours):.1f}",
+            difference,
+            same,
+        ]
+
+
+def compare(first: Sequence[Any], second: Sequence[Any]) -> tuple[str, str]:
+    """Return the largest difference of log-likelihoods, and how many answers are the same."""
+    difference, same = 0.0, 0
+    for one, other in zip(first, second, strict=True):
+        answers = [[response[0] for response in sample["resps"]] for sample in (one, other)]
+        if isinstance(answers[0][0], str):
+            same += answers[0] == answers[1]
+            continue
+        values = [[float(a[0] if isinstance(a, list | tuple) else a) for a in s] for s in answers]
+        difference = max([difference, *(abs(a - b) for a, b in zip(*values, strict=True))])
+        same += values[0].index(max(values[0])) == values[1].index(max(values[1]))
+    return ("" if isinstance(answers[0][0], str) else f"{difference:.1e}"), f"{same}/{len(first)}"
+
+
+def main() -> None:
+    """Run every case in both dtypes and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a quarter of the examples, one run")
+    parser.add_argument("--model", type=Path, default=STUDY / "models" / "base")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--cases", nargs="+", default=[case.task for case in CASES])
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    print("| task | dtype | examples | HFLM s (batch) | searchmerge s | ratio | max Δ | same |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        write_tasks(Path(folder))
+        for name in options.dtypes:
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, name))
+            contest = Contest(
+                model.eval(),
+                tokenizer,
+                Path(folder),
+                Timer(cpu_time=options.cpu_time),
+                batch_tokens=options.batch_tokens,
+            )
+            for case in CASES:
+                if case.task in options.cases:
+                    n_examples = case.n_examples // 4 if options.quick else case.n_examples
+                    title, *cells = contest.row(case, n_examples, 1 if options.quick else 3)
+                    print("| " + " | ".join([title, name, *cells]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchmerge.evaluators.causal_scoring import (
+    CausalScorer,
+    group_documents,
+    honours_packing,
+    plan_packed,
+    share_prefixes,
+)
+from tests.evaluators.models import tiny_model
+
+WINDOW = 64
+
+
+def sequence(start, length):
+    return tuple((start * 37 + 11 * i * (start + 3)) % 300 + 2 for i in range(length))
+
+
+SHARED = sequence(1, 20)
+PAIRS = [
+    *((SHARED + sequence(2, 5), sequence(k, 3)) for k in range(3, 7)),
+    *((SHARED + sequence(8, 7), sequence(k, 1)) for k in range(3, 7)),  # one-token continuations
+    (SHARED + sequence(8, 7), sequence(3, 1)),  # a duplicate choice
+    (SHARED + sequence(2, 5), sequence(9, 6)),
+    (sequence(10, 1), sequence(11, 4)),
+    (sequence(10, 1), sequence(11, 1)),
+    (sequence(12, 9), sequence(13, 2)),  # the only continuation of its context
+    (sequence(14, 70), sequence(15, 4)),  # longer than the window
+    (sequence(14, 70), sequence(16, 2)),
+    (sequence(17, 61), sequence(18, 4)),  # just fits
+    (sequence(19, 30), sequence(20, 64)),  # the continuation fills the window
+]
+
+
+def reference(model, pairs, window=WINDOW):
+    """One row per pair, cut from the left, as lm-eval does it."""
+    results = []
+    for context, continuation in pairs:
+        row = torch.tensor([(context + continuation)[-(window + 1) :][:-1]])
+        logits = model(row).logits[0, -len(continuation) :].double()
+        targets = torch.tensor(continuation)
+        chosen = logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+        results.append((chosen.sum().item(), bool((logits.argmax(-1) == targets).all())))
+    return results
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def assert_same(found, expected):
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    values = [value for value, _ in found]
+    assert values == pytest.approx([value for value, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [8, 48, 1024])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "bloom"])
+def test_scores_are_those_of_one_row_per_continuation(architecture, batch_tokens):
+    model = tiny_model(architecture)
+    found = CausalScorer(batch_tokens).score(model, PAIRS, WINDOW)
+    assert_same(found, reference(model, PAIRS))
+
+
+def test_a_greedy_continuation_is_recognised():
+    model = tiny_model("llama")
+    context = sequence(1, 5)
+    greedy = context
+    for _ in range(4):
+        greedy += (model(torch.tensor([greedy])).logits[0, -1].argmax().item(),)
+    pairs = [(context, greedy[5:]), (context, (*greedy[5:8], (greedy[8] + 1) % 320))]
+    assert [is_greedy for _, is_greedy in CausalScorer(64).score(model, pairs, WINDOW)] == [
+        True,
+        False,
+    ]
+
+
+def test_of_equal_logits_the_first_token_is_the_greedy_one():
+    model = tiny_model("llama")
+    model.lm_head.weight.zero_()
+    pairs = [((5, 6), (0,)), ((5, 6), (7,))]
+    assert [greedy for _, greedy in CausalScorer(64).score(model, pairs, WINDOW)] == [True, False]
+
+
+def test_scores_do_not_depend_on_what_else_is_scored():
+    model, scorer = tiny_model("llama"), CausalScorer(64)
+    together = scorer.score(model, PAIRS, WINDOW)
+    alone = [scorer.score(model, [pair], WINDOW)[0] for pair in PAIRS]
+    assert_same(alone, together)
+    assert scorer.score(model, PAIRS, WINDOW) == together
+
+
+def test_nothing_to_score_is_no_error():
+    assert CausalScorer(64).score(tiny_model("llama"), [], WINDOW) == []
+
+
+def test_bfloat16_is_close_to_float32():
+    model = tiny_model("llama").bfloat16()
+    found = CausalScorer(256).score(model, PAIRS, WINDOW)
+    expected = reference(model, PAIRS)
+    for (value, _), (other, _) in zip(found, expected, strict=True):
+        assert value == pytest.approx(other, rel=0.05, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "verdict"),
+    [("llama", True), ("gpt2", True), ("mistral", True), ("bloom", False)],
+)
+def test_packed_rows_are_used_where_the_model_takes_them(architecture, verdict):
+    assert honours_packing(tiny_model(architecture)) is verdict
+
+
+def test_a_model_that_ignores_the_mask_is_found_out():
+    model = tiny_model("llama")
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+    )
+    assert honours_packing(model) is False
+
+
+def test_a_model_that_ignores_positions_is_found_out():
+    model = tiny_model("llama")
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
+    )
+    assert honours_packing(model) is False
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_collapsed_model_says_nothing_of_the_next_weights(value, caplog):
+    model, scorer = tiny_model("bloom"), CausalScorer(64)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.fill_(value)
+    assert honours_packing(tiny_model("llama")) is True
+    scorer.score(model, PAIRS, WINDOW)
+    model.load_state_dict(weights)
+    assert_same(scorer.score(model, PAIRS, WINDOW), reference(model, PAIRS))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_the_canary_waits_for_weights_that_tell(value):
+    model = tiny_model("llama")
+    for parameter in model.parameters():
+        parameter.fill_(value)
+    assert honours_packing(model) is None
+
+
+def test_falling_back_is_said_once(caplog):
+    model, scorer = tiny_model("bloom"), CausalScorer(64)
+    with caplog.at_level(logging.WARNING):
+        scorer.score(model, PAIRS, WINDOW)
+        scorer.score(model, PAIRS, WINDOW)
+    assert [r.message for r in caplog.records if "packed rows" in r.message] == [
+        next(r.message for r in caplog.records)
+    ]
+
+
+def test_a_prefix_is_shared_where_that_saves_tokens():
+    documents, _ = group_documents(PAIRS[:10], WINDOW)
+    assert [(prefix, len(members)) for prefix, members in share_prefixes(documents, cost=5)] == [
+        (20, 2)
+    ]
+    assert [prefix for prefix, _ in share_prefixes(documents, cost=50)] == [0]
+
+
+def test_contexts_apart_from_the_others_do_not_stop_them_from_sharing():
+    pairs = [*PAIRS[:10], ((1,), (2, 3)), ((SHARED[0],), (4,))]
+    documents, _ = group_documents(pairs, WINDOW)
+    clusters = share_prefixes(documents, cost=5)
+    assert [(prefix, len(members)) for prefix, members in clusters] == [(0, 2), (20, 2)]
+
+
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=12), st.integers(1, 40))
+def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens):
+    documents, indices = group_documents(pairs, 16)
+    expected = {}
+    for (context, continuation), index in zip(pairs, indices, strict=True):
+        text = (context + continuation)[-17:]
+        start = len(text) - len(continuation)
+        expected[index] = sorted(text[: start + i + 1] for i in range(len(continuation)))
+    found = {index: [] for index in expected}
+    for cluster in plan_packed(documents, batch_tokens, 16, cost=4):
+        for batch in cluster.batches:
+            assert len(cluster.prefix) + batch.tokens.shape[1] <= 16
+            for owner, text in read_texts(cluster.prefix, batch):
+                found[owner].append(text)
+    assert {owner: sorted(texts) for owner, texts in found.items()} == expected
+
+
+def read_texts(prefix, batch):
+    """Yield what each read of a packed row sees, in the order of positions, and its target."""
+    position, document, branch = batch.layout.tolist()
+    for at, target, owner in zip(batch.at, batch.targets, batch.owners, strict=True):
+        column = int(batch.keep[at])
+        seen = [
+            i
+            for i in range(column + 1)
+            if document[i] == document[column] and branch[i] in (0, branch[column])
+        ]
+        assert [position[i] for i in seen] == list(range(len(prefix), len(prefix) + len(seen)))
+        text = prefix + tuple(batch.tokens[0, seen].tolist())
+        yield int(owner), (*text, int(target))
