@@ -16,6 +16,10 @@ _CACHE_FACTOR = 32
 """Tokens of a batch's key-value cache, per token of a scoring batch."""
 
 
+_SAMPLING_SEED = 1234
+"""Where a task asks for sampling, every call draws the same numbers."""
+
+
 class NonFiniteLogits(Exception):
     """The model gave a NaN or an infinity where the next token is chosen.
 
@@ -88,6 +92,9 @@ def generate(
 ) -> list[list[int]]:
     """Return the new tokens of every prompt; what follows a stop sequence is of no meaning.
 
+    Where the options ask for sampling, the same weights and prompts give the same tokens; the
+    global random state is left as it was.
+
     Args:
         model: A model of transformers that generates.
         tokenizer: Its tokenizer, with a padding token.
@@ -100,15 +107,18 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
     results: list[list[int]] = [[]] * len(prompts)
-    start = 0
-    while start < len(order):
-        longest = len(prompts[order[start]]) + options.max_new_tokens
-        n_rows = max(1, min(_MAX_ROWS, _CACHE_FACTOR * batch_tokens // longest))
-        rows = order[start : start + n_rows]
-        new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
-        for i, tokens in zip(rows, new, strict=True):
-            results[i] = tokens
-        start += n_rows
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(_SAMPLING_SEED)
+        start = 0
+        while start < len(order):
+            longest = len(prompts[order[start]]) + options.max_new_tokens
+            n_rows = max(1, min(_MAX_ROWS, _CACHE_FACTOR * batch_tokens // longest))
+            rows = order[start : start + n_rows]
+            new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
+            for i, tokens in zip(rows, new, strict=True):
+                results[i] = tokens
+            start += n_rows
     return results
 
 

@@ -28,6 +28,9 @@ _logger = logging.getLogger(__name__)
 _MAX_GEN_TOKENS = 256
 """Tokens to generate where a task does not say, as in lm-eval."""
 
+_FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow", "xml")
+"""Values of ``dataset_path`` that say how to read ``data_files``, and not where they are."""
+
 
 @dataclass(frozen=True)
 class LmTask:
@@ -276,7 +279,10 @@ class ResidentLM:
                     f"{options.max_new_tokens} tokens are to be generated; allowed are up to "
                     f"{self.max_length - 1}, the model's window less one token of the prompt"
                 )
-            prompts = [tuple(self.tok_encode(requests[i].args[0])[-room:]) for i in members]
+            prompts = [
+                tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])
+                for i in members
+            ]
             try:
                 answers = generate(
                     self.model, self.tokenizer, prompts, options, self._batch_tokens
@@ -648,9 +654,13 @@ def _split_overrides(config: Mapping[str, Any], split: str) -> dict[str, str]:
 
 
 def _data_files(config: Mapping[str, Any], yaml_path: Path | None) -> dict[str, Any]:
-    """Return ``dataset_kwargs`` whose relative data files are found from the YAML's folder."""
+    """Return ``dataset_kwargs`` whose relative data files are found from the YAML's folder.
+
+    Those of a dataset on the hub, or in a folder, are relative to that dataset and stay so.
+    """
     settings = config.get("dataset_kwargs") or {}
-    if yaml_path is None or "data_files" not in settings:
+    plain_files = config.get("dataset_path") in _FILE_FORMATS
+    if yaml_path is None or not plain_files or "data_files" not in settings:
         return {}
     folder = _declaring_folder(Path(yaml_path)) or Path(yaml_path).parent
 
