@@ -1,125 +1,239 @@
-"""Running a bound method over parameters: one pass, chunk by chunk or compiled."""
+"""Running a method's arithmetic over parameters: compiled, or chunk by chunk."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from searchmerge.merging.task_vectors import CHUNK, TaskVectors
+from searchmerge.merging.kernels import Chunk, ChunkFunction
 
 _logger = logging.getLogger(__name__)
 
 EngineKind = Literal["auto", "compiled", "eager"]
-Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+CHUNK = 1 << 18
+"""Entries that are worked on at once where nothing is compiled: a float32 buffer of 1 MiB."""
+
+_TOO_SMALL = 64  # entries: not worth compiled code, and sizes it would be specialised for
 
 
-def delta_chunks(task_vectors: TaskVectors) -> Iterator[Tensor]:
-    """Yield the task vectors chunk by chunk, each ``(n_experts, m)`` float32, in a fresh tensor."""
-    for name, tensors in task_vectors.weights.items():
-        base = task_vectors.base[name].detach().reshape(-1)
-        flat = [tensor.detach().reshape(-1) for tensor in tensors]
-        for start in range(0, len(base), CHUNK):
-            yield deltas(base[start : start + CHUNK], [t[start : start + CHUNK] for t in flat])
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """One parameter, or a part of one, with all that its merge reads; 1-D, on one device.
 
+    Attributes:
+        base: The base's entries, any float dtype.
+        experts: Each expert's, any float dtypes.
+        scalars: ``(n_scalars, n_experts)`` float32 on the CPU.
+        kept: What the method kept of this parameter.
+        keys: One int64 per expert, or ``None``.
+        start: Index of the first entry in its parameter.
+    """
 
-def deltas(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-    """Return ``expert - base`` in float32, ``(n_experts, m)``, from 1-D tensors of any dtype."""
-    stacked = torch.empty(len(experts), len(base), dtype=torch.float32, device=base.device)
-    for row, expert in zip(stacked, experts, strict=True):
-        row.copy_(expert)
-    return stacked.sub_(base)
+    base: Tensor
+    experts: tuple[Tensor, ...]
+    scalars: Tensor
+    kept: tuple[Tensor, ...] = ()
+    keys: Tensor | None = None
+    start: int = 0
+
+    def part(self, start: int, stop: int) -> "Operands":
+        """Return entries ``start`` to ``stop``, without copying."""
+        return Operands(
+            self.base[start:stop],
+            tuple(tensor[start:stop] for tensor in self.experts),
+            self.scalars,
+            tuple(tensor[start:stop] for tensor in self.kept),
+            self.keys,
+            self.start + start,
+        )
+
+    def with_scalars(self, scalars: Tensor) -> "Operands":
+        """Return the same with other scalars."""
+        return replace(self, scalars=scalars)
 
 
 class Engine:
-    """Writes merged parameters, by compiled code or chunk by chunk.
+    """Computes what merge functions return, and writes merged parameters in place.
 
-    Compiled code is several times faster once it is there, and takes some seconds to make:
-    ``auto`` compiles on a GPU and runs chunk by chunk on a CPU. Without a compiler, or where
-    compiling fails, everything runs chunk by chunk, after one warning.
+    Compiled code makes one pass over memory, several times faster than chunk by chunk, and takes
+    about 15 s to make the first time on a machine, 2 s afterwards. ``auto`` compiles on a GPU
+    and runs chunk by chunk on a CPU; a caller with many trials ahead asks for ``compiled``. Where
+    compiling fails, as without a C++ compiler, everything runs chunk by chunk after one warning.
+    Both ways agree up to the rounding of float32.
+
+    Args:
+        kind: Which way to run.
     """
 
     def __init__(self, kind: EngineKind = "auto") -> None:
         self._kind = kind
         self._broken = False
-        self._compiled: dict[Combine, Callable[..., tuple[Tensor, Tensor | None]]] = {}
+        self._compiled: dict[object, Callable[..., tuple[Tensor, ...]]] = {}
+        self._buffers: dict[tuple[torch.device, int], Tensor] = {}
 
-    @torch.no_grad()
+    def is_compiled(self, device: torch.device) -> bool:
+        """Return whether arithmetic on ``device`` is compiled, as far as is known by now."""
+        wanted = self._kind == "compiled" or (self._kind == "auto" and device.type != "cpu")
+        return wanted and not self._broken
+
     def merge(
-        self, combine: Combine, base: Tensor, experts: Sequence[Tensor], scalars: Tensor, out: Tensor
+        self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
     ) -> Tensor | None:
-        """Write ``base + combine(deltas, scalars)`` to ``out``; return the tally.
+        """Write ``base + scale * merged task vector`` to ``out``; return the tally.
 
         Args:
-            combine: See ``Bound.combine``.
-            base: The base's parameter, any shape and float dtype.
-            experts: Each expert's, of the same shape, on any device.
-            scalars: ``(n_scalars, n_experts)`` float32.
-            out: Where to write, of the same shape, any float dtype.
+            function: The method's arithmetic.
+            operands: The parameter.
+            scale: The factor on the merged task vector.
+            out: Where to write, 1-D and contiguous, any float dtype.
         """
-        flat_out = out.view(-1) if out.is_contiguous() else torch.empty_like(out).view(-1)
-        device = out.device
-        flat = [tensor.detach().to(device).reshape(-1) for tensor in (base, *experts)]
-        scalars = scalars.to(device)
-        if self._compiles(device):
-            tally = self._run_compiled(combine, flat, scalars, flat_out)
-        else:
-            tally = _run_chunks(combine, flat, scalars, flat_out)
-        if not out.is_contiguous():
-            out.copy_(flat_out.view(out.shape))
-        return tally
+        if len(out) >= _TOO_SMALL and self.is_compiled(out.device):
+            factor = torch.full((1,), scale, device=out.device)
+            done = self._run_compiled(_merge, function, operands, (factor, out))
+            if done is not None:
+                return done[0] if done else None
+        return self._merge_chunks(function, operands, scale, out)
 
-    def _compiles(self, device: torch.device) -> bool:
-        if self._broken or self._kind == "eager":
-            return False
-        return self._kind == "compiled" or device.type == "cuda"
+    def compute(self, function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...]:
+        """Return what ``function`` returns, ``(m,)`` float32 each, in tensors of its own."""
+        if len(operands.base) >= _TOO_SMALL and self.is_compiled(operands.base.device):
+            done = self._run_compiled(_compute, function, operands)
+            if done is not None:
+                return done
+        return self._compute_chunks(function, operands)
 
     def _run_compiled(
-        self, combine: Combine, flat: Sequence[Tensor], scalars: Tensor, out: Tensor
-    ) -> Tensor | None:
-        if combine not in self._compiled:
-            self._compiled[combine] = torch.compile(_fused(combine), dynamic=True)
+        self,
+        kernel: Callable[..., tuple[Tensor, ...]],
+        function: ChunkFunction,
+        operands: Operands,
+        more: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, ...] | None:
+        """Return what the compiled kernel returns; ``None`` if it cannot be compiled."""
+        inputs = _inputs(operands)
+        key = (kernel, function, inputs.base.device, len(inputs.scalars), _dtypes((inputs, more)))
+        is_new = key not in self._compiled
+        if is_new:
+            self._compiled[key] = _compile(kernel, function, len(self._compiled))
         try:
-            return _run_pass(self._compiled[combine], flat, scalars, out)
-        except (RuntimeError, OSError, ImportError) as error:  # torch's compile errors
+            done = self._compiled[key](inputs, *more)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, OSError, ImportError) as error:
+            if not is_new:
+                raise
             self._broken = True
-            first_line = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            _logger.warning("merging runs uncompiled, since compiling failed: %s", first_line)
-            return _run_chunks(combine, flat, scalars, out)
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            _logger.warning("merging runs uncompiled, as compiling failed: %s", reason)
+            return None
+        return done
+
+    def _merge_chunks(
+        self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
+    ) -> Tensor | None:
+        total: Tensor | None = None
+        for start in range(0, len(out), CHUNK):
+            stop = min(start + CHUNK, len(out))
+            chunk, origin = self._chunk(operands.part(start, stop))
+            merged, *tally = function(chunk)
+            if scale != 1.0:
+                merged = merged.mul_(scale)
+            if origin.dtype == torch.float64:
+                out[start:stop].copy_(merged.double().add_(origin))
+            else:
+                out[start:stop].copy_(merged.add_(origin))
+            if tally:
+                total = tally[0] if total is None else total + tally[0]
+        return total
+
+    def _compute_chunks(self, function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...]:
+        parts = []
+        for start in range(0, max(1, len(operands.base)), CHUNK):
+            chunk, _ = self._chunk(operands.part(start, start + CHUNK))
+            parts.append([out.clone() for out in function(chunk)])
+        return tuple(torch.cat(own) for own in zip(*parts, strict=True))
+
+    def _chunk(self, part: Operands) -> tuple[Chunk, Tensor]:
+        """Return a chunk whose deltas lie in buffers that every chunk uses again, and the base."""
+        n_entries, n_experts, device = len(part.base), len(part.experts), part.base.device
+        if (device, n_experts) not in self._buffers:
+            self._buffers[device, n_experts] = torch.empty(n_experts + 1, CHUNK, device=device)
+        buffers = [buffer[:n_entries] for buffer in self._buffers[device, n_experts]]
+        narrow = part.base.dtype.itemsize < buffers[-1].dtype.itemsize
+        base = buffers[-1].copy_(part.base) if narrow else part.base
+        deltas = tuple(
+            buffer.copy_(expert).sub_(base)
+            for buffer, expert in zip(buffers, part.experts, strict=False)
+        )
+        positions = None
+        if part.keys is not None:
+            positions = torch.arange(part.start, part.start + n_entries, device=device)
+        return Chunk(deltas, part.scalars, part.kept, positions, part.keys), base
 
 
-def _fused(combine: Combine) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def fused(
-        base: Tensor, experts: list[Tensor], scalars: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        base = base.float()
-        stacked = torch.stack([expert.float() - base for expert in experts])
-        merged, tally = combine(stacked, scalars)
-        return base + merged, tally
+class _Inputs(NamedTuple):
+    """What compiled code takes of the operands: tensors of one device only."""
 
-    return fused
-
-
-def _run_pass(
-    run: Callable[..., tuple[Tensor, Tensor | None]],
-    flat: Sequence[Tensor],
-    scalars: Tensor,
-    out: Tensor,
-) -> Tensor | None:
-    merged, tally = run(flat[0], list(flat[1:]), scalars)
-    out.copy_(merged)
-    return tally
+    base: Tensor
+    experts: tuple[Tensor, ...]
+    scalars: Tensor
+    kept: tuple[Tensor, ...]
+    keys: Tensor | None
+    start: Tensor | None
 
 
-def _run_chunks(
-    combine: Combine, flat: Sequence[Tensor], scalars: Tensor, out: Tensor
-) -> Tensor | None:
-    total: Tensor | None = None
-    for start in range(0, len(out), CHUNK):
-        base, *experts = (tensor[start : start + CHUNK] for tensor in flat)
-        merged, tally = combine(deltas(base, experts), scalars)
-        out[start : start + CHUNK].copy_(merged.add_(base))
-        if tally is not None:
-            total = tally if total is None else total + tally
-    return total
+def _inputs(operands: Operands) -> _Inputs:
+    device = operands.base.device
+    scalars = operands.scalars.to(device, non_blocking=True)
+    keys = start = None
+    if operands.keys is not None:
+        keys = operands.keys.to(device)
+        start = torch.tensor([operands.start], device=device)
+    return _Inputs(operands.base, operands.experts, scalars, operands.kept, keys, start)
+
+
+def _compile(
+    kernel: Callable[..., tuple[Tensor, ...]], function: ChunkFunction, number: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return ``kernel`` of ``function``, compiled at the first call and for every size.
+
+    Dynamo keeps what it compiled by code object, and gives up after some variants of one: each
+    gets a code object of its own.
+    """
+
+    def run(inputs: _Inputs, *more: Tensor) -> tuple[Tensor, ...]:
+        return kernel(function, inputs, *more)
+
+    run.__code__ = run.__code__.replace(co_name=f"run_{number}")
+    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(run, dynamic=True, fullgraph=True)
+    return compiled
+
+
+def _dtypes(arguments: Any) -> object:
+    """Return the dtype of every tensor in nested tuples, with the nesting."""
+    if isinstance(arguments, tuple):
+        return tuple(_dtypes(argument) for argument in arguments)
+    return arguments.dtype if isinstance(arguments, Tensor) else arguments
+
+
+def _merge(
+    function: ChunkFunction, inputs: _Inputs, scale: Tensor, out: Tensor
+) -> tuple[Tensor, ...]:
+    merged, *tally = _compute(function, inputs)
+    base = inputs.base
+    origin = base if base.dtype == torch.float64 else base.float()
+    out.copy_(origin + scale * merged)
+    return tuple(tally)
+
+
+def _compute(function: ChunkFunction, inputs: _Inputs) -> tuple[Tensor, ...]:
+    base = inputs.base.float()
+    deltas = tuple(expert.float() - base for expert in inputs.experts)
+    positions = None
+    if inputs.start is not None:
+        positions = inputs.start + torch.arange(base.shape[0], device=base.device)
+    return function(Chunk(deltas, inputs.scalars, inputs.kept, positions, inputs.keys))

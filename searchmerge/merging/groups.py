@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from searchmerge.errors import SpecError
 from searchmerge.plan import Groups
@@ -9,22 +10,34 @@ from searchmerge.plan import Groups
 REST = "rest"
 """As the last pattern: the parameters that no other pattern matches."""
 
-_INDEX = re.compile(r"^(.*?)(?:^|\.)(\d+)(?:\.|$)")
-_BEFORE = re.compile(r"embed|wte|wpe|patch|(^|\.)shared\.|cls_token|position")
+_LAYER = re.compile(r"^(?P<stack>(?:[^.]*\D[^.]*\.)*?)(?P<index>\d+)(?:\.|$)")
+_BEFORE = re.compile(
+    r"(^|[._])(embed(?!_out)\w*|\w*embed|\w*embeddings?|wte|wpe|shared|tokens?"
+    r"|patch\w*|cls_token|pos_\w*|position\w*|conv1|ln_pre|pre_\w*norm|stem)([._]|$)"
+)
 
 
 def assign_groups(names: Sequence[str], groups: Groups) -> dict[str, int]:
-    """Return the group of each parameter.
+    """Return the group of each parameter, from 0.
 
-    By depth, layers are told apart by the first number in a name, each stack (the text before
-    the number) on its own, and cut into ``depth`` blocks of as equal length as can be; what lies
-    before the layers (embeddings) is in the first block, what lies behind (norm, head) in the
-    last.
+    By depth: the first whole component of a dotted name that is a number tells its layer, and
+    what comes before it the stack (an encoder and a decoder are two). Each stack is cut into
+    ``depth`` blocks of consecutive layers, as equal in length as can be. What lies before the
+    layers, such as embeddings, is in the first block; all else, such as a final norm or a head,
+    in the last.
+
+    By patterns: each is searched in the name with :func:`re.search`; a last pattern ``rest``
+    takes what no other matches.
 
     Raises:
-        SpecError: If there are fewer layers than blocks, a pattern matches nothing, a name
-            matches two patterns, or none.
+        SpecError: If there are fewer layers than blocks; if a pattern is no regular expression
+            or matches nothing; or if a name matches two patterns, or none.
     """
+    return dict(_assign(tuple(names), groups))
+
+
+@lru_cache(maxsize=64)
+def _assign(names: tuple[str, ...], groups: Groups) -> dict[str, int]:
     if groups.depth is not None:
         return _by_depth(names, groups.depth)
     if groups.patterns:
@@ -33,41 +46,58 @@ def assign_groups(names: Sequence[str], groups: Groups) -> dict[str, int]:
 
 
 def depth_positions(names: Sequence[str]) -> dict[str, float]:
-    """Return the relative depth of each parameter: 0 in the first layer, 1 in the last."""
-    layers, counts = _layers(names)
-    positions = {}
-    for name in names:
-        if name in layers:
-            stack, index = layers[name]
-            positions[name] = index / max(1, counts[stack] - 1)
-        else:
-            positions[name] = 0.0 if _BEFORE.search(name) else 1.0
-    return positions
+    """Return the relative depth of each parameter, 0 in the first layer and 1 in the last.
+
+    Layers and what lies around them are told apart as in :func:`assign_groups`. A stack of one
+    layer is at 0.
+
+    Raises:
+        SpecError: If no name has a layer.
+    """
+    return dict(_positions(tuple(names)))
+
+
+@lru_cache(maxsize=64)
+def _positions(names: tuple[str, ...]) -> dict[str, float]:
+    ranks, lengths = _layers(names)
+    if not ranks:
+        raise SpecError(f"depth: no parameter's name has a layer number, e.g. {_some(names)}")
+    return {
+        name: ranks[name][1] / max(1, lengths[ranks[name][0]] - 1)
+        if name in ranks
+        else float(not _BEFORE.search(name))
+        for name in names
+    }
 
 
 def _layers(names: Sequence[str]) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
-    layers: dict[str, tuple[str, int]] = {}
-    counts: dict[str, int] = {}
+    """Return each layered name's stack and rank in it, and the number of layers per stack."""
+    found: dict[str, tuple[str, int]] = {}
+    indices: dict[str, set[int]] = {}
     for name in names:
-        if match := _INDEX.match(name):
-            stack, index = match[1], int(match[2])
-            layers[name] = (stack, index)
-            counts[stack] = max(counts.get(stack, 0), index + 1)
-    return layers, counts
+        if match := _LAYER.match(name):
+            found[name] = (match["stack"], int(match["index"]))
+            indices.setdefault(match["stack"], set()).add(int(match["index"]))
+    order = {stack: {i: k for k, i in enumerate(sorted(own))} for stack, own in indices.items()}
+    ranks = {name: (stack, order[stack][index]) for name, (stack, index) in found.items()}
+    return ranks, {stack: len(own) for stack, own in indices.items()}
 
 
 def _by_depth(names: Sequence[str], depth: int) -> dict[str, int]:
-    layers, counts = _layers(names)
-    most = max(counts.values(), default=0)
-    if depth > most:
+    ranks, lengths = _layers(names)
+    most = max(lengths.values(), default=0)
+    if not most:
         raise SpecError(
-            f"groups: depth is {depth}, but the model has {most} layers; allowed is 1 to {most}"
+            f"groups: depth is {depth}, but no parameter's name has a layer number, "
+            f"e.g. {_some(names)}"
         )
+    if depth > most:
+        raise SpecError(f"groups: depth is {depth}; the model has {most} layers: 1 to {most}")
     found = {}
     for name in names:
-        if name in layers:
-            stack, index = layers[name]
-            found[name] = index * depth // counts[stack]
+        if name in ranks:
+            stack, rank = ranks[name]
+            found[name] = rank * depth // lengths[stack]
         else:
             found[name] = 0 if _BEFORE.search(name) else depth - 1
     return found
@@ -75,10 +105,7 @@ def _by_depth(names: Sequence[str], depth: int) -> dict[str, int]:
 
 def _by_pattern(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]:
     searched = patterns[:-1] if patterns[-1] == REST else patterns
-    try:
-        compiled = [re.compile(pattern) for pattern in searched]
-    except re.error as error:
-        raise SpecError(f"groups: {error.pattern!r} is no regular expression: {error}") from error
+    compiled = [_compile(pattern) for pattern in searched]
     found = {}
     for name in names:
         hits = [i for i, pattern in enumerate(compiled) if pattern.search(name)]
@@ -89,9 +116,24 @@ def _by_pattern(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]
             )
         if not hits and len(searched) == len(patterns):
             raise SpecError(
-                f"groups: no pattern matches parameter {name!r}; add {REST!r} as the last one"
+                f"groups: no pattern matches parameter {name!r}; "
+                f"add {REST!r} as the last one, for what is left"
             )
         found[name] = hits[0] if hits else len(searched)
     if unused := set(range(len(patterns))) - set(found.values()):
-        raise SpecError(f"groups: pattern {patterns[min(unused)]!r} matches no parameter")
+        raise SpecError(
+            f"groups: pattern {patterns[min(unused)]!r} matches no parameter; "
+            f"there are e.g. {_some(names)}"
+        )
     return found
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise SpecError(f"groups: {pattern!r} is no regular expression: {error}") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names[:3]) or "none at all"

@@ -1,59 +1,93 @@
-"""Arithmetic that merge methods share. Axis 0 is always the experts."""
+"""Arithmetic on a chunk of a parameter, and what merge methods share of it.
 
-from collections.abc import Sequence
+One source serves compiled code, where everything is fused into one pass over memory, and eager
+torch, where each operation is a pass of its own over a chunk that stays in the cache: there,
+operations work in place and avoid boolean masks, which are several times slower.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from searchmerge.merging.engine import delta_chunks
-from searchmerge.merging.statistics import OrderStatistics
-from searchmerge.merging.task_vectors import TaskVectors
-
 GRID = 100
-"""Densities are stepped by one in so many."""
+"""Densities are stepped by one in so many, and all of them measured at once."""
 
 
-def weighted_sum(deltas: Tensor, scalars: Tensor) -> tuple[Tensor, None]:
-    """Return each entry's sum over the experts, each times its scalar; no tally.
+class Chunk(NamedTuple):
+    """What a merge function is given: some entries of one parameter, or all of them.
+
+    Attributes:
+        deltas: Each expert's task vector, ``(m,)`` float32. They belong to the function, which
+            may overwrite them.
+        scalars: One row per kind of number, one column per expert, float32.
+        kept: What the method kept when it measured, ``(m,)`` each; not to be overwritten.
+        positions: Index of each entry in its parameter, ``(m,)`` int64; ``None`` unless keys
+            were asked for.
+        keys: One int64 per expert, ``(n_experts,)``, e.g. a random generator's.
+    """
+
+    deltas: tuple[Tensor, ...]
+    scalars: Tensor
+    kept: tuple[Tensor, ...] = ()
+    positions: Tensor | None = None
+    keys: Tensor | None = None
+
+
+ChunkFunction = Callable[[Chunk], tuple[Tensor, ...]]
+"""Pure arithmetic, entry by entry, so that the engine may cut a parameter anywhere.
+
+It is compiled once, so what it depends on is the chunk alone, and it is the same object in every
+trial. Numbers that change come in as ``scalars``, never as Python floats. It returns the merged
+task vector ``(m,)`` float32 and, where the pass has a ``revise``, a tally of shape ``(2,)``.
+"""
+
+
+def keep_at_least(numbers: Tensor, threshold: Tensor) -> Tensor:
+    """Zero, in place, the entries whose magnitude is below ``threshold``; return ``numbers``.
 
     Args:
-        deltas: ``(n_experts, m)`` float32; overwritten.
-        scalars: The factors, ``(1, n_experts)``.
+        numbers: ``(m,)`` float32.
+        threshold: One number, 0 or more, on the CPU unless compiled.
     """
-    return deltas.mul_(scalars[0, :, None]).sum(0), None
+    if torch.compiler.is_compiling() or numbers.device.type != "cpu":
+        return torch.where(numbers.abs() >= threshold, numbers, 0.0)
+    below = torch.nextafter(threshold, threshold.new_tensor(-1.0)).item()
+    if below < 0:  # a threshold of 0 keeps everything
+        return numbers
+    return torch.hardshrink(numbers, below, out=numbers)
 
 
-def magnitudes(task_vectors: TaskVectors) -> OrderStatistics:
-    """Return the order statistics of each expert's |task vector| over the whole model."""
-    d = task_vectors.n_parameters
-    grid = [trim_rank(d, step / GRID) for step in range(1, GRID)]
-    return OrderStatistics(
-        lambda: (chunk.abs_() for chunk in delta_chunks(task_vectors)),
-        len(task_vectors.experts),
-        [rank for rank in grid if rank is not None],
-    )
+def add_scaled(total: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
+    """Return ``total + factor * numbers``, in place of ``total``.
 
-
-def trim_rank(d: int, density: float) -> int | None:
-    """Return the rank, from 0, of the smallest of d magnitudes that is kept; ``None`` for all.
-
-    The authors of TIES keep what is at least the k-th smallest, ``k = d - int(d * density)``
-    counted from 1, in double precision; ties are all kept.
+    Args:
+        total: ``(m,)`` float32.
+        numbers: ``(m,)`` float32.
+        factor: One number, on the CPU unless compiled.
     """
-    n_kept = int(d * density)
-    return None if n_kept >= d else max(0, d - n_kept - 1)
+    if torch.compiler.is_compiling():
+        return total + factor * numbers
+    return total.add_(numbers, alpha=factor.item())
 
 
-def thresholds(
-    statistics: OrderStatistics, d: int, densities: Sequence[float]
-) -> list[float]:
-    """Return the magnitude below which each expert is trimmed; 0 trims nothing."""
-    ranks = [trim_rank(d, density) for density in densities]
-    found = statistics.at([rank or 0 for rank in ranks])
-    return [0.0 if rank is None else value for rank, value in zip(ranks, found, strict=True)]
+def weighted_sum(numbers: Sequence[Tensor], factors: Tensor) -> Tensor:
+    """Return the sum of ``(m,)`` tensors, each times its factor, in place of the first.
+
+    Args:
+        numbers: One or more, ``(m,)`` float32.
+        factors: One number each, on the CPU unless compiled.
+    """
+    total = numbers[0].mul_(factors[0])
+    for own, factor in zip(numbers[1:], factors[1:], strict=True):
+        total = add_scaled(total, own, factor)
+    return total
 
 
-def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return the quotient, 0 where the denominator is 0."""
-    safe = torch.where(denominator == 0, 1.0, denominator)
-    return torch.where(denominator == 0, 0.0, numerator / safe)
+def add_up(numbers: Sequence[Tensor]) -> Tensor:
+    """Return the sum of ``(m,)`` tensors, in their order, in a fresh tensor."""
+    total = numbers[0].clone() if len(numbers) == 1 else numbers[0] + numbers[1]
+    for own in numbers[2:]:
+        total = total.add_(own)
+    return total

@@ -1,175 +1,303 @@
-"""The merger: turns a plan into weights, in a resident model or in new tensors."""
+"""The merger: turns a plan into weights, in a resident model or one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import searchmerge.merging.methods  # noqa: F401  (registers the methods)
 from searchmerge.errors import SpecError
-from searchmerge.merging.engine import Engine, EngineKind
-from searchmerge.merging.groups import assign_groups, depth_positions
+from searchmerge.merging.engine import Engine, EngineKind, Operands
+from searchmerge.merging.groups import depth_positions
+from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.method import (
     DEPTH_SLOPE,
     METHODS,
-    Bound,
     MergeMethod,
-    Rows,
-    settings_of,
+    Pass,
+    Whole,
+    setting,
     validate_plan,
 )
+from searchmerge.merging.residency import Memory, place, streamed
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
+
+_logger = logging.getLogger(__name__)
 
 
 class Merger:
     """Merges the same experts again and again, as each plan asks.
 
-    A method measures the task vectors once, at the first plan that names it.
+    A plan may name some of the experts, in any order. A method measures them at the first plan
+    that names it and them, and is kept.
 
     Args:
         task_vectors: The base and the experts.
-        targets: Name to the tensor that :meth:`apply` overwrites, e.g. views of a resident
-            model's parameters; any float dtype and device. ``None`` where only
-            :meth:`merged` is used.
-        engine: How the arithmetic is run.
+        targets: Name in the base to the tensor that :meth:`apply` overwrites, such as a view of
+            a resident model's parameter; any float dtype, on any device. Of a tied parameter one
+            name is enough. ``None`` where only :meth:`merged` is used.
+        engine: How arithmetic is run; see :class:`Engine`.
+        memory: Where base and experts lie, and how much methods may keep.
+        cache: Directory for statistics, so that other mergers of the same checkpoints need not
+            measure them; ``None`` for none.
+        cache_key: What tells these checkpoints from all others, e.g. a hash of their files.
 
     Raises:
-        SpecError: If a parameter that is merged has no target.
+        SpecError: If a parameter has no target, or one of another shape, or one that is the
+            base's own memory; or if there is a ``cache`` but no ``cache_key``.
     """
 
     def __init__(
         self,
         task_vectors: TaskVectors,
+        *,
         targets: Mapping[str, Tensor] | None = None,
         engine: EngineKind = "auto",
+        memory: Memory | None = None,
+        cache: Path | None = None,
+        cache_key: str | None = None,
     ) -> None:
-        self._task_vectors = task_vectors
-        self._targets = targets or {}
+        if cache is not None and not cache_key:
+            raise SpecError("merger: a cache needs a cache_key, to tell the checkpoints apart")
+        memory = memory or Memory()
+        self._targets = None if targets is None else _find_targets(task_vectors, targets)
+        found = {name: own[0] for name, own in (self._targets or {}).items()}
+        self._devices = {
+            name: found.get(name, task_vectors.base[name]).device for name in task_vectors.weights
+        }
+        self._vectors = place(task_vectors, self._devices, memory.residency)
         self._engine = Engine(engine)
+        first = next(iter(self._devices.values()), torch.device("cpu"))
+        self._budget = MemoryBudget(memory.budget_bytes(first))
+        self._cache = None if cache is None else cache / str(cache_key)
+        self._everyone = self._measure(self._vectors)
         self._methods: dict[tuple[str, tuple[str, ...]], MergeMethod] = {}
-        lost = [name for name in task_vectors.weights if targets is not None and name not in targets]
-        if lost:
-            raise SpecError(f"the resident model has no parameter {lost[0]!r} to merge into")
 
     @torch.no_grad()
     def apply(self, plan: MergePlan) -> None:
-        """Overwrite every target that is merged with what ``plan`` asks for.
+        """Overwrite every target of a merged parameter with what ``plan`` asks for, in place.
 
         Raises:
-            SpecError: If the plan is not legal.
-            CheckpointError: If it names an expert that is not loaded.
+            SpecError: If the plan is not legal, or names an expert that is not loaded, or the
+                merger was given no targets.
         """
-        for name, _ in self._merge(plan, lambda name, base: self._targets[name]):
-            del name
+        if self._targets is None:
+            raise SpecError("merger: there are no targets to apply a plan to; use merged")
+        vectors, first_pass, scales = self._bind(plan)
+        work: Pass | Whole | None = first_pass
+        while work is not None:
+            total = torch.zeros(2, dtype=torch.float64)
+            for name, own in self._inputs(vectors, work):
+                first, *others = self._targets[name]
+                tally = self._write(name, own, work, scales[name], first)
+                for other in others:
+                    other.copy_(first)
+                total = _added(total, tally)
+            work = _revised(work, total)
 
     @torch.no_grad()
     def merged(
         self, plan: MergePlan, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the merged model by name, one at a time.
+        """Yield every tensor of the base by name, merged or as it is, one at a time.
+
+        Names of one tied parameter come one after the other, with the same tensor.
 
         Args:
             plan: What to merge.
-            dtype: Of the floating-point tensors; ``None`` for the base's own.
+            dtype: Of all floating-point tensors; ``None`` for each one's in the base.
 
         Raises:
-            SpecError: If the plan is not legal.
-            CheckpointError: If it names an expert that is not loaded.
+            SpecError: If the plan is not legal, or names an expert that is not loaded.
         """
-        vectors = self._task_vectors
-        yield from self._merge(
-            plan, lambda name, base: torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
-        )
-        for name, tensor in vectors.base.items():
-            if name not in vectors.weights and name not in vectors.tied:
-                is_cast = dtype is not None and tensor.is_floating_point()
-                yield name, tensor.to(dtype) if is_cast else tensor
-
-    def _merge(self, plan, target) -> Iterator[tuple[str, Tensor]]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        validate_plan(plan)
-        vectors = self._task_vectors.of(plan.experts)
-        rows, row_of = _rows(plan, list(vectors.weights))
-        bound = self._bind(plan, vectors, rows)
-        scalars = _scalars(bound)
-        outs = self._settled(bound, vectors, row_of, target)
-        for name, tensors in vectors.weights.items():
-            if outs is not None:
-                yield name, outs[name]
-                continue
+        vectors, work, scales = self._bind(plan)
+        work = self._settled(vectors, work, scales)
+        for name, own in self._inputs(vectors, work):
             base = vectors.base[name]
-            out = target(name, base)
-            self._engine.merge(bound.combine, base, tensors, scalars[row_of[name]], out)
-            yield name, out
+            out = torch.empty(base.shape, dtype=dtype or base.dtype, device=own[0].device)
+            self._write(name, own, work, scales[name], out)
+            for each in (name, *_aliases(vectors, name)):
+                yield each, out
+        for name, tensor in vectors.base.items():
+            if vectors.tied.get(name, name) not in vectors.weights:
+                cast = dtype is not None and tensor.is_floating_point()
+                yield name, tensor.detach().to(dtype) if cast else tensor.detach()
 
-    def _settled(self, bound, vectors, row_of, target):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        """Do whole passes until the tally agrees; ``None`` for a method that has none."""
-        if bound.settle is None:
-            return None
-        outs = {name: target(name, vectors.base[name]) for name in vectors.weights}
-        current: Bound | None = bound
-        while current is not None:
-            scalars, total = _scalars(current), torch.zeros(2)
-            for name, tensors in vectors.weights.items():
-                tally = self._engine.merge(
-                    current.combine, vectors.base[name], tensors, scalars[row_of[name]], outs[name]
-                )
-                if tally is not None:
-                    total += tally.cpu()
-            current = current.settle(total) if current.settle else None
-        return outs
-
-    def _bind(self, plan: MergePlan, vectors: TaskVectors, rows: Rows) -> Bound:
+    def _bind(self, plan: MergePlan) -> tuple[TaskVectors, Pass | Whole, dict[str, float]]:
+        validate_plan(plan)
+        plan = _in_order(plan, self._vectors.experts)
+        vectors = self._vectors.of(plan.experts)
         key = (plan.method, plan.experts)
         if key not in self._methods:
-            self._methods[key] = METHODS[plan.method](vectors)
-        return self._methods[key].bind(rows)
+            _logger.debug("measuring for %s: %s", plan.method, ", ".join(plan.experts))
+            self._methods[key] = METHODS[plan.method](self._measure(vectors))
+        slope = float(setting(plan, DEPTH_SLOPE))
+        scales = dict.fromkeys(vectors.weights, 1.0)
+        if slope:
+            positions = depth_positions(tuple(vectors.weights))
+            scales = {name: 1.0 + slope * position for name, position in positions.items()}
+        return vectors, self._methods[key].bind(plan), scales
+
+    def _measure(self, vectors: TaskVectors) -> Measure:
+        everyone = None if vectors is self._vectors else self._everyone
+        return Measure(vectors, self._engine, self._budget, self._cache, everyone)
+
+    def _inputs(
+        self, vectors: TaskVectors, work: Pass | Whole
+    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """Yield each parameter's name, base and experts, 1-D, where it is merged."""
+
+        def read(name: str) -> tuple[Tensor, ...]:
+            own = vectors.weights[name]
+            chosen = own if work.experts is None else [own[i] for i in work.experts]
+            return tuple(t.detach().reshape(-1) for t in (vectors.base[name], *chosen))
+
+        return streamed(tuple(vectors.weights), read, self._devices)
+
+    def _settled(
+        self, vectors: TaskVectors, work: Pass | Whole, scales: Mapping[str, float]
+    ) -> Pass | Whole:
+        """Return the pass that will stand, having gone through all parameters to find out."""
+        while isinstance(work, Pass) and work.revise is not None:
+            total = torch.zeros(2, dtype=torch.float64)
+            for name, own in self._inputs(vectors, work):
+                scratch = torch.empty_like(own[0])
+                total = _added(total, self._write(name, own, work, scales[name], scratch))
+            work = _revised(work, total) or replace(work, revise=None)
+        return work
+
+    def _write(
+        self,
+        name: str,
+        own: tuple[Tensor, ...],
+        work: Pass | Whole,
+        scale: float,
+        out: Tensor,
+    ) -> Tensor | None:
+        """Merge one parameter into ``out``, of any layout; return the tally."""
+        flat = out.view(-1) if out.is_contiguous() else torch.empty_like(out).reshape(-1)
+        tally = None
+        if isinstance(work, Whole):
+            _write_whole(work.function, name, own, scale, flat.view(out.shape))
+        else:
+            keys = work.keys(name) if work.keys else None
+            kept = work.kept.get(name, ())
+            parameter = Operands(own[0], own[1:], work.scalars(name), kept, keys)
+            tally = self._engine.merge(work.function, parameter, scale, flat)
+        if not out.is_contiguous():
+            out.copy_(flat.view(out.shape))
+        return tally
 
 
-def _scalars(bound: Bound) -> list[Tensor]:
-    return [torch.tensor(row, dtype=torch.float32) for row in bound.scalars]
+def _write_whole(
+    function: Callable[[str, tuple[Tensor, ...]], Tensor],
+    name: str,
+    own: tuple[Tensor, ...],
+    scale: float,
+    out: Tensor,
+) -> None:
+    base = own[0].view(out.shape)
+    deltas = tuple(expert.float().view(out.shape) - base.float() for expert in own[1:])
+    merged = function(name, deltas).mul_(scale)
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    out.copy_(merged.to(wide).add_(base))
 
 
-def _rows(plan: MergePlan, names: list[str]) -> tuple[Rows, dict[str, int]]:
-    """Return a plan's distinct rows, and which one each parameter has."""
-    settings = {n: plan.settings.get(n, c.default) for n, c in settings_of(plan.method).items()}
-    slope = float(settings.pop(DEPTH_SLOPE.name))
-    group_of = assign_groups(names, plan.groups)
-    factors = dict.fromkeys(names, 1.0)
-    if slope:
-        factors = {name: 1.0 + slope * p for name, p in depth_positions(names).items()}
-    distinct = sorted({(group_of[name], factors[name]) for name in names}) or [(0, 1.0)]
-    index = {pair: i for i, pair in enumerate(distinct)}
-    rows = [
-        {
-            value: tuple(n * factor if value == "coefficient" else n for n in numbers[group])
-            for value, numbers in plan.values.items()
-        }
-        for group, factor in distinct
-    ]
-    return Rows(settings, rows), {n: index[group_of[n], factors[n]] for n in names}
+def _find_targets(
+    vectors: TaskVectors, targets: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, ...]]:
+    """Return the tensors that each merged parameter is written to, each memory once."""
+    found = {}
+    for name in vectors.weights:
+        names = [each for each in (name, *_aliases(vectors, name)) if each in targets]
+        if not names:
+            raise SpecError(
+                f"merger: the resident model has no tensor {name!r} to merge into; exclude it"
+            )
+        own: dict[object, Tensor] = {}
+        for each in names:
+            target = targets[each].detach()
+            _check_target(each, target, vectors.base[name])
+            own.setdefault((target.device, target.data_ptr(), target.stride()), target)
+        found[name] = tuple(own.values())
+    return found
 
 
+def _check_target(name: str, target: Tensor, base: Tensor) -> None:
+    if target.shape != base.shape:
+        raise SpecError(
+            f"merger: tensor {name!r} of the resident model has shape {tuple(target.shape)}; "
+            f"the base's has {tuple(base.shape)}"
+        )
+    same_place = target.device == base.device and target.data_ptr() == base.data_ptr()
+    if same_place and target.numel():
+        raise SpecError(
+            f"merger: tensor {name!r} of the resident model is the base's own memory; "
+            "give the base as a copy"
+        )
+
+
+def _aliases(vectors: TaskVectors, name: str) -> list[str]:
+    return [alias for alias, used in vectors.tied.items() if used == name]
+
+
+def _in_order(plan: MergePlan, loaded: tuple[str, ...]) -> MergePlan:
+    """Return the same plan with its experts in the order they were loaded in."""
+    if unknown := [expert for expert in plan.experts if expert not in loaded]:
+        raise SpecError(
+            f"plan: expert {unknown[0]!r} is not loaded (there are: {', '.join(loaded)})"
+        )
+    experts = tuple(expert for expert in loaded if expert in plan.experts)
+    if experts == plan.experts:
+        return plan
+    order = [plan.experts.index(expert) for expert in experts]
+    values = {
+        name: tuple(tuple(row[i] for i in order) for row in rows)
+        for name, rows in plan.values.items()
+    }
+    return replace(plan, experts=experts, values=values)
+
+
+def _added(total: Tensor, tally: Tensor | None) -> Tensor:
+    if tally is None:
+        return total
+    return total.to(tally.device) + tally
+
+
+def _revised(work: Pass | Whole, total: Tensor) -> Pass | None:
+    if isinstance(work, Whole) or work.revise is None:
+        return None
+    return work.revise(total.cpu())
+
+
+@torch.no_grad()
 def merge_weights(
     base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], plan: MergePlan
 ) -> dict[str, Tensor]:
     """Return the merged state dict that ``plan`` asks for.
 
     Args:
-        base: The base model's tensors by name, any float dtype; not modified. Tensors that are
-            not floating point come out as they are; names that share their storage are merged
-            once and come out as one tensor.
-        experts: Expert name to its tensors by name, shapes as in ``base``; not modified.
+        base: The base model's tensors by name, any dtype; not modified. Those that are not
+            floating point come out as they are; those that share their storage are merged once
+            and share it again.
+        experts: Expert name to its tensors by name, in the base's shapes; not modified. Tensors
+            that only an expert has are its own business and do not come out.
         plan: What to merge; its experts are among ``experts``.
 
     Returns:
-        Every name of ``base``, in its dtype.
+        Every name of ``base`` in its order, shape, dtype and device.
 
     Raises:
-        SpecError: If the plan is not legal for its method.
+        SpecError: If the plan is not legal for its method, or names an unknown expert.
         CheckpointError: If tensors do not fit together, or hold NaN or inf.
     """
+    validate_plan(plan)
     vectors = TaskVectors.from_weights(base, experts)
-    vectors.check_finite()
     merged = dict(Merger(vectors).merged(plan))
+    for name in merged:
+        if vectors.tied.get(name, name) not in vectors.weights:
+            merged[name] = merged[name].clone()
     return {name: merged[vectors.tied.get(name, name)] for name in base}

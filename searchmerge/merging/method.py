@@ -1,142 +1,206 @@
 """What a merge method is, what it may be told, and the registry of those there are.
 
-Importing the package ``searchmerge.merging.methods`` registers every method.
+Importing this module registers every method of :mod:`searchmerge.merging.methods`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.plan import MergePlan, Setting
+from searchmerge.merging.groups import assign_groups
+from searchmerge.merging.kernels import ChunkFunction
+from searchmerge.plan import WHOLE, Groups, MergePlan
+from searchmerge.plan import Setting as Value
 from searchmerge.registry import Registry
+
+if TYPE_CHECKING:
+    from searchmerge.merging.measure import Measure
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
-    """A number per expert that a merge method takes and a study may search.
+    """A number per expert, and per group, that a merge method takes and a study may search.
 
     Attributes:
         name: The name used in plans, study files and reports.
         low: Smallest legal value, included.
         high: Largest legal value, included.
-        default: The value that the method's paper recommends.
-        search: A good range to search, both ends included.
-        step: Distance between values worth telling apart; ``None`` for any.
+        default: The value that the method's paper publishes.
+        search: A good range to search, both ends included; the legal one where none is given.
+        step: Distance between values worth telling apart; ``None`` for any value.
     """
 
     name: str
     low: float
     high: float
     default: float
-    search: tuple[float, float]
+    search: tuple[float, float] = (math.nan, math.nan)
     step: float | None = None
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.search[0]):
+            object.__setattr__(self, "search", (self.low, self.high))
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A method-wide choice.
+class Setting:
+    """A method-wide choice: one of some values, or a number of a range.
 
     Attributes:
         name: The name used under ``settings``.
         default: The value where a plan says nothing.
-        choices: The words allowed; empty where it is a number.
+        choices: The values allowed; empty where it is a number.
         low: Smallest legal number, included.
         high: Largest legal number, included.
-        whole: Whether the number must be an integer, e.g. a seed.
+        step: 1 where only whole numbers are legal, e.g. a seed; ``None`` for any number.
     """
 
     name: str
-    default: Setting
-    choices: tuple[str, ...] = ()
+    default: Value
+    choices: tuple[Value, ...] = ()
     low: float = -math.inf
     high: float = math.inf
-    whole: bool = False
+    step: float | None = None
 
 
-DEPTH_SLOPE = Choice("depth_slope", default=0.0, low=-1.0, high=10.0)
-r"""A setting of every method: coefficients that grow linearly with depth.
+COEFFICIENT = Hyperparameter("coefficient", -10.0, 10.0, default=1.0, search=(0.0, 2.0))
+"""The factor on a task vector; methods take it with their own default and search range."""
 
-A parameter at relative depth :math:`l \in [0, 1]` has its coefficients multiplied by
-:math:`1 + s\,l` (LiNeS, Wang et al., 2024, arXiv:2410.17146, which scales layer :math:`l` by
+DEPTH_SLOPE = Setting("depth_slope", default=0.0, low=-1.0, high=10.0)
+r"""A setting of every method: the merged task vector grows linearly with depth.
+
+A parameter at relative depth :math:`l \in [0, 1]` has its merged task vector multiplied by
+:math:`1 + s\,l`, which is what multiplying its coefficients does in every method that is linear
+in them. LiNeS (Wang et al., 2024, arXiv:2410.17146) scales the l-th of L blocks by
 :math:`\alpha + \beta\,(l - 1)/(L - 1)`; here :math:`\alpha` is the coefficient and
-:math:`s = \beta / \alpha`). What lies before the layers counts as depth 0, what lies behind them
-as depth 1; the paper leaves both open.
+:math:`s = \beta / \alpha`. The paper leaves open what becomes of parameters outside the blocks:
+here what lies before them counts as the first, what lies behind as the last. 0 is no slope.
 """
 
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A method with all its numbers fixed for one trial.
-
-    Attributes:
-        combine: A pure function of stacked task vectors ``(n_experts, m)`` float32, which it
-            may overwrite, and scalars ``(n_scalars, n_experts)`` float32; returns the merged
-            task vector ``(m,)`` float32, and a tally ``(2,)`` that is summed over all chunks, or
-            ``None``. It works entry by entry, so the engine may cut a parameter anywhere.
-        scalars: For each row of the plan, ``(n_scalars, n_experts)`` as nested lists.
-        settle: Given the tally's sum, returns the bound method to do the pass again with, or
-            ``None`` where the pass stands. ``None`` for methods that have no tally.
-    """
-
-    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
-    scalars: Sequence[Sequence[Sequence[float]]]
-    settle: "Callable[[Tensor], Bound | None] | None" = None
+SEED = Setting("seed", default=0, low=0, high=2**31 - 1, step=1)
+"""A setting of every method that draws random numbers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A plan's numbers as a method sees them: groups and depth slope are taken care of.
+class Pass:
+    """One pass over all parameters, entry by entry, with every number fixed.
 
     Attributes:
-        settings: Every setting of the method, defaults put in.
-        rows: For each row, hyper-parameter name to one number per expert. A method makes its
-            scalars of each row alike.
+        function: The arithmetic.
+        scalars: Parameter name to ``(n_scalars, n_experts)`` float32 on the CPU.
+        experts: Indices of the experts that are read; ``None`` for all.
+        kept: Parameter name to tensors that :meth:`Measure.keep` returned.
+        keys: Parameter name to int64 ``(n_experts,)``; ``None`` where nothing is random.
+        revise: Given the sum of all tallies (float64), returns the pass that has to be done
+            instead, or ``None`` where this one stands.
     """
 
-    settings: Mapping[str, Setting]
-    rows: Sequence[Mapping[str, tuple[float, ...]]]
+    function: ChunkFunction
+    scalars: Callable[[str], Tensor]
+    experts: tuple[int, ...] | None = None
+    kept: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    keys: Callable[[str], Tensor] | None = None
+    revise: "Callable[[Tensor], Pass | None] | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """One pass over all parameters, each as a whole: for methods that are not entry by entry.
+
+    Attributes:
+        function: Parameter name and every expert's task vector, float32 in the parameter's
+            shape, to the merged one. It may overwrite them.
+        experts: Indices of the experts that are read; ``None`` for all.
+    """
+
+    function: Callable[[str, tuple[Tensor, ...]], Tensor]
+    experts: tuple[int, ...] | None = None
 
 
 class MergeMethod(Protocol):
     """A way of merging task vectors, in three steps with three lifetimes.
 
-    Constructing it measures, once a worker, what does not depend on the trial. :meth:`bind`
-    fixes, once a trial, what the plan decides. The function in what it returns is called once a
-    parameter, and does nothing but arithmetic.
+    Constructing it measures, once per worker and set of experts, what no plan decides.
+    :meth:`bind` fixes, once per trial, what the plan decides, by looking it up. What it returns
+    is run once per parameter, and does nothing but arithmetic.
+
+    Attributes:
+        hyperparameters: What has a number per expert and group.
+        settings: The method-wide choices, ``DEPTH_SLOPE`` among them.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]]
-    settings: ClassVar[tuple[Choice, ...]]
+    settings: ClassVar[tuple[Setting, ...]]
 
-    def __init__(self, task_vectors: TaskVectors) -> None: ...
+    def __init__(self, measure: "Measure") -> None: ...
 
-    def bind(self, rows: Rows) -> Bound:
-        """Return the arithmetic that merges every parameter under ``rows``."""
+    def bind(self, plan: MergePlan) -> Pass | Whole:
+        """Return the pass that merges under ``plan``, whose experts are those measured."""
         ...
 
 
 METHODS: Registry[type[MergeMethod]] = Registry("merge method")
 
-COEFFICIENT = Hyperparameter("coefficient", -10.0, 10.0, default=1.0, search=(0.0, 2.0))
+
+def setting(plan: MergePlan, legal: Setting) -> Value:
+    """Return what a plan says about a setting, or the default."""
+    return plan.settings.get(legal.name, legal.default)
 
 
-def settings_of(method: str) -> dict[str, Choice]:
-    """Return every setting that a plan of ``method`` may hold, by name."""
-    return {choice.name: choice for choice in (*METHODS[method].settings, DEPTH_SLOPE)}
+def by_group(
+    plan: MergePlan, names: Sequence[str], rows: Sequence[Sequence[Sequence[float]]]
+) -> Callable[[str], Tensor]:
+    """Return the ``scalars`` of a :class:`Pass` that depend on the parameter's group alone.
+
+    Args:
+        plan: The plan, for its groups.
+        names: The names of all parameters.
+        rows: For each group, the rows of scalars, one number per expert that is read.
+    """
+    group_of = assign_groups(names, plan.groups)
+    tensors = [torch.tensor(group, dtype=torch.float32) for group in rows]
+    return lambda name: tensors[group_of[name]]
 
 
-def default_plan(method: str, experts: Sequence[str], **overrides: float) -> MergePlan:
-    """Return the plan with the published value of every hyper-parameter but the overridden."""
-    values = {
-        h.name: ((overrides.get(h.name, h.default),) * len(experts),)
-        for h in METHODS[method].hyperparameters
-    }
-    return MergePlan(method, tuple(experts), values)
+def default_plan(
+    method: str,
+    experts: Sequence[str],
+    *,
+    groups: Groups = WHOLE,
+    **overrides: float | Sequence[float] | Value,
+) -> MergePlan:
+    """Return the plan with the published value of everything that is not overridden.
+
+    Args:
+        method: Name of a merge method.
+        experts: Expert names.
+        groups: How the parameters are divided; every group gets the same row.
+        **overrides: Of a hyper-parameter, one number for all experts or one each; of a setting,
+            its value.
+
+    Raises:
+        SpecError: If there is no such method, or the plan is not legal.
+    """
+    entry = METHODS[method]
+    values = {}
+    for h in entry.hyperparameters:
+        given = overrides.pop(h.name, h.default)
+        row = (given,) * len(experts) if isinstance(given, int | float) else given
+        values[h.name] = (tuple(float(number) for number in row),) * len(groups)
+    settings: dict[str, Value] = {s.name: s.default for s in entry.settings if s != DEPTH_SLOPE}
+    for name, value in overrides.items():
+        if not isinstance(value, str | int | float | bool):
+            raise SpecError(f"plan: setting {name!r} of method {method!r} is {value!r}")
+        settings[name] = value
+    plan = MergePlan(method, tuple(experts), values, groups, settings)
+    validate_plan(plan)
+    return plan
 
 
 def validate_plan(plan: MergePlan) -> None:
@@ -146,23 +210,29 @@ def validate_plan(plan: MergePlan) -> None:
         SpecError: If there is no such method, a hyper-parameter is missing, unknown or out of
             its legal range, or a setting is unknown or not allowed.
     """
-    legal = {h.name: h for h in METHODS[plan.method].hyperparameters}
+    method = METHODS[plan.method]
+    legal = {h.name: h for h in method.hyperparameters}
     _check_names("hyper-parameter", plan.method, plan.values, legal)
     if missing := [name for name in legal if name not in plan.values]:
-        raise SpecError(f"plan: method {plan.method!r} needs values.{missing[0]}")
+        raise SpecError(f"plan: method {plan.method!r} needs values.{missing[0]}; it is missing")
     for name, rows in plan.values.items():
         for group, row in zip(plan.groups.names, rows, strict=True):
             _check_row(plan, legal[name], group, row)
-    choices = settings_of(plan.method)
-    _check_names("setting", plan.method, plan.settings, choices)
+    settings = {s.name: s for s in method.settings}
+    _check_names("setting", plan.method, plan.settings, settings)
     for name, value in plan.settings.items():
-        _check_choice(plan.method, choices[name], value)
+        _check_setting(plan.method, settings[name], value)
 
 
 def _check_names(kind: str, method: str, found: Iterable[str], known: Iterable[str]) -> None:
-    if unknown := [name for name in found if name not in known]:
+    for name in found:
+        if name in known:
+            continue
+        close = get_close_matches(name, list(known), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         raise SpecError(
-            f"plan: method {method!r} has no {kind} {unknown[0]!r} (it has: {', '.join(known)})"
+            f"plan: method {method!r} has no {kind} {name!r}{hint} "
+            f"(it has: {', '.join(known) or 'none'})"
         )
 
 
@@ -175,21 +245,27 @@ def _check_row(plan: MergePlan, legal: Hyperparameter, group: str, row: Sequence
             )
 
 
-def _check_choice(method: str, legal: Choice, value: Setting) -> None:
+def _check_setting(method: str, legal: Setting, value: Value) -> None:
     if legal.choices:
-        if value not in legal.choices:
-            raise SpecError(
-                f"plan: setting {legal.name!r} of method {method!r} is {value!r}; "
-                f"allowed: {', '.join(legal.choices)}"
-            )
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not _is_legal(legal, float(value)):
-        raise SpecError(
-            f"plan: setting {legal.name!r} of method {method!r} is {value!r}; allowed: "
-            f"{'an integer' if legal.whole else 'a number'} in [{legal.low}, {legal.high}]"
-        )
+        same_kind = [choice for choice in legal.choices if type(choice) is type(value)]
+        if value in same_kind:
+            return
+        allowed = ", ".join(str(choice) for choice in legal.choices)
+    else:
+        if _is_legal(legal, value):
+            return
+        kind = "a number" if legal.step is None else f"a multiple of {legal.step}"
+        allowed = f"{kind} in [{legal.low}, {legal.high}]"
+    raise SpecError(
+        f"plan: setting {legal.name!r} of method {method!r} is {value!r}; allowed: {allowed}"
+    )
 
 
-def _is_legal(legal: Choice, value: float) -> bool:
-    return legal.low <= value <= legal.high and not (legal.whole and value != int(value))
+def _is_legal(legal: Setting, value: Value) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    steps = 0.0 if legal.step is None or not math.isfinite(value) else value / legal.step
+    return legal.low <= value <= legal.high and steps == round(steps)
+
+
+import searchmerge.merging.methods  # noqa: E402, F401  (at the end: they import this module)

@@ -1,90 +1,215 @@
-"""Exact order statistics of whole task vectors, measured without sorting or copying them."""
+"""Exact order statistics of whole models, measured without sorting or copying them."""
 
+import itertools
+import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_BINS = 1 << 16
-_SIGN = 1 << 31
+_logger = logging.getLogger(__name__)
 
-Chunks = Callable[[], Iterable[Tensor]]
-"""Gives the numbers anew, chunk by chunk, each ``(n_experts, m)`` float32."""
+_BINS = 1 << 16
+_MAGNITUDE = 0x7FFFFFFF
+
+_AT_ONCE = 1 << 15  # entries per operation on a CPU: torch starts no threads of its own for them
+
+
+class Block(NamedTuple):
+    """Some of every row's numbers.
+
+    Attributes:
+        size: How many of each row.
+        rows: One function per row, from a slice of ``range(size)`` to those numbers, float32 on
+            any device. Each is called in a thread of its own.
+    """
+
+    size: int
+    rows: Sequence[Callable[[slice], Tensor]]
+
+
+Numbers = Callable[[], Iterable[Block]]
+"""Goes through all numbers anew, the same each time."""
 
 
 class OrderStatistics:
-    """The k-th smallest of each expert's numbers, exactly as a sort of all of them would give it.
+    """The k-th smallest of each row's numbers, exactly as sorting all of them would give it.
 
-    A radix histogram in two levels: the high 16 bits of each number's order-preserving key are
-    counted once; the low 16 bits only in those bins that hold a rank that was asked for. No
-    tensor of the model's size is made.
+    A radix histogram of two levels: the high 16 bits of each number's order-preserving key are
+    counted once; the low 16 bits in those bins alone that hold a rank that was asked for. It
+    holds 512 KiB per row, and while measuring up to 256 KiB per rank and row; no tensor of the
+    model's size is made. Rows are counted in parallel.
 
     Args:
-        chunks: The numbers; they must come out the same each time.
-        n_experts: Rows of each chunk.
-        grid: Ranks that are all measured as soon as one of them is asked for.
+        numbers: The numbers; they come out the same each time, all finite.
+        n_rows: Rows of each chunk.
+        n_numbers: Numbers of each row.
+        grid: Ranks that are all measured as soon as one is asked for that is not known yet.
+        cache: File to keep what was measured in; ``None`` for none. One that cannot be read, or
+            belongs to something else, is measured anew and overwritten.
     """
 
-    def __init__(self, chunks: Chunks, n_experts: int, grid: Sequence[int] = ()) -> None:
-        self._chunks = chunks
-        self._grid = tuple(grid)
-        self._high = torch.zeros(n_experts, _BINS, dtype=torch.int64)
-        for chunk in chunks():
-            for row, keys in zip(self._high, _keys(chunk), strict=True):
-                row += torch.bincount(keys >> 16, minlength=_BINS).cpu()
-        self._below = self._high.cumsum(1)
-        self._known: list[dict[int, float]] = [{} for _ in range(n_experts)]
+    def __init__(
+        self,
+        numbers: Numbers,
+        n_rows: int,
+        n_numbers: int,
+        *,
+        grid: Iterable[int] = (),
+        cache: Path | None = None,
+    ) -> None:
+        self._numbers, self._n_rows, self._n_numbers = numbers, n_rows, n_numbers
+        self._grid = set(grid)
+        self._cache = cache
+        self._high: Tensor | None = None  # (n_rows, _BINS) int64, counts
+        self._known: list[dict[int, float]] = [{} for _ in range(n_rows)]
+        self._load()
 
-    def at(self, ranks: Sequence[int]) -> list[float]:
-        """Return one number per expert: its ``rank``-th smallest, counted from 0.
+    def at(self, ranks: Sequence[int], rows: Sequence[int] | None = None) -> list[float]:
+        """Return one number per row: its ``rank``-th smallest, counted from 0.
 
         Args:
-            ranks: One per expert, each in [0, d).
+            ranks: One per row; one that is not in [0, n_numbers) counts as the nearest in it.
+            rows: The rows asked for; ``None`` for all.
         """
-        asked = [{rank} for rank in ranks]
-        if any(rank not in known for rank, known in zip(ranks, self._known, strict=True)):
-            self._measure([{*own, *self._grid} for own in asked])
-        return [known[rank] for rank, known in zip(ranks, self._known, strict=True)]
-
-    def _measure(self, ranks: Sequence[set[int]]) -> None:
-        wanted = [sorted(r - known.keys()) for r, known in zip(ranks, self._known, strict=True)]
-        bins = [
-            torch.searchsorted(below, torch.tensor(own), right=True).unique()
-            for below, own in zip(self._below, wanted, strict=True)
+        if not self._n_numbers:
+            return [0.0] * len(ranks)
+        rows = range(self._n_rows) if rows is None else rows
+        asked = [
+            (row, min(max(rank, 0), self._n_numbers - 1))
+            for row, rank in zip(rows, ranks, strict=True)
         ]
-        counts = self._count_low(bins)
-        for expert, own in enumerate(wanted):
-            where = torch.searchsorted(self._below[expert], torch.tensor(own), right=True)
-            for rank, high in zip(own, where.tolist(), strict=True):
-                slot = int(torch.searchsorted(bins[expert], high))
-                before = int(self._below[expert, high] - self._high[expert, high])
-                low = int(torch.searchsorted(counts[expert][slot], rank - before, right=True))
-                self._known[expert][rank] = _number((high << 16) | low)
+        unknown: list[set[int]] = [set() for _ in range(self._n_rows)]
+        for row, rank in asked:
+            if rank not in self._known[row]:
+                unknown[row].add(rank)
+        if any(unknown):
+            self._measure(unknown)
+            self._save()
+        return [self._known[row][rank] for row, rank in asked]
 
-    def _count_low(self, bins: Sequence[Tensor]) -> list[Tensor]:
-        """Return, per expert, the running counts of the low halves in each of ``bins``."""
-        slots = []
+    def _measure(self, asked: Sequence[set[int]]) -> None:
+        if self._high is None:
+            self._high = self._count_high()
+        below = self._high.numpy().cumsum(1)
+        wanted = [
+            np.array(sorted((own | self._grid) - known.keys()), dtype=np.int64)
+            for own, known in zip(asked, self._known, strict=True)
+        ]
+        places = [
+            np.searchsorted(row, own, "right") for row, own in zip(below, wanted, strict=True)
+        ]
+        bins = [np.unique(place) for place in places]
+        for row, counts in enumerate(self._count_low(bins)):
+            for slot, high in enumerate(bins[row]):
+                ranks = wanted[row][places[row] == high]
+                before = below[row, high] - int(self._high[row, high])
+                low = np.searchsorted(counts[slot].cumsum(), ranks - before, "right")
+                found = _numbers_of((int(high) << 16) | torch.from_numpy(low))
+                self._known[row].update(zip(ranks.tolist(), found.tolist(), strict=True))
+
+    def _count_high(self) -> Tensor:
+        def count(row: int, numbers: Tensor) -> None:
+            cells = _keys(numbers).bitwise_right_shift_(16).add_(_BINS // 2)
+            _tally(counts, row, cells.long())
+
+        counts = self._new_counts([_BINS] * self._n_rows)
+        self._each_row(count)
+        return torch.stack([own.cpu().long() for own in counts])
+
+    def _count_low(self, bins: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return, per row, counts ``(len(bins[row]), 2^16)`` of the low halves in those bins."""
+
+        def count(row: int, numbers: Tensor) -> None:
+            keys = _keys(numbers)
+            if tables[row].device != keys.device:
+                tables[row] = tables[row].to(keys.device)
+            slots = tables[row].index_select(0, (keys >> 16).add_(_BINS // 2).long())
+            cells = slots.bitwise_left_shift_(16).bitwise_or_(keys.bitwise_and_(_BINS - 1))
+            _tally(counts, row, cells.long())
+
+        tables = []  # slot 0 takes what is in none of the bins
         for own in bins:
-            table = torch.full((_BINS,), -1, dtype=torch.int64)
-            table[own] = torch.arange(len(own))
-            slots.append(table)
-        counts = [torch.zeros(len(own) * _BINS, dtype=torch.int64) for own in bins]
-        for chunk in self._chunks():
-            for expert, keys in enumerate(_keys(chunk)):
-                slot = slots[expert].to(keys.device)[keys >> 16]
-                inside = slot >= 0
-                cells = (slot[inside] << 16) | (keys[inside] & (_BINS - 1))
-                counts[expert] += torch.bincount(cells, minlength=len(counts[expert])).cpu()
-        return [c.view(-1, _BINS).cumsum(1) for c in counts]
+            table = torch.zeros(_BINS, dtype=torch.int32)
+            table[torch.from_numpy(own)] = torch.arange(1, len(own) + 1, dtype=torch.int32)
+            tables.append(table)
+        counts = self._new_counts([(len(own) + 1) * _BINS for own in bins])
+        self._each_row(count)
+        return [own.cpu().view(-1, _BINS)[1:].numpy() for own in counts]
+
+    def _new_counts(self, sizes: Sequence[int]) -> list[Tensor]:
+        dtype = torch.int32 if self._n_numbers < 2**31 else torch.int64
+        return [torch.zeros(size, dtype=dtype) for size in sizes]
+
+    def _each_row(self, count: Callable[[int, Tensor], None]) -> None:
+        def count_all(row: int, block: Block) -> None:
+            first = block.rows[row](slice(0, _AT_ONCE))
+            step = _AT_ONCE if first.device.type == "cpu" else block.size
+            for start in range(0, block.size, step):
+                count(row, block.rows[row](slice(start, start + step)))
+
+        rows = range(self._n_rows)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            for block in self._numbers():
+                for _ in threads.map(count_all, rows, itertools.repeat(block)):
+                    pass  # for the errors it may raise
+
+    def _load(self) -> None:
+        if self._cache is None or not self._cache.exists():
+            return
+        try:
+            stored = load_file(self._cache)
+            high, places = stored["high"], stored["places"].tolist()
+            values = stored["values"].tolist()
+        except (OSError, KeyError, SafetensorError) as error:
+            _logger.warning("statistics are measured anew, %s is unusable: %s", self._cache, error)
+            return
+        if high.shape != (self._n_rows, _BINS) or not (high.sum(1) == self._n_numbers).all():
+            _logger.warning("statistics are measured anew, %s is of other models", self._cache)
+            return
+        self._high = high
+        for (row, rank), value in zip(places, values, strict=True):
+            self._known[row][rank] = value
+
+    def _save(self) -> None:
+        if self._cache is None or self._high is None:
+            return
+        places = [(row, rank) for row, known in enumerate(self._known) for rank in known]
+        values = [value for known in self._known for value in known.values()]
+        tensors = {
+            "high": self._high,
+            "places": torch.tensor(places, dtype=torch.int64),  # row and rank
+            "values": torch.tensor(values, dtype=torch.float32),
+        }
+        self._cache.parent.mkdir(parents=True, exist_ok=True)
+        part = self._cache.with_name(f"{self._cache.name}.{os.getpid()}.part")
+        save_file(tensors, part)
+        part.replace(self._cache)
 
 
 def _keys(numbers: Tensor) -> Tensor:
-    """Return int64 keys in [0, 2^32) that order as the float32 ``numbers`` do; -0 is 0."""
-    bits = (numbers + 0.0).view(torch.int32).to(torch.int64)
-    return torch.where(bits < 0, ~bits & (2 * _SIGN - 1), bits | _SIGN)
+    """Return fresh int32 keys that order as the float32 ``numbers`` do; -0 counts as 0."""
+    bits = (numbers + 0.0).view(torch.int32)
+    flip = (bits >> 31).bitwise_and_(_MAGNITUDE)  # a negative number's magnitude bits
+    return bits.bitwise_xor_(flip)
 
 
-def _number(key: int) -> float:
-    bits = key & ~_SIGN if key & _SIGN else ~key & (2 * _SIGN - 1)
-    signed = bits - 2 * _SIGN if bits >= _SIGN else bits
-    return float(torch.tensor(signed, dtype=torch.int32).view(torch.float32))
+def _numbers_of(cells: Tensor) -> Tensor:
+    """Return the float32 numbers of int64 keys that count from 0, the inverse of the above."""
+    keys = cells - (1 << 31)
+    bits = keys ^ torch.where(keys < 0, _MAGNITUDE, 0)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _tally(counts: list[Tensor], row: int, cells: Tensor) -> None:
+    """Add one to each of ``cells``, int64, where they lie."""
+    if counts[row].device != cells.device:
+        counts[row] = counts[row].to(cells.device)
+    counts[row].scatter_add_(0, cells, torch.ones_like(cells, dtype=counts[row].dtype))

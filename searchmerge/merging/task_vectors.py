@@ -2,87 +2,94 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from searchmerge.errors import CheckpointError
+from searchmerge.errors import CheckpointError, SpecError
 
 _logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 18
-"""Entries that are worked on at once: a float32 buffer of 1 MiB."""
+Weights = Mapping[str, Tensor]
+
+_CHECKED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
 class TaskVectors:
     """Several experts of one base model (Ilharco et al., 2023, arXiv:2212.04089).
 
-    Tensors are held as they were loaded; a task vector is formed in float32 where it is needed:
-    ``expert.float() - base.float()``.
+    Tensors are held as they were loaded, in their dtype, on their device, mapped from a file or
+    not. A task vector is formed in float32 where it is needed: ``expert.float() - base.float()``.
 
     Attributes:
-        experts: Expert names; axis 0 of every stacked tensor follows this order.
+        experts: Expert names, in the order of every tuple of tensors.
         base: Every tensor of the base model by name, merged or not.
-        weights: Parameter name to each expert's tensor, in the order of ``experts``; only the
-            parameters that are merged, each tied one once.
-        tied: Name of a parameter to the one that it is the same as.
-        heads: Expert name to the tensors that only this expert has.
+        weights: Parameter name to each expert's tensor; only the parameters that are merged, a
+            tied one once.
+        tied: Name of a tensor to the one that it is another name of.
+        heads: Expert name to the tensors that only experts have, such as a classifier.
     """
 
     experts: tuple[str, ...]
-    base: Mapping[str, Tensor]
+    base: Weights
     weights: Mapping[str, tuple[Tensor, ...]]
     tied: Mapping[str, str] = field(default_factory=dict)
-    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    heads: Mapping[str, Weights] = field(default_factory=dict)
 
     @classmethod
     def from_weights(
         cls,
-        base: Mapping[str, Tensor],
-        experts: Mapping[str, Mapping[str, Tensor]],
+        base: Weights,
+        experts: Mapping[str, Weights],
         *,
         exclude: Sequence[str] = (),
         vocabulary: Literal["same", "base"] = "same",
         tied: Mapping[str, str] | None = None,
     ) -> "TaskVectors":
-        """Pair each parameter of the base with the experts'.
+        """Pair each parameter of the base with the experts', and check that they can be merged.
+
+        Every floating-point tensor is read once, to refuse NaN and inf.
 
         Args:
-            base: The base model's tensors by name; those that are not floating point come out
-                as they are.
+            base: The base model's tensors by name. Those that are not floating point stay as
+                they are; those that share all their storage are one parameter.
             experts: Each expert's tensors by name.
-            exclude: Regular expressions, searched in names; what matches stays the base's.
-            vocabulary: ``base`` leaves out embeddings and heads with another number of rows;
-                ``same`` makes them an error.
-            tied: Names that are the same parameter as another one, beside those that share
-                their storage in ``base``.
+            exclude: Regular expressions searched in names; what matches stays the base's.
+            vocabulary: Whether tensors that differ in their number of rows alone, as embeddings
+                do where tokens were added, are an error (``same``), or merged in the rows that
+                base and expert share (``base``); a row that an expert lacks has no task vector.
+            tied: Further names that stand for the same parameter, alias to name used.
 
         Raises:
-            CheckpointError: If an expert lacks a parameter, has it in another shape, or any
-                tensor holds NaN or inf; it names the tensor and the models.
+            CheckpointError: If an expert lacks a parameter, or has it in another shape, or
+                unties what is tied in the base; or if a tensor holds NaN or inf.
+            SpecError: If a pattern of ``exclude`` is no regular expression or matches nothing.
         """
-        aliases = {**_shared_storage(base), **(tied or {})}
-        merged = {}
-        for name, weight in base.items():
-            excluded = any(re.search(pattern, name) for pattern in exclude)
-            if not weight.is_floating_point() or excluded:
-                continue
-            if name in aliases:
-                _check_tied(name, aliases[name], experts)
-                continue
-            tensors = tuple(_pick(name, weight, e, w, vocabulary) for e, w in experts.items())
-            kept = [tensor for tensor in tensors if tensor is not None]
-            if len(kept) == len(tensors):
-                merged[name] = tuple(kept)
-        heads = {
-            expert: {name: tensor for name, tensor in tensors.items() if name not in base}
-            for expert, tensors in experts.items()
+        if not experts:
+            raise CheckpointError("there is no expert to merge; give one or more")
+        aliases = _resolve({**_sharing_storage(base), **(tied or {})}, base)
+        excluded = _excluded(exclude, base)
+        weights = {
+            name: tuple(
+                _matching(_find(name, aliases, expert, own), weight, (name, expert, vocabulary))
+                for expert, own in experts.items()
+            )
+            for name, weight in base.items()
+            if weight.is_floating_point() and name not in excluded and name not in aliases
         }
-        return cls(tuple(experts), base, merged, aliases, heads)
+        for expert, own in experts.items():
+            _check_tied(expert, own, aliases, excluded)
+        heads = {
+            expert: {n: t for n, t in own.items() if n not in base and n not in aliases}
+            for expert, own in experts.items()
+        }
+        found = cls(tuple(experts), base, weights, aliases, heads)
+        found._check_finite()
+        return found
 
     @property
     def n_parameters(self) -> int:
@@ -93,39 +100,59 @@ class TaskVectors:
         """Return the task vectors of these experts only, in this order.
 
         Raises:
-            CheckpointError: If one of them is not among those loaded.
+            SpecError: If one of them is not among those loaded.
         """
         if tuple(experts) == self.experts:
             return self
         if missing := [expert for expert in experts if expert not in self.experts]:
-            raise CheckpointError(
-                f"the plan merges expert {missing[0]!r}; loaded are: {', '.join(self.experts)}"
+            raise SpecError(
+                f"plan: expert {missing[0]!r} is not loaded (there are: {', '.join(self.experts)})"
             )
         order = [self.experts.index(expert) for expert in experts]
         weights = {name: tuple(w[i] for i in order) for name, w in self.weights.items()}
         heads = {expert: self.heads.get(expert, {}) for expert in experts}
         return replace(self, experts=tuple(experts), weights=weights, heads=heads)
 
-    def check_finite(self) -> None:
-        """Read every tensor once, and refuse NaN and inf.
+    def is_zero(self, expert: str) -> bool:
+        """Return whether an expert equals the base in every parameter that is merged."""
+        i = self.experts.index(expert)
+        return all(
+            torch.equal(part.float(), origin.float())
+            for name, own in self.weights.items()
+            for part, origin in zip(_parts(own[i]), _parts(self.base[name]), strict=True)
+        )
 
-        Raises:
-            CheckpointError: Naming the tensor and the model.
-        """
-        for name, tensors in self.weights.items():
-            models = zip(("base", *self.experts), (self.base[name], *tensors), strict=True)
+    def _check_finite(self) -> None:
+        for name, own in self.weights.items():
+            models = zip(("the base", *self.experts), (self.base[name], *own), strict=True)
             for model, tensor in models:
-                for chunk in tensor.detach().reshape(-1).split(4 * CHUNK):
-                    # NaN and inf survive a sum of zeros times each entry; a sum is one pass
-                    if not bool(torch.isfinite((chunk.float() * 0.0).sum())):
-                        raise CheckpointError(f"tensor {name!r} of {model!r} holds NaN or inf")
+                if not _is_finite(tensor):
+                    whose = model if model == "the base" else f"expert {model!r}"
+                    raise CheckpointError(
+                        f"tensor {name!r} of {whose} holds NaN or inf; all must be finite"
+                    )
 
 
-def _shared_storage(base: Mapping[str, Tensor]) -> dict[str, str]:
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    return iter(torch.split(tensor.detach().reshape(-1), _CHECKED_AT_ONCE))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    for part in _parts(tensor):
+        wide = part if part.dtype.itemsize > 1 else part.float()  # 8 bits: no min and max
+        ends = torch.stack(torch.aminmax(wide))
+        if not bool(torch.isfinite(ends).all()):
+            return False
+    return True
+
+
+def _sharing_storage(base: Weights) -> dict[str, str]:
     seen: dict[tuple[object, ...], str] = {}
     aliases = {}
     for name, tensor in base.items():
-        if not tensor.numel():
+        if not tensor.numel() or tensor.device.type == "meta":
             continue
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if place in seen:
@@ -135,40 +162,83 @@ def _shared_storage(base: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def _check_tied(
-    alias: str, canonical: str, experts: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    for expert, tensors in experts.items():
-        if alias not in tensors or canonical not in tensors:
-            continue
-        one, other = tensors[alias], tensors[canonical]
-        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
-            raise CheckpointError(
-                f"tensors {alias!r} and {canonical!r} are tied in the base model but differ in "
-                f"expert {expert!r}; exclude {alias!r}, or untie the base"
-            )
+def _resolve(tied: Mapping[str, str], base: Weights) -> dict[str, str]:
+    """Return every alias with the name in ``base`` that its parameter is merged under."""
+    groups: dict[str, list[str]] = {}
+    for alias in tied:
+        name, steps = alias, 0
+        while name in tied and steps <= len(tied):
+            name, steps = tied[name], steps + 1
+        groups.setdefault(name, [name]).append(alias)
+    aliases = {}
+    for members in groups.values():
+        used = next((name for name in members if name in base), None)
+        if used is not None:
+            aliases.update({name: used for name in members if name != used})
+    return aliases
 
 
-def _pick(
-    name: str,
-    weight: Tensor,
-    expert: str,
-    tensors: Mapping[str, Tensor],
-    vocabulary: Literal["same", "base"],
-) -> Tensor | None:
-    if name not in tensors:
+def _excluded(patterns: Sequence[str], base: Weights) -> set[str]:
+    excluded: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in base if re.search(pattern, name)}
+        except re.error as error:
+            raise SpecError(f"exclude: {pattern!r} is no regular expression: {error}") from error
+        if not found:
+            raise SpecError(f"exclude: {pattern!r} matches no tensor of the base")
+        excluded |= found
+    return excluded
+
+
+def _find(name: str, aliases: Mapping[str, str], expert: str, own: Weights) -> Tensor:
+    """Return an expert's tensor, which may have it under another of its names."""
+    names: Iterable[str] = (name, *(alias for alias, used in aliases.items() if used == name))
+    for candidate in names:
+        if candidate in own:
+            return own[candidate]
+    raise CheckpointError(
+        f"expert {expert!r} has no tensor {name!r}, which the base has; "
+        "to keep the base's, exclude it"
+    )
+
+
+def _matching(found: Tensor, weight: Tensor, where: tuple[str, str, str]) -> Tensor:
+    """Return an expert's tensor in the shape of the base's, as far as that may be done."""
+    name, expert, vocabulary = where
+    if not found.is_floating_point():
         raise CheckpointError(
-            f"expert {expert!r} lacks tensor {name!r}, which the base model has; "
-            "exclude it to keep the base's"
+            f"tensor {name!r} is {found.dtype} in expert {expert!r} but {weight.dtype} in the "
+            "base; both must be floating point"
         )
-    found = tensors[name]
     if found.shape == weight.shape:
         return found
-    if vocabulary == "base" and found.shape[1:] == weight.shape[1:] and weight.ndim:
-        _logger.warning("tensor %r is not merged: %r has another vocabulary", name, expert)
-        return None
+    rows_differ = found.ndim == weight.ndim > 0 and found.shape[1:] == weight.shape[1:]
+    if vocabulary == "base" and rows_differ:
+        n_shared = min(len(found), len(weight))
+        _logger.warning(
+            "tensor %r: merged in %d of %d rows, as expert %r has %d",
+            *(name, n_shared, len(weight), expert, len(found)),
+        )
+        if n_shared == len(weight):
+            return found[:n_shared]
+        wide = torch.promote_types(found.dtype, weight.dtype)  # the base's rows stay exact
+        rest = weight.detach()[n_shared:].to(found.device, wide)
+        return torch.cat([found[:n_shared].to(wide), rest])
     raise CheckpointError(
         f"tensor {name!r} has shape {tuple(found.shape)} in expert {expert!r} but "
-        f"{tuple(weight.shape)} in the base model; exclude it, or, for embeddings, "
-        "set vocabulary: base"
+        f"{tuple(weight.shape)} in the base; to keep the base's, exclude it"
+        + (", or set vocabulary: base" if rows_differ else "")
     )
+
+
+def _check_tied(expert: str, own: Weights, aliases: Mapping[str, str], excluded: set[str]) -> None:
+    for alias, used in aliases.items():
+        one, other = own.get(alias), own.get(used)
+        if one is None or other is None or used in excluded:
+            continue
+        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
+            raise CheckpointError(
+                f"tensors {alias!r} and {used!r} are one in the base, but differ in expert "
+                f"{expert!r}; exclude {used!r} to keep the base's"
+            )

@@ -1,33 +1,53 @@
-"""Weighted averaging of models (Wortsman et al., 2022, arXiv:2203.05482)."""
+"""Averaging the weights of the experts."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from searchmerge.merging.kernels import weighted_sum
-from searchmerge.merging.method import COEFFICIENT, METHODS, Bound, Choice, Hyperparameter, Rows
-from searchmerge.merging.task_vectors import TaskVectors
+from torch import Tensor
+
+from searchmerge.merging.kernels import Chunk, weighted_sum
+from searchmerge.merging.method import (
+    COEFFICIENT,
+    DEPTH_SLOPE,
+    METHODS,
+    Hyperparameter,
+    Pass,
+    Setting,
+    by_group,
+)
+from searchmerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from searchmerge.merging.measure import Measure
 
 
 @METHODS.register("linear")
 class Linear:
-    r"""Average the experts: :math:`\sum_t w_t \theta_t / \sum_t w_t`, with w the coefficients.
+    r"""Average: :math:`\sum_t w_t \theta_t / \sum_t w_t`, with the coefficients as w.
 
-    Equal weights give the uniform average of the paper ("model soup"). The base takes no part,
-    except that coefficients that are all 0 leave it as it is, which the paper has no case for.
+    Equal coefficients give the uniform soup of Wortsman et al. (2022, arXiv:2203.05482); their
+    common scale does not matter. The base takes no part. The paper has no case for coefficients
+    that are all 0: here they leave the base.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, low=0.0, search=(0.0, 1.0)),
     )
-    settings: ClassVar[tuple[Choice, ...]] = ()
+    settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
 
-    def __init__(self, task_vectors: TaskVectors) -> None:
+    def __init__(self, measure: "Measure") -> None:
         """Measure nothing: an average needs no statistics."""
+        self._names = measure.names
 
-    def bind(self, rows: Rows) -> Bound:
-        """Divide the coefficients by their sum."""
-        scalars = []
-        for row in rows.rows:
-            total = sum(row["coefficient"]) or 1.0
-            scalars.append([[number / total for number in row["coefficient"]]])
-        return Bound(weighted_sum, scalars)
+    def bind(self, plan: MergePlan) -> Pass:
+        """Divide each group's coefficients by their sum."""
+        rows = []
+        for row in plan.values["coefficient"]:
+            total = sum(row) or 1.0
+            rows.append([[number / total for number in row]])
+        return Pass(weighted, by_group(plan, self._names, rows))
+
+
+def weighted(chunk: Chunk) -> tuple[Tensor]:
+    """Return the sum of the task vectors, each times its scalar, ``(m,)`` float32."""
+    return (weighted_sum(chunk.deltas, chunk.scalars[0]),)

@@ -1,193 +1,336 @@
-"""PCB-Merging: weigh entries by how they compete within and across tasks, drop the lightest."""
+"""PCB-Merging: parameters compete within a task and between tasks."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from searchmerge.merging.engine import delta_chunks
-from searchmerge.merging.kernels import GRID, ratio
-from searchmerge.merging.method import COEFFICIENT, METHODS, Bound, Choice, Hyperparameter, Rows
-from searchmerge.merging.statistics import OrderStatistics
-from searchmerge.merging.task_vectors import TaskVectors
+from searchmerge.errors import SpecError
+from searchmerge.merging.kernels import GRID, Chunk, add_scaled, add_up
+from searchmerge.merging.method import (
+    COEFFICIENT,
+    DEPTH_SLOPE,
+    METHODS,
+    Hyperparameter,
+    Pass,
+    Setting,
+    by_group,
+    setting,
+)
+from searchmerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from searchmerge.merging.engine import Operands
+    from searchmerge.merging.measure import Measure
+    from searchmerge.merging.statistics import OrderStatistics
 
 _logger = logging.getLogger(__name__)
 
-PCB_DENSITY = Hyperparameter("density", 0.0, 1.0, default=0.1, search=(0.05, 0.5), step=1 / GRID)
+_MOST_EXPERTS = 88  # exp(n) is beyond float32 from 89 on
 
 
 @dataclass(frozen=True, slots=True)
-class _Variant:
+class Variant:
     """One of the formulas that the authors released.
 
     Attributes:
-        clamp: Fraction of magnitudes clamped at either end.
-        across: Balance across tasks, from deltas ``(n, m)`` and scaled magnitudes ``(n, m)``.
+        clamp: Fraction of magnitudes that is clamped at either end.
+        inter: The balance between tasks, from all task vectors and all scaled magnitudes.
     """
 
     clamp: float
-    across: Callable[[Tensor, Tensor], Tensor]
+    inter: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
-def _with_sum(deltas: Tensor, scaled: Tensor) -> Tensor:
-    return torch.tanh(deltas * deltas.sum(0))
+def _with_sum(deltas: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
+    total = add_up(deltas)
+    return [(own * total).tanh_() for own in deltas]
 
 
-def _with_scaled_sum(deltas: Tensor, scaled: Tensor) -> Tensor:
-    return torch.tanh(deltas * (deltas.sign() * scaled).sum(0))
+def _with_scaled_sum(deltas: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
+    total = add_up([own.sign() * size for own, size in zip(deltas, scaled, strict=True)])
+    return [(own * total).tanh_() for own in deltas]
 
 
-def _pairwise(deltas: Tensor, scaled: Tensor) -> Tensor:
-    signed = deltas.sign() * scaled
-    return torch.stack([torch.tanh(row * signed).sum(0) for row in signed])
+def _pairwise(deltas: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
+    signed = [own.sign() * size for own, size in zip(deltas, scaled, strict=True)]
+    return [add_up([(own * other).tanh_() for other in signed]) for own in signed]
 
 
 VARIANTS = {
-    "reference": _Variant(1e-4, _with_sum),
-    "nlp": _Variant(1e-2, _with_sum),
-    "vision": _Variant(1e-2, _with_scaled_sum),
-    "vision_es": _Variant(1e-2, _pairwise),
+    "reference": Variant(1e-4, _with_sum),
+    "nlp": Variant(1e-2, _with_sum),
+    "vision": Variant(1e-2, _with_scaled_sum),
+    "vision_es": Variant(1e-2, _pairwise),
 }
+
+VARIANT = Setting("variant", default="reference", choices=tuple(VARIANTS))
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is known of the balances of one variant.
+
+    Attributes:
+        ends: Rows of scalars: smallest and largest magnitude, and their distance (or 1).
+        balances: Order statistics of each expert's balances over the whole model.
+        kept: The balances themselves, where memory allows.
+    """
+
+    ends: list[list[float]]
+    balances: "OrderStatistics"
+    kept: Mapping[str, tuple[Tensor, ...]] | None
 
 
 @METHODS.register("pcb")
 class Pcb:
-    r"""Balance the competition between parameters (Du et al., 2024, arXiv:2410.02396).
+    r"""Balance how parameters compete, drop the weak, and rescale (Du et al., 2024).
 
-    .. math:: \beta_t = \exp(n N_t^2) \odot \operatorname{inter}_t, \qquad
-              \tau_m = \sum_t \lambda_t T_t s_t \,/\, \sum_t s_t
+    arXiv:2410.02396, in the form of all code that its authors released:
 
-    N is the clamped magnitude scaled to [0, 1] within its task, T the clamped task vector, and s
-    the part of :math:`\beta` above the threshold that the density sets, scaled to [0, 1]. The
-    paper's softmax is an exponential in all code the authors released, which differs in clamping
-    and in the inter-task term; ``variant`` chooses: ``reference`` is their ``PCB_merge`` with
-    :math:`\tanh(\tau_t \sum_s \tau_s)`, ``nlp`` the same with 1 % clamped, ``vision`` takes
-    :math:`\tanh(\tau_t \sum_s \operatorname{sgn}(\tau_s) N_s)` and ``vision_es``
-    :math:`\sum_s \tanh(\tilde N_t \tilde N_s)` with signed N. Statistics are global over the
-    model. The entry at the threshold, and its ties, are dropped. The paper's formula is undefined
-    for an expert equal to the base: it is left out, with a warning, and n counts the rest.
+    .. math:: \beta_t = \exp(n N_t^2) \, I_t, \qquad
+              s_t = \frac{\max(\beta_t, b_t) - b_t}{\max \beta_t - b_t}, \qquad
+              \tau_m = \frac{\sum_t \lambda_t T_t s_t}{\sum_t s_t}
+
+    with N the clamped magnitude scaled to [0, 1] within its task, T the clamped task vector, I
+    the balance between tasks, b the order statistic that the density sets, and n the number of
+    experts. The paper has softmax for exp, no clamping, and :math:`\beta` itself for s; its code
+    differs also among itself, which ``variant`` chooses: ``reference`` (``PCB_merge``: 0.01 %
+    clamped at either end, :math:`I_t = \tanh(\tau_t \sum_s \tau_s)`); ``nlp`` (the same with
+    1 %); ``vision`` (1 %, :math:`\tanh(\tau_t \sum_s \operatorname{sgn}(\tau_s) N_s)`);
+    ``vision_es`` (1 %, :math:`\sum_s \tanh(\operatorname{sgn}(\tau_t) N_t
+    \operatorname{sgn}(\tau_s) N_s)`). Statistics are global over the model. Entries equal to b
+    are dropped. Where all are dropped the base stays. A density above the share of entries
+    that agree with the sum (about 0.6) keeps entries in conflict.
+
+    For an expert equal to the base the formula is undefined: it is left out, with a warning, and
+    n counts the others.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
-        replace(COEFFICIENT, search=(0.0, 2.5)),
-        PCB_DENSITY,
+        replace(COEFFICIENT, search=(0.5, 3.0)),
+        Hyperparameter("density", 0.0, 1.0, default=0.1, search=(0.01, 0.5), step=0.01),
     )
-    settings: ClassVar[tuple[Choice, ...]] = (
-        Choice("variant", default="reference", choices=tuple(VARIANTS)),
-    )
+    settings: ClassVar[tuple[Setting, ...]] = (VARIANT, DEPTH_SLOPE)
 
-    def __init__(self, task_vectors: TaskVectors) -> None:
-        """Measure the magnitudes; the balances are measured once a variant is asked for."""
-        self._n_experts = len(task_vectors.experts)
-        n_parameters = max(1, task_vectors.n_parameters)
-        magnitudes = OrderStatistics(
-            lambda: (chunk.abs_() for chunk in delta_chunks(task_vectors)), self._n_experts
+    def __init__(self, measure: "Measure") -> None:
+        """Find the experts to leave out; balances are measured at the first plan."""
+        self._measure = measure
+        self._active = tuple(
+            i for i, expert in enumerate(measure.experts) if not measure.is_zero(expert)
         )
-        largest = magnitudes.at([n_parameters - 1] * self._n_experts)
-        self._active = [i for i, size in enumerate(largest) if size > 0]
-        for i, expert in enumerate(task_vectors.experts):
+        for i, expert in enumerate(measure.experts):
             if i not in self._active:
-                _logger.warning("PCB leaves expert %r out: it is equal to the base", expert)
-        self._task_vectors = task_vectors.of([task_vectors.experts[i] for i in self._active])
-        self._magnitudes = magnitudes
-        self._d = n_parameters
-        self._measured: dict[str, tuple[Tensor, OrderStatistics]] = {}
-
-    def bind(self, rows: Rows) -> Bound:
-        """Look the balances to drop below up, and fix the coefficients."""
-        if not self._active:
-            return Bound(_nothing, [[[0.0] * self._n_experts] for _ in rows.rows])
-        name = str(rows.settings["variant"])
-        ends, balances = self._measure(name)
-        heaviest = balances.at([self._d - 1] * len(self._active))
-        scalars = []
-        for row in rows.rows:
-            densities = [row["density"][i] for i in self._active]
-            lightest = balances.at([_drop_rank(self._d, density) for density in densities])
-            coefficients = [row["coefficient"][i] for i in self._active]
-            scalars.append([*ends.tolist(), lightest, heaviest, coefficients])
-        return Bound(self._combine(name), scalars)
-
-    def _combine(self, name: str) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
-        active = tuple(self._active) if len(self._active) < self._n_experts else None
-        return partial(merge_pcb, across=VARIANTS[name].across, active=active)
-
-    def _measure(self, name: str) -> tuple[Tensor, OrderStatistics]:
-        if name not in self._measured:
-            variant, d = VARIANTS[name], self._d
-            ranks = [min(d - 1, int(d * variant.clamp)), max(0, int(d * (1 - variant.clamp) - 1))]
-            both = [self._magnitudes.at([rank] * self._n_experts) for rank in ranks]
-            ends = torch.tensor([[values[i] for i in self._active] for values in both])
-            grid = [_drop_rank(d, step / GRID) for step in range(1, GRID)]
-            balances = OrderStatistics(
-                lambda: (
-                    balance(chunk, ends, variant.across)[0]
-                    for chunk in delta_chunks(self._task_vectors)
-                ),
-                len(self._active),
-                [*grid, d - 1],
+                _logger.warning("pcb leaves out expert %r: it is equal to the base", expert)
+        if len(self._active) > _MOST_EXPERTS:
+            raise SpecError(
+                f"pcb: {len(self._active)} experts; allowed are up to {_MOST_EXPERTS}, as its "
+                "exponential is beyond float32 for more"
             )
-            self._measured[name] = (ends, balances)
-        return self._measured[name]
+        self._measured: tuple[str, _Measured] | None = None
+        self._last: object = None
+        self._shares: Mapping[str, tuple[Tensor, ...]] | None = None
+
+    def bind(self, plan: MergePlan) -> Pass:
+        """Look up the balances to drop below, and fix the coefficients."""
+        names = self._measure.names
+        if not self._active:
+            return Pass(nothing, by_group(plan, names, [[[0.0]]] * len(plan.groups)), (0,))
+        variant = str(setting(plan, VARIANT))
+        known = self._of(variant)
+        bounds = tuple(self._bounds(known, row) for row in plan.values["density"])
+        coefficients = [[row[i] for i in self._active] for row in plan.values["coefficient"]]
+        shares = self._repeated((variant, bounds, plan.groups), plan, known)
+        if shares is not None:
+            alone = [[row] for row in coefficients]
+            return Pass(weighted_shares, by_group(plan, names, alone), (), shares)
+        rows: list[list[Sequence[float]]] = [
+            [*known.ends, *own, row] for own, row in zip(bounds, coefficients, strict=True)
+        ]
+        scalars = by_group(plan, names, rows)
+        if known.kept is not None:
+            return Pass(merge_known, scalars, self._active, known.kept)
+        return Pass(_MERGE[variant], scalars, self._active)
+
+    def _of(self, variant: str) -> _Measured:
+        if self._measured is None or self._measured[0] != variant:
+            if self._measured is not None and self._measured[1].kept is not None:
+                self._measure.release(self._measured[1].kept)
+            self._measured = None
+            self._measured = (variant, self._measure_balances(variant))
+        return self._measured[1]
+
+    def _measure_balances(self, variant: str) -> _Measured:
+        d, n_active = self._measure.n_parameters, len(self._active)
+        ends = self._ends(VARIANTS[variant].clamp)
+        scalars = torch.tensor(ends)
+
+        def compute(name: str, part: "Operands") -> tuple[Tensor, ...]:
+            part = part.with_scalars(scalars)
+            return self._measure.engine.compute(_BALANCES[variant], part)
+
+        kept = self._measure.keep(compute, n_active, experts=self._active)
+
+        def read(name: str, part: "Operands") -> tuple[Tensor, ...]:
+            own = () if kept is None else kept[name]
+            return tuple(t[part.start : part.start + len(part.base)] for t in own)
+
+        balances = self._measure.order_statistics(
+            f"pcb-{variant}",
+            compute if kept is None else read,
+            n_active,
+            grid=[*(_dropped_rank(d, step / GRID) for step in range(GRID + 1)), d - 1],
+            experts=self._active,
+        )
+        return _Measured(ends, balances, kept)
+
+    def _ends(self, clamp: float) -> list[list[float]]:
+        d, everyone = self._measure.n_parameters, range(len(self._measure.experts))
+        low = self._measure.magnitudes([int(d * clamp) for _ in everyone])
+        high = self._measure.magnitudes([int(d * (1 - clamp) - 1) for _ in everyone])
+        low, high = [low[i] for i in self._active], [high[i] for i in self._active]
+        return [low, high, _distances(low, high)]
+
+    def _bounds(
+        self, known: _Measured, densities: Sequence[float]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the balance that is dropped with all below it, and the distance to the most."""
+        d = self._measure.n_parameters
+        lightest = known.balances.at([_dropped_rank(d, densities[i]) for i in self._active])
+        heaviest = known.balances.at([d - 1] * len(self._active))
+        return tuple(lightest), tuple(_distances(lightest, heaviest))
+
+    def _repeated(
+        self, key: tuple[object, ...], plan: MergePlan, known: _Measured
+    ) -> Mapping[str, tuple[Tensor, ...]] | None:
+        """Return the share of each expert in each entry, if nothing but coefficients changed."""
+        if key != self._last:
+            self._last = key
+            if self._shares is not None:
+                self._measure.release(self._shares)
+            self._shares = None
+        elif self._shares is None:
+            self._shares = self._keep_shares(str(key[0]), plan, known)
+        return self._shares
+
+    def _keep_shares(
+        self, variant: str, plan: MergePlan, known: _Measured
+    ) -> Mapping[str, tuple[Tensor, ...]] | None:
+        rows: list[list[Sequence[float]]] = [
+            [*known.ends, *self._bounds(known, row)] for row in plan.values["density"]
+        ]
+        scalars = by_group(plan, self._measure.names, rows)
+        function = shares_known if known.kept is not None else _SHARES[variant]
+
+        def compute(name: str, part: "Operands") -> tuple[Tensor, ...]:
+            own = () if known.kept is None else known.kept[name]
+            stop = part.start + len(part.base)
+            kept = tuple(tensor[part.start : stop] for tensor in own)
+            part = replace(part, scalars=scalars(name), kept=kept)
+            return self._measure.engine.compute(function, part)
+
+        return self._measure.keep(compute, len(self._active), experts=self._active)
 
 
-def _drop_rank(d: int, density: float) -> int:
+def _dropped_rank(d: int, density: float) -> int:
     """Return the rank, from 0, of the heaviest balance that is dropped."""
     return min(d - 1, int(d * (1 - density)))
 
 
-def _nothing(deltas: Tensor, scalars: Tensor) -> tuple[Tensor, None]:
-    return torch.zeros_like(deltas[0]), None
+def _distances(low: Sequence[float], high: Sequence[float]) -> list[float]:
+    """Return ``high - low`` in float32, 1 where they are equal: 0 divided by it stays 0."""
+    distances = np.asarray(high, np.float32) - np.asarray(low, np.float32)
+    return [float(distance) or 1.0 for distance in distances]
 
 
-def balance(
-    deltas: Tensor, ends: Tensor, across: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return how each entry competes, and the clamped task vectors.
-
-    Args:
-        deltas: Task vectors, ``(n_experts, m)`` float32.
-        ends: Smallest and largest magnitude, ``(2, n_experts)``; others are clamped to them.
-        across: The balance across tasks.
-
-    Returns:
-        Balances and clamped task vectors, each ``(n_experts, m)`` float32.
-    """
-    low, high = ends.to(deltas.device)[:, :, None]
-    clamped = torch.clamp(torch.clamp(deltas.abs(), min=low), max=high)
-    scaled = ratio(clamped - low, (high - low).expand_as(clamped))
-    within = torch.exp(len(deltas) * scaled.square())
-    return within * across(deltas, scaled), deltas.sign() * clamped
+def nothing(chunk: Chunk) -> tuple[Tensor]:
+    """Return a merged task vector of zeros."""
+    return (torch.zeros_like(chunk.deltas[0]),)
 
 
-def merge_pcb(
-    deltas: Tensor,
-    scalars: Tensor,
-    *,
-    across: Callable[[Tensor, Tensor], Tensor],
-    active: Sequence[int] | None,
-) -> tuple[Tensor, None]:
-    """Drop, rescale and merge (Du et al., 2024, arXiv:2410.02396); no tally.
+def balances(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
+    """Return how each expert's entries compete, ``(m,)`` float32 each; negative where they lose.
 
     Args:
-        deltas: Task vectors, ``(n_experts, m)`` float32.
-        scalars: ``(5, n_active)``: smallest and largest magnitude, balance that is dropped,
-            heaviest balance, coefficient.
-        across: The balance across tasks.
-        active: The experts that take part; ``None`` for all.
-
-    Returns:
-        The merged task vector ``(m,)``, 0 where every expert was dropped.
+        chunk: Task vectors; scalars ``(3 or more, n_experts)``: smallest and largest magnitude,
+            and their distance.
+        variant: A key of ``VARIANTS``.
     """
-    if active is not None:
-        deltas = deltas[list(active)]
-    balances, clamped = balance(deltas, scalars[:2], across)
-    lightest, heaviest, coefficients = scalars[2:, :, None]
-    excess = torch.maximum(balances, lightest) - lightest
-    weights = ratio(excess, (heaviest - lightest).expand_as(excess))
-    total = (coefficients * clamped * weights).sum(0)
-    return total / weights.sum(0).clamp(min=1e-12), None
+    low, high, distance = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2]
+    scaled = [
+        own.abs().clamp_(low[i], high[i]).sub_(low[i]).div_(distance[i])
+        for i, own in enumerate(chunk.deltas)
+    ]
+    inter = VARIANTS[variant].inter(chunk.deltas, scaled)
+    n_experts = float(len(scaled))
+    return tuple(
+        size.square_().mul_(n_experts).exp_().mul_(other)
+        for size, other in zip(scaled, inter, strict=True)
+    )
+
+
+def _weigh(chunk: Chunk, found: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Return ``T_t s_t`` of each expert and the sum of ``s_t``, at least 1e-12."""
+    low, high, _, lightest, distance = chunk.scalars[:5]
+    kept = [
+        own.clamp(min=lightest[i]).sub_(lightest[i]).div_(distance[i])
+        for i, own in enumerate(found)
+    ]
+    total = add_up(kept).clamp_min_(1e-12)
+    parts = [
+        own.sign().mul_(own.abs_().clamp_(low[i], high[i])).mul_(kept[i])
+        for i, own in enumerate(chunk.deltas)
+    ]
+    return parts, total
+
+
+def shares_known(chunk: Chunk) -> tuple[Tensor, ...]:
+    """Return ``T_t s_t / sum s`` of each expert, ``(m,)`` float32, from the kept balances.
+
+    Args:
+        chunk: Task vectors; scalars ``(5 or more, n_experts)``: those of :func:`balances`, then
+            the balance that is dropped and its distance to the largest; kept: the balances.
+    """
+    parts, total = _weigh(chunk, chunk.kept)
+    return tuple(part.div_(total) for part in parts)
+
+
+def merge_known(chunk: Chunk) -> tuple[Tensor]:
+    """Return the merged task vector ``(m,)`` float32 from the kept balances.
+
+    Args:
+        chunk: As for :func:`shares_known`; a sixth row of scalars holds the coefficients.
+    """
+    parts, total = _weigh(chunk, chunk.kept)
+    merged = parts[0].mul_(chunk.scalars[5, 0])
+    for i, part in enumerate(parts[1:], start=1):
+        merged = add_scaled(merged, part, chunk.scalars[5, i])
+    return (merged.div_(total),)
+
+
+def weighted_shares(chunk: Chunk) -> tuple[Tensor]:
+    """Return the sum of the kept shares, each times its coefficient, ``(m,)`` float32."""
+    merged = chunk.kept[0] * chunk.scalars[0, 0]
+    for i, own in enumerate(chunk.kept[1:], start=1):
+        merged = add_scaled(merged, own, chunk.scalars[0, i])
+    return (merged,)
+
+
+def merge_computed(chunk: Chunk, *, variant: str) -> tuple[Tensor]:
+    """Return the merged task vector as :func:`merge_known`, computing the balances."""
+    return merge_known(chunk._replace(kept=balances(chunk, variant=variant)))
+
+
+def shares_computed(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
+    """Return what :func:`shares_known` returns, computing the balances."""
+    return shares_known(chunk._replace(kept=balances(chunk, variant=variant)))
+
+
+_BALANCES = {name: partial(balances, variant=name) for name in VARIANTS}
+_MERGE = {name: partial(merge_computed, variant=name) for name in VARIANTS}
+_SHARES = {name: partial(shares_computed, variant=name) for name in VARIANTS}

@@ -1,28 +1,42 @@
-"""Task arithmetic: a weighted sum of task vectors."""
+"""Task arithmetic: adding task vectors."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from searchmerge.merging.kernels import weighted_sum
-from searchmerge.merging.method import COEFFICIENT, METHODS, Bound, Choice, Hyperparameter, Rows
-from searchmerge.merging.task_vectors import TaskVectors
+from searchmerge.merging.method import (
+    COEFFICIENT,
+    DEPTH_SLOPE,
+    METHODS,
+    Hyperparameter,
+    Pass,
+    Setting,
+    by_group,
+)
+from searchmerge.merging.methods.linear import weighted
+from searchmerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from searchmerge.merging.measure import Measure
 
 
 @METHODS.register("task_arithmetic")
 class TaskArithmetic:
-    r"""Merge to :math:`\sum_t \lambda_t \tau_t` (Ilharco et al., 2023, arXiv:2212.04089).
+    r"""Add task vectors to the base: :math:`\theta_0 + \sum_t \lambda_t \tau_t`.
 
-    The paper uses one coefficient for all, 0.3 to 0.5 for many tasks; here each has its own.
+    Ilharco et al., 2023, arXiv:2212.04089. The paper has one coefficient for all task vectors,
+    chosen on validation data and most often 0.3 to 0.4; here each has its own.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
-        replace(COEFFICIENT, default=0.4, search=(0.0, 1.5)),
+        replace(COEFFICIENT, default=0.4, search=(0.0, 1.0)),
     )
-    settings: ClassVar[tuple[Choice, ...]] = ()
+    settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
 
-    def __init__(self, task_vectors: TaskVectors) -> None:
+    def __init__(self, measure: "Measure") -> None:
         """Measure nothing: a sum needs no statistics."""
+        self._names = measure.names
 
-    def bind(self, rows: Rows) -> Bound:
+    def bind(self, plan: MergePlan) -> Pass:
         """Fix the coefficients."""
-        return Bound(weighted_sum, [[row["coefficient"]] for row in rows.rows])
+        rows = [[row] for row in plan.values["coefficient"]]
+        return Pass(weighted, by_group(plan, self._names, rows))

@@ -1,104 +1,150 @@
 """TIES-Merging: trim, elect signs, merge what agrees."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from searchmerge.merging.kernels import GRID, magnitudes, ratio, thresholds
-from searchmerge.merging.method import COEFFICIENT, METHODS, Bound, Choice, Hyperparameter, Rows
-from searchmerge.merging.task_vectors import TaskVectors
-
-TRIM_DENSITY = Hyperparameter(
-    "density", 0.0, 1.0, default=0.2, search=(0.05, 0.5), step=1 / GRID
+from searchmerge.merging.kernels import Chunk, add_scaled, add_up, keep_at_least
+from searchmerge.merging.method import (
+    COEFFICIENT,
+    DEPTH_SLOPE,
+    METHODS,
+    Hyperparameter,
+    Pass,
+    Setting,
+    by_group,
+    setting,
 )
+from searchmerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from searchmerge.merging.measure import Measure
+
+AGGREGATE = Setting("aggregate", default="mean", choices=("mean", "sum", "max"))
 
 
 @METHODS.register("ties")
 class Ties:
-    """Trim each task vector to its largest entries, elect a sign, merge those that agree.
+    """Trim each task vector to its largest entries, elect signs, and merge those that agree.
 
-    Yadav et al., 2023, arXiv:2306.01708, Algorithm 1. Trimming is global over the model and keeps
-    ties; a density d of n entries keeps ``int(n * d) + 1`` or more, as the authors' code does,
-    and density 1 trims nothing. Signs are elected on trimmed, unweighted task vectors; an entry
-    whose trimmed sum is exactly 0 takes the sign that is in the majority over the whole model.
-    The paper has one coefficient for all; here each expert's own multiplies its entries after
-    the election, and the divisor of ``mean`` stays the number that agree.
+    Yadav et al., 2023, arXiv:2306.01708, Algorithm 1. What the paper leaves open is as in the
+    authors' code: trimming is global over the model, by rank, and keeps all that are equal to
+    the smallest kept, so that of d entries at least ``int(d * density) + 1`` stay; an exactly
+    zero sum takes the sign that was elected most often in the model. Density 1 trims nothing.
+    Signs are elected on trimmed task vectors before any coefficient. The paper has one
+    coefficient, on the merged task vector; here each expert's own multiplies its entries after
+    the election, while the divisor of ``mean`` stays the number of entries that agree. ``max``
+    takes the entry of largest magnitude, times its expert's coefficient.
+
+    mergekit trims per tensor to an exact count, multiplies before the election, and gives a zero
+    sum the sign +1.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
-        replace(COEFFICIENT, search=(0.0, 2.0)),
-        TRIM_DENSITY,
+        replace(COEFFICIENT, search=(0.0, 2.5)),
+        Hyperparameter("density", 0.0, 1.0, default=0.2, search=(0.05, 0.5), step=0.01),
     )
-    settings: ClassVar[tuple[Choice, ...]] = (
-        Choice("aggregate", default="mean", choices=("mean", "sum", "max")),
-    )
+    settings: ClassVar[tuple[Setting, ...]] = (AGGREGATE, DEPTH_SLOPE)
 
-    def __init__(self, task_vectors: TaskVectors) -> None:
-        """Measure the magnitudes of every task vector."""
-        self._d = task_vectors.n_parameters
-        self._magnitudes = magnitudes(task_vectors)
-        self._majority = 1.0
+    def __init__(self, measure: "Measure") -> None:
+        """Prepare to look up magnitudes, which are measured at the first plan."""
+        self._measure = measure
+        self._majority = 1.0  # the last one found: the best guess at the next
+        self._known: dict[object, float] = {}
 
-    def bind(self, rows: Rows) -> Bound:
-        """Look the thresholds up; assume the majority sign that was right last time."""
-        aggregate = str(rows.settings["aggregate"])
-        trims = [thresholds(self._magnitudes, self._d, row["density"]) for row in rows.rows]
-        return self._bound(_COMBINE[aggregate], trims, rows, self._majority)
+    def bind(self, plan: MergePlan) -> Pass:
+        """Look the thresholds up; assume a majority sign where it is not known."""
+        trims = tuple(tuple(self.thresholds(row)) for row in plan.values["density"])
+        key = (trims, plan.groups)
+        if key in self._known:
+            return self._pass(plan, trims, self._known[key])
+        assumed = self._majority
 
-    def _bound(self, combine, trims, rows: Rows, majority: float) -> Bound:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        scalars = [
-            [trim, list(row["coefficient"]), [majority] * len(trim)]
-            for trim, row in zip(trims, rows.rows, strict=True)
-        ]
-
-        def settle(tally: Tensor) -> Bound | None:
-            """Do the pass again if the assumed majority was wrong, and any entry needed it."""
-            found = float(torch.sign(tally[0]))
-            self._majority = found
-            if found == majority or not tally[1]:
+        def revise(tally: Tensor) -> Pass | None:
+            found, ambiguous = float(torch.sign(tally[0])), int(tally[1])
+            self._known[key] = found
+            self._majority = found or self._majority
+            if found == assumed or not ambiguous:
                 return None
-            return self._bound(combine, trims, rows, found)
+            return self._pass(plan, trims, found)
 
-        return Bound(combine, scalars, settle)
+        return replace(self._pass(plan, trims, assumed), revise=revise)
+
+    def thresholds(self, densities: Sequence[float]) -> list[float]:
+        """Return the magnitude below which each expert is trimmed.
+
+        The authors' ``k = d - int(d * density)`` in double precision, counted from 1.
+        """
+        d = self._measure.n_parameters
+        n_kept = [int(d * density) for density in densities]
+        found = self._measure.magnitudes([d - 1 - min(n, d - 1) for n in n_kept])
+        return [0.0 if n >= d else value for n, value in zip(n_kept, found, strict=True)]
+
+    def _pass(self, plan: MergePlan, trims: Sequence[Sequence[float]], majority: float) -> Pass:
+        aggregate = str(setting(plan, AGGREGATE))
+        # with no majority, the authors' mean and sum merge the negative entries, their max none
+        sign = majority or (0.0 if aggregate == "max" else -1.0)
+        rows = [
+            [trim, coefficients, [sign] * len(trim)]
+            for trim, coefficients in zip(trims, plan.values["coefficient"], strict=True)
+        ]
+        return Pass(_MERGE[aggregate], by_group(plan, self._measure.names, rows))
 
 
-def merge_ties(
-    deltas: Tensor, scalars: Tensor, *, aggregate: str
-) -> tuple[Tensor, Tensor]:
+def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
     r"""Trim, elect signs and merge (Yadav et al., 2023, arXiv:2306.01708, Algorithm 1).
 
     .. math:: \tau_m = \frac{1}{|A|} \sum_{t \in A} \lambda_t \hat\tau_t, \qquad
               A = \{t : \operatorname{sgn} \hat\tau_t = \operatorname{sgn} \sum_s \hat\tau_s\}
 
     Args:
-        deltas: Task vectors, ``(n_experts, m)`` float32; overwritten.
-        scalars: ``(3, n_experts)``: magnitude below which an entry is trimmed; coefficient;
-            sign that an exactly zero sum takes, all alike.
-        aggregate: ``mean`` over those that agree, their ``sum``, or the ``max`` in magnitude.
+        chunk: Task vectors; scalars ``(3, n_experts)``: magnitude below which an entry is
+            trimmed; coefficient; the sign of a zero sum, all alike.
+        aggregate: ``mean`` of those that agree, their ``sum``, or the ``max`` in magnitude.
 
     Returns:
-        The merged task vector ``(m,)``, 0 where all was trimmed; and a tally ``(2,)``: entries
-        elected positive minus negative, and entries whose zero sum hides unlike signs.
+        The merged task vector ``(m,)``, 0 where all was trimmed; and the tally ``(2,)`` float64:
+        entries elected positive minus negative, and zero sums of entries that are not 0.
     """
-    trims, coefficients, majority = scalars[0, :, None], scalars[1, :, None], scalars[2, 0]
-    deltas.mul_(deltas.abs() >= trims)
-    elected = deltas.sum(0).sign_()
-    undecided = elected == 0
-    tally = torch.stack([elected.sum(), (undecided & (deltas != 0).any(0)).sum().float()])
-    elected = torch.where(undecided, majority, elected)
-    # with no majority either, the authors' comparison picks the negative entries
-    chosen = torch.where(elected == 0, -1.0, elected)
-    agreeing = deltas * (deltas * chosen > 0)
+    thresholds, coefficients, majority = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2, 0]
+    deltas = [keep_at_least(own, thresholds[i]) for i, own in enumerate(chunk.deltas)]
+    signs = add_up(deltas)
+    undecided = (signs == 0).float()
+    signs = signs.sign_()
+    balance = signs.sum(dtype=torch.float64)
+    signs = add_scaled(signs, undecided, majority)
+    agreeing = [own.mul_(signs).relu_() for own in deltas]  # magnitudes
+    n_agreeing = add_up([own.sign() for own in agreeing])
+    ambiguous = (undecided * n_agreeing).sum(dtype=torch.float64)
     if aggregate == "max":
-        sizes, largest = agreeing.abs().max(0)
-        return elected * sizes * coefficients[largest, 0], tally
-    total = (agreeing * coefficients).sum(0)
-    if aggregate == "sum":
-        return total, tally
-    return ratio(total, (agreeing != 0).sum(0).float()), tally
+        merged = _largest(agreeing, coefficients)
+    else:
+        merged = agreeing[0] * coefficients[0]
+        for i, own in enumerate(agreeing[1:], start=1):
+            merged = add_scaled(merged, own, coefficients[i])
+    if aggregate == "mean":
+        merged = merged.div_(n_agreeing.clamp_min_(1.0))
+    return merged.mul_(signs), torch.stack([balance, ambiguous])
 
 
-_COMBINE = {name: partial(merge_ties, aggregate=name) for name in ("mean", "sum", "max")}
+def _largest(magnitudes: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """Return the largest magnitude times its expert's coefficient, their mean where equal."""
+    largest = magnitudes[0]
+    for own in magnitudes[1:]:
+        largest = torch.maximum(largest, own)
+    ties = [(own == largest).float() for own in magnitudes]
+    n_ties = add_up(ties)
+    factor = ties[0] * coefficients[0]
+    for i, own in enumerate(ties[1:], start=1):
+        factor = add_scaled(factor, own, coefficients[i])
+    return factor.div_(n_ties).mul_(largest)
+
+
+_MERGE: dict[str, Callable[[Chunk], tuple[Tensor, ...]]] = {
+    str(aggregate): partial(merge_ties, aggregate=str(aggregate))
+    for aggregate in AGGREGATE.choices
+}

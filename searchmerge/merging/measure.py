@@ -1,0 +1,236 @@
+"""What a merge method may measure of the experts, once."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from searchmerge.merging.engine import CHUNK, Engine, Operands
+from searchmerge.merging.kernels import GRID, ChunkFunction
+from searchmerge.merging.statistics import Block, OrderStatistics
+from searchmerge.merging.task_vectors import TaskVectors
+
+_logger = logging.getLogger(__name__)
+
+_MEASURED_AT_ONCE = 4 * CHUNK
+
+Scalars = Callable[[str], Tensor]
+"""Parameter name to ``(n_scalars, n_experts)`` float32 on the CPU."""
+
+Numbers = Callable[[str, Operands], tuple[Tensor, ...]]
+"""A parameter's name and a part of it, without scalars, to tensors ``(m,)`` float32."""
+
+
+@dataclass
+class MemoryBudget:
+    """Bytes that methods may still keep of what they measured."""
+
+    left_bytes: int
+
+    def take(self, size_bytes: int) -> bool:
+        """Take ``size_bytes`` and return true, or return false if there are not so many."""
+        if size_bytes > self.left_bytes:
+            return False
+        self.left_bytes -= size_bytes
+        return True
+
+
+@dataclass
+class Measure:
+    """Measures task vectors for merge methods, without ever holding them all in float32.
+
+    Attributes:
+        vectors: The experts to be merged.
+        engine: Runs arithmetic.
+        budget: What may be kept in memory.
+        cache: File-name prefix for what is kept on disk; ``None`` for nothing.
+        everyone: The measure of all experts that are loaded, if these are some of them: what is
+            measured of each expert alone is measured there, once.
+    """
+
+    vectors: TaskVectors
+    engine: Engine
+    budget: MemoryBudget
+    cache: Path | None = None
+    everyone: "Measure | None" = None
+    _magnitudes: list[OrderStatistics] = field(default_factory=list, init=False)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Return the experts' names, in the order of axis 0."""
+        return self.vectors.experts
+
+    @property
+    def n_parameters(self) -> int:
+        """Return d, the number of entries of a task vector."""
+        return self.vectors.n_parameters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the parameters that are merged."""
+        return tuple(self.vectors.weights)
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a parameter."""
+        return self.vectors.base[name].shape
+
+    def is_zero(self, expert: str) -> bool:
+        """Return whether an expert equals the base."""
+        return self.vectors.is_zero(expert)
+
+    def deltas(self, name: str) -> tuple[Tensor, ...]:
+        """Return each expert's task vector of one parameter, float32, where the base lies."""
+        base = self.vectors.base[name].detach().float()
+        return tuple(
+            own.detach().to(base.device, torch.float32, copy=True).sub_(base)
+            for own in self.vectors.weights[name]
+        )
+
+    def magnitudes(self, ranks: Sequence[int]) -> list[float]:
+        """Return, per expert, the ``rank``-th smallest magnitude of its whole task vector.
+
+        Args:
+            ranks: One per expert, counted from 0.
+        """
+        everyone = self.everyone or self
+        rows = [everyone.experts.index(expert) for expert in self.experts]
+        return everyone._all_magnitudes().at(ranks, rows)
+
+    def _all_magnitudes(self) -> OrderStatistics:
+        if not self._magnitudes:
+            d = self.n_parameters
+            self._magnitudes.append(
+                OrderStatistics(
+                    lambda: _magnitude_blocks(self.vectors),
+                    len(self.experts),
+                    d,
+                    grid=[d - 1 - int(d * (step / GRID)) for step in range(GRID)],
+                    cache=self._file("magnitudes"),
+                )
+            )
+        return self._magnitudes[0]
+
+    def order_statistics(
+        self,
+        label: str,
+        numbers: Numbers,
+        n_rows: int,
+        *,
+        grid: Sequence[int] = (),
+        experts: Sequence[int] | None = None,
+    ) -> OrderStatistics:
+        """Return the order statistics of some numbers per entry, over the whole model.
+
+        Args:
+            label: What they are, in a few words that are a file name: names the cache.
+            numbers: Makes them, ``n_rows`` a time.
+            n_rows: How many.
+            grid: Ranks that will be asked for.
+            experts: Indices of the experts read; ``None`` for all.
+        """
+        return OrderStatistics(
+            lambda: (_block(numbers(name, part)) for name, part in self.parts(experts)),
+            n_rows,
+            self.n_parameters,
+            grid=grid,
+            cache=self._file(f"{label}-{'-'.join(self.experts)}"),
+        )
+
+    def keep(
+        self,
+        numbers: Numbers,
+        n_rows: int,
+        *,
+        experts: Sequence[int] | None = None,
+    ) -> dict[str, tuple[Tensor, ...]] | None:
+        """Compute numbers per entry and keep them, ``(numel,)`` float32 each, if memory allows.
+
+        Args:
+            numbers: Makes them, ``n_rows`` a time.
+            n_rows: How many.
+            experts: Indices of the experts read; ``None`` for all.
+
+        Returns:
+            Parameter name to what is kept; ``None`` if it does not fit.
+        """
+        size_bytes = 4 * n_rows * self.n_parameters
+        if not self.budget.take(size_bytes):
+            return None
+        kept = {
+            name: tuple(torch.empty(base.numel(), device=base.device) for _ in range(n_rows))
+            for name, base in ((name, self.vectors.base[name]) for name in self.names)
+        }
+        for name, part in self.parts(experts):
+            for own, found in zip(kept[name], numbers(name, part), strict=True):
+                own[part.start : part.start + len(found)] = found
+        return kept
+
+    def release(self, kept: Mapping[str, tuple[Tensor, ...]]) -> None:
+        """Give back the budget of what :meth:`keep` returned; the caller forgets the tensors."""
+        for own in kept.values():
+            self.budget.left_bytes += sum(4 * tensor.numel() for tensor in own)
+
+    def sums(
+        self, function: ChunkFunction, *, scalars: Scalars | None = None
+    ) -> dict[str, Tensor]:
+        """Return, per parameter, the sum of each tensor that ``function`` returns, in float64.
+
+        Args:
+            function: Arithmetic entry by entry, e.g. the products of two experts.
+            scalars: Parameter name to the scalars of the function; ``None`` for none.
+        """
+        none = torch.empty(0, len(self.experts))
+        found: dict[str, Tensor] = {}
+        for name, part in self.parts():
+            numbers = none if scalars is None else scalars(name)
+            outs = self.engine.compute(function, part.with_scalars(numbers))
+            own = torch.stack([out.sum(dtype=torch.float64) for out in outs])
+            found[name] = found[name] + own if name in found else own
+        return found
+
+    def parts(self, experts: Sequence[int] | None = None) -> Iterator[tuple[str, Operands]]:
+        """Yield every parameter's name with a part of it, until all was seen."""
+        for name in self.names:
+            whole = operands(self.vectors, name, experts)
+            for start in range(0, len(whole.base), _MEASURED_AT_ONCE):
+                yield name, whole.part(start, start + _MEASURED_AT_ONCE)
+
+    def _file(self, label: str) -> Path | None:
+        """Return where to cache; the name tells the method's code path and the layout apart."""
+        if self.cache is None:
+            return None
+        layout = [(name, tuple(self.shape(name))) for name in self.names]
+        device = next((self.vectors.base[name].device for name in self.names), torch.device("cpu"))
+        way = (torch.__version__, device.type, self.engine.is_compiled(device))
+        digest = hashlib.sha256(repr((label, self.experts, layout, way)).encode()).hexdigest()
+        return self.cache.with_name(f"{self.cache.name}-{digest[:24]}.safetensors")
+
+
+def operands(vectors: TaskVectors, name: str, experts: Sequence[int] | None = None) -> Operands:
+    """Return one whole parameter, 1-D, where its base lies; without scalars."""
+    base = vectors.base[name].detach()
+    own = vectors.weights[name]
+    chosen = own if experts is None else tuple(own[i] for i in experts)
+    flat = tuple(tensor.detach().to(base.device).reshape(-1) for tensor in chosen)
+    return Operands(base.reshape(-1), flat, torch.empty(0, len(chosen)))
+
+
+def _block(numbers: tuple[Tensor, ...]) -> Block:
+    return Block(len(numbers[0]), [own.__getitem__ for own in numbers])
+
+
+def _magnitude_blocks(vectors: TaskVectors) -> Iterator[Block]:
+    for name in vectors.weights:
+        whole = operands(vectors, name)
+        for start in range(0, len(whole.base), _MEASURED_AT_ONCE):
+            part = whole.part(start, start + _MEASURED_AT_ONCE)
+            rows = [_magnitude(own, part.base) for own in part.experts]
+            yield Block(len(part.base), rows)
+
+
+def _magnitude(expert: Tensor, base: Tensor) -> Callable[[slice], Tensor]:
+    return lambda where: (expert[where].float() - base[where].float()).abs_()
