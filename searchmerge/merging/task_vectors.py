@@ -88,7 +88,7 @@ class TaskVectors:
             for expert, own in experts.items()
         }
         found = cls(tuple(experts), base, weights, aliases, heads)
-        found._check_finite()
+        found.check_finite()
         return found
 
     @property
@@ -122,7 +122,12 @@ class TaskVectors:
             for part, origin in zip(_parts(own[i]), _parts(self.base[name]), strict=True)
         )
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Read every tensor once, and refuse NaN and inf.
+
+        Raises:
+            CheckpointError: If one holds any; it names the tensor and the model.
+        """
         for name, own in self.weights.items():
             models = zip(("the base", *self.experts), (self.base[name], *own), strict=True)
             for model, tensor in models:
