@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Tokens = tuple[int, ...]
+from searchmerge.evaluators.packing import Tokens
 
 _MAX_ROWS = 64
 """Prompts that are generated together at most: each costs as many steps as the longest one."""

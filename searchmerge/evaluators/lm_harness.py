@@ -20,8 +20,9 @@ from torch import nn
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal_generation import GenerationOptions, NonFiniteLogits, generate
-from searchmerge.evaluators.causal_scoring import CausalScorer, Tokens
+from searchmerge.evaluators.causal_scoring import CausalScorer
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo
+from searchmerge.evaluators.packing import Tokens
 
 _logger = logging.getLogger(__name__)
 

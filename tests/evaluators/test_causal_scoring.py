@@ -5,13 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchmerge.evaluators.causal_scoring import (
-    CausalScorer,
-    group_documents,
-    honours_packing,
-    plan_packed,
-    share_prefixes,
-)
+from searchmerge.evaluators.causal_scoring import CausalScorer, honours_packing
+from searchmerge.evaluators.packing import group_documents, plan_packed, share_prefixes
 from tests.evaluators.models import tiny_model
 
 WINDOW = 64
@@ -182,8 +177,12 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=12), st.integers(1, 40))
-def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens):
+@given(
+    st.lists(st.tuples(tokens, tokens), min_size=1, max_size=12),
+    st.integers(1, 40),
+    st.integers(1, 16),
+)
+def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens, row_tokens):
     documents, indices = group_documents(pairs, 16)
     expected = {}
     for (context, continuation), index in zip(pairs, indices, strict=True):
@@ -191,7 +190,7 @@ def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens
         start = len(text) - len(continuation)
         expected[index] = sorted(text[: start + i + 1] for i in range(len(continuation)))
     found = {index: [] for index in expected}
-    for cluster in plan_packed(documents, batch_tokens, 16, cost=4):
+    for cluster in plan_packed(documents, batch_tokens, 16, cost=4, row_tokens=row_tokens):
         for batch in cluster.batches:
             assert len(cluster.prefix) + batch.tokens.shape[1] <= 16
             for owner, text in read_texts(cluster.prefix, batch):
@@ -200,15 +199,15 @@ def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens
 
 
 def read_texts(prefix, batch):
-    """Yield what each read of a packed row sees, in the order of positions, and its target."""
-    position, document, branch = batch.layout.tolist()
-    for at, target, owner in zip(batch.at, batch.targets, batch.owners, strict=True):
-        column = int(batch.keep[at])
+    """Yield what each read of packed rows sees, in the order of positions, and its target."""
+    n_keep = len(batch.keep)
+    for at, target, owner in zip(batch.at.tolist(), batch.targets, batch.owners, strict=True):
+        row, column = at // n_keep, int(batch.keep[at % n_keep])
+        position, document, branch = batch.layout[:, row].tolist()
         seen = [
             i
             for i in range(column + 1)
             if document[i] == document[column] and branch[i] in (0, branch[column])
         ]
         assert [position[i] for i in seen] == list(range(len(prefix), len(prefix) + len(seen)))
-        text = prefix + tuple(batch.tokens[0, seen].tolist())
-        yield int(owner), (*text, int(target))
+        yield int(owner), (*prefix, *batch.tokens[row, seen].tolist(), int(target))

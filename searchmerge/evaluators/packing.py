@@ -1,0 +1,374 @@
+"""How continuations are laid out for a causal language model: what to run, from tokens alone.
+
+A packed row holds several documents. First the contexts, each but for its last token; then, up
+to the right end of the row, every context's last token and its continuations, whose last tokens
+are predicted and never read. A mask lets a token see its document's context and its own
+continuation only, and positions count from the document's start. So the logits that are wanted
+are those of the last columns, and a context is run once for all of its continuations. A prefix
+that many documents share is left out of their rows, and run once before them.
+"""
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Tokens = tuple[int, ...]
+
+PREFIX_COST = 64
+"""What one more forward pass costs, in tokens: a shared prefix has to save more than this."""
+
+ROW_TOKENS = 128
+"""Tokens of a packed row, more or less. Attention grows with the row, so rows are short."""
+
+_PLAIN_FROM = 128
+"""Tokens from which a document with one continuation is better off without a mask."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A context, and the distinct continuations to score in it.
+
+    Attributes:
+        context: Token ids, one or more.
+        continuations: Token ids of each continuation, one or more.
+        owners: For each continuation, its index in the result.
+    """
+
+    context: Tokens
+    continuations: tuple[Tokens, ...]
+    owners: tuple[int, ...]
+
+    def size(self, prefix: int = 0) -> int:
+        """Return how many tokens a row needs for it after the first ``prefix`` ones."""
+        return len(self.context) - prefix + sum(len(tokens) - 1 for tokens in self.continuations)
+
+    def part(self, start: int, stop: int | None = None) -> "Document":
+        """Return the document with some of its continuations only."""
+        cut = slice(start, stop)
+        return Document(self.context, self.continuations[cut], self.owners[cut])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass, and which of its logits are read.
+
+    Attributes:
+        tokens: Token ids, ``(n_rows, n_tokens)``, int64.
+        keep: Columns whose logits are computed, ``(n_keep,)``, int64, ascending.
+        at: For each token read, its place in the kept logits of all rows one after another.
+        targets: For each token read, its id.
+        owners: For each token read, the index of its continuation.
+        layout: Position, document (-1 is padding) and branch (0 is the context) of every token of
+            packed rows, padded on the left, ``(3, n_rows, n_tokens)``; ``None`` for plain rows,
+            one sequence each, padded on the right.
+    """
+
+    tokens: Tensor
+    keep: Tensor
+    at: Tensor
+    targets: Tensor
+    owners: Tensor
+    layout: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Batches that go on from the same prefix, which may be empty."""
+
+    prefix: Tokens
+    batches: list[Batch]
+
+
+@dataclass
+class _Reads:
+    """The tokens to read from a batch, collected while its rows are laid out."""
+
+    columns: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+
+    def add(self, row: int, columns: Iterable[int], targets: Tokens, owner: int) -> None:
+        self.columns += columns
+        self.rows += [row] * len(targets)
+        self.targets += targets
+        self.owners += [owner] * len(targets)
+
+    def batch(self, tokens: Tensor, layout: Tensor | None = None) -> Batch:
+        keep, at = torch.unique(torch.tensor(self.columns), return_inverse=True)
+        at = at + torch.tensor(self.rows) * len(keep)
+        targets, owners = torch.tensor(self.targets), torch.tensor(self.owners)
+        return Batch(tokens, keep, at, targets, owners, layout)
+
+
+def group_documents(
+    pairs: Iterable[tuple[Tokens, Tokens]], max_length: int
+) -> tuple[list[Document], list[int]]:
+    """Return the documents of ``(context, continuation)`` pairs, and each pair's result index.
+
+    A pair that is longer than the window loses tokens from the left, as in lm-eval's ``HFLM``:
+    the last ``max_length + 1`` tokens stay, of which the last is predicted only.
+    """
+    grouped: dict[Tokens, dict[Tokens, int]] = {}
+    indices = []
+    count = 0
+    for context, continuation in pairs:
+        excess = len(context) + len(continuation) - (max_length + 1)
+        known = grouped.setdefault(context[excess:] if excess > 0 else context, {})
+        if continuation not in known:
+            known[continuation] = count
+            count += 1
+        indices.append(known[continuation])
+    documents = [Document(c, tuple(known), tuple(known.values())) for c, known in grouped.items()]
+    return documents, indices
+
+
+def share_prefixes(
+    documents: Sequence[Document], cost: int = PREFIX_COST
+) -> list[tuple[int, list[Document]]]:
+    """Divide documents into clusters by the prefix that it pays to run once.
+
+    Every document keeps a token of its context for itself, from which its continuations follow.
+
+    Args:
+        documents: In any order.
+        cost: Tokens that running a prefix costs beyond its own.
+
+    Returns:
+        For each cluster its prefix's length and its documents; the cluster without a prefix,
+        if any, is the first.
+    """
+    alone, clusters = [], []
+    ordered = sorted(documents, key=lambda document: document.context[:-1])
+    for prefix, members in _divide(ordered, 0, cost)[1]:
+        if prefix:
+            clusters.append((prefix, members))
+        else:
+            alone += members
+    return ([(0, alone)] if alone else []) + clusters
+
+
+def _divide(
+    documents: Sequence[Document], depth: int, cost: int
+) -> tuple[int, list[tuple[int, list[Document]]]]:
+    """Divide ordered documents that share ``depth`` tokens; return the tokens saved, and how."""
+    longest = max(len(document.context) for document in documents) - 1
+    if (len(documents) - 1) * longest <= cost:
+        return 0, [(0, list(documents))]
+    shared = _shared_length(documents[0].context, documents[-1].context, depth)
+    saved = (len(documents) - 1) * shared - cost
+    whole = [(shared, list(documents))] if saved > 0 else [(0, list(documents))]
+    runs = list(_runs(documents, shared))
+    parts = [_divide(run, shared, cost) for run in runs] if len(runs) > 1 else []
+    apart = sum(part_saved for part_saved, _ in parts)
+    if apart > max(saved, 0):
+        return apart, [cluster for _, clusters in parts for cluster in clusters]
+    return max(saved, 0), whole
+
+
+def _shared_length(first: Tokens, last: Tokens, depth: int) -> int:
+    """Return how many tokens two contexts share, the last of either left out."""
+    limit = min(len(first), len(last)) - 1
+    return next((i for i in range(depth, limit) if first[i] != last[i]), limit)
+
+
+def _runs(documents: Sequence[Document], column: int) -> Iterator[Sequence[Document]]:
+    """Cut ordered documents where the token at ``column`` changes, or contexts end before it."""
+    keys = [d.context[column] if column < len(d.context) - 1 else None for d in documents]
+    cuts = [i for i in range(1, len(keys)) if keys[i] != keys[i - 1]]
+    for start, stop in pairwise([0, *cuts, len(keys)]):
+        yield documents[start:stop]
+
+
+def fill_rows(
+    documents: Sequence[Document], prefix: int, row_tokens: int, limit: int
+) -> list[list[Document]]:
+    """Distribute documents over rows of about ``row_tokens`` tokens, all of about one length.
+
+    A document that is longer than ``limit`` has its continuations spread over several rows; one
+    continuation is never cut.
+
+    Args:
+        documents: What to distribute.
+        prefix: Tokens of every context that are left out.
+        row_tokens: Tokens of a row, 1 or more, unless a document is longer.
+        limit: Tokens that a row never exceeds, unless a single continuation does.
+    """
+    pieces = [piece for document in documents for piece in _pieces(document, prefix, limit)]
+    pieces.sort(key=lambda piece: piece.size(prefix), reverse=True)
+    total = sum(piece.size(prefix) for piece in pieces)
+    n_rows = max(1, round(total / min(row_tokens, limit)))
+    filling = [(0, i) for i in range(n_rows)]
+    rows: list[list[Document]] = [[] for _ in filling]
+    for piece in pieces:
+        size = piece.size(prefix)
+        filled, row = filling[0]
+        if filled and filled + size > limit:
+            rows.append([piece])
+            heapq.heappush(filling, (size, len(rows) - 1))
+        else:
+            rows[row].append(piece)
+            heapq.heapreplace(filling, (filled + size, row))
+    return [row for row in rows if row]
+
+
+def _pieces(document: Document, prefix: int, limit: int) -> Iterator[Document]:
+    """Divide a document's continuations, so that each part fits into ``limit`` where it can."""
+    context = len(document.context) - prefix
+    start, size = 0, context
+    for stop, tokens in enumerate(document.continuations):
+        if stop > start and size + len(tokens) - 1 > limit:
+            yield document.part(start, stop)
+            start, size = stop, context
+        size += len(tokens) - 1
+    yield document.part(start)
+
+
+@dataclass
+class _Part:
+    """Tokens of a row and what the model is told of them."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)
+
+    def add(self, tokens: Tokens, position: int, document: int, branch: int) -> None:
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+        self.documents += [document] * len(tokens)
+        self.branches += [branch] * len(tokens)
+
+
+def lay_out_packed(rows: Sequence[Sequence[Document]], prefix: int) -> Batch:
+    """Return the batch of packed rows; the documents go on from their first ``prefix`` tokens."""
+    width = max(sum(document.size(prefix) for document in row) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    layout = torch.zeros(3, len(rows), width, dtype=torch.int64)
+    layout[1] = -1
+    reads = _Reads()
+    for number, row in enumerate(rows):
+        contexts, tails = _Part(), _Part()
+        end = width - sum(1 + d.size() - len(d.context) for d in row)
+        for index, document in enumerate(row):
+            _lay_out_document(document, index, prefix, (contexts, tails), (reads, number, end))
+        start = end - len(contexts.tokens)
+        tokens[number, start:] = torch.tensor(contexts.tokens + tails.tokens)
+        layout[0, number, start:] = torch.tensor(contexts.positions + tails.positions)
+        layout[1, number, start:] = torch.tensor(contexts.documents + tails.documents)
+        layout[2, number, start:] = torch.tensor(contexts.branches + tails.branches)
+    return reads.batch(tokens, layout)
+
+
+def _lay_out_document(
+    document: Document,
+    index: int,
+    prefix: int,
+    parts: tuple[_Part, _Part],
+    reading: tuple[_Reads, int, int],
+) -> None:
+    """Add a document to its row's contexts and tails, and what is read to the batch's reads."""
+    (contexts, tails), (reads, row, end) = parts, reading
+    length = len(document.context)
+    contexts.add(document.context[prefix:-1], prefix, index, 0)
+    last = end + len(tails.tokens)
+    tails.add(document.context[-1:], length - 1, index, 0)
+    branches = zip(document.continuations, document.owners, strict=True)
+    for branch, (continuation, owner) in enumerate(branches, start=1):
+        start = end + len(tails.tokens)
+        tails.add(continuation[:-1], length, index, branch)
+        columns = [last, *range(start, start + len(continuation) - 1)]
+        reads.add(row, columns, continuation, owner)
+
+
+def lay_out_plain(documents: Sequence[Document], batch_tokens: int) -> list[Batch]:
+    """Return batches of one row per continuation, the longest first, padded on the right.
+
+    Continuations that differ in their last token only, which is predicted and never read, share
+    a row.
+    """
+    inputs: dict[Tokens, list[tuple[Tokens, int]]] = {}
+    for document in documents:
+        for continuation, owner in zip(document.continuations, document.owners, strict=True):
+            row = document.context + continuation[:-1]
+            inputs.setdefault(row, []).append((continuation, owner))
+    rows = sorted(inputs.items(), key=lambda item: len(item[0]), reverse=True)
+    batches, start = [], 0
+    while start < len(rows):
+        stop = start + max(1, batch_tokens // len(rows[start][0]))
+        batches.append(_plain_batch(rows[start:stop]))
+        start = stop
+    return batches
+
+
+def _plain_batch(rows: Sequence[tuple[Tokens, list[tuple[Tokens, int]]]]) -> Batch:
+    tokens = torch.zeros(len(rows), len(rows[0][0]), dtype=torch.int64)
+    reads = _Reads()
+    for number, (row, continuations) in enumerate(rows):
+        tokens[number, : len(row)] = torch.tensor(row)
+        for continuation, owner in continuations:
+            reads.add(number, range(len(row) - len(continuation), len(row)), continuation, owner)
+    return reads.batch(tokens)
+
+
+def plan_packed(
+    documents: Sequence[Document],
+    batch_tokens: int,
+    max_length: int,
+    *,
+    cost: int = PREFIX_COST,
+    row_tokens: int = ROW_TOKENS,
+) -> list[Cluster]:
+    """Return the forward passes that score documents in packed rows.
+
+    Args:
+        documents: What to score.
+        batch_tokens: Tokens of a forward pass, 1 or more; a longer document gets its own.
+        max_length: The model's window in tokens; a row and its prefix stay within it.
+        cost: Tokens that running a prefix costs beyond its own.
+        row_tokens: Tokens of a row, more or less.
+    """
+    budget = _Budget(batch_tokens, max_length, row_tokens)
+    clusters = []
+    for prefix, members in share_prefixes(documents, cost):
+        kinds: dict[str, list[Document]] = {"plain": [], "long": [], "packed": []}
+        for document in members:
+            kinds["packed" if prefix else budget.kind(document)].append(document)
+        if kinds["plain"]:
+            clusters.append(Cluster((), lay_out_plain(kinds["plain"], batch_tokens)))
+        clusters += [budget.cluster([d], len(d.context) - 1) for d in kinds["long"]]
+        if kinds["packed"]:
+            clusters.append(budget.cluster(kinds["packed"], prefix))
+    return clusters
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """How many tokens a batch, a sequence and a row may have."""
+
+    batch_tokens: int
+    max_length: int
+    row_tokens: int
+
+    def kind(self, document: Document) -> str:
+        """Return how a document without a shared prefix is best run."""
+        if len(document.continuations) == 1 and document.size() >= _PLAIN_FROM:
+            return "plain"
+        return "long" if document.size() > min(self.batch_tokens, self.max_length) else "packed"
+
+    def cluster(self, documents: Sequence[Document], prefix: int) -> Cluster:
+        """Return the batches of packed rows for documents that share a prefix."""
+        limit = min(self.batch_tokens, self.max_length - prefix)
+        rows = fill_rows(documents, prefix, self.row_tokens, limit)
+        sizes = [sum(document.size(prefix) for document in row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -sizes[i])
+        batches, start = [], 0
+        while start < len(order):
+            stop = start + max(1, self.batch_tokens // sizes[order[start]])
+            batches.append(lay_out_packed([rows[i] for i in order[start:stop]], prefix))
+            start = stop
+        return Cluster(documents[0].context[:prefix], batches)
