@@ -8,7 +8,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -70,7 +72,24 @@ class ScaleSpec(_Strict):
     scale: RangeSpec
 
 
-Searched = float | dict[str, float] | ScaleSpec | RangeSpec
+def _form(value: Any) -> str:
+    """Return which form a searched hyper-parameter has, so that errors speak of that one."""
+    if isinstance(value, ScaleSpec) or (isinstance(value, dict) and "scale" in value):
+        return "a scale"
+    if isinstance(value, RangeSpec) or (
+        isinstance(value, dict) and value.keys() & {"low", "high"}
+    ):
+        return "a range"
+    return "one per expert" if isinstance(value, dict) else "a number"
+
+
+Searched = Annotated[
+    Annotated[float, Tag("a number")]
+    | Annotated[dict[str, float], Tag("one per expert")]
+    | Annotated[ScaleSpec, Tag("a scale")]
+    | Annotated[RangeSpec, Tag("a range")],
+    Discriminator(_form),
+]
 
 
 class SpaceSpec(BaseModel):

@@ -96,7 +96,9 @@ def _describe(error: ValidationError, marks: Marks, path: Path, model: type[Base
 
 def _is_key(part: str | int) -> bool:
     """Return whether part of an error's location stands in the file: no name of a union's form."""
-    return isinstance(part, int) or not (part[:1].isupper() or "[" in part or part in _FORMS)
+    return isinstance(part, int) or not (
+        part[:1].isupper() or set("[ (") & set(part) or part in _FORMS
+    )
 
 
 _FORMS = frozenset({"str", "int", "float", "bool", "constrained-str"})
