@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, tied
 from searchmerge.checkpoints.compatibility import check_compatible
+from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.config import RunConfig
@@ -20,6 +22,7 @@ from searchmerge.evaluators.blocks import Block, make_blocks, make_rounds, split
 from searchmerge.evaluators.evaluator import Evaluator, Part, TaskInfo
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
+from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
@@ -100,15 +103,13 @@ def load_task_vectors(models: Models, spec: StudySpec) -> TaskVectors:
     Raises:
         CheckpointError: If a tensor holds NaN or inf, or tensors do not fit.
     """
-    vectors = TaskVectors.from_weights(
+    return TaskVectors.from_weights(
         models.base.weights(),
         {name: checkpoint.weights() for name, checkpoint in models.experts.items()},
         exclude=spec.exclude,
         vocabulary=spec.vocabulary,
         tied=tied(models.base),
     )
-    vectors.check_finite()
-    return vectors
 
 
 def pick_device(config: RunConfig) -> str:
@@ -125,8 +126,22 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
     evaluators = make_evaluators(spec, study_file, models.base.tokenizer_dir)
     vectors = load_task_vectors(models, spec)
     model = load_resident(models.base, dtype=models.dtype, device=pick_device(config))
-    merger = Merger(vectors, targets=writable_views(model), engine=config.engine)
+    merger = make_merger(models, vectors, config.engine, targets=writable_views(model))
     return Worker(model, merger, evaluators)
+
+
+def make_merger(
+    models: Models,
+    vectors: TaskVectors,
+    engine: EngineKind,
+    targets: Mapping[str, torch.Tensor] | None = None,
+) -> Merger:
+    """Return a merger whose statistics are kept on disk, for the next run or study."""
+    key = hashlib.sha256(
+        json.dumps([models.fingerprints(), sorted(vectors.weights)]).encode()
+    ).hexdigest()[:16]
+    cache = default_cache_dir() / "statistics"
+    return Merger(vectors, targets=targets, engine=engine, cache=cache, cache_key=key)
 
 
 def make_evaluators(spec: StudySpec, study_file: Path, tokenizer: Path) -> dict[str, Evaluator]:
@@ -291,14 +306,14 @@ def save_merge(
     out: Path,
     *,
     card: str | None = None,
-    engine: str = "auto",
+    engine: EngineKind = "auto",
 ) -> None:
     """Merge ``plan`` and write the model with its plan, in the study's dtype.
 
     Raises:
         CheckpointError: If it cannot be written; what was at ``out`` before is kept.
     """
-    merger = Merger(vectors, engine=engine)  # type: ignore[arg-type]
+    merger = make_merger(models, vectors, engine)
     extra = {PLAN_FILE: plan.to_yaml()} | ({"README.md": card} if card else {})
     save_model(
         merger.merged(plan, dtype=models.dtype),

@@ -51,10 +51,10 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     seconds = time.perf_counter() - start - results[0].merge_s
     n_select = sum(len(b.examples) for own in schedule.blocks["select"].values() for b in own)
     n_scored = sum(len(block.examples) for r in rounds for block in r)
+    trial_s = results[0].merge_s + seconds * n_select / n_scored
     yield (
-        f"cost: merging {results[0].merge_s:.2f} s; {n_scored} examples took {seconds:.2f} s, so a "
-        f"trial of {n_select} takes about {results[0].merge_s + seconds * n_select / n_scored:.0f} "
-        "s or less"
+        f"cost: merging {results[0].merge_s:.2f} s; {n_scored} examples took {seconds:.2f} s, "
+        f"so a trial of {n_select} takes about {trial_s:.0f} s or less"
     )
 
 

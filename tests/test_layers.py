@@ -80,5 +80,7 @@ def test_the_merging_core_needs_only_torch_safetensors_and_numpy(tmp_path):
         "heavy = {'optuna', 'ray', 'lm_eval', 'transformers', 'pydantic', 'yaml', 'typer'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "[]"

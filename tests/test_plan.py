@@ -19,7 +19,9 @@ groups = st.sampled_from([Groups(), Groups(depth=3), Groups(patterns=("attn", "r
 @st.composite
 def plans(draw):
     chosen = draw(groups)
-    experts = tuple(draw(st.lists(st.text("abc", min_size=1), min_size=1, max_size=3, unique=True)))
+    experts = tuple(
+        draw(st.lists(st.text("abc", min_size=1), min_size=1, max_size=3, unique=True))
+    )
     row = st.tuples(*[numbers] * len(experts))
     rows = st.tuples(*[row] * len(chosen))
     return MergePlan("ties", experts, {"coefficient": draw(rows)}, chosen, {"aggregate": "sum"})

@@ -32,7 +32,9 @@ class RoundResult:
 class Merges(Protocol):
     """Writes a plan's merged weights into the resident model."""
 
-    def apply(self, plan: MergePlan) -> None: ...
+    def apply(self, plan: MergePlan) -> None:
+        """Overwrite the model's merged parameters with what ``plan`` asks for."""
+        ...
 
 
 class Worker:

@@ -19,6 +19,9 @@ CHUNK = 1 << 18
 
 _TOO_SMALL = 64  # entries: not worth compiled code, and sizes it would be specialised for
 
+_COMPILED: dict[object, Callable[..., tuple[Tensor, ...]]] = {}
+"""What this process compiled, by kernel, function, device and dtypes; every engine shares it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operands:
@@ -72,7 +75,6 @@ class Engine:
     def __init__(self, kind: EngineKind = "auto") -> None:
         self._kind = kind
         self._broken = False
-        self._compiled: dict[object, Callable[..., tuple[Tensor, ...]]] = {}
         self._buffers: dict[tuple[torch.device, int], Tensor] = {}
 
     def is_compiled(self, device: torch.device) -> bool:
@@ -116,11 +118,11 @@ class Engine:
         """Return what the compiled kernel returns; ``None`` if it cannot be compiled."""
         inputs = _inputs(operands)
         key = (kernel, function, inputs.base.device, len(inputs.scalars), _dtypes((inputs, more)))
-        is_new = key not in self._compiled
+        is_new = key not in _COMPILED
         if is_new:
-            self._compiled[key] = _compile(kernel, function, len(self._compiled))
+            _COMPILED[key] = _compile(kernel, function, len(_COMPILED))
         try:
-            done = self._compiled[key](inputs, *more)
+            done = _COMPILED[key](inputs, *more)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, OSError, ImportError) as error:

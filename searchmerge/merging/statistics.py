@@ -68,7 +68,7 @@ class OrderStatistics:
         self._numbers, self._n_rows, self._n_numbers = numbers, n_rows, n_numbers
         self._grid = set(grid)
         self._cache = cache
-        self._high: Tensor | None = None  # (n_rows, _BINS) int64, counts
+        self._high: np.ndarray | None = None  # (n_rows, _BINS) int64, counts
         self._known: list[dict[int, float]] = [{} for _ in range(n_rows)]
         self._load()
 
@@ -98,7 +98,7 @@ class OrderStatistics:
     def _measure(self, asked: Sequence[set[int]]) -> None:
         if self._high is None:
             self._high = self._count_high()
-        below = self._high.numpy().cumsum(1)
+        below = self._high.cumsum(1)
         wanted = [
             np.array(sorted((own | self._grid) - known.keys()), dtype=np.int64)
             for own, known in zip(asked, self._known, strict=True)
@@ -115,14 +115,14 @@ class OrderStatistics:
                 found = _numbers_of((int(high) << 16) | torch.from_numpy(low))
                 self._known[row].update(zip(ranks.tolist(), found.tolist(), strict=True))
 
-    def _count_high(self) -> Tensor:
+    def _count_high(self) -> np.ndarray:
         def count(row: int, numbers: Tensor) -> None:
             cells = _keys(numbers).bitwise_right_shift_(16).add_(_BINS // 2)
             _tally(counts, row, cells.long())
 
         counts = self._new_counts([_BINS] * self._n_rows)
         self._each_row(count)
-        return torch.stack([own.cpu().long() for own in counts])
+        return np.stack([own.cpu().numpy().astype(np.int64) for own in counts])
 
     def _count_low(self, bins: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return, per row, counts ``(len(bins[row]), 2^16)`` of the low halves in those bins."""
@@ -137,16 +137,17 @@ class OrderStatistics:
 
         tables = []  # slot 0 takes what is in none of the bins
         for own in bins:
-            table = torch.zeros(_BINS, dtype=torch.int32)
-            table[torch.from_numpy(own)] = torch.arange(1, len(own) + 1, dtype=torch.int32)
-            tables.append(table)
+            table = np.zeros(_BINS, np.int32)
+            table[own] = np.arange(1, len(own) + 1)
+            tables.append(torch.from_numpy(table))
         counts = self._new_counts([(len(own) + 1) * _BINS for own in bins])
         self._each_row(count)
         return [own.cpu().view(-1, _BINS)[1:].numpy() for own in counts]
 
     def _new_counts(self, sizes: Sequence[int]) -> list[Tensor]:
-        dtype = torch.int32 if self._n_numbers < 2**31 else torch.int64
-        return [torch.zeros(size, dtype=dtype) for size in sizes]
+        dtype = np.int32 if self._n_numbers < 2**31 else np.int64
+        # numpy's zeros take no memory before they are counted up; torch's do
+        return [torch.from_numpy(np.zeros(size, dtype)) for size in sizes]
 
     def _each_row(self, count: Callable[[int, Tensor], None]) -> None:
         def count_all(row: int, block: Block) -> None:
@@ -174,7 +175,7 @@ class OrderStatistics:
         if high.shape != (self._n_rows, _BINS) or not (high.sum(1) == self._n_numbers).all():
             _logger.warning("statistics are measured anew, %s is of other models", self._cache)
             return
-        self._high = high
+        self._high = high.numpy()
         for (row, rank), value in zip(places, values, strict=True):
             self._known[row][rank] = value
 
@@ -184,7 +185,7 @@ class OrderStatistics:
         places = [(row, rank) for row, known in enumerate(self._known) for rank in known]
         values = [value for known in self._known for value in known.values()]
         tensors = {
-            "high": self._high,
+            "high": torch.from_numpy(self._high),
             "places": torch.tensor(places, dtype=torch.int64),  # row and rank
             "values": torch.tensor(values, dtype=torch.float32),
         }

@@ -56,7 +56,7 @@ class Confirmation:
         )
 
 
-def confirm(
+def confirm(  # noqa: PLR0913  (what is compared, and three numbers of the bootstrap)
     values: Mapping[str, Values],
     candidates: Sequence[str],
     objective: Objective,

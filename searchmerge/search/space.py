@@ -208,7 +208,8 @@ def _check_range(
     low, high = searched.low, searched.high
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise SpecError(
-            f"{where}: range [{low}, {high}] of {legal.name!r} is empty; low must not be above high"
+            f"{where}: range [{low}, {high}] of {legal.name!r} is empty; "
+            "low must not be above high"
         )
     if isinstance(searched, Shares):
         low, high = min(0.0, low), high * len(experts)  # one expert may take the whole sum

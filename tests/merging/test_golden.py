@@ -33,8 +33,8 @@ class Case:
 
     @staticmethod
     def _weights(tensors, prefix):
-        return {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k[:5] == prefix[:5]
-                and k.startswith(prefix)}  # fmt: skip
+        own = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+        return {k.removeprefix(prefix): v.float() for k, v in own.items()}
 
     def flat(self, weights):
         return torch.cat([weights[e["name"]].reshape(-1) for e in self.manifest["flat_layout"]])
