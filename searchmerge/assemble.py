@@ -36,6 +36,7 @@ from searchmerge.spec import ModelSpec, StudySpec, make_space
 _logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}  # a larger mask costs a CPU more than it saves
 _VERSIONS = ("searchmerge", "torch", "transformers", "lm-eval")
 
 
@@ -123,7 +124,7 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
     """Load the resident model, map the experts and build the evaluators."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    evaluators = make_evaluators(spec, study_file, models.base.tokenizer_dir)
+    evaluators = make_evaluators(spec, study_file, models.base.tokenizer_dir, pick_device(config))
     vectors = load_task_vectors(models, spec)
     model = load_resident(models.base, dtype=models.dtype, device=pick_device(config))
     merger = make_merger(models, vectors, config.engine, targets=writable_views(model))
@@ -144,7 +145,9 @@ def make_merger(
     return Merger(vectors, targets=targets, engine=engine, cache=cache, cache_key=key)
 
 
-def make_evaluators(spec: StudySpec, study_file: Path, tokenizer: Path) -> dict[str, Evaluator]:
+def make_evaluators(
+    spec: StudySpec, study_file: Path, tokenizer: Path, device: str
+) -> dict[str, Evaluator]:
     """Return each task's evaluator; tasks of one kind share one.
 
     Raises:
@@ -153,7 +156,7 @@ def make_evaluators(spec: StudySpec, study_file: Path, tokenizer: Path) -> dict[
     found: dict[str, Evaluator] = {}
     lm_tasks = {n: t for n, t in spec.tasks.items() if t.evaluator == "lm_harness"}
     if lm_tasks:
-        found |= dict.fromkeys(lm_tasks, _lm_harness(spec, study_file, tokenizer))
+        found |= dict.fromkeys(lm_tasks, _lm_harness(spec, study_file, tokenizer, device))
     for name, task in spec.tasks.items():
         if task.evaluator == "function":
             from searchmerge.evaluators.function import FunctionEvaluator
@@ -164,7 +167,7 @@ def make_evaluators(spec: StudySpec, study_file: Path, tokenizer: Path) -> dict[
     return {name: found[name] for name in spec.tasks}
 
 
-def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path) -> Evaluator:
+def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path, device: str) -> Evaluator:
     from searchmerge.evaluators.lm_harness import LmHarness, LmTask
 
     own = spec.lm_harness
@@ -181,7 +184,7 @@ def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path) -> Evaluator
         },
         tokenizer=tokenizer,
         include_path=study_file.parent / own.include_path if own.include_path else None,
-        batch_tokens=own.batch_tokens,
+        batch_tokens=own.batch_tokens or _BATCH_TOKENS.get(device.partition(":")[0], 256),
         max_length=own.max_length,
         fewshot_seed=own.fewshot_seed,
     )

@@ -140,7 +140,7 @@ class LmHarnessSpec(_Strict):
     """How lm-eval tasks are scored."""
 
     include_path: str | None = None
-    batch_tokens: int = Field(default=4096, ge=64)
+    batch_tokens: int | None = Field(default=None, ge=64)
     max_length: int | None = Field(default=None, ge=2)
     fewshot_seed: int = 1234
 

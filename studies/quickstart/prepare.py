@@ -124,7 +124,7 @@ def make_expert(task: str) -> None:
     config.target_modules = sorted(config.target_modules)  # a set: its order changes by process
     unfinished = out.with_name(f".{task}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    model.save_pretrained(unfinished, save_embedding_layers=False)  # "auto" asks the hub
     (unfinished / "README.md").unlink(missing_ok=True)
     unfinished.rename(out)
 

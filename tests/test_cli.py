@@ -1,0 +1,249 @@
+"""The main job on a tiny model, through the command line, in processes of its own."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
+
+RUN = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    make_models(root)
+    return root
+
+
+@pytest.fixture
+def study(models, tmp_path):
+    """Make studies on links to the models, each test in a folder of its own."""
+    for name in ("base", *EXPERTS):
+        (tmp_path / name).symlink_to(models / name)
+
+    return lambda **changes: make_study(tmp_path, **changes)
+
+
+@pytest.fixture
+def searchmerge(tmp_path):
+    environment = {
+        **os.environ,
+        "SEARCHMERGE_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "200",
+    }
+
+    def call(*words, wait=True):
+        process = subprocess.Popen(
+            [*RUN, *map(str, words)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+    return call
+
+
+def trials(run_dir):
+    with sqlite3.connect(run_dir / "study.db") as connection:
+        return connection.execute("SELECT number, state FROM trials ORDER BY number").fetchall()
+
+
+def n_scored(run_dir):
+    try:
+        with sqlite3.connect(f"file:{run_dir / 'scores.db'}?mode=ro", uri=True) as connection:
+            return connection.execute("SELECT count(*) FROM scores").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+def test_a_study_runs_to_a_model_that_scores_what_the_report_says(study, searchmerge, tmp_path):
+    file = study(name="tiny")
+    code, out, err = searchmerge("run", file)
+    assert code == 0, err
+    assert "best baseline" in out
+    run_dir = tmp_path / "runs" / "tiny"
+    report = (run_dir / "report.md").read_text()
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["verdict"] in report
+    names = [row["name"] for row in results["rows"]]
+    assert names[:7] == ["base", "expert first", "expert second", "average", "task arithmetic",
+                         "TIES", "PCB"]  # fmt: skip
+    winner = next(row for row in results["rows"] if row["name"] == results["winner"])
+    assert winner["is_candidate"]
+    again = study(
+        name="again",
+        base="runs/tiny/model",
+        space={"method": "task_arithmetic", "coefficient": {"low": 0.0, "high": 1.0}},
+        search={"sampler": "random", "n_trials": 8, "round_blocks": 2},
+    )
+    code, _, err = searchmerge("run", again)
+    assert code == 0, err
+    rescored = json.loads((tmp_path / "runs" / "again" / "results.json").read_text())
+    base = rescored["rows"][0]
+    assert base["name"] == "base"
+    assert base["select"] == winner["select"]
+    assert base["hold_out"] == winner["hold_out"]
+    code, out, _ = searchmerge("status", run_dir, "--json")
+    assert json.loads(out)["trials"] == {"complete": 6, "running": 0, "fail": 0}
+    code, out, _ = searchmerge("report", run_dir)
+    assert code == 0
+    assert results["verdict"] in out
+
+
+def test_a_killed_run_goes_on_and_repeats_nothing(study, searchmerge, tmp_path):
+    file = study(name="killed")
+    run_dir = tmp_path / "runs" / "killed"
+    for wanted in (30, 70):
+        process = searchmerge("run", file, wait=False)
+        deadline = time.monotonic() + 120
+        while (
+            n_scored(run_dir) < wanted and time.monotonic() < deadline and process.poll() is None
+        ):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        known = n_scored(run_dir)
+        assert known >= wanted
+    code, out, err = searchmerge("run", file)
+    assert code == 0, err
+    assert [number for number, _ in trials(run_dir)] == list(range(6))
+    assert {state for _, state in trials(run_dir)} == {"COMPLETE"}
+    # 7 references and at most 6 trials on 6 blocks, 9 plans on the held-out 6: each once
+    assert n_scored(run_dir) <= (7 + 6) * 6 + 9 * 6
+    assert "found merge" in out
+
+
+def test_the_same_study_may_not_run_twice_at_once_nor_change(study, searchmerge, tmp_path):
+    file = study(name="guarded")
+    assert searchmerge("run", file)[0] == 0
+    file.write_text(file.read_text().replace("high: 2.0", "high: 1.5"))
+    code, _, err = searchmerge("run", file)
+    assert code == 2
+    assert "the study has changed since it was begun: space.ties.parameters.coefficient.first" in (
+        err
+    )
+    assert "Traceback" not in err
+
+
+def test_merge_writes_the_model_that_a_plan_stands_for(study, searchmerge, tmp_path):
+    from safetensors.torch import load_file
+
+    study()
+    plan = {"method": "linear", "experts": ["b", "a"], "values": {"coefficient": [[1, 3]]}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    code, _, err = searchmerge(
+        "merge", "plan.yaml", "--base", "base", "--expert", "a=first", "--expert", "b=second",
+        "--out", "merged",
+    )  # fmt: skip
+    assert code == 0, err
+    merged, first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("merged", "first", "second")
+    )
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.75 * first[name] + 0.25 * second[name])
+    assert (tmp_path / "merged" / "merge_plan.yaml").exists()
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_check_says_what_a_trial_will_cost(study, searchmerge):
+    code, out, err = searchmerge("check", study())
+    assert code == 0, err
+    assert "2 experts (first, second) fit the base" in out
+    assert "task first: acc, 48 examples, 24 to select, 24 held out" in out
+    assert "a trial of 48 takes about" in out
+
+
+BAD = {
+    "unknown key": (
+        {"objektive": "mean"},
+        r"study.yaml:\d+: objektive: unknown key; did you mean",
+    ),
+    "unknown method": ({"space": {"method": "tis"}}, "no merge method named 'tis'; did you mean"),
+    "unknown sampler": (
+        {"search": {"sampler": "cmaes", "n_trials": 1}},
+        "no sampler named 'cmaes'; did you mean 'cma_es'",
+    ),
+    "range": (
+        {"space": {"method": "ties", "density": {"low": 0.1, "high": 1.5}}},
+        r"range \[0.1, 1.5\] of 'density' is not within",
+    ),
+    "hyper-parameter": (
+        {"space": {"method": "linear", "density": 0.5}},
+        "method 'linear' has no hyper-parameter 'density'",
+    ),
+    "missing path": ({"base": "nowhere"}, "nowhere: no such directory"),
+    "missing split": (
+        {"tasks": {"first": {"task": "tiny_first", "split": "test"}}},
+        "test.*validation",
+    ),
+    "unknown task": (
+        {"tasks": {"first": {"task": "tiny_frist", "split": "validation"}}},
+        "tiny_frist.*did you mean.*tiny_first",
+    ),
+    "empty select": (
+        {"tasks": {"first": {"task": "tiny_first", "split": "validation", "hold_out": 48}}},
+        "select 0 and hold_out 48 were asked for, but the task has 48 examples",
+    ),
+    "unknown expert": (
+        {"tasks": {"first": {"split": "validation", "expert": "third"}}},
+        "expert is 'third'; experts are: first, second",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_study_ends_with_one_line_and_exit_code_2(study, searchmerge, name):
+    import re
+
+    changes, message = BAD[name]
+    code, _, err = searchmerge("check", study(**changes))
+    assert code == 2, err
+    assert re.search(message, err.replace("\n", " ")), err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_experts_that_do_not_fit_are_refused(study, searchmerge, models, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    file = study()
+    broken = tmp_path / "broken"
+    shutil.copytree(models / "first", broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def refusal(change):
+        save_file({**tensors, name: change(tensors[name])}, broken / "model.safetensors")
+        file.write_text(file.read_text().replace("first: first", "first: broken"))
+        code, _, err = searchmerge("check", file)
+        assert code == 2, err
+        return err
+
+    assert f"{name}" in (err := refusal(lambda t: t[:, :8].contiguous()))
+    assert "(24, 8)" in err
+    assert name in (err := refusal(lambda t: t * float("nan")))
+    assert "NaN" in err
+    save_file(tensors, broken / "model.safetensors")
+    save_tokenizer(broken, words=[*WORDS[:-1], "other"])
+    code, _, err = searchmerge("check", file)
+    assert code == 2
+    assert "tokenizer" in err
