@@ -80,7 +80,7 @@ class LmHarness:
         *,
         tokenizer: Any,
         include_path: Path | None = None,
-        batch_tokens: int = 512,
+        batch_tokens: int = 1024,
         max_length: int | None = None,
         fewshot_seed: int = 1234,
         apply_chat_template: bool = False,
@@ -95,6 +95,10 @@ class LmHarness:
         self.tasks: Mapping[str, TaskInfo] = {
             name: task.info for name, task in self._tasks.items()
         }
+
+    def prompts(self, task: str, example: int) -> tuple[str, ...]:
+        """Return what the model is given for an example: one text for each of its requests."""
+        return self._tasks[task].prompts(example)
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one number per example, higher is better (one in all if not a mean).
@@ -442,7 +446,7 @@ class _PreparedTask:
         """The requests of every example, made at first use: few-shot draws are in order."""
         task = self._task
         task.set_fewshot_seed(self._seed)
-        with _explained(self._name, self._spec), _quiet():
+        with _explained(self._name, f"make prompts of its task {self._spec.name!r}"), _quiet():
             task.build_all_requests(limit=None, rank=0, world_size=1, **self._chat)
         requests: list[list[Any]] = [[] for _ in range(self.info.n_examples)]
         for request in sorted(task.instances, key=lambda request: request.idx):
@@ -451,15 +455,19 @@ class _PreparedTask:
             _render_once(task, template)
         return requests
 
+    def prompts(self, example: int) -> tuple[str, ...]:
+        """Return the text of each request of an example, its continuation left out."""
+        return tuple(str(request.args[0]) for request in self._requests[example])
+
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, or one in all, higher is better."""
         requests = [self._requests[example] for example in examples]
         self._answer(lm, [request for group in requests for request in group])
-        values = [self._value(group) for group in requests]
-        if self.info.mean:
+        with _explained(self._name, f"compute {self._metric!r} of its task {self._spec.name!r}"):
+            values = [self._value(group) for group in requests]
+            if not self.info.mean:
+                values = [self._aggregate(values)]
             scores = [self._sign * float(value) for value in values]
-        else:
-            scores = [self._sign * float(self._aggregate(values))]
         for place, score in enumerate(scores):
             if not math.isfinite(score):
                 which = f"example {examples[place]}" if self.info.mean else "all examples"
@@ -566,7 +574,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(name: str, spec: LmTask) -> Iterator[None]:
+def _explained(name: str, what: str) -> Iterator[None]:
     """Turn what a task's own files got wrong into an error that names the task."""
     from jinja2 import TemplateError
 
@@ -575,20 +583,11 @@ def _explained(name: str, spec: LmTask) -> Iterator[None]:
     except SpecError:
         raise
     except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        TypeError,
-        ValueError,
-        TemplateError,
-        yaml.YAMLError,
+        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+        *(TypeError, ValueError, TemplateError, yaml.YAMLError),
     ) as error:
         raise SpecError(
-            f"tasks.{name}: lm-eval could not load its task {spec.name!r} "
-            f"({type(error).__name__}: {error})"
+            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -601,7 +600,7 @@ def load_task(name: str, spec: LmTask, catalogue: _Catalogue) -> Any:
     manager, entry = catalogue.find(spec.name)
     config = dict(entry.cfg or {})
     overrides = _data_files(config, entry.yaml_path)
-    with _explained(name, spec), _quiet():
+    with _explained(name, f"load its task {spec.name!r}"), _quiet():
         task = _build(manager, spec.name, overrides)
         splits = list(task.dataset)
         if spec.split not in splits:

@@ -1,0 +1,462 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.lm_harness import LmHarness, LmTask, make_lm
+from tests.evaluators.models import tiny_model, tiny_tokenizer
+
+WORDS = ["fox", "dog", "cat", "horse", "fog", "word", "the lazy dog", "maybe"]
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+
+MULTIPLE_CHOICE = {
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "doc_to_text": "question: {{question}} answer:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+}
+GENERATE = {
+    "dataset_path": "json",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{choices[answer]}}",
+    "generation_kwargs": {"until": ["the", "\n"], "max_gen_toks": 8},
+}
+TASKS = {
+    "mc": MULTIPLE_CHOICE
+    | {
+        "validation_split": "validation",
+        "test_split": "test",
+        "metric_list": [
+            {"metric": "acc", **MEAN},
+            {"metric": "acc_norm", **MEAN},
+            {"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True},
+            {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False},
+        ],
+    },
+    "worse_is_higher": MULTIPLE_CHOICE
+    | {
+        "validation_split": "validation",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": False}],
+    },
+    "fewshot": MULTIPLE_CHOICE
+    | {
+        "test_split": "test",
+        "fewshot_split": "train",
+        "num_fewshot": 1,
+        "metric_list": [{"metric": "acc", **MEAN}],
+    },
+    "shown": MULTIPLE_CHOICE
+    | {
+        "validation_split": "validation",
+        "fewshot_split": "validation",
+        "metric_list": [{"metric": "acc", **MEAN}],
+    },
+    "texts": {
+        "dataset_path": "json",
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        ],
+    },
+    "generate": GENERATE
+    | {
+        "test_split": "test",
+        "metric_list": [{"metric": "exact_match", **MEAN}],
+        "filter_list": [
+            {"name": "first", "filter": [{"function": "take_first"}]},
+            {
+                "name": "word",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([a-z]+)"},
+                    {"function": "take_first"},
+                ],
+            },
+        ],
+    },
+    "sampled": GENERATE
+    | {
+        "test_split": "test",
+        "generation_kwargs": {
+            "until": ["\n"],
+            "max_gen_toks": 8,
+            "do_sample": True,
+            "temperature": 1.0,
+        },
+        "metric_list": [{"metric": "bypass", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+def documents(split, n):
+    for i in range(n):
+        words = [WORDS[(i * 3 + k * k + len(split)) % len(WORDS)] for k in range(4)]
+        yield {"question": f"the {' '.join(words[::-1])} of {split} {i}?", "choices": words}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of tasks whose data files are named relative to it."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "data").mkdir()
+    for split, n in (("train", 6), ("validation", 10), ("test", 7)):
+        lines = [json.dumps(doc | {"answer": i % 4}) for i, doc in enumerate(documents(split, n))]
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    files = {split: f"data/{split}.jsonl" for split in ("train", "validation", "test")}
+    for name, task in TASKS.items():
+        settings = {"dataset_kwargs": {"data_files": files}, "metadata": {"version": 1.0}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | task | settings))
+    group = {"group": "both", "task": ["mc", "texts"], "metadata": {"version": 1.0}}
+    (folder / "both.yaml").write_text(yaml.safe_dump(group))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def harness(folder, task, **options):
+    return LmHarness({"mine": task}, tokenizer=tiny_tokenizer(), include_path=folder, **options)
+
+
+def lm_eval_samples(folder, lm, task, split="test", **overrides):
+    """What lm-eval's own ``evaluate`` says of each example, data files made absolute for it."""
+    config = yaml.safe_load((folder / f"{task}.yaml").read_text())
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {k: str(folder / v) for k, v in files.items()}
+    loaded = TaskManager(include_defaults=False).load([config | overrides])["tasks"]
+    loaded[task].set_fewshot_seed(1234)
+    results = evaluate(lm, {"tasks": loaded}, bootstrap_iters=0)
+    return results["samples"][task], results["results"][task]
+
+
+# --- Equal to HFLM ---------------------------------------------------------------------------
+
+REQUESTS = [
+    ("question: what is a fox? answer:", " a dog"),
+    ("question: what is a fox? answer:", " a dog"),
+    ("question: what is a fox? answer:", " a quick horse"),
+    ("question: what is a fox? answer:", "."),
+    ("question: what is a fox? answer: ", "a dog"),  # a trailing space
+    ("question: what is a fox? answer:  ", " no"),
+    ("question: what is a dog? answer:", " a fox"),
+    ("", "the quick brown fox"),
+    ("", "a"),
+    ("", "<s>the dog"),  # begins with the prefix token
+    ("<s>the quick", " brown"),
+    ("lazy dog " * 30, "jumps over"),  # longer than the window
+    ("the", " fox jumps over the lazy dog" * 4),
+]
+
+
+def instances(kind, arguments):
+    return [
+        Instance(kind, {}, each if isinstance(each, tuple) else (each,), i, ("t", i, 1))
+        for i, each in enumerate(arguments)
+    ]
+
+
+@pytest.fixture(params=["llama", "gpt2", "bloom"])
+def both(request):
+    """Our language model and lm-eval's, around the same weights.
+
+    With its cache of logits, HFLM 0.4.13 gives a wrong log-likelihood to a window whose tokens
+    are those of another one that has more tokens to predict, as in a text that repeats itself.
+    """
+    model = tiny_model(request.param)
+    theirs = HFLM(
+        model, tokenizer=tiny_tokenizer(), batch_size=3, max_length=64, logits_cache=False
+    )
+    ours = make_lm(tiny_tokenizer(), batch_tokens=96, max_length=64)
+    ours.model = model
+    return ours, theirs
+
+
+def test_log_likelihoods_are_those_of_hflm(both):
+    ours, theirs = both
+    found = ours.loglikelihood(instances("loglikelihood", REQUESTS))
+    expected = theirs.loglikelihood(instances("loglikelihood", REQUESTS), disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_rolling_log_likelihoods_are_those_of_hflm(both):
+    ours, theirs = both
+    texts = ["the quick brown fox", "a", "", "the lazy dog is a kind of horse. " * 12]
+    found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    expected = theirs.loglikelihood_rolling(
+        instances("loglikelihood_rolling", texts), disable_tqdm=True
+    )
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-4)
+
+
+def test_generated_texts_are_those_of_hflm(both):
+    ours, theirs = both
+    greedy = {"until": ["the", "."], "max_gen_toks": 12}
+    prompts = [
+        ("question: what is a fox?", greedy),
+        ("a", greedy),
+        ("the lazy dog " * 30, greedy),
+        ("the", {"until": "\n", "max_gen_toks": 5}),
+        ("a word that rhymes", {"until": [], "max_gen_toks": 20, "do_sample": False}),
+        ("maybe", {"until": ["no"], "max_gen_toks": 6, "num_beams": 2}),
+    ]
+    found = ours.generate_until(instances("generate_until", prompts))
+    expected = theirs.generate_until(instances("generate_until", prompts), disable_tqdm=True)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [("mc", "acc"), ("mc", "acc_norm"), ("fewshot", "acc"), ("generate", "exact_match")],
+)
+def test_scores_are_those_of_evaluate(folder, model, task, metric):
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    samples, _ = lm_eval_samples(folder, theirs, task)
+    expected = [s[metric] for s in samples if s["filter"] in ("none", "first")]
+    evaluator = harness(folder, LmTask(task, "test", metric=metric))
+    assert evaluator.score(model, "mine", range(7)) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "sign"),
+    [("mc", "mcc", 1), ("mc", "brier_score", -1), ("texts", "bits_per_byte", -1)],
+)
+def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task, metric, sign):
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    _, results = lm_eval_samples(folder, theirs, task)
+    evaluator = harness(folder, LmTask(task, "test", metric=metric))
+    assert evaluator.tasks == {"mine": TaskInfo(7, mean=False, metric=metric)}
+    (score,) = evaluator.score(model, "mine", range(7))
+    assert score == pytest.approx(sign * results[f"{metric},none"], rel=1e-5)
+
+
+def test_our_model_serves_lm_eval_itself(folder, model):
+    ours = make_lm(tiny_tokenizer(), batch_tokens=96)
+    ours.model = model
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    assert lm_eval_samples(folder, ours, "mc")[1] == pytest.approx(
+        lm_eval_samples(folder, theirs, "mc")[1], nan_ok=True
+    )
+
+
+# --- Examples, splits and prompts ------------------------------------------------------------
+
+
+def test_scores_do_not_depend_on_earlier_calls_or_other_examples(folder, model):
+    evaluator = harness(folder, LmTask("fewshot", "test"))
+    whole = evaluator.score(model, "mine", range(7))
+    assert evaluator.score(model, "mine", [5, 0, 3]) == (whole[5], whole[0], whole[3])
+    assert evaluator.score(model, "mine", range(7)) == whole
+    assert harness(folder, LmTask("fewshot", "test")).score(model, "mine", [3]) == (whole[3],)
+
+
+def test_sampling_is_repeatable(folder, model):
+    lm = make_lm(tiny_tokenizer(), batch_tokens=96)
+    lm.model = model
+    arguments = TASKS["sampled"]["generation_kwargs"]
+    requests = instances("generate_until", [("the dog", arguments), ("a fox", arguments)])
+    before = torch.random.get_rng_state()
+    assert lm.generate_until(requests) == lm.generate_until(requests)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("split", "n"), [("validation", 10), ("test", 7), ("train", 6)])
+def test_the_split_that_the_study_names_is_scored(folder, model, split, n):
+    evaluator = harness(folder, LmTask("mc", split))
+    assert evaluator.tasks == {"mine": TaskInfo(n, mean=True, metric="acc")}
+    assert len(evaluator.score(model, "mine", range(n))) == n
+    assert f"of {split} " in evaluator.prompts("mine", 0)[0]
+
+
+def test_fewshot_examples_are_drawn_once_by_the_seed(folder):
+    def prompts(seed):
+        evaluator = harness(folder, LmTask("fewshot", "test"), fewshot_seed=seed)
+        return [evaluator.prompts("mine", i)[0] for i in range(7)]
+
+    assert prompts(1) == prompts(1) != prompts(2)
+    assert all("of train" in prompt and "of test" in prompt for prompt in prompts(1))
+
+
+def test_the_study_may_change_the_number_of_fewshot_examples(folder):
+    evaluator = harness(folder, LmTask("fewshot", "test", num_fewshot=3))
+    assert evaluator.prompts("mine", 0)[0].count("of train") == 3
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_example_is_never_shown_with_its_answer(folder, split):
+    task = "shown" if split == "validation" else "mc"
+    evaluator = harness(folder, LmTask(task, split, num_fewshot=5))
+    for i in range(evaluator.tasks["mine"].n_examples):
+        assert evaluator.prompts("mine", i)[0].count(f"of {split} {i}?") == 1
+
+
+def test_data_files_are_found_from_any_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert harness(folder, LmTask("mc", "test")).tasks["mine"].n_examples == 7
+
+
+def test_includes_and_functions_work_across_folders(folder, model, tmp_path):
+    (tmp_path / "helpers.py").write_text(
+        "def always(doc, results):\n    return {'acc': 0.25}\n", encoding="utf-8"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {folder}/mc.yaml\ntask: included\nprocess_results: !function helpers.always\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    evaluator = harness(tmp_path, LmTask("included", "test"))
+    assert evaluator.score(model, "mine", [0, 1]) == (0.25, 0.25)
+
+
+def test_chat_templates_make_turns_of_the_prompt(folder):
+    tokenizer = tiny_tokenizer()
+    chat = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    evaluator = LmHarness(
+        {"mine": LmTask("fewshot", "test")},
+        tokenizer=with_template(tokenizer, chat),
+        include_path=folder,
+        apply_chat_template=True,
+    )
+    prompt = evaluator.prompts("mine", 0)[0]
+    assert prompt.startswith("[user]") and "[assistant]" in prompt
+
+
+def with_template(tokenizer, template):
+    copy = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    copy.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    copy.chat_template = template
+    return copy
+
+
+def test_a_filter_of_the_task_may_be_chosen(folder, model):
+    evaluator = harness(folder, LmTask("generate", "test", filter="word"))
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    samples, _ = lm_eval_samples(folder, theirs, "generate")
+    expected = [s["exact_match"] for s in samples if s["filter"] == "word"]
+    assert evaluator.score(model, "mine", range(7)) == tuple(expected)
+
+
+def test_a_metric_of_which_less_is_better_is_negated(folder, model):
+    (score,) = harness(folder, LmTask("worse_is_higher", "validation")).score(model, "mine", [0])
+    (acc,) = harness(folder, LmTask("mc", "validation")).score(model, "mine", [0])
+    assert score == -acc
+
+
+def test_the_model_keeps_its_mode(folder, model):
+    model.train()
+    harness(folder, LmTask("mc", "test")).score(model, "mine", [0])
+    assert model.training
+    model.eval()
+
+
+# --- What is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (LmTask("mc", "dev"), r"tasks\.mine\.split.*'dev' \(it has: test, train, validation\)"),
+        (LmTask("mc", "test", metric="bleu"), r"tasks\.mine\.metric.*'bleu'.*acc, acc_norm, mcc"),
+        (LmTask("mc", "test", filter="best"), r"tasks\.mine\.filter.*'best'.*it has: none"),
+        (LmTask("both", "test"), r"'both' is a group of lm-eval tasks.*mc, texts"),
+    ],
+)
+def test_what_a_task_lacks_is_refused(folder, task, message):
+    with pytest.raises(SpecError, match=message):
+        harness(folder, task)
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_refused_with_suggestions(folder):
+    with pytest.raises(SpecError, match=r"no task named 'hellaswagg'.*did you mean 'hellaswag'"):
+        harness(folder, LmTask("hellaswagg", "test"))
+
+
+@pytest.mark.slow
+def test_a_group_that_lm_eval_brings_is_refused():
+    with pytest.raises(SpecError, match=r"'mmlu' is a group of lm-eval tasks.*mmlu_stem"):
+        harness(None, LmTask("mmlu", "test"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, "none.jsonl"),
+        ({"doc_to_text": "{{questoin}}"}, "questoin"),
+        ({"output_type": "essay"}, "essay"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_named(folder, tmp_path, change, message):
+    config = yaml.safe_load((folder / "mc.yaml").read_text())
+    files = {"test": str(folder / "data" / "test.jsonl")}
+    config |= {
+        "test_split": "test",
+        "validation_split": None,
+        "dataset_kwargs": {"data_files": files},
+    } | change
+    (tmp_path / "mc.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SpecError, match=rf"tasks\.mine: .*'mc'.*{message}"):
+        harness(tmp_path, LmTask("mc", "test"))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(folder):
+    with pytest.raises(SpecError, match="no chat template"):
+        harness(folder, LmTask("mc", "test"), apply_chat_template=True)
+
+
+@pytest.mark.parametrize("task", ["mc", "texts", "generate"])
+def test_logits_that_are_not_finite_fail_the_candidate_by_name(folder, task):
+    broken = tiny_model("llama")
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    evaluator = harness(folder, LmTask(task, "test"))
+    with pytest.raises(EvaluationError, match=r"task 'mine', example 4: .*not finite"):
+        evaluator.score(broken, "mine", [4])
+
+
+def test_a_metric_that_cannot_be_computed_is_named(folder, model, tmp_path):
+    metric = {"metric": "f1", "aggregation": "f1", "higher_is_better": True}  # of two choices only
+    include = {"include": str(folder / "mc.yaml"), "task": "mine", "metric_list": [metric]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(include))
+    with pytest.raises(SpecError, match=r"tasks\.mine: .*'f1'.*ValueError: Target is multiclass"):
+        harness(tmp_path, LmTask("mine", "test")).score(model, "mine", range(7))
+
+
+def test_a_score_that_is_not_finite_fails_the_candidate(folder, model, tmp_path):
+    (tmp_path / "helpers.py").write_text("def nothing(doc, results):\n    return {'acc': 1e999}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {folder}/mc.yaml\ntask: endless\nprocess_results: !function helpers.nothing\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    with pytest.raises(EvaluationError, match="'mine', example 2: acc is inf"):
+        harness(tmp_path, LmTask("endless", "test")).score(model, "mine", [2])
+
+
+def test_a_continuation_longer_than_the_window_is_refused(folder, model):
+    evaluator = harness(folder, LmTask("mc", "test"), max_length=2)
+    with pytest.raises(SpecError, match="tokens; allowed are 1 to 2"):
+        evaluator.score(model, "mine", range(7))
+
+
+def test_a_generation_longer_than_the_window_is_refused(folder, model):
+    evaluator = harness(folder, LmTask("generate", "test"), max_length=8)
+    with pytest.raises(SpecError, match="8 tokens are to be generated; allowed are up to 7"):
+        evaluator.score(model, "mine", [0])
+
+
+def test_the_package_is_imported_without_lm_eval():
+    source = Path("searchmerge/evaluators/lm_harness.py").read_text(encoding="utf-8")
+    assert "\nfrom lm_eval" not in source and "\nimport lm_eval" not in source
