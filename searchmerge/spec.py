@@ -19,6 +19,7 @@ from searchmerge.errors import SpecError
 from searchmerge.merging.method import METHODS
 from searchmerge.plan import WHOLE, Groups, Setting
 from searchmerge.search.objective import Kind
+from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
 from searchmerge.yaml_file import read_yaml
 
@@ -229,7 +230,9 @@ def read_study(path: Path, overrides: dict[str, str] | None = None) -> tuple[Stu
     file = path / STUDY_FILE if path.is_dir() else path
     spec = read_yaml(file, StudySpec, overrides)
     try:
-        make_space(spec)
+        space = make_space(spec)
+        n_objectives = len(spec.tasks) if spec.objective == "tasks" else 1
+        make_sampler(spec.search.sampler, SamplerSetting(0, space.is_flat, n_objectives))
     except SpecError as error:
         raise SpecError(f"{file}: {error}") from error
     return spec, file

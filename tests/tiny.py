@@ -1,4 +1,4 @@
-"""A language model of a few thousand weights, its experts and a study on them, made on the spot."""
+"""A language model of a few thousand weights, its experts and a study, made on the spot."""
 
 import json
 from pathlib import Path

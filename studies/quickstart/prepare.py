@@ -9,6 +9,7 @@ is left alone: to train an expert again, remove its directory first.
 import argparse
 import gzip
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -75,10 +76,10 @@ def fetch_gguf(scratch: Path) -> Path:
 
 def save_dequantised(gguf: Path, out: Path) -> None:
     """Save the model in float32, which holds every Q4_1 value exactly, as a plain Llama."""
+    be_quiet()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    be_quiet()
     source = {"gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     settings = quantised.config.to_dict()
@@ -93,6 +94,7 @@ def save_dequantised(gguf: Path, out: Path) -> None:
 
 def be_quiet() -> None:
     """Keep transformers' progress bars out of our lines."""
+    os.environ["TQDM_DISABLE"] = "1"
     from transformers.utils import logging
 
     logging.set_verbosity_error()
