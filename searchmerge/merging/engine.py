@@ -17,6 +17,9 @@ EngineKind = Literal["auto", "compiled", "eager"]
 CHUNK = 1 << 18
 """Entries that are worked on at once where nothing is compiled: a float32 buffer of 1 MiB."""
 
+MOST_AT_ONCE = 1 << 24
+"""Entries that a function is given at most, so that float32 counts them exactly."""
+
 _TOO_SMALL = 64  # entries: not worth compiled code, and sizes it would be specialised for
 
 _COMPILED: dict[object, Callable[..., tuple[Tensor, ...]]] = {}
@@ -94,10 +97,9 @@ class Engine:
             out: Where to write, 1-D and contiguous, any float dtype.
         """
         if len(out) >= _TOO_SMALL and self.is_compiled(out.device):
-            factor = torch.full((1,), scale, device=out.device)
-            done = self._run_compiled(_merge, function, operands, (factor, out))
-            if done is not None:
-                return done[0] if done else None
+            done, tally = self._merge_compiled(function, operands, scale, out)
+            if done:
+                return tally
         return self._merge_chunks(function, operands, scale, out)
 
     def compute(self, function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...]:
@@ -107,6 +109,22 @@ class Engine:
             if done is not None:
                 return done
         return self._compute_chunks(function, operands)
+
+    def _merge_compiled(
+        self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
+    ) -> tuple[bool, Tensor | None]:
+        """Return whether it could be done, and the tally."""
+        total: Tensor | None = None
+        factor = torch.full((1,), scale, device=out.device)
+        for start in range(0, len(out), MOST_AT_ONCE):
+            stop = min(start + MOST_AT_ONCE, len(out))
+            part = operands.part(start, stop)
+            done = self._run_compiled(_merge, function, part, (factor, out[start:stop]))
+            if done is None:
+                return False, None
+            if done:
+                total = done[0] if total is None else total + done[0]
+        return True, total
 
     def _run_compiled(
         self,

@@ -40,7 +40,8 @@ ChunkFunction = Callable[[Chunk], tuple[Tensor, ...]]
 
 It is compiled once, so what it depends on is the chunk alone, and it is the same object in every
 trial. Numbers that change come in as ``scalars``, never as Python floats. It returns the merged
-task vector ``(m,)`` float32 and, where the pass has a ``revise``, a tally of shape ``(2,)``.
+task vector ``(m,)`` float32 and, where the pass has a ``revise``, a tally of shape ``(2,)``. It
+is never given more than 2^24 entries at once.
 """
 
 
@@ -91,3 +92,28 @@ def add_up(numbers: Sequence[Tensor]) -> Tensor:
     for own in numbers[2:]:
         total = total.add_(own)
     return total
+
+
+def is_positive(numbers: Tensor) -> Tensor:
+    """Return 1 where a number is above 0 and 0 elsewhere, for numbers of 0 or more, float32."""
+    if torch.compiler.is_compiling():
+        return torch.where(numbers > 0, 1.0, 0.0)
+    return numbers.sign()
+
+
+def is_zero(numbers: Tensor) -> Tensor:
+    """Return 1 where a number is 0 and 0 elsewhere, float32."""
+    if torch.compiler.is_compiling():
+        return torch.where(numbers == 0, 1.0, 0.0)
+    return torch.eq(numbers, 0.0, out=torch.empty_like(numbers))
+
+
+def exact_sum(numbers: Tensor) -> Tensor:
+    """Return the sum of whole numbers from -256 to 256, exact while it is below 2^24, float32.
+
+    Compiled code runs over twice as many entries at once where all that it reads and sums has
+    16 bits, and bfloat16 holds these numbers exactly.
+    """
+    if torch.compiler.is_compiling():
+        return numbers.bfloat16().sum(dtype=torch.float32)
+    return numbers.sum()

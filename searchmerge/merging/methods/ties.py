@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from searchmerge.merging.kernels import Chunk, add_scaled, add_up, keep_at_least
+from searchmerge.merging.kernels import (
+    Chunk,
+    add_scaled,
+    add_up,
+    exact_sum,
+    is_positive,
+    is_zero,
+    keep_at_least,
+)
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -65,7 +73,7 @@ class Ties:
         assumed = self._majority
 
         def revise(tally: Tensor) -> Pass | None:
-            found, ambiguous = float(torch.sign(tally[0])), int(tally[1])
+            found, ambiguous = float(torch.sign(tally[0])), bool(tally[1])
             self._known[key] = found
             self._majority = found or self._majority
             if found == assumed or not ambiguous:
@@ -107,19 +115,20 @@ def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
         aggregate: ``mean`` of those that agree, their ``sum``, or the ``max`` in magnitude.
 
     Returns:
-        The merged task vector ``(m,)``, 0 where all was trimmed; and the tally ``(2,)`` float64:
-        entries elected positive minus negative, and zero sums of entries that are not 0.
+        The merged task vector ``(m,)``, 0 where all was trimmed; and the tally ``(2,)``: entries
+        elected positive minus negative; and a number above 0 if there is a zero sum of entries
+        that are not 0.
     """
     thresholds, coefficients, majority = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2, 0]
     deltas = [keep_at_least(own, thresholds[i]) for i, own in enumerate(chunk.deltas)]
     signs = add_up(deltas)
-    undecided = (signs == 0).float()
+    undecided = is_zero(signs)
     signs = signs.sign_()
-    balance = signs.sum(dtype=torch.float64)
+    balance = exact_sum(signs)
     signs = add_scaled(signs, undecided, majority)
     agreeing = [own.mul_(signs).relu_() for own in deltas]  # magnitudes
-    n_agreeing = add_up([own.sign() for own in agreeing])
-    ambiguous = (undecided * n_agreeing).sum(dtype=torch.float64)
+    n_agreeing = add_up([is_positive(own) for own in agreeing])
+    ambiguous = exact_sum(undecided * n_agreeing)
     if aggregate == "max":
         merged = _largest(agreeing, coefficients)
     else:
