@@ -146,8 +146,7 @@ def _logits(model: nn.Module, batch: Batch, prefix: _Prefix) -> Tensor:
     if batch.layout is not None:
         positions, documents, branches = batch.layout.to(device)
         past = prefix[0][0].shape[2] if prefix else 0
-        dtype = next(model.parameters()).dtype
-        inputs["attention_mask"] = _mask(documents, branches, past, dtype)
+        inputs["attention_mask"] = _mask(documents, branches, past, _dtype(model))
         inputs["position_ids"] = positions
     if prefix:
         n_rows = len(batch.tokens)
@@ -156,11 +155,9 @@ def _logits(model: nn.Module, batch: Batch, prefix: _Prefix) -> Tensor:
             for keys, values in prefix
         ]
         inputs |= {"past_key_values": DynamicCache(expanded), "use_cache": True}
-    keep = batch.keep.to(device)
     if _takes(model, "logits_to_keep"):
-        logits: Tensor = model(**inputs, logits_to_keep=keep).logits
-    else:
-        logits = model(**inputs).logits[:, keep]
+        inputs["logits_to_keep"] = batch.n_keep
+    logits: Tensor = model(**inputs).logits[:, -batch.n_keep :]
     return logits.flatten(0, 1)
 
 
@@ -197,6 +194,10 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 # --- The canary: does this model honour packed rows? -----------------------------------------
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, LookupError, AttributeError)
@@ -229,7 +230,7 @@ def honours_packing(model: nn.Module) -> bool | None:
         _logger.debug("packed rows refused: %s", refusal)
         return False
     # Rounding changes a log-likelihood by some units in its last place.
-    relative = max(2 * torch.finfo(next(model.parameters()).dtype).eps, 1e-5)
+    relative = max(2 * torch.finfo(_dtype(model)).eps, 1e-5)
     noise = relative * plain.abs().mean()
     effect = (causal - plain).abs().mean()
     if not torch.isfinite(plain).all() or not effect > 2 * noise:

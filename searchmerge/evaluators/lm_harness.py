@@ -22,15 +22,13 @@ from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal_generation import GenerationOptions, NonFiniteLogits, generate
 from searchmerge.evaluators.causal_scoring import CausalScorer
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo
+from searchmerge.evaluators.lm_task_settings import data_files, split_overrides
 from searchmerge.evaluators.packing import Tokens
 
 _logger = logging.getLogger(__name__)
 
 _MAX_GEN_TOKENS = 256
 """Tokens to generate where a task does not say, as in lm-eval."""
-
-_FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow", "xml")
-"""Values of ``dataset_path`` that say how to read ``data_files``, and not where they are."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,8 @@ class LmHarness:
             EvaluationError: If a log-likelihood, the logits of a generation or the score itself
                 is not finite.
         """
+        if not examples:
+            return ()
         prepared = self._tasks[task]
         with _evaluating(model):
             self._lm.model = model
@@ -148,7 +148,7 @@ class ResidentLM:
         # The choices of a question follow one another and share its text.
         self._encode = lru_cache(maxsize=16)(self._tokenize)
         self._pairs: dict[tuple[str, str], tuple[Tokens, Tokens]] = {}
-        self._windows: dict[str, list[tuple[Tokens, Tokens]]] = {}
+        self._windows: dict[tuple[str, int], list[tuple[Tokens, Tokens]]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -259,18 +259,19 @@ class ResidentLM:
     def _text_windows(self, text: str) -> list[tuple[Tokens, Tokens]]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        if text not in self._windows:
+        key = (text, self.max_length)
+        if key not in self._windows:
             rolling = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            self._windows[text] = [
+            self._windows[key] = [
                 (tuple(context), tuple(tokens))
                 for context, tokens in map(make_disjoint_window, rolling)
             ]
-        return self._windows[text]
+        return self._windows[key]
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """Return each prompt's continuation, up to the first of its stop sequences."""
@@ -355,6 +356,8 @@ class _Catalogue:
     """
 
     def __init__(self, include_path: Path | None) -> None:
+        if include_path is not None and not Path(include_path).is_dir():
+            raise SpecError(f"include_path {str(include_path)!r} is not a folder")
         self._include_path = include_path
 
     @cached_property
@@ -599,7 +602,7 @@ def load_task(name: str, spec: LmTask, catalogue: _Catalogue) -> Any:
     """
     manager, entry = catalogue.find(spec.name)
     config = dict(entry.cfg or {})
-    overrides = _data_files(config, entry.yaml_path)
+    overrides = data_files(config, entry.yaml_path)
     with _explained(name, f"load its task {spec.name!r}"), _quiet():
         task = _build(manager, spec.name, overrides)
         splits = list(task.dataset)
@@ -608,7 +611,7 @@ def load_task(name: str, spec: LmTask, catalogue: _Catalogue) -> Any:
                 f"tasks.{name}.split: lm-eval's {spec.name!r} has no split {spec.split!r} "
                 f"(it has: {', '.join(map(str, splits))})"
             )
-        if more := _split_overrides(config, spec.split):
+        if more := split_overrides(config, spec.split):
             task = _build(manager, spec.name, overrides | more)
     for feature in ("UNSAFE_CODE", "MULTIMODAL"):
         if getattr(task, feature, False):
@@ -630,64 +633,3 @@ def _build(manager: Any, name: str, overrides: Mapping[str, Any]) -> Any:
     member = {"task": name, **overrides}
     loaded = manager.load({"group": "searchmerge", "task": [member]})
     return loaded["tasks"][name]
-
-
-def _split_overrides(config: Mapping[str, Any], split: str) -> dict[str, str]:
-    """Return the settings that make lm-eval score ``split``.
-
-    It scores the test split if there is one, and leaves an example out of its own few-shot
-    prompt only where that is also the split that few-shot examples come from.
-    """
-    fewshot = config.get("fewshot_config") or {}
-    source = fewshot.get("split") or config.get("fewshot_split")
-    implicit = source is None and "samples" not in fewshot
-    if implicit:
-        order = ("training_split", "validation_split", "test_split")
-        source = next((config[key] for key in order if config.get(key)), None)
-    scored = config.get("test_split") or config.get("validation_split")
-    if split == scored and source != split:
-        return {}
-    overrides = {"test_split": split}
-    if implicit and source is not None:
-        overrides["fewshot_split"] = source
-    return overrides
-
-
-def _data_files(config: Mapping[str, Any], yaml_path: Path | None) -> dict[str, Any]:
-    """Return ``dataset_kwargs`` whose relative data files are found from the YAML's folder.
-
-    Those of a dataset on the hub, or in a folder, are relative to that dataset and stay so.
-    """
-    settings = config.get("dataset_kwargs") or {}
-    plain_files = config.get("dataset_path") in _FILE_FORMATS
-    if yaml_path is None or not plain_files or "data_files" not in settings:
-        return {}
-    folder = _declaring_folder(Path(yaml_path)) or Path(yaml_path).parent
-
-    def absolute(files: Any) -> Any:
-        if isinstance(files, Mapping):
-            return {split: absolute(value) for split, value in files.items()}
-        if isinstance(files, list):
-            return [absolute(value) for value in files]
-        return files if "://" in files else str(folder.resolve() / files)
-
-    return {"dataset_kwargs": {**settings, "data_files": absolute(settings["data_files"])}}
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Reads a task's YAML and leaves its ``!function`` tags as text."""
-
-
-_PlainLoader.add_constructor("!function", lambda loader, node: node.value)
-
-
-def _declaring_folder(path: Path) -> Path | None:
-    """Return the folder of the YAML that says ``dataset_kwargs``: this one, or one it includes."""
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    if "dataset_kwargs" in config:
-        return path.parent
-    included = config.get("include") or []
-    for name in reversed(included if isinstance(included, list) else [included]):
-        if (folder := _declaring_folder(path.parent / name)) is not None:
-            return folder
-    return None

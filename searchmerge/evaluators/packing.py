@@ -58,7 +58,7 @@ class Batch:
 
     Attributes:
         tokens: Token ids, ``(n_rows, n_tokens)``, int64.
-        keep: Columns whose logits are computed, ``(n_keep,)``, int64, ascending.
+        n_keep: How many of the last columns have their logits computed.
         at: For each token read, its place in the kept logits of all rows one after another.
         targets: For each token read, its id.
         owners: For each token read, the index of its continuation.
@@ -68,7 +68,7 @@ class Batch:
     """
 
     tokens: Tensor
-    keep: Tensor
+    n_keep: int
     at: Tensor
     targets: Tensor
     owners: Tensor
@@ -99,10 +99,11 @@ class _Reads:
         self.owners += [owner] * len(targets)
 
     def batch(self, tokens: Tensor, layout: Tensor | None = None) -> Batch:
-        keep, at = torch.unique(torch.tensor(self.columns), return_inverse=True)
-        at = at + torch.tensor(self.rows) * len(keep)
+        first = min(self.columns)
+        n_keep = tokens.shape[1] - first
+        at = torch.tensor(self.columns) - first + torch.tensor(self.rows) * n_keep
         targets, owners = torch.tensor(self.targets), torch.tensor(self.owners)
-        return Batch(tokens, keep, at, targets, owners, layout)
+        return Batch(tokens, n_keep, at, targets, owners, layout)
 
 
 def group_documents(

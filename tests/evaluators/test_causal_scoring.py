@@ -200,9 +200,9 @@ def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens
 
 def read_texts(prefix, batch):
     """Yield what each read of packed rows sees, in the order of positions, and its target."""
-    n_keep = len(batch.keep)
+    first = batch.tokens.shape[1] - batch.n_keep
     for at, target, owner in zip(batch.at.tolist(), batch.targets, batch.owners, strict=True):
-        row, column = at // n_keep, int(batch.keep[at % n_keep])
+        row, column = at // batch.n_keep, first + at % batch.n_keep
         position, document, branch = batch.layout[:, row].tolist()
         seen = [
             i

@@ -1,0 +1,71 @@
+"""Which settings of an lm-eval task a study changes: the split scored, where data files are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow", "xml")
+"""Values of ``dataset_path`` that say how to read ``data_files``, and not where they are."""
+
+
+def split_overrides(config: Mapping[str, Any], split: str) -> dict[str, str]:
+    """Return the settings that make lm-eval score ``split``.
+
+    It scores the test split if there is one, and leaves an example out of its own few-shot
+    prompt only where that is also the split that few-shot examples come from.
+    """
+    fewshot = config.get("fewshot_config") or {}
+    source = fewshot.get("split") or config.get("fewshot_split")
+    implicit = source is None and "samples" not in fewshot
+    if implicit:
+        order = ("training_split", "validation_split", "test_split")
+        source = next((config[key] for key in order if config.get(key)), None)
+    scored = config.get("test_split") or config.get("validation_split")
+    if split == scored and source != split:
+        return {}
+    overrides = {"test_split": split}
+    if implicit and source is not None:
+        overrides["fewshot_split"] = source
+    return overrides
+
+
+def data_files(config: Mapping[str, Any], yaml_path: Path | None) -> dict[str, Any]:
+    """Return ``dataset_kwargs`` whose relative data files are found from the YAML's folder.
+
+    Those of a dataset on the hub, or in a folder, are relative to that dataset and stay so.
+    """
+    settings = config.get("dataset_kwargs") or {}
+    plain_files = config.get("dataset_path") in _FILE_FORMATS
+    if yaml_path is None or not plain_files or "data_files" not in settings:
+        return {}
+    folder = _declaring_folder(Path(yaml_path)) or Path(yaml_path).parent
+
+    def absolute(files: Any) -> Any:
+        if isinstance(files, Mapping):
+            return {split: absolute(value) for split, value in files.items()}
+        if isinstance(files, list):
+            return [absolute(value) for value in files]
+        return files if "://" in files else str(folder.resolve() / files)
+
+    return {"dataset_kwargs": {**settings, "data_files": absolute(settings["data_files"])}}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads a task's YAML and leaves its ``!function`` tags as text."""
+
+
+_PlainLoader.add_constructor("!function", lambda loader, node: node.value)
+
+
+def _declaring_folder(path: Path) -> Path | None:
+    """Return the folder of the YAML that says ``dataset_kwargs``: this one, or one it includes."""
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    if "dataset_kwargs" in config:
+        return path.parent
+    included = config.get("include") or []
+    for name in reversed(included if isinstance(included, list) else [included]):
+        if (folder := _declaring_folder(path.parent / name)) is not None:
+            return folder
+    return None
