@@ -1,0 +1,49 @@
+"""Examples are divided once and for all, and every prefix of the rounds sees every task."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchmerge.errors import SpecError
+from searchmerge.evaluators.blocks import make_blocks, make_rounds, split_examples
+from searchmerge.evaluators.evaluator import TaskInfo
+
+
+@given(st.integers(2, 300), st.integers(0, 5), st.data())
+def test_no_example_is_in_both_parts(n_examples, seed, data):
+    select = data.draw(st.integers(1, n_examples - 1))
+    parts = split_examples("t", n_examples, seed=seed, select=select, hold_out=None)
+    assert len(parts["select"]) == select
+    assert sorted(parts["select"] + parts["hold_out"]) == list(range(n_examples))
+    assert parts == split_examples("t", n_examples, seed=seed, select=select, hold_out=None)
+
+
+@pytest.mark.parametrize(("select", "hold_out"), [(0, 5), (5, 0), (10, None), (6, 5)])
+def test_parts_that_are_empty_or_too_large_are_refused(select, hold_out):
+    with pytest.raises(SpecError, match=r"tasks\.t: select \d+ and hold_out \d+ were asked for"):
+        split_examples("t", 10, seed=0, select=select, hold_out=hold_out)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 7))
+def test_rounds_hold_every_block_once_and_every_task_in_proportion(n_a, n_b, round_blocks):
+    blocks = {
+        task: make_blocks(task, "select", range(n), TaskInfo(n), 4)
+        for task, n in (("a", n_a), ("b", n_b))
+    }
+    rounds = make_rounds(blocks, round_blocks=round_blocks, seed=1)
+    seen = Counter(block.key for round_ in rounds for block in round_)
+    assert set(seen.values()) == {1}
+    assert len(seen) == len(blocks["a"]) + len(blocks["b"])
+    done = Counter()
+    for round_ in rounds:
+        done.update(block.task for block in round_)
+        shares = [done[task] / len(blocks[task]) for task in blocks]
+        slack = (round_blocks + 1) / min(len(own) for own in blocks.values())
+        assert abs(shares[0] - shares[1]) <= slack
+
+
+def test_a_score_that_is_no_mean_is_one_block():
+    [block] = make_blocks("t", "select", range(50), TaskInfo(50, mean=False), 8)
+    assert block.examples == tuple(range(50))

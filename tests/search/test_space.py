@@ -1,0 +1,120 @@
+"""Params and plans are each other's inverse, and every range is legal."""
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchmerge.errors import SpecError
+from searchmerge.merging.method import METHODS, default_plan, validate_plan
+from searchmerge.plan import Groups, MergePlan
+from searchmerge.search.space import (
+    Alternative,
+    Fixed,
+    Range,
+    SearchSpace,
+    Shares,
+    shares_of,
+    uniform_of,
+)
+
+EXPERTS = ("math", "code", "chat")
+TIES = Alternative(
+    "t",
+    "ties",
+    values={"coefficient": Range(0.0, 2.0), "density": Range(0.1, 0.9, per="all", step=0.01)},
+    settings={"aggregate": ("mean", "sum"), "depth_slope": Range(-0.5, 1.0)},
+)
+DEEP = Alternative(
+    "deep",
+    "pcb",
+    Groups(depth=3),
+    {
+        "coefficient": Range(0.1, 2.0, per="expert_and_group", log=True),
+        "density": Range(0.05, 0.5, per="group", step=0.05),
+    },
+)
+SHARED = Alternative("shared", "task_arithmetic", values={"coefficient": Shares(0.1, 1.0)})
+SPACES = {
+    "flat": SearchSpace(EXPERTS, [TIES]),
+    "groups": SearchSpace(EXPERTS, [DEEP]),
+    "shares": SearchSpace(EXPERTS, [SHARED]),
+    "mixed": SearchSpace(EXPERTS, [TIES, DEEP, SHARED]),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_params_and_plan_are_each_others_inverse(name):
+    space = SPACES[name]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(40):
+        trial = study.ask()
+        plan = space.suggest(trial)
+        validate_plan(plan)
+        back = space.params(plan)
+        assert back.keys() == trial.params.keys()
+        for key, value in trial.params.items():
+            expected = value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
+            assert back[key] == expected
+        study.tell(trial, 0.0)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_search_range_of_a_method_makes_a_legal_space(method):
+    values = {h.name: Range(*h.search, step=h.step) for h in METHODS[method].hyperparameters}
+    space = SearchSpace(EXPERTS, [Alternative(method, method, values=values)])
+    assert space.is_flat
+    validate_plan(default_plan(method, EXPERTS))
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(0.0, 0.999), min_size=1, max_size=6))
+def test_shares_sum_to_one_and_go_back_to_what_made_them(uniform):
+    shares = shares_of(uniform)
+    assert sum(shares) == pytest.approx(1.0)
+    assert min(shares) >= 0
+    assert uniform_of(shares) == pytest.approx(uniform, abs=1e-6)
+
+
+def test_a_published_plan_is_in_the_space_whatever_its_groups_and_order():
+    plan = MergePlan(
+        "pcb", EXPERTS[::-1], {"coefficient": ((1.0,) * 3,), "density": ((0.1,) * 3,)}
+    )
+    params = SPACES["groups"].params(plan)
+    assert set(params.values()) == {1.0, 0.1}
+    assert SPACES["flat"].params(plan) is None
+    assert SPACES["mixed"].params(plan)["method"] == "deep"
+
+
+def test_a_plan_outside_the_ranges_is_not_in_the_space():
+    inside = default_plan("ties", EXPERTS, coefficient=1.5, density=0.2)
+    assert SPACES["flat"].params(inside) is not None
+    for wrong in ({"coefficient": 2.5}, {"density": 0.95}, {"density": 0.205}):
+        plan = default_plan("ties", EXPERTS, **{"coefficient": 1.5, "density": 0.2, **wrong})
+        assert SPACES["flat"].params(plan) is None
+
+
+@pytest.mark.parametrize(
+    ("alternative", "message"),
+    [
+        (Alternative("x", "tis"), "did you mean 'ties'"),
+        (Alternative("x", "linear", values={"density": Fixed((1.0,) * 3)}), "no hyper-parameter"),
+        (Alternative("x", "ties", values={"density": Range(0.9, 0.1)}), "is empty"),
+        (Alternative("x", "ties", values={"density": Range(0.5, 1.5)}), "is not within"),
+        (Alternative("x", "ties", values={"coefficient": Range(0.0, 1.0, log=True)}), "log range"),
+        (Alternative("x", "ties", values={"coefficient": Shares(0.1, 5.0)}), "the whole sum"),
+        (Alternative("x", "ties", settings={"aggregate": ("mean", "median")}), "median"),
+        (Alternative("x", "ties", settings={"variant": ("nlp",)}), "variant"),
+        (Alternative("x", "ties", values={"density": Fixed((2.0,) * 3)}), "density"),
+    ],
+)
+def test_a_bad_space_is_refused(alternative, message):
+    with pytest.raises(SpecError, match=message):
+        SearchSpace(EXPERTS, [alternative])
+
+
+def test_an_empty_space_and_a_name_given_twice_are_refused():
+    with pytest.raises(SpecError, match="it is empty"):
+        SearchSpace(EXPERTS, [])
+    with pytest.raises(SpecError, match="a name stands twice"):
+        SearchSpace(EXPERTS, [TIES, TIES])
