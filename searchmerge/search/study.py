@@ -122,10 +122,10 @@ class StudyDirectory:
 
 
 def quiet_optuna() -> None:
-    """Let Optuna log through the root logger alone, and from warnings on."""
+    """Let Optuna log through the root logger alone, and errors only."""
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def _switch_to_wal(path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Study files: what they mean, and what is said of a wrong one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from searchmerge.config import read_config
+from searchmerge.errors import SpecError
+from searchmerge.search.space import Fixed, Range, Shares
+from searchmerge.spec import make_space, read_study
+
+ROOT = Path(__file__).parent.parent
+STUDY = {
+    "base": "base",
+    "experts": {"math": "m", "code": "org/code"},
+    "space": {"method": "ties"},
+    "tasks": {"t": {"split": "train"}},
+}
+
+
+def read(tmp_path, overrides=None, **changes):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return read_study(file, overrides)[0]
+
+
+def values(tmp_path, **space):
+    spec = read(tmp_path, space={"method": "ties", **space})
+    return make_space(spec).alternatives["ties"].values
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("studies/*/study.yaml")), ids=str)
+def test_every_study_of_the_repository_is_read(file):
+    spec, _ = read_study(file)
+    assert make_space(spec).alternatives
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=str)
+def test_every_config_of_the_repository_is_read(file):
+    assert read_config(file).runs_dir
+
+
+def test_the_readmes_study_is_read():
+    text = (ROOT / "README.md").read_text()
+    [block] = [b for b in text.split("```yaml")[1:] if b.lstrip().startswith("base:")]
+    data = yaml.safe_load(block.split("```")[0])
+    assert set(data) <= set(read_study.__globals__["StudySpec"].model_fields)
+    read_study.__globals__["StudySpec"].model_validate(data)
+
+
+def test_a_number_a_mapping_a_range_and_a_scale_are_told_apart(tmp_path):
+    assert values(tmp_path, coefficient=0.5)["coefficient"] == Fixed((0.5, 0.5))
+    each = values(tmp_path, coefficient={"code": 1, "math": 2})["coefficient"]
+    assert each == Fixed((2.0, 1.0))
+    searched = values(tmp_path, density={"low": 0.1, "high": 0.5})["density"]
+    assert searched == Range(0.1, 0.5, "expert", 0.01)
+    scale = values(tmp_path, coefficient={"scale": {"low": 0.2, "high": 1.0}})["coefficient"]
+    assert scale == Shares(0.2, 1.0)
+
+
+def test_a_drop_ratio_is_one_minus_the_density(tmp_path):
+    assert values(tmp_path, drop_ratio=0.8)["density"] == Fixed((0.2, 0.2))
+    searched = values(tmp_path, drop_ratio={"low": 0.5, "high": 0.9, "per": "all"})["density"]
+    assert searched == Range(0.1, 0.5, "all", 0.01)
+
+
+def test_groups_give_coefficients_of_their_own(tmp_path):
+    spec = read(
+        tmp_path,
+        space={"method": "ties", "groups": {"depth": 2}, "coefficient": {"low": 0, "high": 1}},
+    )
+    assert sorted(make_space(spec).distributions()) == [
+        "coefficient.depth0.code",
+        "coefficient.depth0.math",
+        "coefficient.depth1.code",
+        "coefficient.depth1.math",
+    ]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("8h", 28800), (5, 5)])
+def test_a_timeout_may_have_a_unit(tmp_path, text, seconds):
+    assert read(tmp_path, search={"timeout": text}).search.timeout == seconds
+
+
+def test_budget_and_confirmation_are_no_part_of_what_guards_a_resume(tmp_path):
+    one = read(tmp_path, search={"n_trials": 5})
+    more = read(tmp_path, search={"n_trials": 50, "timeout": "1h"}, confirm={"top_k": 7})
+    assert one.canonical() == more.canonical()
+    other = read(tmp_path, search={"n_trials": 5, "seed": 1})
+    assert one.canonical() != other.canonical()
+
+
+def test_overrides_replace_values_of_the_file(tmp_path):
+    spec = read(tmp_path, {"search.n_trials": "7", "tasks.t.weight": "2.5", "dtype": "bfloat16"})
+    assert (spec.search.n_trials, spec.tasks["t"].weight, spec.dtype) == (7, 2.5, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"serch": {}}, r"study\.yaml:\d+: serch: unknown key; did you mean 'search'"),
+        ({"search": {"n_trial": 5}}, r"search\.n_trial: unknown key; did you mean 'n_trials'"),
+        ({"search": {"n_trials": 0}}, r"search\.n_trials: .*greater than or equal to 1; found 0"),
+        ({"search": {"sampler": "tpee", "n_trials": 1}}, "no sampler named 'tpee'"),
+        ({"search": {"sampler": "tpe"}}, "give n_trials, timeout, or both"),
+        (
+            {
+                "search": {"sampler": "cma_es", "n_trials": 1},
+                "objective": "tasks",
+                "tasks": {"t": {"split": "train"}, "u": {"split": "train"}},
+            },
+            "one objective",
+        ),
+        ({"dtype": "fp8"}, r"dtype: .*found 'fp8'"),
+        ({"space": {"method": "ties", "density": {"low": "x", "high": 1}}}, "density"),
+        ({"space": {"method": "ties", "densty": 0.5}}, "no hyper-parameter 'densty'"),
+        ({"space": {"method": "ties", "coefficient": {"math": 1}}}, "one number per expert"),
+        ({"space": {"method": "ties", "drop_ratio": {"low": -1, "high": 0}}}, "is not within"),
+        ({"tasks": {}}, r"tasks: .*at least 1"),
+        ({"tasks": {"t": {}}}, "split is missing"),
+        ({"tasks": {"t": {"split": "train", "n_examples": 4}}}, "belongs to evaluator function"),
+        ({"tasks": {"t": {"evaluator": "function"}}}, "function .* and n_examples are needed"),
+        ({"experts": {}}, r"experts: .*at least 1"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_file_and_key(tmp_path, changes, message):
+    with pytest.raises(SpecError, match=message):
+        read(tmp_path, **changes)
+
+
+def test_a_key_given_twice_and_a_file_that_is_no_mapping_are_refused(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("base: a\nbase: b\n")
+    with pytest.raises(SpecError, match=r"study\.yaml:2: key 'base' stands twice"):
+        read_study(file)
+    file.write_text("- base\n")
+    with pytest.raises(SpecError, match="holds list; a mapping of keys is needed"):
+        read_study(file)
+    with pytest.raises(SpecError, match=r"nowhere\.yaml: cannot be read: No such file"):
+        read_study(tmp_path / "nowhere.yaml")
