@@ -54,7 +54,7 @@ def test_a_number_a_mapping_a_range_and_a_scale_are_told_apart(tmp_path):
     each = values(tmp_path, coefficient={"code": 1, "math": 2})["coefficient"]
     assert each == Fixed((2.0, 1.0))
     searched = values(tmp_path, density={"low": 0.1, "high": 0.5})["density"]
-    assert searched == Range(0.1, 0.5, "expert", 0.01)
+    assert searched == Range(0.1, 0.5, "all", 0.01)
     scale = values(tmp_path, coefficient={"scale": {"low": 0.2, "high": 1.0}})["coefficient"]
     assert scale == Shares(0.2, 1.0)
 
