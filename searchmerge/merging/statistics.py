@@ -16,7 +16,10 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-_BINS = 1 << 16
+_LOW_BITS = 13  # so few that the counters of both levels stay in the cache
+_LOW = 1 << _LOW_BITS
+_STRIDE = _LOW + 16  # counters a power of two apart would evict one another
+_HIGH = 1 << (32 - _LOW_BITS)
 _MAGNITUDE = 0x7FFFFFFF
 
 _AT_ONCE = 1 << 15  # entries per operation on a CPU: torch starts no threads of its own for them
@@ -42,9 +45,9 @@ Numbers = Callable[[], Iterable[Block]]
 class OrderStatistics:
     """The k-th smallest of each row's numbers, exactly as sorting all of them would give it.
 
-    A radix histogram of two levels: the high 16 bits of each number's order-preserving key are
-    counted once; the low 16 bits in those bins alone that hold a rank that was asked for. It
-    holds 512 KiB per row, and while measuring up to 256 KiB per rank and row; no tensor of the
+    A radix histogram of two levels: the high 19 bits of each number's order-preserving key are
+    counted once; the low 13 bits in those bins alone that hold a rank that was asked for. It
+    holds 4 MiB per row, and while measuring 32 KiB more per rank and row; no tensor of the
     model's size is made. Rows are counted in parallel.
 
     Args:
@@ -68,7 +71,7 @@ class OrderStatistics:
         self._numbers, self._n_rows, self._n_numbers = numbers, n_rows, n_numbers
         self._grid = set(grid)
         self._cache = cache
-        self._high: np.ndarray | None = None  # (n_rows, _BINS) int64, counts
+        self._high: np.ndarray | None = None  # (n_rows, _HIGH) int64, counts
         self._known: list[dict[int, float]] = [{} for _ in range(n_rows)]
         self._load()
 
@@ -112,37 +115,37 @@ class OrderStatistics:
                 ranks = wanted[row][places[row] == high]
                 before = below[row, high] - int(self._high[row, high])
                 low = np.searchsorted(counts[slot].cumsum(), ranks - before, "right")
-                found = _numbers_of((int(high) << 16) | torch.from_numpy(low))
+                found = _numbers_of((int(high) << _LOW_BITS) | torch.from_numpy(low))
                 self._known[row].update(zip(ranks.tolist(), found.tolist(), strict=True))
 
     def _count_high(self) -> np.ndarray:
         def count(row: int, numbers: Tensor) -> None:
-            cells = _keys(numbers).bitwise_right_shift_(16).add_(_BINS // 2)
+            cells = _keys(numbers).bitwise_right_shift_(_LOW_BITS).add_(_HIGH // 2)
             _tally(counts, row, cells.long())
 
-        counts = self._new_counts([_BINS] * self._n_rows)
+        counts = self._new_counts([_HIGH] * self._n_rows)
         self._each_row(count)
         return np.stack([own.cpu().numpy().astype(np.int64) for own in counts])
 
     def _count_low(self, bins: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return, per row, counts ``(len(bins[row]), 2^16)`` of the low halves in those bins."""
+        """Return, per row, counts ``(len(bins[row]), _LOW)`` of the low halves in those bins."""
 
         def count(row: int, numbers: Tensor) -> None:
             keys = _keys(numbers)
             if tables[row].device != keys.device:
                 tables[row] = tables[row].to(keys.device)
-            slots = tables[row].index_select(0, (keys >> 16).add_(_BINS // 2).long())
-            cells = slots.bitwise_left_shift_(16).bitwise_or_(keys.bitwise_and_(_BINS - 1))
+            slots = tables[row].index_select(0, (keys >> _LOW_BITS).add_(_HIGH // 2))
+            cells = slots.mul_(_STRIDE).add_(keys.bitwise_and_(_LOW - 1))
             _tally(counts, row, cells.long())
 
         tables = []  # slot 0 takes what is in none of the bins
         for own in bins:
-            table = np.zeros(_BINS, np.int32)
+            table = np.zeros(_HIGH, np.int32)
             table[own] = np.arange(1, len(own) + 1)
             tables.append(torch.from_numpy(table))
-        counts = self._new_counts([(len(own) + 1) * _BINS for own in bins])
+        counts = self._new_counts([(len(own) + 1) * _STRIDE for own in bins])
         self._each_row(count)
-        return [own.cpu().view(-1, _BINS)[1:].numpy() for own in counts]
+        return [own.cpu().view(-1, _STRIDE)[1:, :_LOW].numpy() for own in counts]
 
     def _new_counts(self, sizes: Sequence[int]) -> list[Tensor]:
         dtype = np.int32 if self._n_numbers < 2**31 else np.int64
@@ -167,25 +170,29 @@ class OrderStatistics:
             return
         try:
             stored = load_file(self._cache)
-            high, places = stored["high"], stored["places"].tolist()
-            values = stored["values"].tolist()
-        except (OSError, KeyError, SafetensorError) as error:
+            bins, counts = stored["bins"].numpy(), stored["counts"].numpy()
+            places, values = stored["places"].tolist(), stored["values"].tolist()
+            high = np.zeros((self._n_rows, _HIGH), np.int64)
+            high.reshape(-1)[bins] = counts
+            if not (high.sum(1) == self._n_numbers).all():
+                raise ValueError("it is of something else")
+            for (row, rank), value in zip(places, values, strict=True):
+                self._known[row][rank] = value
+        except (OSError, KeyError, ValueError, IndexError, SafetensorError) as error:
             _logger.warning("statistics are measured anew, %s is unusable: %s", self._cache, error)
+            self._known = [{} for _ in range(self._n_rows)]
             return
-        if high.shape != (self._n_rows, _BINS) or not (high.sum(1) == self._n_numbers).all():
-            _logger.warning("statistics are measured anew, %s is of other models", self._cache)
-            return
-        self._high = high.numpy()
-        for (row, rank), value in zip(places, values, strict=True):
-            self._known[row][rank] = value
+        self._high = high
 
     def _save(self) -> None:
         if self._cache is None or self._high is None:
             return
         places = [(row, rank) for row, known in enumerate(self._known) for rank in known]
         values = [value for known in self._known for value in known.values()]
+        bins = self._high.reshape(-1).nonzero()[0]
         tensors = {
-            "high": torch.from_numpy(self._high),
+            "bins": torch.from_numpy(bins),
+            "counts": torch.from_numpy(self._high.reshape(-1)[bins]),
             "places": torch.tensor(places, dtype=torch.int64),  # row and rank
             "values": torch.tensor(values, dtype=torch.float32),
         }
