@@ -1,6 +1,7 @@
 """Running a method's arithmetic over parameters: compiled, or chunk by chunk."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -136,20 +137,21 @@ class Engine:
         """Return what the compiled kernel returns; ``None`` if it cannot be compiled."""
         inputs = _inputs(operands)
         key = (kernel, function, inputs.base.device, len(inputs.scalars), _dtypes((inputs, more)))
-        is_new = key not in _COMPILED
-        if is_new:
-            _COMPILED[key] = _compile(kernel, function, len(_COMPILED))
+        if key in _COMPILED:
+            return _COMPILED[key](inputs, *more)
+        run = _compile(kernel, function, len(_COMPILED))
         try:
-            done = _COMPILED[key](inputs, *more)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what torch thinks of its own compiler
+                done = run(inputs, *more)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, OSError, ImportError) as error:
-            if not is_new:
-                raise
             self._broken = True
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             _logger.warning("merging runs uncompiled, as compiling failed: %s", reason)
             return None
+        _COMPILED[key] = run
         return done
 
     def _merge_chunks(
