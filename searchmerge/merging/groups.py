@@ -12,7 +12,7 @@ REST = "rest"
 
 _LAYER = re.compile(r"^(?P<stack>(?:[^.]*\D[^.]*\.)*?)(?P<index>\d+)(?:\.|$)")
 _BEFORE = re.compile(
-    r"(^|[._])(embed(?!_out)\w*|\w*embed|\w*embeddings?|wte|wpe|shared|tokens?"
+    r"(^|[._])(embed(?!_out)\w*|\w+_embed|\w*embeddings?|wte|wpe|shared|tokens?"
     r"|patch\w*|cls_token|pos_\w*|position\w*|conv1|ln_pre|pre_\w*norm|stem)([._]|$)"
 )
 
