@@ -21,7 +21,6 @@ class ProgressView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._start = time.monotonic()
-        self._rounds = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,11 +49,6 @@ class ProgressView:
         behind = f", {done} done before" if done else ""
         self._line(f"{title}" + (f" ({total}{behind})" if total else behind))
         self._bar.reset(self._task, description=title, total=total, completed=done)
-
-    def round_scored(self, name: str) -> None:
-        """Count a scored round in the bar's description."""
-        self._rounds += 1
-        self._bar.update(self._task, description=name)
 
     def step(self, name: str, scores: Mapping[str, float]) -> None:
         """Show the scores of a reference or a candidate."""

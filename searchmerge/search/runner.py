@@ -99,10 +99,6 @@ class Observer(Protocol):
         """A phase of ``total`` steps begins, ``done`` of which are behind it."""
         ...
 
-    def round_scored(self, name: str) -> None:
-        """One more round of ``name`` is known."""
-        ...
-
     def step(self, name: str, scores: Mapping[str, float]) -> None:
         """A reference or a candidate for confirmation is scored."""
         ...

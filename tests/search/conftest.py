@@ -29,9 +29,6 @@ class Recorder:
     def phase(self, title, total, done=0):
         self.phases.append((title, total, done))
 
-    def round_scored(self, name):
-        pass
-
     def step(self, name, scores):
         self.steps.append(name)
 
