@@ -95,17 +95,25 @@ def add_up(numbers: Sequence[Tensor]) -> Tensor:
 
 
 def is_positive(numbers: Tensor) -> Tensor:
-    """Return 1 where a number is above 0 and 0 elsewhere, for numbers of 0 or more, float32."""
+    """Return 1 where a number is above 0 and 0 elsewhere, float32, in place of ``numbers``."""
     if torch.compiler.is_compiling():
         return torch.where(numbers > 0, 1.0, 0.0)
-    return numbers.sign()
+    return numbers.gt_(0.0)
 
 
 def is_zero(numbers: Tensor) -> Tensor:
-    """Return 1 where a number is 0 and 0 elsewhere, float32."""
+    """Return 1 where a number is 0 and 0 elsewhere, float32, in a fresh tensor."""
     if torch.compiler.is_compiling():
         return torch.where(numbers == 0, 1.0, 0.0)
     return torch.eq(numbers, 0.0, out=torch.empty_like(numbers))
+
+
+def add_up_(numbers: Sequence[Tensor]) -> Tensor:
+    """Return the sum of ``(m,)`` tensors, in their order, in place of the first."""
+    total = numbers[0]
+    for own in numbers[1:]:
+        total = total.add_(own)
+    return total
 
 
 def exact_sum(numbers: Tensor) -> Tensor:

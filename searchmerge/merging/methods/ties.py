@@ -12,6 +12,7 @@ from searchmerge.merging.kernels import (
     Chunk,
     add_scaled,
     add_up,
+    add_up_,
     exact_sum,
     is_positive,
     is_zero,
@@ -127,14 +128,14 @@ def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
     balance = exact_sum(signs)
     signs = add_scaled(signs, undecided, majority)
     agreeing = [own.mul_(signs).relu_() for own in deltas]  # magnitudes
-    n_agreeing = add_up([is_positive(own) for own in agreeing])
-    ambiguous = exact_sum(undecided * n_agreeing)
     if aggregate == "max":
         merged = _largest(agreeing, coefficients)
     else:
         merged = agreeing[0] * coefficients[0]
         for i, own in enumerate(agreeing[1:], start=1):
             merged = add_scaled(merged, own, coefficients[i])
+    n_agreeing = add_up_([is_positive(own) for own in agreeing])
+    ambiguous = exact_sum(undecided.mul_(n_agreeing))
     if aggregate == "mean":
         merged = merged.div_(n_agreeing.clamp_min_(1.0))
     return merged.mul_(signs), torch.stack([balance, ambiguous])
@@ -145,12 +146,12 @@ def _largest(magnitudes: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     largest = magnitudes[0]
     for own in magnitudes[1:]:
         largest = torch.maximum(largest, own)
-    ties = [(own == largest).float() for own in magnitudes]
-    n_ties = add_up(ties)
-    factor = ties[0] * coefficients[0]
-    for i, own in enumerate(ties[1:], start=1):
-        factor = add_scaled(factor, own, coefficients[i])
-    return factor.div_(n_ties).mul_(largest)
+    merged, n_ties = torch.zeros_like(largest), torch.zeros_like(largest)
+    for i, own in enumerate(magnitudes):
+        ties = is_zero(own - largest)
+        merged = add_scaled(merged, ties, coefficients[i])
+        n_ties = n_ties.add_(ties)
+    return merged.div_(n_ties).mul_(largest)
 
 
 _MERGE: dict[str, Callable[[Chunk], tuple[Tensor, ...]]] = {
