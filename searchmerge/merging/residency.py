@@ -62,13 +62,19 @@ def _proc_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = (group / "memory.current").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    """Return what the control group that a container may be in leaves; ``None`` for no limit."""
+    root = Path("/sys/fs/cgroup")
+    files = [
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ]
+    for limit_file, used_file in files:
+        try:
+            limit, used = limit_file.read_text().strip(), used_file.read_text().strip()
+        except OSError:
+            continue
+        return None if limit == "max" else max(0, int(limit) - int(used))
+    return None
 
 
 def place(

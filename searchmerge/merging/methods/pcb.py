@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+_LARGEST = float(np.finfo(np.float32).max)
 _MOST_EXPERTS = 88  # exp(n) is beyond float32 from 89 on
 
 
@@ -199,11 +200,12 @@ class Pcb:
     def _bounds(
         self, known: _Measured, densities: Sequence[float]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return the balance that is dropped with all below it, and the distance to the most."""
+        """Return the balance dropped with all below it, and 1 / its distance to the largest."""
         d = self._measure.n_parameters
         lightest = known.balances.at([_dropped_rank(d, densities[i]) for i in self._active])
         heaviest = known.balances.at([d - 1] * len(self._active))
-        return tuple(lightest), tuple(_distances(lightest, heaviest))
+        factors = (min(1 / own, _LARGEST) for own in _distances(lightest, heaviest))
+        return tuple(lightest), tuple(factors)
 
     def _repeated(
         self, key: tuple[object, ...], plan: MergePlan, known: _Measured
@@ -276,10 +278,9 @@ def balances(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
 
 def _weigh(chunk: Chunk, found: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return ``T_t s_t`` of each expert and the sum of ``s_t``, at least 1e-12."""
-    low, high, _, lightest, distance = chunk.scalars[:5]
+    low, high, _, lightest, factor = chunk.scalars[:5]
     kept = [
-        own.clamp(min=lightest[i]).sub_(lightest[i]).div_(distance[i])
-        for i, own in enumerate(found)
+        own.clamp(min=lightest[i]).sub_(lightest[i]).mul_(factor[i]) for i, own in enumerate(found)
     ]
     total = add_up(kept).clamp_min_(1e-12)
     parts = [
@@ -294,7 +295,7 @@ def shares_known(chunk: Chunk) -> tuple[Tensor, ...]:
 
     Args:
         chunk: Task vectors; scalars ``(5 or more, n_experts)``: those of :func:`balances`, then
-            the balance that is dropped and its distance to the largest; kept: the balances.
+            the balance that is dropped, and 1 / its distance to the largest; kept: the balances.
     """
     parts, total = _weigh(chunk, chunk.kept)
     return tuple(part.div_(total) for part in parts)
