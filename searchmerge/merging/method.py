@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -123,6 +123,16 @@ class Whole:
     experts: tuple[int, ...] | None = None
 
 
+Scope = Literal["entry", "draw", "tensor"]
+"""What a merged entry depends on, beside statistics of the whole model.
+
+``entry``: the experts' entries at its place, so that cutting a parameter in two changes nothing.
+``draw``: also random numbers, which go by the parameter's name and the place in it: cutting a
+parameter in two changes the draws and nothing else. ``tensor``: all of its parameter, whose norm,
+ranks or singular values count; parameters do not depend on one another.
+"""
+
+
 class MergeMethod(Protocol):
     """A way of merging task vectors, in three steps with three lifetimes.
 
@@ -133,10 +143,12 @@ class MergeMethod(Protocol):
     Attributes:
         hyperparameters: What has a number per expert and group.
         settings: The method-wide choices, ``DEPTH_SLOPE`` among them.
+        scope: What a merged entry depends on.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]]
     settings: ClassVar[tuple[Setting, ...]]
+    scope: ClassVar[Scope]
 
     def __init__(self, measure: "Measure") -> None: ...
 

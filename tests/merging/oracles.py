@@ -3,6 +3,8 @@
 Every function takes task vectors ``(n_experts, d)`` and returns the merged one ``(d,)``.
 """
 
+import hashlib
+
 import numpy as np
 
 
@@ -72,3 +74,36 @@ def pcb(deltas, coefficients, densities, variant="reference"):
         total += coefficients[i] * np.sign(deltas[i]) * clamped[i] * share
         weights += share
     return total / np.maximum(weights, 1e-12)
+
+
+def elected(deltas, coefficients):
+    """The mean of what has the elected sign: TIES without its trimming."""
+    return ties(deltas, coefficients, [1.0] * len(deltas))
+
+
+def draws(seed, expert, name, n):
+    """Whole numbers below 2^24, one per entry, in wrapping 32-bit arithmetic."""
+    digest = hashlib.blake2b(repr((seed, expert, name)).encode(), digest_size=8).digest()
+    key = int.from_bytes(digest, "big") // 2
+    position = np.arange(n, dtype=np.uint64)
+    low, high = position.astype(np.uint32), (position >> np.uint64(32)).astype(np.uint32)
+
+    def mixed(x, factor):
+        x = x ^ (x >> np.uint32(16))
+        x = x * np.uint32(factor)
+        return x ^ (x >> np.uint32(15))
+
+    x = mixed(low ^ np.uint32(key % 2**32), 0x7FEB352D)
+    x = mixed(x ^ (high + np.uint32(key // 2**32)), 0x045D9F3B)
+    return x >> np.uint32(8)
+
+
+def dare(deltas, coefficients, densities, drawn, *, election="none", rescale=True):
+    """Entries whose draw, of 2^24, is below the density stay."""
+    kept = np.zeros_like(deltas)
+    for i, density in enumerate(densities):
+        stays = drawn[i] < round(density * 2**24)
+        factor = 1 / density if rescale and density else 1.0
+        kept[i] = np.where(stays, deltas[i] * factor, 0.0)
+    merge = elected if election == "ties" else task_arithmetic
+    return merge(kept, coefficients)

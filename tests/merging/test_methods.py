@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from searchmerge.errors import SpecError
+from searchmerge.merging.engine import Engine, Operands
 from searchmerge.merging.merger import Merger, merge_weights
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
     METHODS,
-    Pass,
     default_plan,
     validate_plan,
 )
@@ -64,6 +64,14 @@ WAYS = [
     for engine in ("eager", "compiled")
 ]
 on_both_ways = pytest.mark.parametrize(("method", "engine"), WAYS)
+
+
+def of_scopes(*scopes):
+    """Both ways of the methods whose merged entries depend on these."""
+    ways = [way for way in WAYS if METHODS[way.values[0]].scope in scopes]
+    return pytest.mark.parametrize(("method", "engine"), ways)
+
+
 of_every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -93,26 +101,57 @@ def test_the_order_of_experts_does_not_matter(method, engine):
     assert_same(run(other, base, loaded, engine), expected, rtol=1e-5, atol=1e-5)
 
 
-@on_both_ways
+def halved(own):
+    """Return every tensor as two, cut along its rows."""
+    return {f"{n}.{i}": t for n, whole in own.items() for i, t in enumerate(halves(whole))}
+
+
+def halves(tensor):
+    return tensor[:5].clone(), tensor[5:].clone()
+
+
+@of_scopes("entry")
 def test_splitting_a_parameter_changes_nothing(method, engine):
     base, experts = weights()
-    merger = Merger(TaskVectors.from_weights(base, experts))
-    work = merger._bind(default_plan(method, EXPERTS))[1]
-    if not isinstance(work, Pass) or work.keys is not None:
-        pytest.skip("works on whole parameters, or draws by parameter name")
-
-    def split(own):
-        halves = {f"{n}.{i}": t for n, t in own.items() for i, t in enumerate(t_halves(t))}
-        return halves
-
-    def t_halves(tensor):
-        return tensor[:5].clone(), tensor[5:].clone()
-
     plan = default_plan(method, EXPERTS)
     whole = run(plan, base, experts, engine)
-    parts = run(plan, split(base), {e: split(own) for e, own in experts.items()}, engine)
+    parts = run(plan, halved(base), {e: halved(own) for e, own in experts.items()}, engine)
     joined = {n: torch.cat([parts[f"{n}.0"], parts[f"{n}.1"]]) for n in base}
     assert_same(joined, whole, rtol=1e-6, atol=1e-6)
+
+
+@of_scopes("draw", "tensor")
+def test_other_parameters_do_not_matter_to_draws_and_whole_tensors(method, engine):
+    base, experts = weights()
+    plan = default_plan(method, EXPERTS)
+    whole = run(plan, base, experts, engine)
+    some = list(SHAPES)[1::2]
+    few = {e: {n: own[n] for n in some} for e, own in experts.items()}
+    alone = run(plan, {n: base[n] for n in some}, few, engine)
+    assert_same(alone, {n: whole[n] for n in some}, rtol=0, atol=0)
+
+
+@on_both_ways
+def test_a_parameter_may_be_cut_anywhere_while_it_is_merged(method, engine):
+    """As the engine does with large ones: draws go on where they were."""
+    base, experts = weights()
+    merger = Merger(TaskVectors.from_weights(base, experts))
+    _, work, _ = merger._bind(default_plan(method, EXPERTS))
+    name = "model.layers.1.fc.weight"
+    chosen = range(len(EXPERTS)) if work.experts is None else work.experts
+    parameter = Operands(
+        base[name].reshape(-1),
+        tuple(experts[EXPERTS[i]][name].reshape(-1) for i in chosen),
+        work.scalars(name),
+        work.kept.get(name, ()),
+        work.keys(name) if work.keys else None,
+    )
+    whole, parts = torch.empty(360), torch.empty(360)
+    runner = Engine(engine)
+    runner.merge(work.function, parameter, 1.0, whole)
+    for start, stop in ((0, 100), (100, 101), (101, 360)):
+        runner.merge(work.function, parameter.part(start, stop), 1.0, parts[start:stop])
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
 
 
 @on_both_ways
@@ -132,8 +171,10 @@ def test_compiled_and_eager_code_agree(method, request):
     for dtype in (torch.float32, torch.bfloat16):
         own = {n: t.to(dtype) for n, t in base.items()}
         plan = default_plan(method, EXPERTS)
-        found = run(plan, own, experts, "compiled")
+        merger = Merger(TaskVectors.from_weights(own, experts), engine="compiled")
+        found = dict(merger.merged(plan))
         assert_same(found, run(plan, own, experts, "eager"), rtol=1e-5, atol=1e-6)
+        assert merger._engine.is_compiled(torch.device("cpu"))
 
 
 @of_every_method

@@ -12,6 +12,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Scope,
     Setting,
     by_group,
 )
@@ -34,6 +35,7 @@ class Linear:
         replace(COEFFICIENT, low=0.0, search=(0.0, 1.0)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
+    scope: ClassVar[Scope] = "entry"
 
     def __init__(self, measure: "Measure") -> None:
         """Measure nothing: an average needs no statistics."""

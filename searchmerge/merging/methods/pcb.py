@@ -18,6 +18,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Scope,
     Setting,
     by_group,
     setting,
@@ -118,6 +119,7 @@ class Pcb:
         Hyperparameter("density", 0.0, 1.0, default=0.1, search=(0.01, 0.5), step=0.01),
     )
     settings: ClassVar[tuple[Setting, ...]] = (VARIANT, DEPTH_SLOPE)
+    scope: ClassVar[Scope] = "entry"
 
     def __init__(self, measure: "Measure") -> None:
         """Find the experts to leave out; balances are measured at the first plan."""

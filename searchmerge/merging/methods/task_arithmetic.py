@@ -9,6 +9,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Scope,
     Setting,
     by_group,
 )
@@ -31,6 +32,7 @@ class TaskArithmetic:
         replace(COEFFICIENT, default=0.4, search=(0.0, 1.0)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
+    scope: ClassVar[Scope] = "entry"
 
     def __init__(self, measure: "Measure") -> None:
         """Measure nothing: a sum needs no statistics."""

@@ -5,25 +5,17 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
-from searchmerge.merging.kernels import (
-    Chunk,
-    add_scaled,
-    add_up,
-    add_up_,
-    exact_sum,
-    is_positive,
-    is_zero,
-    keep_at_least,
-)
+from searchmerge.merging.election import Majority, merge_elected
+from searchmerge.merging.kernels import Chunk, keep_at_least
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
     METHODS,
     Hyperparameter,
     Pass,
+    Scope,
     Setting,
     by_group,
     setting,
@@ -58,30 +50,19 @@ class Ties:
         Hyperparameter("density", 0.0, 1.0, default=0.2, search=(0.05, 0.5), step=0.01),
     )
     settings: ClassVar[tuple[Setting, ...]] = (AGGREGATE, DEPTH_SLOPE)
+    scope: ClassVar[Scope] = "entry"
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to look up magnitudes, which are measured at the first plan."""
         self._measure = measure
-        self._majority = 1.0  # the last one found: the best guess at the next
-        self._known: dict[object, float] = {}
+        self._majority = Majority()
 
     def bind(self, plan: MergePlan) -> Pass:
         """Look the thresholds up; assume a majority sign where it is not known."""
         trims = tuple(tuple(self.thresholds(row)) for row in plan.values["density"])
-        key = (trims, plan.groups)
-        if key in self._known:
-            return self._pass(plan, trims, self._known[key])
-        assumed = self._majority
-
-        def revise(tally: Tensor) -> Pass | None:
-            found, ambiguous = float(torch.sign(tally[0])), bool(tally[1])
-            self._known[key] = found
-            self._majority = found or self._majority
-            if found == assumed or not ambiguous:
-                return None
-            return self._pass(plan, trims, found)
-
-        return replace(self._pass(plan, trims, assumed), revise=revise)
+        return self._majority.settle(
+            (trims, plan.groups), lambda majority: self._pass(plan, trims, majority)
+        )
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:
         """Return the magnitude below which each expert is trimmed.
@@ -105,53 +86,16 @@ class Ties:
 
 
 def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
-    r"""Trim, elect signs and merge (Yadav et al., 2023, arXiv:2306.01708, Algorithm 1).
-
-    .. math:: \tau_m = \frac{1}{|A|} \sum_{t \in A} \lambda_t \hat\tau_t, \qquad
-              A = \{t : \operatorname{sgn} \hat\tau_t = \operatorname{sgn} \sum_s \hat\tau_s\}
+    """Trim, elect signs and merge; return what :func:`merge_elected` does.
 
     Args:
         chunk: Task vectors; scalars ``(3, n_experts)``: magnitude below which an entry is
             trimmed; coefficient; the sign of a zero sum, all alike.
         aggregate: ``mean`` of those that agree, their ``sum``, or the ``max`` in magnitude.
-
-    Returns:
-        The merged task vector ``(m,)``, 0 where all was trimmed; and the tally ``(2,)``: entries
-        elected positive minus negative; and a number above 0 if there is a zero sum of entries
-        that are not 0.
     """
     thresholds, coefficients, majority = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2, 0]
     deltas = [keep_at_least(own, thresholds[i]) for i, own in enumerate(chunk.deltas)]
-    signs = add_up(deltas)
-    undecided = is_zero(signs)
-    signs = signs.sign_()
-    balance = exact_sum(signs)
-    signs = add_scaled(signs, undecided, majority)
-    agreeing = [own.mul_(signs).relu_() for own in deltas]  # magnitudes
-    if aggregate == "max":
-        merged = _largest(agreeing, coefficients)
-    else:
-        merged = agreeing[0] * coefficients[0]
-        for i, own in enumerate(agreeing[1:], start=1):
-            merged = add_scaled(merged, own, coefficients[i])
-    n_agreeing = add_up_([is_positive(own) for own in agreeing])
-    ambiguous = exact_sum(undecided.mul_(n_agreeing))
-    if aggregate == "mean":
-        merged = merged.div_(n_agreeing.clamp_min_(1.0))
-    return merged.mul_(signs), torch.stack([balance, ambiguous])
-
-
-def _largest(magnitudes: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """Return the largest magnitude times its expert's coefficient, their mean where equal."""
-    largest = magnitudes[0]
-    for own in magnitudes[1:]:
-        largest = torch.maximum(largest, own)
-    merged, n_ties = torch.zeros_like(largest), torch.zeros_like(largest)
-    for i, own in enumerate(magnitudes):
-        ties = is_zero(own - largest)
-        merged = add_scaled(merged, ties, coefficients[i])
-        n_ties = n_ties.add_(ties)
-    return merged.div_(n_ties).mul_(largest)
+    return merge_elected(deltas, coefficients, majority, aggregate)
 
 
 _MERGE: dict[str, Callable[[Chunk], tuple[Tensor, ...]]] = {

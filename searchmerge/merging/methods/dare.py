@@ -1,0 +1,141 @@
+"""DARE: drop entries at random, and rescale the rest."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from searchmerge.merging.election import Majority, merge_elected
+from searchmerge.merging.kernels import Chunk, weighted_sum
+from searchmerge.merging.method import (
+    COEFFICIENT,
+    DEPTH_SLOPE,
+    METHODS,
+    SEED,
+    Hyperparameter,
+    Pass,
+    Scope,
+    Setting,
+    by_group,
+    setting,
+)
+from searchmerge.merging.randomness import N_DRAWS, keep_drawn, random_keys
+from searchmerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from searchmerge.merging.measure import Measure
+
+ELECTION = Setting("election", default="none", choices=("none", "ties"))
+RESCALE = Setting("rescale", default=True, choices=(True, False))
+
+
+@METHODS.register("dare")
+class Dare:
+    r"""Drop each entry with probability :math:`1 - d`, and divide what is left by d.
+
+    Yu et al., 2023, arXiv:2311.03099, equation 1 with :math:`p = 1 - d`:
+
+    .. math:: \hat\tau_t = m_t \odot \tau_t / d_t, \qquad m_t \sim \mathrm{Bernoulli}(d_t)
+
+    What is left is merged as DARE's authors merge it: by ``election: none``, task arithmetic,
+    :math:`\sum_t \lambda_t \hat\tau_t`; by ``election: ties``, the mean of the entries that have
+    the elected sign, each times its coefficient. The paper's combination with TIES trims as
+    well; here dropping takes the place of trimming. An exactly zero sum takes the sign elected
+    most often in the model. ``rescale: false`` leaves out the division. The paper draws from a
+    global generator; here draws depend on ``seed``, the expert's name, the parameter's and the
+    entry alone. A density of 0 drops all.
+
+    mergekit rescales each tensor to the L1 norm it had instead of dividing by d, and with
+    election takes the weighted sum; PEFT divides by d.
+    """
+
+    hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
+        replace(COEFFICIENT, default=0.4, search=(0.0, 1.0)),
+        Hyperparameter("density", 0.0, 1.0, default=0.8, search=(0.1, 0.9), step=0.01),
+    )
+    settings: ClassVar[tuple[Setting, ...]] = (ELECTION, RESCALE, SEED, DEPTH_SLOPE)
+    scope: ClassVar[Scope] = "draw"
+
+    def __init__(self, measure: "Measure") -> None:
+        """Measure nothing: what is dropped depends on names alone."""
+        self._names, self._experts = measure.names, measure.experts
+        self._majority = Majority()
+
+    def bind(self, plan: MergePlan) -> Pass:
+        """Fix the chances, and the keys that the draws are made from."""
+        if setting(plan, ELECTION) == "none":
+            rows = [
+                [chances(densities), _product(coefficients, _factors(plan, densities))]
+                for densities, coefficients in _rows(plan)
+            ]
+            return self._pass(plan, rows)
+        key = (plan.values["density"], plan.groups, plan.settings.items())
+        return self._majority.settle(
+            repr(key),
+            lambda majority: self._elected(plan, majority or -1.0),
+        )
+
+    def _elected(self, plan: MergePlan, sign: float) -> Pass:
+        rows = [
+            [chances(densities), _factors(plan, densities), coefficients, [sign] * len(densities)]
+            for densities, coefficients in _rows(plan)
+        ]
+        return replace(self._pass(plan, rows), function=merge_drawn_elected)
+
+    def _pass(self, plan: MergePlan, rows: Sequence[Sequence[Sequence[float]]]) -> Pass:
+        seed = int(setting(plan, SEED))
+        return Pass(
+            merge_drawn,
+            by_group(plan, self._names, rows),
+            keys=lambda name: random_keys(seed, self._experts, name),
+        )
+
+
+def _rows(plan: MergePlan) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    return list(zip(plan.values["density"], plan.values["coefficient"], strict=True))
+
+
+def chances(densities: Sequence[float]) -> list[float]:
+    """Return the draw that each expert's kept entries stay below."""
+    return [float(round(density * N_DRAWS)) for density in densities]
+
+
+def _factors(plan: MergePlan, densities: Sequence[float]) -> list[float]:
+    if not setting(plan, RESCALE):
+        return [1.0] * len(densities)
+    return [1 / density if density else 0.0 for density in densities]
+
+
+def _product(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a * b for a, b in zip(one, other, strict=True)]
+
+
+def _dropped(chunk: Chunk) -> list[Tensor]:
+    if chunk.positions is None or chunk.keys is None:
+        raise ValueError("dare needs keys: the pass has none")
+    return [
+        keep_drawn(own, chunk.positions, chunk.keys[i], chunk.scalars[0, i])
+        for i, own in enumerate(chunk.deltas)
+    ]
+
+
+def merge_drawn(chunk: Chunk) -> tuple[Tensor]:
+    """Return the weighted sum of what is left, ``(m,)`` float32.
+
+    Args:
+        chunk: Task vectors; scalars ``(2, n_experts)``: draws kept are below this; factor.
+    """
+    return (weighted_sum(_dropped(chunk), chunk.scalars[1]),)
+
+
+def merge_drawn_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Return what :func:`merge_elected` does of what is left.
+
+    Args:
+        chunk: Task vectors; scalars ``(4, n_experts)``: draws kept are below this; factor before
+            the election; coefficient; the sign of a zero sum, all alike.
+    """
+    factors, coefficients, majority = chunk.scalars[1], chunk.scalars[2], chunk.scalars[3, 0]
+    deltas = [own.mul_(factors[i]) for i, own in enumerate(_dropped(chunk))]
+    return merge_elected(deltas, coefficients, majority, "mean")
