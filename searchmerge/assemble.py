@@ -1,5 +1,6 @@
 """From a study and a run config to live objects: the one place that knows them all."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +21,7 @@ from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.evaluators.blocks import Block, make_blocks, make_rounds, split_examples
 from searchmerge.evaluators.evaluator import Evaluator, Part, TaskInfo
-from searchmerge.execution.executor import InProcessExecutor
+from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.worker import Worker
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.merger import Merger
@@ -117,6 +118,8 @@ def pick_device(config: RunConfig) -> str:
     """Return the torch device that a config means."""
     if config.device != "auto":
         return config.device
+    if config.executor == "ray":  # this process may be on a machine without the workers' GPUs
+        return "cuda" if config.workers.gpus_per_worker else "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -235,9 +238,38 @@ def make_budget(spec: StudySpec) -> Budget:
 
 def make_executor(
     spec: StudySpec, study_file: Path, models: Models, config: RunConfig
-) -> InProcessExecutor:
-    """Return the executor that a config names, its workers ready."""
-    return InProcessExecutor(make_worker(spec, study_file, models, config))
+) -> Executor:
+    """Return the executor that a config names, its workers ready or on their way.
+
+    Raises:
+        SearchMergeError: If there is no place for a worker, or it cannot be loaded.
+    """
+    if config.executor == "local":
+        return InProcessExecutor(make_worker(spec, study_file, models, config))
+    try:
+        from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"executor: ray needs the package {error.name}: pip install 'searchmerge[ray]'"
+        ) from error
+    own = config.workers
+    return RayExecutor(
+        functools.partial(load_worker, spec, study_file.resolve(), config),
+        RaySettings(
+            own.address, own.workers, own.cpus_per_worker, own.gpus_per_worker, own.deadline
+        ),
+    )
+
+
+def load_worker(spec: StudySpec, study_file: Path, config: RunConfig) -> Worker:
+    """Open the study's checkpoints here and load a worker: what a Ray worker begins with.
+
+    Raises:
+        SearchMergeError: If it cannot be loaded here.
+    """
+    threads = config.threads or max(1, int(config.workers.cpus_per_worker))
+    config = config.model_copy(update={"threads": threads})
+    return make_worker(spec, study_file, open_models(spec, study_file), config)
 
 
 def study_name(spec: StudySpec, study_file: Path) -> str:

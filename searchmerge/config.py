@@ -1,12 +1,42 @@
 """What a run config may say: what can only change the time taken."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from searchmerge.merging.engine import EngineKind
+from searchmerge.spec import Duration
 from searchmerge.yaml_file import read_yaml
+
+_ADDRESS = re.compile(r"local|auto|[^/\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+
+
+class RayConfig(BaseModel):
+    """Where a Ray study's workers are, and what each of them needs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: str = "local"
+    workers: int | None = Field(default=None, ge=1)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    deadline: Duration | None = None
+
+    @field_validator("address")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        if not _ADDRESS.fullmatch(value):
+            raise ValueError(f"allowed: local, auto, host:port; found {value!r}")
+        return value
+
+    @field_validator("cpus_per_worker", "gpus_per_worker")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"a fraction below 1 or a whole number is needed; found {value:g}")
+        return value
 
 
 class RunConfig(BaseModel):
@@ -14,11 +44,24 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    executor: Literal["local"] = "local"
+    executor: Literal["local", "ray"] = "local"
+    ray: RayConfig | None = None
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     engine: EngineKind = "auto"
     runs_dir: str = "runs"
+    storage: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        if self.ray is not None and self.executor != "ray":
+            raise ValueError("ray belongs to executor: ray")
+        return self
+
+    @property
+    def workers(self) -> RayConfig:
+        """Return where the Ray workers are; what is left out has its default."""
+        return self.ray or RayConfig()
 
 
 def read_config(path: Path | None) -> RunConfig:

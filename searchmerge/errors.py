@@ -19,3 +19,7 @@ class EvaluationError(SearchMergeError, RuntimeError):
 
 class StudyError(SearchMergeError, RuntimeError):
     """A study cannot go on: changed since it began, already running, or every trial failed."""
+
+
+class DeviceFault(SearchMergeError, RuntimeError):
+    """A device failed beneath a candidate; nothing more can be computed in this process."""

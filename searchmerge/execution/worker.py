@@ -1,5 +1,6 @@
 """A worker: one resident model, merged and scored plan after plan."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
-from searchmerge.errors import EvaluationError
+from searchmerge.errors import DeviceFault, EvaluationError
 from searchmerge.evaluators.blocks import BlockScores, Round
 from searchmerge.evaluators.evaluator import Evaluator, TaskInfo
 from searchmerge.plan import MergePlan
@@ -62,13 +63,16 @@ class Worker:
 
         Raises:
             EvaluationError: If the merged model cannot be scored.
+            DeviceFault: If the device failed, and with it all that this process could compute.
         """
         start = time.perf_counter()
-        self._merger.apply(plan)
+        with _faults_named():
+            self._merger.apply(plan)
         merge_s = time.perf_counter() - start
         for blocks in rounds:
             start = time.perf_counter()
-            scores = tuple(self._score_round(blocks))
+            with _faults_named():
+                scores = tuple(self._score_round(blocks))
             yield RoundResult(scores, merge_s, time.perf_counter() - start)
             merge_s = 0.0
 
@@ -87,3 +91,22 @@ class Worker:
                         f"for {len(examples)} examples"
                     )
                 yield BlockScores(block, scores)
+
+
+@contextlib.contextmanager
+def _faults_named() -> Iterator[None]:
+    """Raise ``DeviceFault`` in place of an error that a device fault has led to."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if is_device_fault(cause):
+                raise DeviceFault(f"the device failed: {cause}") from error
+            cause = cause.__cause__
+        raise
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Return whether an error leaves its process's CUDA or HIP context unusable."""
+    return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "HIP error"))

@@ -1,0 +1,35 @@
+"""How long a round may take before its worker counts as hung."""
+
+FIRST_S = 3600.0
+LEAST_S = 300.0
+FACTOR = 10.0
+
+
+class Deadline:
+    """The seconds that one round of a job may take.
+
+    Where none are given: ``FACTOR`` times the longest round so far, and no less than
+    ``LEAST_S``; ``FIRST_S`` until a round was seen, since the first one may compile and measure.
+
+    Args:
+        seconds: A fixed number, more than 0; ``None`` to derive it.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._fixed = seconds
+        self._longest: float | None = None
+
+    def saw(self, seconds: float) -> None:
+        """Take note that a round took ``seconds``."""
+        self._longest = max(self._longest or 0.0, seconds)
+
+    @property
+    def seconds(self) -> float:
+        """How long a round may take now."""
+        if self._fixed is not None:
+            return self._fixed
+        return FIRST_S if self._longest is None else max(LEAST_S, FACTOR * self._longest)
+
+    def __str__(self) -> str:
+        origin = "" if self._fixed is not None else ", derived; set ray.deadline in the config"
+        return f"its deadline ({self.seconds:g} s{origin})"
