@@ -323,7 +323,7 @@ def open_directory(
     """
     space, objective = make_space(spec), make_objective(spec)
     setting = SamplerSetting(
-        spec.search.seed, space.is_flat, len(objective.names), spec.search.n_trials
+        spec.search.seed, space, len(objective.names), spec.search.n_trials
     )
     return StudyDirectory(
         run_dir,

@@ -232,7 +232,7 @@ def read_study(path: Path, overrides: dict[str, str] | None = None) -> tuple[Stu
     try:
         space = make_space(spec)
         n_objectives = len(spec.tasks) if spec.objective == "tasks" else 1
-        make_sampler(spec.search.sampler, SamplerSetting(0, space.is_flat, n_objectives))
+        make_sampler(spec.search.sampler, SamplerSetting(0, space, n_objectives))
     except SpecError as error:
         raise SpecError(f"{file}: {error}") from error
     return spec, file

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import optuna
 from optuna.samplers import (
     BaseSampler,
-    CmaEsSampler,
     GPSampler,
     NSGAIISampler,
     QMCSampler,
@@ -17,6 +16,8 @@ from optuna.samplers import (
 
 from searchmerge.errors import SpecError
 from searchmerge.registry import Registry
+from searchmerge.search.async_cma import AsyncCmaSampler
+from searchmerge.search.space import SearchSpace
 
 _MANY_TRIALS = 200  # from here on a Gaussian process costs more than it gains
 
@@ -27,13 +28,13 @@ class SamplerSetting:
 
     Attributes:
         seed: Seed of its random numbers.
-        is_flat: Whether every trial has the same parameters, all numbers.
+        space: What it searches.
         n_objectives: How many values a trial is told.
         n_trials: How many trials are planned; ``None`` where only time limits them.
     """
 
     seed: int
-    is_flat: bool
+    space: SearchSpace
     n_objectives: int = 1
     n_trials: int | None = None
 
@@ -57,9 +58,9 @@ def make_sampler(name: str, setting: SamplerSetting) -> BaseSampler:
 def _auto(setting: SamplerSetting) -> BaseSampler:
     """Gaussian process for few trials of numbers; TPE for mixed spaces, CMA-ES for long runs."""
     is_long = setting.n_trials is None or setting.n_trials > _MANY_TRIALS
-    if not setting.is_flat or (is_long and setting.n_objectives > 1):
+    if not setting.space.is_flat or (is_long and setting.n_objectives > 1):
         return _tpe(setting)
-    return _cma_es(setting) if is_long else _gp(setting)
+    return _cma_es(setting) if is_long and len(setting.space.distributions()) > 1 else _gp(setting)
 
 
 @SAMPLERS.register("tpe")
@@ -76,7 +77,14 @@ def _gp(setting: SamplerSetting) -> BaseSampler:
 def _cma_es(setting: SamplerSetting) -> BaseSampler:
     if setting.n_objectives > 1:
         raise SpecError("search.sampler: cma_es takes one objective; use nsga2, tpe or gp")
-    return CmaEsSampler(seed=setting.seed)
+    if not setting.space.is_flat:
+        raise SpecError(
+            "search.sampler: cma_es searches numbers of one method, and this space holds choices; "
+            "use tpe"
+        )
+    return AsyncCmaSampler(
+        setting.space.distributions(), seed=setting.seed, start=setting.space.start()
+    )
 
 
 @SAMPLERS.register("nsga2")

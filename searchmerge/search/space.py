@@ -13,7 +13,7 @@ from optuna.distributions import (
 )
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.method import METHODS, Hyperparameter, validate_plan
+from searchmerge.merging.method import METHODS, Hyperparameter, default_plan, validate_plan
 from searchmerge.plan import WHOLE, Groups, MergePlan, Rows, Setting
 
 Per = Literal["all", "expert", "group", "expert_and_group"]
@@ -166,6 +166,13 @@ class SearchSpace:
             if _same(self.plan(params), plan):
                 return params
         return None
+
+    def start(self) -> dict[str, float]:
+        """Return the published settings of a flat space's method, as near as parameters come."""
+        [alternative] = self.alternatives.values()
+        plan = default_plan(alternative.method, self.experts)
+        params = _params_of(alternative, self.experts, "", plan) or {}
+        return {name: float(value) for name, value in params.items()}
 
     def describe(self) -> dict[str, object]:
         """Return the space as plain data, for fingerprints and reports."""

@@ -57,7 +57,7 @@ class Toy:
         self.model = ToyModel()
         self.merger = ToyMerger(self.model)
         worker = Worker(self.model, self.merger, dict.fromkeys(EXPERTS, self.evaluator))
-        setting = SamplerSetting(seed=0, is_flat=space.is_flat, n_trials=10)
+        setting = SamplerSetting(seed=0, space=space, n_trials=10)
         self.directory = StudyDirectory(
             run_dir,
             name="toy",
