@@ -55,7 +55,8 @@ Event = Scored | Finished | Failed | Lost
 class Executor(Protocol):
     """Runs jobs on workers, each a plan and the rounds to score it on.
 
-    A job ends with ``Finished``, ``Failed`` or ``Lost``, or when it is stopped.
+    A job ends with ``Finished``, ``Failed`` or ``Lost``, when it is stopped, or when
+    ``next_event`` raises what it ended with and is no fault of its candidate.
     """
 
     def tasks(self) -> Mapping[str, TaskInfo]:
@@ -122,14 +123,15 @@ class InProcessExecutor:
         """Score one round of the job."""
         if (job := self._job) is None:
             return None
+        self._job = None  # whatever is raised ends the job
         try:
-            return Scored(job, next(self._rounds))
+            result = next(self._rounds)
         except StopIteration:
-            event: Event = Finished(job)
+            return Finished(job)
         except EvaluationError as error:
-            event = Failed(job, str(error))
-        self._job = None
-        return event
+            return Failed(job, str(error))
+        self._job = job
+        return Scored(job, result)
 
     def close(self) -> None:
         """Forget the job, if there is one."""

@@ -1,0 +1,116 @@
+"""What every executor must do, in this process and on Ray."""
+
+import time
+
+import pytest
+
+from searchmerge.execution.executor import Failed, Finished, InProcessExecutor, Scored
+from tests.execution import workers
+from tests.execution.workers import BREAKS, FAILS, FINE, ROUNDS, plan
+from tests.toy import EXPERTS
+
+
+def in_process(request, make):
+    return InProcessExecutor(make())
+
+
+def on_ray(request, make):
+    request.getfixturevalue("ray_session")
+    from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+
+    return RayExecutor(make, RaySettings(workers=1, deadline_s=60.0))
+
+
+@pytest.fixture(scope="module", params=[in_process, pytest.param(on_ray, marks=pytest.mark.ray)])
+def executor(request):
+    executor = request.param(request, workers.make)
+    executor.tasks()
+    yield executor
+    executor.close()
+
+
+def until_it_ends(executor, job):
+    """Return all events until a job has ended."""
+    events = []
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        if (event := executor.next_event(1.0)) is not None:
+            events.append(event)
+            if event.job == job and not isinstance(event, Scored):
+                return events
+    raise TimeoutError(f"job {job} did not end: {events}")
+
+
+def test_it_knows_the_tasks(executor):
+    assert {name: info.n_examples for name, info in executor.tasks().items()} == dict.fromkeys(
+        EXPERTS, 40
+    )
+
+
+def test_a_job_gives_every_round_in_order_and_then_ends(executor):
+    executor.submit(7, plan(FINE), ROUNDS)
+    *scored, last = until_it_ends(executor, 7)
+    assert last == Finished(7)
+    expected = list(workers.make().score(plan(FINE), ROUNDS))
+    assert [event.result.scores for event in scored] == [result.scores for result in expected]
+    assert all(event.result.score_s > 0 for event in scored)
+    assert scored[0].result.merge_s > 0
+    assert {event.result.merge_s for event in scored[1:]} == {0.0}
+
+
+def test_a_worker_is_free_before_and_after_a_job_and_takes_one_at_a_time(executor):
+    assert executor.n_free == 1
+    executor.submit(1, plan(FINE), ROUNDS)
+    assert executor.n_free == 0
+    with pytest.raises(RuntimeError, match="job 2 was submitted while"):
+        executor.submit(2, plan(FINE), ROUNDS)
+    until_it_ends(executor, 1)
+    assert executor.n_free == 1
+
+
+def test_nothing_more_is_heard_of_a_job_that_was_stopped(executor):
+    executor.submit(1, plan(FINE), ROUNDS)
+    assert isinstance(executor.next_event(30.0), Scored)
+    executor.stop(1)
+    assert executor.n_free == 1
+    executor.submit(2, plan(0.7), ROUNDS)
+    events = until_it_ends(executor, 2)
+    assert {event.job for event in events} == {2}
+    expected = [result.scores for result in workers.make().score(plan(0.7), ROUNDS)]
+    assert [event.result.scores for event in events[:-1]] == expected
+
+
+def test_a_candidate_that_cannot_be_scored_fails_and_its_worker_goes_on(executor):
+    executor.submit(1, plan(FAILS), ROUNDS)
+    *scored, failed = until_it_ends(executor, 1)
+    assert len(scored) == 1
+    assert isinstance(failed, Failed)
+    assert "has NaN logits" in failed.reason
+    executor.submit(2, plan(FINE), ROUNDS)
+    assert until_it_ends(executor, 2)[-1] == Finished(2)
+
+
+def test_an_error_that_is_not_the_candidates_is_raised(executor):
+    executor.submit(1, plan(BREAKS), ROUNDS)
+    with pytest.raises(Exception, match="a mistake in the evaluator"):
+        until_it_ends(executor, 1)
+    assert executor.n_free == 1
+
+
+def test_a_job_of_no_rounds_ends_at_once(executor):
+    executor.submit(1, plan(FINE), ())
+    assert until_it_ends(executor, 1) == [Finished(1)]
+
+
+def test_without_a_job_there_is_no_event(executor):
+    start = time.monotonic()
+    assert executor.next_event(0.2) is None
+    assert time.monotonic() - start < 10
+
+
+def test_many_jobs_in_a_row_keep_to_their_numbers(executor):
+    for job in range(10):
+        executor.submit(job, plan(FINE, job / 10), ROUNDS)
+        events = until_it_ends(executor, job)
+        assert {event.job for event in events} == {job}
+        assert len(events) == len(ROUNDS) + 1

@@ -1,0 +1,184 @@
+"""Ray workers that die, hang, break or come and go."""
+
+import functools
+import os
+import signal
+import time
+
+import pytest
+
+from searchmerge.errors import SpecError, StudyError
+from searchmerge.execution.executor import Finished, Lost, Scored
+from searchmerge.search.dispatch import Dispatcher, Job, ListSource
+from searchmerge.search.scores import ScoreStore
+from tests.execution import workers
+from tests.execution.test_executors import until_it_ends
+from tests.execution.workers import DEVICE_FAULT, DIES, FINE, HANGS, ROUNDS, STOPS, plan
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def pool(ray_session):
+    """Start executors, and close them at the end."""
+    from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+
+    executors = []
+
+    def start(make=workers.make, **settings):
+        settings = {"workers": 2, "cpus": 0.5, "deadline_s": 60.0, **settings}
+        executors.append(RayExecutor(make, RaySettings(**settings)))
+        return executors[-1]
+
+    yield start
+    for executor in executors:
+        executor.close()
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = ScoreStore(tmp_path / "scores.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def notes(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    return folder
+
+
+def jobs(*kinds):
+    return ListSource(
+        [Job(f"job {i}", plan(kind, i / 100), ROUNDS) for i, kind in enumerate(kinds)]
+    )
+
+
+def expected(job):
+    return [
+        (scores.block.key, scores.values)
+        for result in workers.make().score(job.plan, ROUNDS)
+        for scores in result.scores
+    ]
+
+
+def wait_for(condition, seconds=60):
+    give_up = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < give_up, "it did not come to pass"
+        time.sleep(0.01)
+    return found
+
+
+def test_two_workers_score_what_one_in_process_does_and_each_block_once(pool, store):
+    source = jobs(*[FINE] * 12)
+    Dispatcher(pool(), store).run(source)
+    assert len(source.done) == 12
+    for job in source.done:
+        assert sorted(store.get(job.plan).items()) == sorted(expected(job))
+
+
+def test_a_worker_that_is_killed_in_a_block_is_replaced_and_its_job_goes_on(pool, store, notes):
+    executor = pool(functools.partial(workers.make, notes, 0.05), workers=1)
+    job = Job("job", plan(FINE), ROUNDS)
+    executor.tasks()
+    executor.submit(1, job.plan, ROUNDS)
+    first = executor.next_event(30.0)
+    assert isinstance(first, Scored)
+    [pid] = workers.busy(notes)
+    os.kill(pid, signal.SIGKILL)
+    *_, lost = until_it_ends(executor, 1)
+    assert isinstance(lost, Lost)
+    assert not lost.blameless
+    assert "worker process has died" in lost.reason
+    assert executor.n_free == 0
+    source = ListSource([job])
+    store.put(job.plan, first.result.scores)
+    Dispatcher(executor, store).run(source)
+    assert source.done == [job]
+    assert sorted(store.get(job.plan).items()) == sorted(expected(job))
+    assert set(workers.busy(notes)) != {pid}
+
+
+def test_a_plan_that_kills_two_workers_is_not_tried_again_and_the_others_go_on(pool, store):
+    source = jobs(FINE, DIES, FINE, FINE)
+    Dispatcher(pool(), store).run(source)
+    assert {job.name for job in source.done} == {"job 0", "job 2", "job 3"}
+    assert list(source.failures) == ["job 1"]
+    assert "worker process has died" in source.failures["job 1"]
+    assert source.failures["job 1"].endswith("(2 tries)")
+
+
+def test_a_device_fault_ends_its_worker_and_is_the_reason(pool, store):
+    source = jobs(DEVICE_FAULT, FINE)
+    Dispatcher(pool(workers=1), store).run(source)
+    assert [job.name for job in source.done] == ["job 1"]
+    assert "CUDA error: an illegal memory access" in source.failures["job 0"]
+    assert source.failures["job 0"].endswith("(2 tries)")
+
+
+@pytest.mark.parametrize("kind", [HANGS, STOPS], ids=["it sleeps", "it is stopped by a signal"])
+def test_a_worker_that_hangs_past_its_deadline_is_killed(pool, notes, kind):
+    executor = pool(functools.partial(workers.make, notes), workers=1, deadline_s=1.0)
+    executor.tasks()
+    executor.submit(1, plan(kind), ROUNDS)
+    wait_for(lambda: workers.busy(notes))
+    [pid] = workers.busy(notes)
+    *_, lost = until_it_ends(executor, 1)
+    assert lost.reason == "no round within its deadline (1 s)"
+    assert not lost.blameless
+    wait_for(lambda: pid not in workers.busy(notes))
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free)
+    executor.submit(2, plan(FINE), ROUNDS)
+    assert until_it_ends(executor, 2)[-1] == Finished(2)
+
+
+def test_a_worker_that_dies_idle_is_not_the_next_plans_fault(pool, notes):
+    executor = pool(functools.partial(workers.make, notes), workers=1)
+    executor.tasks()
+    executor.submit(1, plan(FINE), ROUNDS)
+    until_it_ends(executor, 1)
+    [pid] = workers.busy(notes)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not workers.busy(notes))
+    executor.submit(2, plan(FINE), ROUNDS)
+    *_, lost = until_it_ends(executor, 2)
+    assert isinstance(lost, Lost)
+    assert lost.blameless
+
+
+def test_a_worker_that_cannot_be_loaded_stops_the_study_with_its_own_traceback(pool):
+    executor = pool(functools.partial(workers.make_broken, KeyError("no such layer")))
+    with pytest.raises(StudyError, match=r"(?s)cannot be loaded.*in make_broken.*no such layer"):
+        executor.tasks()
+
+
+def test_a_wrong_input_that_only_a_worker_sees_is_told_in_its_own_words(pool):
+    executor = pool(functools.partial(workers.make_broken, SpecError("tasks.x: no such split")))
+    with pytest.raises(SpecError, match=r"^tasks\.x: no such split$"):
+        executor.tasks()
+
+
+def test_workers_that_die_as_they_load_are_replaced(pool, notes):
+    executor = pool(functools.partial(workers.make_dying, notes, 1), workers=1)
+    assert executor.tasks()
+    assert executor.n_free == 1
+
+
+def test_workers_that_always_die_as_they_load_stop_the_study(pool, notes):
+    executor = pool(functools.partial(workers.make_dying, notes, 99), workers=1)
+    with pytest.raises(StudyError, match=r"3 workers died as they loaded; the last: the worker"):
+        executor.tasks()
+
+
+def test_more_workers_than_there_is_room_for_are_refused_with_what_there_is(pool):
+    with pytest.raises(StudyError, match=r"9 workers of 1 CPUs each .* has 4 CPUs, room for 4"):
+        pool(workers=9, cpus=1.0)
+    with pytest.raises(StudyError, match=r"2 workers of 1 CPUs and 0.5 GPUs each .* room for 0"):
+        pool(workers=2, cpus=1.0, gpus=0.5)
+
+
+def test_without_a_number_there_are_as_many_workers_as_fit(pool):
+    executor = pool(workers=None, cpus=2.0)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)

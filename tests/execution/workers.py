@@ -1,0 +1,98 @@
+"""Toy workers that misbehave on purpose; a worker's own process must be able to import them."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from searchmerge.evaluators.blocks import make_blocks, make_rounds
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.worker import Worker
+from searchmerge.plan import MergePlan
+from tests.toy import EXPERTS, ToyEvaluator, ToyMerger, ToyModel
+
+ROUNDS = make_rounds(
+    {task: make_blocks(task, "select", range(20), TaskInfo(40), 4) for task in EXPERTS},
+    round_blocks=3,
+    seed=0,
+)
+
+FINE = 0.5
+FAILS = 0.01
+BREAKS = 0.02
+DEVICE_FAULT = 0.03
+DIES = 0.04
+HANGS = 0.05
+STOPS = 0.06
+
+
+def plan(first, second=0.2):
+    """Return a plan whose first coefficient says how it behaves."""
+    return MergePlan("task_arithmetic", EXPERTS, {"coefficient": ((first, second, 0.1),)})
+
+
+class Misbehaving(ToyEvaluator):
+    """Scores as the toy does, but does what the first coefficient stands for in round two."""
+
+    def __init__(self, folder=None, delay_s=0.0):
+        super().__init__()
+        self._folder = folder
+        self._delay_s = delay_s
+        self._last = None
+
+    def score(self, model, task, examples):
+        if model.coefficients != self._last:
+            self._last, self._calls = model.coefficients, 0
+        self._calls += 1
+        if self._folder is not None:
+            self._note("at", f"{os.getpid()} {model.coefficients[0]}")
+        if self._calls > len(EXPERTS):
+            self._misbehave(model.coefficients[0])
+        time.sleep(self._delay_s)
+        return super().score(model, task, examples)
+
+    def _note(self, name, text):
+        partial = self._folder / f"{name}-{os.getpid()}.part"
+        partial.write_text(text)
+        partial.replace(partial.with_suffix(""))
+
+    def _misbehave(self, kind):
+        if kind == FAILS:
+            self._fails = lambda coefficients: coefficients[0] == FAILS
+        elif kind == BREAKS:
+            raise KeyError("a mistake in the evaluator")
+        elif kind == DEVICE_FAULT:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        elif kind == DIES:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == HANGS:
+            time.sleep(3600)
+        elif kind == STOPS:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def make(folder=None, delay_s=0.0):
+    """Load a toy worker."""
+    model = ToyModel()
+    evaluator = Misbehaving(folder, delay_s)
+    return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
+
+
+def make_broken(error):
+    """Fail to load a worker."""
+    raise error
+
+
+def make_dying(folder: Path, n_deaths):
+    """Die as long as fewer than ``n_deaths`` workers have died in ``folder``."""
+    n_died = len(list(folder.iterdir()))
+    if n_died < n_deaths:
+        (folder / f"died-{n_died}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make()
+
+
+def busy(folder):
+    """Return the processes that score at present, and the first coefficient of each."""
+    notes = [file.read_text().split() for file in folder.glob("at-*") if not file.suffix]
+    return {int(pid): float(first) for pid, first in notes if Path(f"/proc/{pid}").exists()}
