@@ -108,6 +108,13 @@ def is_zero(numbers: Tensor) -> Tensor:
     return torch.eq(numbers, 0.0, out=torch.empty_like(numbers))
 
 
+def is_at_least(numbers: Tensor, least: Tensor | float) -> Tensor:
+    """Return 1 where a number is ``least`` or more and 0 elsewhere, float32, in a fresh tensor."""
+    if torch.compiler.is_compiling():
+        return torch.where(numbers >= least, 1.0, 0.0)
+    return torch.ge(numbers, least, out=torch.empty_like(numbers))
+
+
 def add_up_(numbers: Sequence[Tensor]) -> Tensor:
     """Return the sum of ``(m,)`` tensors, in their order, in place of the first."""
     total = numbers[0]

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from searchmerge.merging.engine import CHUNK, Engine, Operands
-from searchmerge.merging.kernels import GRID, ChunkFunction
+from searchmerge.merging.kernels import GRID, Chunk, ChunkFunction
 from searchmerge.merging.statistics import Block, OrderStatistics
 from searchmerge.merging.task_vectors import TaskVectors
 
@@ -23,6 +24,12 @@ Scalars = Callable[[str], Tensor]
 
 Numbers = Callable[[str, Operands], tuple[Tensor, ...]]
 """A parameter's name and a part of it, without scalars, to tensors ``(m,)`` float32."""
+
+WholeNumbers = Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""A parameter's name and its task vectors in its shape, float32, to tensors of as many entries."""
+
+FINE_GRID = 1000
+"""Ranks within a parameter are kept for fractions stepped by one in so many."""
 
 
 @dataclass
@@ -58,6 +65,8 @@ class Measure:
     cache: Path | None = None
     everyone: "Measure | None" = None
     _magnitudes: list[OrderStatistics] = field(default_factory=list, init=False)
+    _products: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+    _sorted: dict[tuple[str, int], dict[int, float]] = field(default_factory=dict, init=False)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -169,10 +178,69 @@ class Measure:
                 own[part.start : part.start + len(found)] = found
         return kept
 
+    def keep_whole(self, numbers: WholeNumbers, n_rows: int) -> Mapping[str, tuple[Tensor, ...]]:
+        """Compute numbers per entry from whole parameters, and keep them if memory allows.
+
+        Args:
+            numbers: Makes them, ``n_rows`` a time, from the parameter's name and task vectors.
+            n_rows: How many.
+
+        Returns:
+            Parameter name to ``(numel,)`` float32 each; where there is no room to keep them
+            they are computed each time they are looked up.
+        """
+        computed = _Computed(self, numbers)
+        if not self.budget.take(4 * n_rows * self.n_parameters):
+            _logger.warning("there is no memory to keep what is measured: each merge does it anew")
+            return computed
+        return dict(computed)
+
     def release(self, kept: Mapping[str, tuple[Tensor, ...]]) -> None:
-        """Give back the budget of what :meth:`keep` returned; the caller forgets the tensors."""
-        for own in kept.values():
-            self.budget.left_bytes += sum(4 * tensor.numel() for tensor in own)
+        """Give back the budget of what was kept; the caller forgets the tensors."""
+        if isinstance(kept, dict):
+            for own in kept.values():
+                self.budget.left_bytes += sum(4 * tensor.numel() for tensor in own)
+
+    def compute(self, function: ChunkFunction, name: str) -> tuple[Tensor, ...]:
+        """Return what ``function`` returns of one whole parameter, without scalars."""
+        return self.engine.compute(function, operands(self.vectors, name))
+
+    def inner_products(self) -> dict[str, np.ndarray]:
+        """Return, per parameter, all inner products of two task vectors, ``(n, n)`` float64."""
+        if not self._products:
+            n_experts = len(self.experts)
+            rows, columns = np.triu_indices(n_experts)
+            for name, sums in self.sums(_products).items():
+                own = np.zeros((n_experts, n_experts))
+                own[rows, columns] = own[columns, rows] = sums.cpu().numpy()
+                self._products[name] = own
+        return self._products
+
+    def tensor_magnitudes(self, name: str, ranks: Sequence[int]) -> list[float]:
+        """Return, per expert, the ``rank``-th smallest magnitude within one parameter.
+
+        Args:
+            name: Of the parameter; it has one entry or more.
+            ranks: One per expert, counted from 0.
+        """
+        everyone = self.everyone or self
+        rows = [everyone.experts.index(expert) for expert in self.experts]
+        return [
+            everyone._tensor_magnitude(name, row, rank)
+            for row, rank in zip(rows, ranks, strict=True)
+        ]
+
+    def _tensor_magnitude(self, name: str, row: int, rank: int) -> float:
+        known = self._sorted.setdefault((name, row), {})
+        if rank not in known:
+            base = self.vectors.base[name].detach()
+            own = self.vectors.weights[name][row].detach().to(base.device)
+            ordered = _sort(_magnitude(own.reshape(-1), base.reshape(-1))(slice(None)))
+            n = len(ordered)
+            low = {int(n * (step / FINE_GRID)) for step in range(FINE_GRID)}
+            wanted = sorted({*low, *(n - 1 - rank for rank in low), rank})
+            known.update(zip(wanted, ordered[wanted].tolist(), strict=True))
+        return known[rank]
 
     def sums(
         self, function: ChunkFunction, *, scalars: Scalars | None = None
@@ -193,10 +261,10 @@ class Measure:
         return found
 
     def parts(self, experts: Sequence[int] | None = None) -> Iterator[tuple[str, Operands]]:
-        """Yield every parameter's name with a part of it, until all was seen."""
+        """Yield every parameter's name with a part of it, one at least, until all was seen."""
         for name in self.names:
             whole = operands(self.vectors, name, experts)
-            for start in range(0, len(whole.base), _MEASURED_AT_ONCE):
+            for start in range(0, max(1, len(whole.base)), _MEASURED_AT_ONCE):
                 yield name, whole.part(start, start + _MEASURED_AT_ONCE)
 
     def _file(self, label: str) -> Path | None:
@@ -217,6 +285,35 @@ def operands(vectors: TaskVectors, name: str, experts: Sequence[int] | None = No
     chosen = own if experts is None else tuple(own[i] for i in experts)
     flat = tuple(tensor.detach().to(base.device).reshape(-1) for tensor in chosen)
     return Operands(base.reshape(-1), flat, torch.empty(0, len(chosen)))
+
+
+class _Computed(Mapping[str, tuple[Tensor, ...]]):
+    """Numbers per entry of each parameter, made from its task vectors when they are looked up."""
+
+    def __init__(self, measure: Measure, numbers: WholeNumbers) -> None:
+        self._measure, self._numbers = measure, numbers
+
+    def __getitem__(self, name: str) -> tuple[Tensor, ...]:
+        found = self._numbers(name, self._measure.deltas(name))
+        return tuple(own.reshape(-1).contiguous() for own in found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._measure.names)
+
+    def __len__(self) -> int:
+        return len(self._measure.names)
+
+
+def _products(chunk: Chunk) -> tuple[Tensor, ...]:
+    """Return the product of every two task vectors, in the order of ``np.triu_indices``."""
+    own = chunk.deltas
+    return tuple(own[i] * own[j] for i in range(len(own)) for j in range(i, len(own)))
+
+
+def _sort(numbers: Tensor) -> Tensor:
+    if numbers.device.type != "cpu":
+        return numbers.sort().values
+    return torch.from_numpy(np.sort(numbers.numpy()))  # several times faster than torch's
 
 
 def _block(numbers: tuple[Tensor, ...]) -> Block:

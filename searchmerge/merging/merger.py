@@ -1,7 +1,7 @@
 """The merger: turns a plan into weights, in a resident model or one tensor at a time."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from searchmerge.merging.method import (
     METHODS,
     MergeMethod,
     Pass,
-    Whole,
     setting,
     validate_plan,
 )
@@ -87,7 +86,7 @@ class Merger:
         if self._targets is None:
             raise SpecError("merger: there are no targets to apply a plan to; use merged")
         vectors, first_pass, scales = self._bind(plan)
-        work: Pass | Whole | None = first_pass
+        work: Pass | None = first_pass
         while work is not None:
             total = torch.zeros(2, dtype=torch.float64)
             for name, own in self._inputs(vectors, work):
@@ -126,7 +125,7 @@ class Merger:
                 cast = dtype is not None and tensor.is_floating_point()
                 yield name, tensor.detach().to(dtype) if cast else tensor.detach()
 
-    def _bind(self, plan: MergePlan) -> tuple[TaskVectors, Pass | Whole, dict[str, float]]:
+    def _bind(self, plan: MergePlan) -> tuple[TaskVectors, Pass, dict[str, float]]:
         validate_plan(plan)
         plan = _in_order(plan, self._vectors.experts)
         vectors = self._vectors.of(plan.experts)
@@ -146,7 +145,7 @@ class Merger:
         return Measure(vectors, self._engine, self._budget, self._cache, everyone)
 
     def _inputs(
-        self, vectors: TaskVectors, work: Pass | Whole
+        self, vectors: TaskVectors, work: Pass
     ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
         """Yield each parameter's name, base and experts, 1-D, where it is merged."""
 
@@ -157,11 +156,9 @@ class Merger:
 
         return streamed(tuple(vectors.weights), read, self._devices)
 
-    def _settled(
-        self, vectors: TaskVectors, work: Pass | Whole, scales: Mapping[str, float]
-    ) -> Pass | Whole:
+    def _settled(self, vectors: TaskVectors, work: Pass, scales: Mapping[str, float]) -> Pass:
         """Return the pass that will stand, having gone through all parameters to find out."""
-        while isinstance(work, Pass) and work.revise is not None:
+        while work.revise is not None:
             total = torch.zeros(2, dtype=torch.float64)
             for name, own in self._inputs(vectors, work):
                 scratch = torch.empty_like(own[0])
@@ -173,37 +170,19 @@ class Merger:
         self,
         name: str,
         own: tuple[Tensor, ...],
-        work: Pass | Whole,
+        work: Pass,
         scale: float,
         out: Tensor,
     ) -> Tensor | None:
         """Merge one parameter into ``out``, of any layout; return the tally."""
         flat = out.view(-1) if out.is_contiguous() else torch.empty_like(out).reshape(-1)
-        tally = None
-        if isinstance(work, Whole):
-            _write_whole(work.function, name, own, scale, flat.view(out.shape))
-        else:
-            keys = work.keys(name) if work.keys else None
-            kept = work.kept.get(name, ())
-            parameter = Operands(own[0], own[1:], work.scalars(name), kept, keys)
-            tally = self._engine.merge(work.function, parameter, scale, flat)
+        keys = work.keys(name) if work.keys else None
+        kept = tuple(t.to(own[0].device) for t in work.kept[name]) if work.kept else ()
+        parameter = Operands(own[0], own[1:], work.scalars(name), kept, keys)
+        tally = self._engine.merge(work.function, parameter, scale, flat)
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
         return tally
-
-
-def _write_whole(
-    function: Callable[[str, tuple[Tensor, ...]], Tensor],
-    name: str,
-    own: tuple[Tensor, ...],
-    scale: float,
-    out: Tensor,
-) -> None:
-    base = own[0].view(out.shape)
-    deltas = tuple(expert.float().view(out.shape) - base.float() for expert in own[1:])
-    merged = function(name, deltas).mul_(scale)
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    out.copy_(merged.to(wide).add_(base))
 
 
 def _find_targets(
@@ -267,10 +246,8 @@ def _added(total: Tensor, tally: Tensor | None) -> Tensor:
     return total.to(tally.device) + tally
 
 
-def _revised(work: Pass | Whole, total: Tensor) -> Pass | None:
-    if isinstance(work, Whole) or work.revise is None:
-        return None
-    return work.revise(total.cpu())
+def _revised(work: Pass, total: Tensor) -> Pass | None:
+    return None if work.revise is None else work.revise(total.cpu())
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ class Pass:
         function: The arithmetic.
         scalars: Parameter name to ``(n_scalars, n_experts)`` float32 on the CPU.
         experts: Indices of the experts that are read; ``None`` for all.
-        kept: Parameter name to tensors that :meth:`Measure.keep` returned.
+        kept: Parameter name to tensors that :class:`Measure` keeps, or computes when asked.
         keys: Parameter name to int64 ``(n_experts,)``; ``None`` where nothing is random.
         revise: Given the sum of all tallies (float64), returns the pass that has to be done
             instead, or ``None`` where this one stands.
@@ -107,20 +107,6 @@ class Pass:
     kept: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     keys: Callable[[str], Tensor] | None = None
     revise: "Callable[[Tensor], Pass | None] | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """One pass over all parameters, each as a whole: for methods that are not entry by entry.
-
-    Attributes:
-        function: Parameter name and every expert's task vector, float32 in the parameter's
-            shape, to the merged one. It may overwrite them.
-        experts: Indices of the experts that are read; ``None`` for all.
-    """
-
-    function: Callable[[str, tuple[Tensor, ...]], Tensor]
-    experts: tuple[int, ...] | None = None
 
 
 Scope = Literal["entry", "draw", "tensor"]
@@ -152,7 +138,7 @@ class MergeMethod(Protocol):
 
     def __init__(self, measure: "Measure") -> None: ...
 
-    def bind(self, plan: MergePlan) -> Pass | Whole:
+    def bind(self, plan: MergePlan) -> Pass:
         """Return the pass that merges under ``plan``, whose experts are those measured."""
         ...
 

@@ -107,3 +107,119 @@ def dare(deltas, coefficients, densities, drawn, *, election="none", rescale=Tru
         kept[i] = np.where(stays, deltas[i] * factor, 0.0)
     merge = elected if election == "ties" else task_arithmetic
     return merge(kept, coefficients)
+
+
+def magmax(deltas, coefficients):
+    merged = np.zeros(deltas.shape[1])
+    for p, column in enumerate(deltas.T):
+        chosen = [i for i, x in enumerate(column) if abs(x) == max(abs(column))]
+        merged[p] = np.mean([coefficients[i] * column[i] for i in chosen])
+    return merged
+
+
+def consensus(deltas, coefficients, thresholds, agreement):
+    total = deltas.sum(0)
+    useful = [
+        abs(own) >= threshold * abs(total - own)
+        for own, threshold in zip(deltas, thresholds, strict=True)
+    ]
+    keeps = np.sum(useful, 0) >= min(agreement, len(deltas))
+    return np.where(keeps, task_arithmetic(deltas, coefficients), 0.0)
+
+
+def breadcrumbs(deltas, coefficients, densities, outliers):
+    """Of one tensor."""
+    kept, n = np.zeros_like(deltas), deltas.shape[1]
+    for i, own in enumerate(deltas):
+        ordered = np.sort(abs(own))
+        n_small = min(n - 1, int(n * max(0, round(1 - densities[i] - outliers[i], 9))))
+        high = max(n - int(n * outliers[i]), n_small + 1)
+        low, high = ordered[n_small], ordered[high - 1]
+        stays = (abs(own) >= low) & (abs(own) <= high)
+        kept[i, stays] = own[stays]
+    return task_arithmetic(kept, coefficients)
+
+
+def della(deltas, coefficients, densities, windows, drawn, *, election):
+    """Of one tensor; ``deltas`` is ``(n_experts, rows, columns)``."""
+    kept = np.zeros_like(deltas)
+    for i, matrix in enumerate(deltas):
+        width = min(windows[i], 2 * densities[i], 2 * (1 - densities[i]))
+        for r, row in enumerate(matrix):
+            order = sorted(range(len(row)), key=lambda p: (abs(row[p]), p))
+            for rank, p in enumerate(order):
+                place = rank / (len(row) - 1) if len(row) > 1 else 0.5
+                chance = densities[i] + (place - 0.5) * width
+                if drawn[i][r * len(row) + p] < chance * 2**24:
+                    kept[i, r, p] = row[p] / chance
+    flat = kept.reshape(len(kept), -1)
+    merge = elected if election == "ties" else task_arithmetic
+    return merge(flat, coefficients)
+
+
+def sce(deltas, coefficients, density):
+    """Of one tensor."""
+    n = deltas.shape[1]
+    variance = deltas.var(0)
+    variance[(deltas == deltas[0]).all(0)] = 0
+    n_selected = n if density == 1 or not variance.any() else 0
+    n_selected = n_selected or max(1, int(np.count_nonzero(variance) * density))
+    least = np.sort(variance)[n - n_selected] * (1 - 1e-9)
+    chosen = np.where(variance >= least, deltas, 0.0)
+    energies = (chosen**2).sum(1)
+    if not energies.sum():
+        return np.zeros(n)
+    weights = energies / energies.sum()
+    signs = np.where(chosen.sum(0) >= 0, 1, -1)
+    agrees = (chosen * signs > 0) * weights[:, None]
+    divisor = agrees.sum(0)
+    total = (agrees * chosen * np.asarray(coefficients)[:, None]).sum(0)
+    return np.divide(total, divisor, out=np.zeros(n), where=divisor > 0)
+
+
+def model_stock(deltas, coefficients):
+    """Of one tensor."""
+    moved = [own for own in deltas if own.any()]
+    n = len(moved)
+    cosines = [
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        for i, a in enumerate(moved)
+        for b in moved[:i]
+    ]
+    cosine = np.mean(cosines) if cosines else 1.0
+    if not n or cosine <= 0:
+        return np.zeros(deltas.shape[1])
+    t = min(1.0, n * cosine / (1 + (n - 1) * cosine))
+    return t / n * task_arithmetic(deltas, coefficients)
+
+
+def slerp(one, other, weight):
+    """Of one tensor, and two experts."""
+    cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    return (np.sin((1 - weight) * angle) * one + np.sin(weight * angle) * other) / np.sin(angle)
+
+
+def polar(matrix):
+    """The factor with orthonormal columns, or rows, of the polar decomposition."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return polar(matrix.T).T
+    values, vectors = np.linalg.eigh(matrix.T @ matrix)
+    return matrix @ (vectors / np.sqrt(values)) @ vectors.T
+
+
+def tsv(deltas, coefficients):
+    """Of one matrix; ``deltas`` is ``(n_experts, rows, columns)``."""
+    n = len(deltas)
+    k = max(1, min(deltas.shape[1:]) // n)
+    parts = [np.linalg.svd(own) for own in deltas]
+    left = polar(np.hstack([u[:, :k] for u, _, _ in parts]))
+    right = polar(np.hstack([v[:k].T for _, _, v in parts]))
+    sizes = np.concatenate([c * s[:k] for c, (_, s, _) in zip(coefficients, parts, strict=True)])
+    return left @ np.diag(sizes) @ right.T
+
+
+def iso_c(deltas, coefficients):
+    """Of one matrix of full rank."""
+    total = np.tensordot(coefficients, deltas, 1)
+    return polar(total) * np.linalg.svd(total, compute_uv=False).mean()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from searchmerge.merging.kernels import Chunk, weighted_sum
+from searchmerge.merging.kernels import Chunk, add_scaled, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -53,3 +53,11 @@ class Linear:
 def weighted(chunk: Chunk) -> tuple[Tensor]:
     """Return the sum of the task vectors, each times its scalar, ``(m,)`` float32."""
     return (weighted_sum(chunk.deltas, chunk.scalars[0]),)
+
+
+def weighted_kept(chunk: Chunk) -> tuple[Tensor]:
+    """Return the sum of what was kept, each times its scalar, ``(m,)`` float32."""
+    merged = chunk.kept[0] * chunk.scalars[0, 0]
+    for i, own in enumerate(chunk.kept[1:], start=1):
+        merged = add_scaled(merged, own, chunk.scalars[0, i])
+    return (merged,)

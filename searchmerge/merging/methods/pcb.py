@@ -23,6 +23,7 @@ from searchmerge.merging.method import (
     by_group,
     setting,
 )
+from searchmerge.merging.methods.linear import weighted_kept
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Pcb:
         shares = self._repeated((variant, bounds, plan.groups), plan, known)
         if shares is not None:
             alone = [[row] for row in coefficients]
-            return Pass(weighted_shares, by_group(plan, names, alone), (), shares)
+            return Pass(weighted_kept, by_group(plan, names, alone), (), shares)
         rows: list[list[Sequence[float]]] = [
             [*known.ends, *own, row] for own, row in zip(bounds, coefficients, strict=True)
         ]
@@ -314,14 +315,6 @@ def merge_known(chunk: Chunk) -> tuple[Tensor]:
     for i, part in enumerate(parts[1:], start=1):
         merged = add_scaled(merged, part, chunk.scalars[5, i])
     return (merged.div_(total),)
-
-
-def weighted_shares(chunk: Chunk) -> tuple[Tensor]:
-    """Return the sum of the kept shares, each times its coefficient, ``(m,)`` float32."""
-    merged = chunk.kept[0] * chunk.scalars[0, 0]
-    for i, own in enumerate(chunk.kept[1:], start=1):
-        merged = add_scaled(merged, own, chunk.scalars[0, i])
-    return (merged,)
 
 
 def merge_computed(chunk: Chunk, *, variant: str) -> tuple[Tensor]:

@@ -1,0 +1,89 @@
+"""TSV-Merge: keep each matrix's leading singular directions, and take apart those that overlap."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from searchmerge.merging.method import (
+    COEFFICIENT,
+    DEPTH_SLOPE,
+    METHODS,
+    Hyperparameter,
+    Pass,
+    Scope,
+    Setting,
+    by_group,
+)
+from searchmerge.merging.methods.linear import weighted_kept
+from searchmerge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from searchmerge.merging.measure import Measure
+
+
+@METHODS.register("tsv")
+class Tsv:
+    r"""Merge matrices from 1/n of each one's singular vectors, made orthogonal to one another.
+
+    Gargiulo et al., 2024, arXiv:2412.00081, Algorithm 1 (TSV-M). Of each expert's matrix
+    :math:`\tau_t = U_t \Sigma_t V_t^\top` the leading 1/n of the singular values stay. With U and
+    V all that is left, side by side, and :math:`U_\perp, V_\perp` the nearest matrices with
+    orthonormal columns (``P Q^T`` of the singular value decomposition ``U = P D Q^T``),
+
+    .. math:: \tau_m = \sum_t \lambda_t \, U_{\perp,t} \Sigma_t V_{\perp,t}^\top
+
+    The paper has one coefficient, for which 1 is close to best. Tensors that are no matrix are
+    averaged, each expert's entries times its coefficient. Left open: of a matrix of lower rank
+    than there are experts one direction is kept; directions of singular value 0 are left out. All
+    is decomposed once, whatever the coefficients, and kept while memory allows.
+    """
+
+    hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
+        replace(COEFFICIENT, search=(0.0, 2.0)),
+    )
+    settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
+    scope: ClassVar[Scope] = "tensor"
+
+    def __init__(self, measure: "Measure") -> None:
+        """Prepare to decompose matrices, at the first plan."""
+        self._measure = measure
+        self._parts: Mapping[str, tuple[Tensor, ...]] | None = None
+
+    def bind(self, plan: MergePlan) -> Pass:
+        """Fix the coefficients."""
+        if self._parts is None:
+            self._parts = self._measure.keep_whole(_separate, len(plan.experts))
+        rows = [[row] for row in plan.values["coefficient"]]
+        return Pass(weighted_kept, by_group(plan, self._measure.names, rows), (), self._parts)
+
+
+def _separate(name: str, deltas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return each expert's part of the merged task vector, in its shape, float32."""
+    n_experts = len(deltas)
+    if deltas[0].ndim != 2 or not deltas[0].numel():
+        return tuple(own / n_experts for own in deltas)
+    left, sizes, right = zip(*(leading(own, n_experts) for own in deltas), strict=True)
+    counts = [len(own) for own in sizes]
+    lefts = torch.split(orthogonal(torch.cat(left, 1)), counts, 1)
+    rights = torch.split(orthogonal(torch.cat(right, 1)), counts, 1)
+    return tuple(
+        (one * size) @ other.T for one, size, other in zip(lefts, sizes, rights, strict=True)
+    )
+
+
+def leading(matrix: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading 1/n of left singular vectors, values and right singular vectors."""
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    least = float(sizes[0]) * max(matrix.shape) * torch.finfo(sizes.dtype).eps
+    n_kept = min(max(1, len(sizes) // n_experts), int((sizes > least).sum()))
+    return left[:, :n_kept], sizes[:n_kept], right[:n_kept].T
+
+
+def orthogonal(columns: Tensor) -> Tensor:
+    """Return the nearest matrix whose columns, or else rows, are orthonormal."""
+    left, _, right = torch.linalg.svd(columns, full_matrices=False)
+    nearest: Tensor = left @ right
+    return nearest
