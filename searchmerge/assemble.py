@@ -331,6 +331,7 @@ def open_directory(
         spec=canonical_study(spec, study_file, models, config),
         sampler=make_sampler(spec.search.sampler, setting),
         n_objectives=len(objective.names),
+        storage=config.storage,
     )
 
 

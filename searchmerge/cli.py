@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from searchmerge.errors import SearchMergeError, SpecError
+from searchmerge.errors import SearchMergeError, SpecError, StudyError
 
 app = typer.Typer(
     help="Find the best merge of several fine-tuned experts of one base model.",
@@ -23,7 +24,7 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
-_INTERRUPTED = 130
+_SIGNALLED = 128  # plus the signal's number, as a shell says it
 
 Study = Annotated[Path, typer.Argument(help="A study file, or the folder of a study.yaml.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A run config: what machine.")]
@@ -63,6 +64,7 @@ def run(
     """Run a study, or go on with it where it was stopped."""
     from searchmerge.assemble import study_name
     from searchmerge.config import read_config
+    from searchmerge.interrupts import Stopped, stopped_by_signals
     from searchmerge.progress import ProgressView
     from searchmerge.run import run_study
     from searchmerge.spec import read_study
@@ -70,14 +72,13 @@ def run(
     settings = read_config(config)
     spec, file = read_study(study, _read_overrides(set_))
     run_dir = (runs_dir or Path(settings.runs_dir)) / study_name(spec, file)
-    with ProgressView(_err) as view:
+    with stopped_by_signals():
         try:
-            results = run_study(spec, file, settings, run_dir, view)
-        except KeyboardInterrupt:
-            _err.print(f"Interrupted. All scores are kept in {run_dir}; so far:", soft_wrap=True)
-            _print_status(run_dir)
-            _err.print("The same command goes on from here.")
-            raise typer.Exit(_INTERRUPTED) from None
+            with ProgressView(_err) as view:
+                results = run_study(spec, file, settings, run_dir, view)
+        except Stopped as stopped:
+            _print_stopped(run_dir, settings.storage)
+            raise typer.Exit(_SIGNALLED + stopped.number) from None
     _print_table(*results.table(), bold=results.winner)
     _out.print(results.verdict, highlight=False, soft_wrap=True)
     _out.print(f"Report, plans and model are in {run_dir}.", highlight=False, soft_wrap=True)
@@ -98,16 +99,19 @@ def check(study: Study, config: ConfigFile = None, set_: Overrides = None) -> No
 @app.command()
 def status(
     run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    config: ConfigFile = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how far a study is; it may be running, stopped or done."""
+    from searchmerge.config import read_config
     from searchmerge.search.status import read_status
 
+    storage = read_config(config).storage
     if as_json:
-        _out.print_json(json.dumps(read_status(run_dir)))
+        _out.print_json(json.dumps(read_status(run_dir, storage)))
         return
-    _print_status(run_dir)
+    _print_status(run_dir, storage)
 
 
 @app.command()
@@ -166,7 +170,7 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         _err.print("Interrupted.")
-        sys.exit(_INTERRUPTED)
+        sys.exit(_SIGNALLED + signal.SIGINT)
 
 
 def _read_overrides(texts: list[str] | None) -> dict[str, str]:
@@ -187,8 +191,15 @@ def _print_table(header: list[str], cells: list[list[str]], bold: str = "") -> N
     Console(width=None if _out.is_terminal else 160).print(table)
 
 
-def _print_status(run_dir: Path) -> None:
+def _print_stopped(run_dir: Path, storage: str | None) -> None:
+    _err.print(f"Stopped. All scores are kept in {run_dir}.", soft_wrap=True)
+    with contextlib.suppress(StudyError):  # it may have been stopped before it was begun
+        _print_status(run_dir, storage)
+    _err.print("The same command goes on from here.")
+
+
+def _print_status(run_dir: Path, storage: str | None) -> None:
     from searchmerge.search.status import describe_status
 
-    for line in describe_status(run_dir):
+    for line in describe_status(run_dir, storage):
         _out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Running a study from its file to its results."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Objective
 from searchmerge.search.references import expert_name, reference_plans
 from searchmerge.search.runner import PLAN, RESULT, Observer, Schedule, StudyRunner
+from searchmerge.search.storage import storage_errors
 from searchmerge.search.study import StudyDirectory, locked
 from searchmerge.spec import StudySpec, make_space
 
@@ -36,28 +38,30 @@ def run_study(
     Raises:
         SearchMergeError: If it cannot be run; all that was scored is kept.
     """
-    with locked(run_dir):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(run_dir))
+        stack.enter_context(storage_errors(run_dir))
         models = assemble.open_models(spec, study_file)
-        directory = assemble.open_directory(spec, study_file, models, config, run_dir)
-        executor = assemble.make_executor(spec, study_file, models, config)
-        try:
-            schedule = assemble.make_schedule(spec, executor.tasks())
-            references = reference_plans(tuple(spec.experts))
-            runner = StudyRunner(
-                directory,
-                make_space(spec),
-                schedule,
-                Dispatcher(executor, directory.scores),
-                references,
-                observer,
-            )
-            results = _search(spec, study_file, runner, directory, schedule, references, models)
-            results.save(run_dir)
-            _save_winner(spec, models, results, run_dir, observer)
-            return results
-        finally:
-            executor.close()
-            directory.close()
+        directory = stack.enter_context(
+            contextlib.closing(assemble.open_directory(spec, study_file, models, config, run_dir))
+        )
+        executor = stack.enter_context(
+            contextlib.closing(assemble.make_executor(spec, study_file, models, config))
+        )
+        schedule = assemble.make_schedule(spec, executor.tasks())
+        references = reference_plans(tuple(spec.experts))
+        runner = StudyRunner(
+            directory,
+            make_space(spec),
+            schedule,
+            Dispatcher(executor, directory.scores),
+            references,
+            observer,
+        )
+        results = _search(spec, study_file, runner, directory, schedule, references, models)
+        results.save(run_dir)
+        _save_winner(spec, models, results, run_dir, observer)
+        return results
 
 
 def _search(  # noqa: PLR0913  (one call per phase, and they share all of these)

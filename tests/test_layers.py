@@ -17,7 +17,7 @@ LAYERS = [
     {"spec", "config"},
     {"report"},
     {"assemble"},
-    {"run", "check", "progress"},
+    {"run", "check", "progress", "interrupts"},
     {"cli"},
 ]
 ONLY_HERE = {

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ CREATE TABLE IF NOT EXISTS scores (
     vals TEXT NOT NULL, PRIMARY KEY (digest, task, part, block)
 );
 """
+
+_MAX_KNOWN = 256  # plans kept in memory; more than there are workers
 
 BlockValues = dict[tuple[str, Part, int], tuple[float, ...]]
 """Block key to what its examples scored."""
@@ -36,9 +39,10 @@ class ScoreStore:
         self._path = path
         self._connection = sqlite3.connect(path, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=NORMAL")
+        # as durable as the study: no trial may outlive its scores when the power goes
+        self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.executescript(_SCHEMA)
-        self._known: dict[str, BlockValues] = {}
+        self._known: OrderedDict[str, BlockValues] = OrderedDict()
 
     def put(self, plan: MergePlan, scores: Iterable[BlockScores]) -> None:
         """Keep a round's scores, all of them or none.
@@ -89,9 +93,13 @@ class ScoreStore:
         self._connection.close()
 
     def _of(self, digest: str) -> BlockValues:
-        if digest not in self._known:
-            rows = self._connection.execute(
-                "SELECT task, part, block, vals FROM scores WHERE digest = ?", (digest,)
-            )
-            self._known[digest] = {(t, p, b): tuple(json.loads(v)) for t, p, b, v in rows}
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            return self._known[digest]
+        rows = self._connection.execute(
+            "SELECT task, part, block, vals FROM scores WHERE digest = ?", (digest,)
+        )
+        self._known[digest] = {(t, p, b): tuple(json.loads(v)) for t, p, b, v in rows}
+        if len(self._known) > _MAX_KNOWN:
+            self._known.popitem(last=False)
         return self._known[digest]

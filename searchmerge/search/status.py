@@ -6,30 +6,30 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from searchmerge.errors import StudyError
 from searchmerge.search.runner import RESULT
-from searchmerge.search.study import ELAPSED, STUDY_FILE, quiet_optuna, storage_url
+from searchmerge.search.storage import find_study, storage_errors
+from searchmerge.search.study import ELAPSED, quiet_optuna
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
+def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """Return counts of trials by state, seconds so far, and the best trials.
+
+    Args:
+        run_dir: The study's run directory.
+        storage: As in the config; needed only where it is a URL with a password.
 
     Raises:
         StudyError: If there is no study in ``run_dir``.
     """
-    if not (run_dir / STUDY_FILE).exists():
-        raise StudyError(f"{run_dir}: no study here; a run directory holds {STUDY_FILE}")
     quiet_optuna()
-    storage = storage_url(run_dir)
-    names = optuna.get_all_study_names(storage)
-    if not names:
-        raise StudyError(f"{run_dir}: the study was not begun yet")
-    study = optuna.load_study(study_name=names[0], storage=storage)
+    name, opened = find_study(run_dir, storage)
+    with storage_errors(run_dir):
+        study = optuna.load_study(study_name=name, storage=opened)
     trials = study.get_trials(deepcopy=False)
     full = [trial for trial in trials if _is_full(trial)]
     ranked = sorted(full, key=lambda trial: -sum(trial.values or ()))
     return {
-        "study": names[0],
+        "study": name,
         "trials": {
             state.name.lower(): sum(trial.state == state for trial in trials)
             for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
@@ -43,13 +43,13 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def describe_status(run_dir: Path) -> list[str]:
+def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
     """Return the same as lines for a person.
 
     Raises:
         StudyError: If there is no study in ``run_dir``.
     """
-    status = read_status(run_dir)
+    status = read_status(run_dir, storage)
     trials = status["trials"]
     lines = [
         f"{status['study']}: {trials['complete']} trials complete "

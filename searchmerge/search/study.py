@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import StudyError
 from searchmerge.search.scores import ScoreStore
+from searchmerge.search.storage import open_storage, prepare_storage, storage_errors
 
-STUDY_FILE = "study.db"
 SCORES_FILE = "scores.db"
 _LOCK_FILE = ".lock"
 _SPEC = "spec"  # user attribute: the canonical study, as it was begun
 ELAPSED = "elapsed_s"
-
-
-def storage_url(run_dir: Path) -> str:
-    """Return the URL of the SQLite storage in ``run_dir``."""
-    return f"sqlite:///{(run_dir / STUDY_FILE).resolve()}"
 
 
 @contextlib.contextmanager
@@ -57,7 +51,8 @@ class StudyDirectory:
             another one is not gone on with.
         sampler: What proposes parameters.
         directions: One per objective, each ``maximize``.
-        storage: Optuna storage URL; ``None`` for SQLite in ``run_dir``.
+        storage: ``None`` for SQLite in ``run_dir``; ``journal:path`` for a journal file, from
+            ``run_dir`` on; else a URL of Optuna's.
 
     Raises:
         StudyError: If the study was begun with another ``spec``, or a file cannot be written.
@@ -75,11 +70,10 @@ class StudyDirectory:
     ) -> None:
         self.run_dir = run_dir
         quiet_optuna()
-        try:
-            if storage is None:
-                _switch_to_wal(run_dir / STUDY_FILE)
+        with storage_errors(run_dir):
+            prepare_storage(run_dir, storage, name)
             self.study = optuna.create_study(
-                storage=storage or storage_url(run_dir),
+                storage=open_storage(run_dir, storage),
                 study_name=name,
                 sampler=sampler,
                 directions=["maximize"] * n_objectives,
@@ -87,8 +81,6 @@ class StudyDirectory:
             )
             self._guard(spec)
             self.scores = ScoreStore(run_dir / SCORES_FILE)
-        except (sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
-            raise StudyError(f"{run_dir}: the study cannot be opened: {error}") from error
 
     def _guard(self, spec: Mapping[str, Any]) -> None:
         text = json.dumps(spec, sort_keys=True)
@@ -126,12 +118,6 @@ def quiet_optuna() -> None:
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
-def _switch_to_wal(path: Path) -> None:
-    """Make readers and the writer of the file not wait for one another, and commits cheap."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _first_difference(was: Any, now: Any, where: str = "") -> tuple[str, Any, Any]:
