@@ -2,10 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge import assemble
 from searchmerge.checkpoints.writer import PLAN_FILE
@@ -14,11 +15,11 @@ from searchmerge.errors import SpecError, StudyError
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
-from searchmerge.report.results import Results, Row
+from searchmerge.report.results import Bound, Point, PointKind, Results, Row
 from searchmerge.search.confirm import confirm
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Objective
-from searchmerge.search.references import expert_name, reference_plans
+from searchmerge.search.references import BASE, expert_name, reference_plans
 from searchmerge.search.runner import PLAN, RESULT, Observer, Schedule, StudyRunner
 from searchmerge.search.storage import storage_errors
 from searchmerge.search.study import StudyDirectory, locked
@@ -80,7 +81,8 @@ def _search(  # noqa: PLR0913  (one call per phase, and they share all of these)
     known = {name: plan for name, plan in references.items() if name in scored}
     select = {n: schedule.scores(directory.scores, p, "select") for n, p in known.items()}
     objective = assemble.make_objective(spec).referring_to(
-        {task: select[name][task] for task, name in own.items() if name in select}
+        {task: select[name][task] for task, name in own.items() if name in select},
+        select.get(BASE, {}),
     )
     runner.run(objective, assemble.make_budget(spec), assemble.make_racing(spec))
     found = top_plans(directory, objective, references, spec.confirm.top_k)
@@ -90,7 +92,7 @@ def _search(  # noqa: PLR0913  (one call per phase, and they share all of these)
     plans = {name: plan for name, plan in plans.items() if name in confirmed}
     if not any(name in found for name in plans):
         raise StudyError(f"{directory.run_dir}: none of the best candidates could be confirmed")
-    return _results(spec, study_file, directory, schedule, plans, set(found), models)
+    return _results(spec, study_file, directory, schedule, objective, plans, set(found), models)
 
 
 def top_plans(
@@ -101,18 +103,22 @@ def top_plans(
 ) -> dict[str, MergePlan]:
     """Return the best fully scored trials that are no reference, best first.
 
+    Plans that keep all constraints come before those that do not; with several objectives,
+    those on the front before those that are dominated.
+
     Raises:
         StudyError: If there is none.
     """
     known = {plan.digest for plan in references.values()}
+    full = full_trials(directory)
+    front = {trial.number for trial in front_of(full, objective)}
     ranked = sorted(
-        (
-            t
-            for t in directory.trials(TrialState.COMPLETE)
-            if t.user_attrs[RESULT]["partial"] is None
-        ),
-        key=lambda trial: -objective.scalar(trial.user_attrs[RESULT]["scores"]),
+        full,
+        key=lambda t: (t.number in front, *objective.standing(t.user_attrs[RESULT]["scores"])),
+        reverse=True,
     )
+    if ranked and objective.is_feasible(ranked[0].user_attrs[RESULT]["scores"]):
+        ranked = [t for t in ranked if objective.is_feasible(t.user_attrs[RESULT]["scores"])]
     found: dict[str, MergePlan] = {}
     for trial in ranked:
         plan = MergePlan.from_dict(trial.user_attrs[PLAN])
@@ -127,6 +133,28 @@ def top_plans(
     return found
 
 
+def full_trials(directory: StudyDirectory) -> list[FrozenTrial]:
+    """Return the trials that were scored on every example they could be, by number."""
+    complete = directory.trials(TrialState.COMPLETE)
+    return [trial for trial in complete if trial.user_attrs[RESULT]["partial"] is None]
+
+
+def front_of(trials: Sequence[FrozenTrial], objective: Objective) -> list[FrozenTrial]:
+    """Return the trials that keep all constraints and that no other such trial dominates.
+
+    With one objective there is no front, and none is returned.
+    """
+    if len(objective.names) < 2:
+        return []
+    scored = [(trial, trial.user_attrs[RESULT]["scores"]) for trial in trials]
+    scored = [(trial, scores) for trial, scores in scored if objective.is_feasible(scores)]
+    return [
+        trial
+        for trial, scores in scored
+        if not any(objective.dominates(other, scores) for _, other in scored)
+    ]
+
+
 def _write_plans(directory: StudyDirectory, found: Mapping[str, MergePlan]) -> None:
     folder = directory.run_dir / PLANS_DIR
     folder.mkdir(exist_ok=True)
@@ -139,18 +167,18 @@ def _results(  # noqa: PLR0913
     study_file: Path,
     directory: StudyDirectory,
     schedule: Schedule,
+    objective: Objective,
     plans: Mapping[str, MergePlan],
     found: set[str],
     models: assemble.Models,
 ) -> Results:
     store, blocks = directory.scores, schedule.blocks["hold_out"]
-    objective = assemble.make_objective(spec)
     own = {name: expert_name(task.expert) for name, task in spec.tasks.items() if task.expert}
     confirmation = confirm(
         {n: {t: store.task_values(p, b) for t, b in blocks.items()} for n, p in plans.items()},
         [name for name in plans if name in found],
         objective,
-        own if objective.needs_references else {},
+        own if spec.objective != "mean" else {},
         level=spec.confirm.level,
         n_resamples=spec.confirm.n_resamples,
         seed=spec.search.seed,
@@ -167,6 +195,13 @@ def _results(  # noqa: PLR0913
                 name in found,
             )
         )
+    by_name = {row.name: row for row in rows}
+    held_out = replace(
+        objective,
+        references={t: by_name[n].hold_out[t] for t, n in own.items() if n in by_name},
+        base=by_name[BASE].hold_out if BASE in by_name else {},
+    )
+    winner = by_name[confirmation.winner]
     sources = {"base": models.base.name, **models.sources}
     made_of = {n: f"`{sources[n]}`, {mark}" for n, mark in models.fingerprints().items()}
     return Results(
@@ -180,7 +215,43 @@ def _results(  # noqa: PLR0913
         counts=_counts(directory, schedule),
         level=confirmation.level,
         made_of=made_of | assemble.versions(),
+        bounds=_bounds(winner, objective, held_out),
+        points=_points(directory, rows, objective),
     )
+
+
+def _bounds(winner: Row, objective: Objective, held_out: Objective) -> list[Bound]:
+    """Return how the winner stands to each constraint, on what trials saw and held out."""
+    return [
+        Bound(
+            constraint.name,
+            constraint.at_least,
+            constraint.at_least - objective.violation(constraint, winner.select),
+            constraint.at_least - held_out.violation(constraint, winner.hold_out),
+        )
+        for constraint in objective.constraints
+    ]
+
+
+def _points(directory: StudyDirectory, rows: Sequence[Row], objective: Objective) -> list[Point]:
+    """Return all that was scored in full as points of several objectives; none of one."""
+    if len(objective.names) < 2:
+        return []
+    trials = full_trials(directory)
+    front = {trial.number for trial in front_of(trials, objective)}
+    scored: list[tuple[str, Mapping[str, float], PointKind]] = [
+        (
+            f"trial {trial.number}",
+            trial.user_attrs[RESULT]["scores"],
+            "front" if trial.number in front else "trial",
+        )
+        for trial in trials
+    ]
+    scored += [(row.name, row.select, "reference") for row in rows if not row.is_candidate]
+    return [
+        Point(name, dict(zip(objective.names, objective.values(scores), strict=True)), kind)
+        for name, scores, kind in scored
+    ]
 
 
 def _counts(directory: StudyDirectory, schedule: Schedule) -> dict[str, float]:

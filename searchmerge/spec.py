@@ -18,7 +18,7 @@ from pydantic import (
 from searchmerge.errors import SpecError
 from searchmerge.merging.method import METHODS
 from searchmerge.plan import WHOLE, Groups, Setting
-from searchmerge.search.objective import Kind
+from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
 from searchmerge.yaml_file import read_yaml
@@ -105,10 +105,34 @@ class SpaceSpec(BaseModel):
     settings: dict[str, Setting | list[Setting] | RangeSpec] = Field(default_factory=dict)
 
 
+class DataSpec(_Strict):
+    """Where a task's rows are: a file or folder, from the study file's folder on, or a hub id."""
+
+    path: str
+    subset: str | None = None
+    revision: str | None = None
+
+
+Data = Annotated[DataSpec, BeforeValidator(_model)]
+Columns = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1, max_length=2),
+]
+"""The column of a text, or the two columns of a pair."""
+
+_TASK_KEYS: dict[str, tuple[str, ...]] = {
+    "lm_harness": ("task", "split", "metric", "num_fewshot"),
+    "classification": ("data", "split", "text", "image", "label", "labels", "metric"),
+    "function": ("function", "n_examples"),
+}
+"""The keys of a task that belong to some evaluators only."""
+
+
 class TaskSpec(_Strict):
     """A task, how it is scored and what it counts for."""
 
-    evaluator: Literal["lm_harness", "function"] = "lm_harness"
+    evaluator: Literal["lm_harness", "classification", "function"] = "lm_harness"
     select: int | None = Field(default=None, ge=1)
     hold_out: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0)
@@ -117,24 +141,38 @@ class TaskSpec(_Strict):
     split: str | None = None
     metric: str | None = None
     num_fewshot: int | None = Field(default=None, ge=0)
+    data: Data | None = None
+    text: Columns | None = None
+    image: str | None = None
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
     function: str | None = None
     n_examples: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="after")
     def _belongs(self) -> "TaskSpec":
-        own = {
-            "lm_harness": ("task", "split", "metric", "num_fewshot"),
-            "function": ("function", "n_examples"),
-        }
-        for evaluator, keys in own.items():
+        allowed = _TASK_KEYS[self.evaluator]
+        for evaluator, keys in _TASK_KEYS.items():
             for key in keys:
-                if evaluator != self.evaluator and getattr(self, key) is not None:
+                if key not in allowed and getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to evaluator {evaluator}")
         if self.evaluator == "lm_harness" and self.split is None:
             raise ValueError("split is missing: name the dataset split that is scored")
         if self.evaluator == "function" and (self.function is None or self.n_examples is None):
             raise ValueError("function (module:function) and n_examples are needed")
+        if self.evaluator == "classification":
+            self._check_classification()
         return self
+
+    def _check_classification(self) -> None:
+        if self.data is None:
+            raise ValueError("data is missing: a file, a folder, or a dataset of the hub")
+        if self.expert is None:
+            raise ValueError("expert is missing: name the expert whose head classifies")
+        if (self.text is None) == (self.image is None):
+            raise ValueError("name the column of the data that is classified: text, or image")
+        if self.metric not in (None, "acc", "macro_f1"):
+            raise ValueError(f"metric is {self.metric!r}; classification has: acc, macro_f1")
 
 
 class LmHarnessSpec(_Strict):
@@ -146,11 +184,35 @@ class LmHarnessSpec(_Strict):
     fewshot_seed: int = 1234
 
 
+class ClassificationSpec(_Strict):
+    """How classifiers are scored, and which tensors are their experts' own heads.
+
+    Without ``pooling`` the model is the base's ``AutoModelForSequenceClassification`` or
+    ``AutoModelForImageClassification``, and each expert's head is put into it. With ``pooling``
+    it is its ``AutoModel``, and a head is a linear layer on the pooled output.
+    """
+
+    pooling: Literal["mean", "cls", "max", "pooler"] | None = None
+    heads: tuple[str, ...] = ()
+    batch_tokens: int | None = Field(default=None, ge=64)
+    batch_images: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
+
+
 class RacingSpec(_Strict):
     """When a candidate is stopped before all its blocks are scored."""
 
-    p_threshold: float = Field(default=0.05, gt=0, lt=1)
-    min_blocks: int = Field(default=8, ge=2)
+    p_threshold: float = Field(default=0.01, gt=0, lt=0.5)
+    min_blocks: int = Field(default=6, ge=2)
+    collapse_margin: float = Field(default=0.1, ge=0)
+
+
+class ConstraintSpec(_Strict):
+    """A bound that the saved plan has to keep, on some tasks or on all."""
+
+    tasks: list[str] | Literal["all"]
+    against: Against = "expert"
+    at_least: float
 
 
 class SearchSpec(_Strict):
@@ -161,9 +223,16 @@ class SearchSpec(_Strict):
     n_trials: int | None = Field(default=None, ge=1)
     timeout: Duration | None = None
     patience: int | None = Field(default=None, ge=1)
+    warm_start: list[str] = Field(default_factory=list)
+    warm_start_plans: int = Field(default=10, ge=1)
     racing: RacingSpec | Literal["off"] = RacingSpec()
     block_size: int = Field(default=8, ge=1)
     round_blocks: int = Field(default=12, ge=1)
+
+    @field_validator("warm_start", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("racing", mode="before")
     @classmethod
@@ -175,6 +244,7 @@ class ConfirmSpec(_Strict):
     """How the winner is confirmed on held-out examples."""
 
     top_k: int = Field(default=3, ge=1)
+    pick: Pick = "mean"
     level: float = Field(default=0.95, gt=0.5, lt=1)
     n_resamples: int = Field(default=2000, ge=100)
 
@@ -192,7 +262,10 @@ class StudySpec(_Strict):
     space: SpaceSpec | list[SpaceSpec]
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     objective: Kind = "normalised"
+    constraints: list[ConstraintSpec] = Field(default_factory=list)
     lm_harness: LmHarnessSpec = LmHarnessSpec()
+    classification: ClassificationSpec = ClassificationSpec()
+    model_class: str | None = Field(default=None, pattern=r"^Auto[A-Za-z0-9]+$")
     search: SearchSpec = SearchSpec(n_trials=50)
     confirm: ConfirmSpec = ConfirmSpec()
 
@@ -204,9 +277,54 @@ class StudySpec(_Strict):
                     f"tasks.{task}.expert is {spec.expert!r}; experts are: "
                     f"{', '.join(self.experts)}"
                 )
+        for number, constraint in enumerate(self.constraints):
+            self._check_constraint(f"constraints.{number}", constraint)
         if self.search.n_trials is None and self.search.timeout is None:
             raise ValueError("search: give n_trials, timeout, or both")
+        if len(kinds := self._model_classes()) > 1:
+            raise ValueError(
+                f"tasks: one model cannot be {' and '.join(kinds)}; divide them into studies"
+            )
         return self
+
+    def _model_classes(self) -> list[str]:
+        """Return the classes of transformers that the tasks need, without double."""
+        found = [self.model_class] if self.model_class else []
+        for task in self.tasks.values():
+            if task.evaluator == "lm_harness":
+                found.append("AutoModelForCausalLM")
+            elif task.evaluator == "classification" and self.classification.pooling:
+                found.append("AutoModel")
+            elif task.evaluator == "classification":
+                kind = "Sequence" if task.text else "Image"
+                found.append(f"AutoModelFor{kind}Classification")
+        return list(dict.fromkeys(found)) or ["AutoModelForCausalLM"]
+
+    @property
+    def resident_class(self) -> str:
+        """Return the class of transformers that the resident model is loaded as."""
+        return self._model_classes()[0]
+
+    @property
+    def not_merged(self) -> list[str]:
+        """Return the patterns of tensors that stay the base's: excluded, or an expert's head."""
+        return [*self.exclude, *self.classification.heads]
+
+    def _check_constraint(self, where: str, constraint: ConstraintSpec) -> None:
+        for task in self.constrained(constraint):
+            if task not in self.tasks:
+                raise ValueError(
+                    f"{where}.tasks: no task {task!r}; tasks: {', '.join(self.tasks)}"
+                )
+            if constraint.against == "expert" and self.tasks[task].expert is None:
+                raise ValueError(
+                    f"{where}: task {task!r} names no expert: of its own to be held against; "
+                    "give it one, or use against: base or score"
+                )
+
+    def constrained(self, constraint: ConstraintSpec) -> list[str]:
+        """Return the tasks that a constraint is on."""
+        return list(self.tasks) if constraint.tasks == "all" else constraint.tasks
 
     @property
     def alternatives(self) -> list[SpaceSpec]:
@@ -216,7 +334,7 @@ class StudySpec(_Strict):
     def canonical(self) -> dict[str, Any]:
         """Return what may change a score: all but the budget and the confirmation."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
-        for key in ("n_trials", "timeout", "patience"):
+        for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
             data["search"].pop(key)
         return data
 

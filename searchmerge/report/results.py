@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.md"
+PointKind = Literal["trial", "front", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,38 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Bound:
+    """How the winner stands to a constraint.
+
+    Attributes:
+        name: The constraint in words.
+        at_least: The smallest value allowed.
+        select: The winner's value on what the trials saw.
+        hold_out: The winner's value on held-out examples.
+    """
+
+    name: str
+    at_least: float
+    select: float
+    hold_out: float
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What was scored in full, as a point of several objectives.
+
+    Attributes:
+        name: What the plan is called.
+        values: Objective name to value, on what the trials saw.
+        kind: A trial, one on the front, or a reference.
+    """
+
+    name: str
+    values: Mapping[str, float]
+    kind: PointKind
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """All that a report says.
 
@@ -47,6 +80,8 @@ class Results:
         counts: Numbers of trials by what became of them, examples, seconds.
         level: Of the intervals, in (0, 1).
         made_of: Name to source and fingerprint of every model, and the versions used.
+        bounds: How the winner stands to each constraint.
+        points: Of a study with several objectives, all that was scored in full.
     """
 
     study: str
@@ -59,6 +94,8 @@ class Results:
     counts: Mapping[str, float]
     level: float
     made_of: Mapping[str, str]
+    bounds: Sequence[Bound] = ()
+    points: Sequence[Point] = ()
 
     @property
     def merge_plan(self) -> MergePlan:
@@ -97,6 +134,8 @@ class Results:
         data["rows"] = [
             Row(**{**row, "objective": tuple(row["objective"])}) for row in data["rows"]
         ]
+        data["bounds"] = [Bound(**bound) for bound in data.get("bounds", ())]
+        data["points"] = [Point(**point) for point in data.get("points", ())]
         return cls(**data)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -118,6 +157,7 @@ class Results:
         metrics = ", ".join(f"{task}: {metric}" for task, metric in self.tasks.items())
         counts = ", ".join(f"{name} {number:g}" for name, number in self.counts.items())
         sources = "\n".join(f"| {name} | {source} |" for name, source in self.made_of.items())
+        more = "".join(part + "\n\n" for part in (self._bounds_text(), self._front_text()) if part)
         return f"""# {self.study}
 
 **{self.verdict}**
@@ -129,7 +169,7 @@ corrected for having chosen the winner among the candidates.
 
 {markdown_table(header, cells, bold=self.winner)}
 
-Counts: {counts}.
+{more}Counts: {counts}.
 
 ## The winner's plan
 
@@ -142,6 +182,31 @@ Counts: {counts}.
 |---|---|
 {sources}
 """
+
+    def _bounds_text(self) -> str:
+        """Return the constraints as a table, or nothing where there is none."""
+        if not self.bounds:
+            return ""
+        cells = [
+            [b.name]
+            + [f"{v:.3f}{'' if v >= b.at_least else ' (broken)'}" for v in (b.select, b.hold_out)]
+            for b in self.bounds
+        ]
+        table = markdown_table(["", "select", "held out"], cells)
+        return f"The winner and the constraints:\n\n{table}"
+
+    def _front_text(self) -> str:
+        """Return the front as a table, or nothing where there is one objective."""
+        front = [point for point in self.points if point.kind == "front"]
+        if not front:
+            return ""
+        names = list(front[0].values)
+        ordered = sorted(front, key=lambda point: -point.values[names[0]])
+        cells = [[p.name, *(f"{p.values[name]:.4f}" for name in names)] for p in ordered]
+        return (
+            "The front: plans that no other is as good as in every objective, on the select "
+            f"examples.\n\n{markdown_table(['', *names], cells)}"
+        )
 
 
 def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]], bold: str = "") -> str:

@@ -1,7 +1,7 @@
 """Confirmation: what the winner is worth on examples that no trial has seen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +107,7 @@ def _objectives(
     references = {task: scores[name][task] for task, name in own.items()}
     if objective.needs_references and not all(references.values()):
         references = {task: score or 1.0 for task, score in references.items()}
-    here = Objective(objective.kind, objective.goals, references)
+    here = replace(objective, references=references, constraints=())
     return {name: here.scalar(own_scores) for name, own_scores in scores.items()}
 
 

@@ -1,12 +1,15 @@
 """From the tasks' scores to what the study maximises."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from searchmerge.errors import StudyError
 
 Kind = Literal["normalised", "mean", "worst", "tasks"]
+Against = Literal["expert", "base", "score"]
+Pick = Literal["mean", "worst"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,27 @@ class Goal:
     expert: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A bound that a plan has to keep on one task.
+
+    Attributes:
+        task: Name of the task.
+        against: What the score is divided by: the task's own expert's, the base's, or nothing.
+        at_least: The smallest value allowed; 0.98 against ``expert`` allows a loss of 2 %.
+    """
+
+    task: str
+    against: Against
+    at_least: float
+
+    @property
+    def name(self) -> str:
+        """Return what it is called in reports and in the study's storage."""
+        scale = {"expert": "its own expert's", "base": "the base's", "score": ""}[self.against]
+        return f"{self.task} at least {self.at_least:g} {scale and f'of {scale}'}".strip()
+
+
 @dataclass(frozen=True)
 class Objective:
     r"""Turns one score per task into one value, or into one value per task.
@@ -31,17 +55,28 @@ class Objective:
       positive.
     - ``mean``: the weighted mean of the scores as they are.
     - ``worst``: the smallest normalised score.
-    - ``tasks``: one objective per task, normalised, for a Pareto front.
+    - ``tasks``: one objective per task, normalised, for a Pareto front. The plan that is saved
+      is picked from the front by ``pick``: ``mean``, the highest weighted mean; ``worst``, the
+      highest smallest value.
+
+    A plan that breaks a constraint is behind every plan that keeps them all; of two that break
+    some, the one that breaks them by less in total is ahead.
 
     Attributes:
         kind: One of the above.
         goals: Task name to what it counts for.
         references: Task name to its own expert's score on the same examples.
+        base: Task name to the base's score on the same examples.
+        constraints: What a plan has to keep.
+        pick: Which plan of a front is saved.
     """
 
     kind: Kind
     goals: Mapping[str, Goal]
     references: Mapping[str, float] = field(default_factory=dict)
+    base: Mapping[str, float] = field(default_factory=dict)
+    constraints: tuple[Constraint, ...] = ()
+    pick: Pick = "mean"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,13 +86,15 @@ class Objective:
     @property
     def needs_references(self) -> bool:
         """Whether the own experts' scores enter."""
-        return self.kind != "mean"
+        return self.kind != "mean" or any(c.against == "expert" for c in self.constraints)
 
-    def referring_to(self, references: Mapping[str, float]) -> "Objective":
-        """Return the same objective with the own experts' scores put in.
+    def referring_to(
+        self, references: Mapping[str, float], base: Mapping[str, float] | None = None
+    ) -> "Objective":
+        """Return the same objective with the own experts' and the base's scores put in.
 
         Raises:
-            StudyError: If an own expert scored exactly 0, which normalises nothing.
+            StudyError: If one that others are divided by is exactly 0.
         """
         for task, score in references.items():
             if self.needs_references and self.goals[task].expert and score == 0:
@@ -66,14 +103,54 @@ class Objective:
                     "so that no score can be normalised by it; "
                     "use objective: mean, or leave expert: out"
                 )
-        return Objective(self.kind, self.goals, dict(references))
+        for constraint in self.constraints:
+            if constraint.against == "base" and not (base or {}).get(constraint.task):
+                raise StudyError(
+                    f"constraints: the base scores {(base or {}).get(constraint.task)} on "
+                    f"{constraint.task!r}, so that no score can be held against it; "
+                    "use against: score"
+                )
+        return replace(self, references=dict(references), base=dict(base or {}))
+
+    def violation(self, constraint: Constraint, scores: Mapping[str, float]) -> float:
+        """Return by how much ``scores`` break a constraint; 0 or less where they keep it."""
+        score = scores[constraint.task]
+        if constraint.against == "expert":
+            score = _ratio(score, self.references[constraint.task])
+        elif constraint.against == "base":
+            score = _ratio(score, self.base[constraint.task])
+        return constraint.at_least - score
+
+    def violations(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """Return each constraint's violation by its name."""
+        return {c.name: self.violation(c, scores) for c in self.constraints}
+
+    def is_feasible(self, scores: Mapping[str, float]) -> bool:
+        """Return whether ``scores`` keep every constraint."""
+        return all(violation <= 0 for violation in self.violations(scores).values())
+
+    def standing(self, scores: Mapping[str, float]) -> tuple[float, float]:
+        """Return what plans are ranked by, larger is better: constraints first."""
+        broken = sum(max(0.0, violation) for violation in self.violations(scores).values())
+        return (-broken, self.scalar(scores))
+
+    def dominates(self, scores: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Return whether ``scores`` are as good or better in every value, and better in one."""
+        mine, theirs = self.values(scores), self.values(other)
+        return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
     def normalised(self, task: str, score: float) -> float:
         """Return ``score`` in units of the own expert's, where there is one."""
         reference = self.references.get(task)
         if reference is None or self.kind == "mean":
             return score
-        return 1.0 + (score - reference) / abs(reference)
+        return _ratio(score, reference)
+
+    def unit(self, task: str) -> float:
+        """Return by how much the weighted mean grows with the task's score."""
+        total = sum(goal.weight for goal in self.goals.values())
+        slope = self.normalised(task, 1.0) - self.normalised(task, 0.0)
+        return self.goals[task].weight / total * slope
 
     def values(self, scores: Mapping[str, float]) -> tuple[float, ...]:
         """Return the value of each objective, higher is better."""
@@ -85,13 +162,21 @@ class Objective:
         return (self.weighted_mean(normalised),)
 
     def scalar(self, scores: Mapping[str, float]) -> float:
-        """Return one value to rank plans by: the objective, or the mean of several."""
-        if self.kind == "tasks":
-            normalised = {task: self.normalised(task, scores[task]) for task in self.goals}
-            return self.weighted_mean(normalised)
-        return self.values(scores)[0]
+        """Return one value to rank plans by: the objective; of several what ``pick`` says."""
+        if self.kind != "tasks":
+            return self.values(scores)[0]
+        if self.pick == "worst":
+            return min(self.values(scores))
+        return self.weighted_mean(dict(zip(self.goals, self.values(scores), strict=True)))
 
     def weighted_mean(self, scores: Mapping[str, float]) -> float:
         """Return the mean of the tasks' numbers, each counted with its weight."""
         total = sum(goal.weight for goal in self.goals.values())
         return sum(goal.weight * scores[task] for task, goal in self.goals.items()) / total
+
+
+def _ratio(score: float, reference: float) -> float:
+    """Return ``score / reference``, in the form that also holds below 0 and at it."""
+    if reference == 0:
+        return 1.0 if score == 0 else math.copysign(math.inf, score)
+    return 1.0 + (score - reference) / abs(reference)

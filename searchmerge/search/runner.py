@@ -15,7 +15,8 @@ from searchmerge.evaluators.evaluator import Part
 from searchmerge.plan import MergePlan
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
 from searchmerge.search.objective import Objective
-from searchmerge.search.racing import Racing, paired_estimate
+from searchmerge.search.racing import Racing, Rival, predict
+from searchmerge.search.references import BASE
 from searchmerge.search.scores import ScoreStore
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.study import StudyDirectory
@@ -35,12 +36,10 @@ class Schedule:
     Attributes:
         blocks: For each part, task name to its blocks.
         rounds: For each part, the blocks of all tasks in rounds.
-        means: Tasks whose score is the mean of their examples' scores.
     """
 
     blocks: Mapping[Part, Mapping[str, Sequence[Block]]]
     rounds: Mapping[Part, Sequence[Round]]
-    means: frozenset[str]
 
     def scores(self, store: ScoreStore, plan: MergePlan, part: Part) -> dict[str, float]:
         """Return each task's score of a plan that was scored on all of ``part``."""
@@ -160,10 +159,11 @@ class StudyRunner:
             StudyError: If the first trials all fail.
         """
         self._enqueue_references()
+        base = self._references.get(BASE)
+        contest = Contest(self._directory.scores, self._schedule, objective, racing, base)
         source = TrialSource(
-            self._directory, self._space, self._schedule, objective, budget, self._observer
+            self._directory, self._space, self._schedule, contest, budget, self._observer
         )
-        source.racing = racing
         self._observer.phase("search", budget.n_trials, source.n_finished)
         try:
             self._dispatcher.run(source)
@@ -190,6 +190,87 @@ class _PlansSource(ListSource):
         self._report(job)
 
 
+class Contest:
+    """What candidates are compared with: the best plan so far, or all plans of the front.
+
+    Args:
+        scores: All that was scored.
+        schedule: What candidates are scored on; the contest is over its ``select`` part.
+        objective: What to maximise.
+        racing: Stops candidates that will not win; ``None`` scores all in full.
+        base: The base model's plan.
+    """
+
+    def __init__(
+        self,
+        scores: ScoreStore,
+        schedule: Schedule,
+        objective: Objective,
+        racing: Racing | None = None,
+        base: MergePlan | None = None,
+    ) -> None:
+        self.objective = objective
+        self._scores = scores
+        self._schedule = schedule
+        self._racing = racing
+        known = base is not None and schedule.is_known(scores, base, "select")
+        self._base = self._rival(base) if base is not None and known else None
+        self._best: Rival | None = None
+        self._front: list[Rival] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing was scored in full yet."""
+        return self._best is None
+
+    def enter(self, plan: MergePlan) -> bool:
+        """Take in a plan that was scored in full; return whether it is the best so far."""
+        rival = self._rival(plan)
+        standing = self.objective.standing(rival.scores)
+        is_best = self._best is None or standing > self.objective.standing(self._best.scores)
+        if is_best:
+            self._best = rival
+        dominates = self.objective.dominates
+        if self.objective.is_feasible(rival.scores) and not any(
+            dominates(other.scores, rival.scores) for other in self._front
+        ):
+            self._front = [o for o in self._front if not dominates(rival.scores, o.scores)]
+            self._front.append(rival)
+        return is_best
+
+    def goes_on(self, plan: MergePlan) -> bool:
+        """Return whether a candidate may still win."""
+        if self._racing is None:
+            return True
+        best = [self._best] if self._best else []
+        rivals = self._front if self.objective.kind == "tasks" else best
+        return not self._racing.stops(
+            self.objective,
+            self._schedule.blocks["select"],
+            self._scores.get(plan),
+            rivals,
+            self._base,
+        )
+
+    def estimate(self, plan: MergePlan) -> tuple[dict[str, float], int]:
+        """Return the task scores of a stopped plan by paired estimate, and on how many blocks.
+
+        Raises:
+            StudyError: If there is nothing to pair it with.
+        """
+        rival = self._best or self._base
+        if rival is None:
+            raise StudyError("a trial was stopped early though nothing was scored in full")
+        blocks, known = self._schedule.blocks["select"], self._scores.get(plan)
+        predicted = predict(blocks, known, rival)
+        scores = {t: predicted[t].value if t in predicted else rival.scores[t] for t in blocks}
+        return scores, sum(block.key in known for own in blocks.values() for block in own)
+
+    def _rival(self, plan: MergePlan) -> Rival:
+        scores = self._schedule.scores(self._scores, plan, "select")
+        return Rival(scores, self._scores.get(plan))
+
+
 class TrialSource:
     """The trials of a study: those a stopped run left behind, then new ones.
 
@@ -197,7 +278,7 @@ class TrialSource:
         directory: The study and its scores.
         space: What to search.
         schedule: What to score candidates on; trials see its ``select`` part.
-        objective: What to maximise.
+        contest: What candidates are compared with, and by what.
         budget: When to ask no more.
         observer: Shows a person what happens.
     """
@@ -207,16 +288,16 @@ class TrialSource:
         directory: StudyDirectory,
         space: SearchSpace,
         schedule: Schedule,
-        objective: Objective,
+        contest: Contest,
         budget: Budget,
         observer: Observer,
     ) -> None:
-        self.racing: Racing | None = None
         self._directory = directory
         self._study = directory.study
         self._space = space
         self._schedule = schedule
-        self._objective = objective
+        self._contest = contest
+        self._objective = contest.objective
         self._budget = budget
         self._observer = observer
         self._start = time.monotonic() - directory.elapsed_s
@@ -227,13 +308,11 @@ class TrialSource:
         finished = directory.trials(TrialState.COMPLETE, TrialState.FAIL)
         self.n_finished = len(finished)
         self._n_live = 0
-        self._best: tuple[float, MergePlan] | None = None
         self._n_since_best = 0
         for trial in sorted(finished, key=lambda trial: trial.datetime_complete or trial.number):
             if trial.state == TrialState.COMPLETE:
-                result = trial.user_attrs[RESULT]
                 plan = MergePlan.from_dict(trial.user_attrs[PLAN])
-                self._note_best(result["scores"], plan, partial=result["partial"] is not None)
+                self._note_best(plan, partial=trial.user_attrs[RESULT]["partial"] is not None)
 
     def next_job(self) -> Job | None:
         """Return a trial left behind, or a new one while the budget lasts."""
@@ -245,16 +324,7 @@ class TrialSource:
 
     def goes_on(self, job: Job) -> bool:
         """Return whether the candidate may still win."""
-        if self.racing is None or self._best is None:
-            return True
-        best = self._directory.scores.get(self._best[1])
-        known = self._directory.scores.get(job.plan)
-        keys = [b.key for blocks in self._schedule.blocks["select"].values() for b in blocks]
-        keys = [key for key in keys if key in known and key[0] in self._schedule.means]
-        return not self.racing.stops(
-            {key: self._in_units(key[0], _mean(known[key])) for key in keys},
-            {key: self._in_units(key[0], _mean(best[key])) for key in keys},
-        )
+        return self._contest.goes_on(job.plan)
 
     def finished(self, job: Job) -> None:
         """Tell the study what the trial scored, in full or by paired estimate."""
@@ -263,7 +333,7 @@ class TrialSource:
         if self._schedule.is_known(store, job.plan, "select"):
             scores = self._schedule.scores(store, job.plan, "select")
         else:
-            scores, partial = self._estimate(job.plan)
+            scores, partial = self._contest.estimate(job.plan)
         trial = self._trial(job)
         result = {
             "scores": scores,
@@ -272,7 +342,9 @@ class TrialSource:
             "score_s": round(job.score_s, 4),
         }
         trial.set_user_attr(RESULT, result)
-        is_best = self._note_best(scores, job.plan, partial=partial is not None)
+        is_best = self._note_best(job.plan, partial=partial is not None)
+        for name, violation in self._objective.violations(scores).items():
+            trial.set_constraint(name, violation)
         self._study.tell(trial, self._objective.values(scores))
         self._end(
             TrialRecord(
@@ -296,7 +368,7 @@ class TrialSource:
         trial.set_user_attr("failure", reason)
         self._study.tell(trial, state=TrialState.FAIL)
         self._end(TrialRecord(trial.number, None, note=reason))
-        if self._best is None and self.n_finished >= _FIRST_TRIALS:
+        if self._contest.is_open and self.n_finished >= _FIRST_TRIALS:
             raise StudyError(f"the first {self.n_finished} trials all failed; the last: {reason}")
 
     def keep_elapsed(self) -> None:
@@ -335,30 +407,12 @@ class TrialSource:
         )
         self._observer.trial(record)
 
-    def _note_best(self, scores: Mapping[str, float], plan: MergePlan, *, partial: bool) -> bool:
-        value = self._objective.scalar(scores)
-        if not partial and (self._best is None or value > self._best[0]):
-            self._best = (value, plan)
+    def _note_best(self, plan: MergePlan, *, partial: bool) -> bool:
+        if not partial and self._contest.enter(plan):
             self._n_since_best = 0
             return True
         self._n_since_best += 1
         return False
-
-    def _estimate(self, plan: MergePlan) -> tuple[dict[str, float], int]:
-        """Return the task scores by paired estimate, and on how many blocks it rests."""
-        if self._best is None:
-            raise StudyError("a trial was stopped early though nothing was scored in full")
-        store = self._directory.scores
-        known, best = store.get(plan), store.get(self._best[1])
-        pairs = {
-            task: [(_mean(known[b.key]), _mean(best[b.key])) for b in blocks if b.key in known]
-            for task, blocks in self._schedule.blocks["select"].items()
-        }
-        best_scores = self._schedule.scores(store, self._best[1], "select")
-        return paired_estimate(pairs, best_scores), sum(len(own) for own in pairs.values())
-
-    def _in_units(self, task: str, score: float) -> float:
-        return self._objective.normalised(task, score)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -46,7 +46,7 @@ def toy_schedule(n_examples=40, mean=True):
         for part, examples in parts.items():
             blocks[part][task] = make_blocks(task, part, examples, info, 4)
     rounds = {p: make_rounds(b, round_blocks=3, seed=0) for p, b in blocks.items()}
-    return Schedule(blocks, rounds, frozenset(EXPERTS) if mean else frozenset())
+    return Schedule(blocks, rounds)
 
 
 class Toy:
