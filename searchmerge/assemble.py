@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +14,37 @@ from typing import Any
 import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, tied
-from searchmerge.checkpoints.compatibility import check_compatible
+from searchmerge.checkpoints.compatibility import check_compatible, private_tensors
 from searchmerge.checkpoints.files import default_cache_dir
+from searchmerge.checkpoints.renames import aligned, head_names
 from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.evaluators.blocks import Block, make_blocks, make_rounds, split_examples
 from searchmerge.evaluators.evaluator import Evaluator, Part, TaskInfo
+from searchmerge.evaluators.heads import Head, model_head, pooled_head
+from searchmerge.evaluators.rows import DataSource
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.worker import Worker
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.plan import MergePlan
-from searchmerge.search.objective import Goal, Objective
+from searchmerge.plan import MergePlan, Setting
+from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import Budget, Schedule
 from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.study import StudyDirectory
-from searchmerge.spec import ModelSpec, StudySpec, make_space
+from searchmerge.search.warm_start import warm_start_params
+from searchmerge.spec import DataSpec, ModelSpec, StudySpec, TaskSpec, make_space
 
 _logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCH_TOKENS = {"cpu": 256, "cuda": 8192}  # a larger mask costs a CPU more than it saves
+_TEXT_TOKENS = {"cpu": 2048, "cuda": 32768}
+_BATCH_IMAGES = {"cpu": 8, "cuda": 128}
 _VERSIONS = ("searchmerge", "torch", "transformers", "lm-eval")
 
 
@@ -77,7 +84,7 @@ def open_models(spec: StudySpec, study_file: Path) -> Models:
     check_compatible(
         base,
         experts,
-        exclude=spec.exclude,
+        exclude=spec.not_merged,
         vocabulary=spec.vocabulary,
         tokenizers=spec.tokenizers,
     )
@@ -87,7 +94,8 @@ def open_models(spec: StudySpec, study_file: Path) -> Models:
 def _open(model: ModelSpec, study_file: Path, base: Checkpoint | None) -> Checkpoint:
     beside = study_file.parent / Path(model.path).expanduser()
     source: str | Path = beside if beside.exists() else model.path
-    return open_checkpoint(source, revision=model.revision, base=base)
+    found = open_checkpoint(source, revision=model.revision, base=base)
+    return found if base is None else found.named_as(base)
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -108,7 +116,7 @@ def load_task_vectors(models: Models, spec: StudySpec) -> TaskVectors:
     return TaskVectors.from_weights(
         models.base.weights(),
         {name: checkpoint.weights() for name, checkpoint in models.experts.items()},
-        exclude=spec.exclude,
+        exclude=spec.not_merged,
         vocabulary=spec.vocabulary,
         tied=tied(models.base),
     )
@@ -127,10 +135,18 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
     """Load the resident model, map the experts and build the evaluators."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    evaluators = make_evaluators(spec, study_file, models.base.tokenizer_dir, pick_device(config))
+    evaluators = make_evaluators(spec, study_file, models, pick_device(config))
     vectors = load_task_vectors(models, spec)
-    model = load_resident(models.base, dtype=models.dtype, device=pick_device(config))
-    merger = make_merger(models, vectors, config.engine, targets=writable_views(model))
+    model = load_resident(
+        models.base,
+        dtype=models.dtype,
+        device=pick_device(config),
+        auto_class=spec.resident_class,
+    )
+    views = writable_views(model)
+    names = aligned(views, models.base.headers)
+    targets = {names[name]: view for name, view in views.items()}
+    merger = make_merger(models, vectors, config.engine, targets=targets)
     return Worker(model, merger, evaluators)
 
 
@@ -149,7 +165,7 @@ def make_merger(
 
 
 def make_evaluators(
-    spec: StudySpec, study_file: Path, tokenizer: Path, device: str
+    spec: StudySpec, study_file: Path, models: Models, device: str
 ) -> dict[str, Evaluator]:
     """Return each task's evaluator; tasks of one kind share one.
 
@@ -159,7 +175,11 @@ def make_evaluators(
     found: dict[str, Evaluator] = {}
     lm_tasks = {n: t for n, t in spec.tasks.items() if t.evaluator == "lm_harness"}
     if lm_tasks:
-        found |= dict.fromkeys(lm_tasks, _lm_harness(spec, study_file, tokenizer, device))
+        lm_harness = _lm_harness(spec, study_file, models.base.tokenizer_dir, device)
+        found |= dict.fromkeys(lm_tasks, lm_harness)
+    classified = {n: t for n, t in spec.tasks.items() if t.evaluator == "classification"}
+    if classified:
+        found |= dict.fromkeys(classified, _classification(spec, study_file, models, device))
     for name, task in spec.tasks.items():
         if task.evaluator == "function":
             from searchmerge.evaluators.function import FunctionEvaluator
@@ -193,6 +213,92 @@ def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path, device: str)
     )
 
 
+def _classification(spec: StudySpec, study_file: Path, models: Models, device: str) -> Evaluator:
+    from searchmerge.evaluators.classification import Classification, ClassificationTask
+
+    own, kind = spec.classification, device.partition(":")[0]
+    heads = _heads(spec, models)
+    tasks = {
+        name: ClassificationTask(
+            _data_source(task, study_file),
+            heads[str(task.expert)],
+            text=task.text or (),
+            image=task.image,
+            label=task.label or "label",
+            class_names=task.labels or _class_names(models, str(task.expert), heads),
+            metric="macro_f1" if task.metric == "macro_f1" else "acc",
+        )
+        for name, task in spec.tasks.items()
+        if task.evaluator == "classification"
+    }
+    return Classification(
+        tasks,
+        model_dir=models.base.tokenizer_dir,
+        batch_tokens=own.batch_tokens or _TEXT_TOKENS.get(kind, _TEXT_TOKENS["cpu"]),
+        batch_images=own.batch_images or _BATCH_IMAGES.get(kind, _BATCH_IMAGES["cpu"]),
+        max_length=own.max_length,
+    )
+
+
+def _heads(spec: StudySpec, models: Models) -> dict[str, Head]:
+    """Return the head of every expert whose task is a classification.
+
+    Raises:
+        SpecError: If an expert has no head.
+    """
+    own = spec.classification
+
+    def is_head(name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in own.heads)
+
+    shared = [name for name in models.base.headers if not is_head(name)]
+    needed, _ = head_names(models.base.path, shared, spec.resident_class)
+    if needed and own.pooling == "pooler":
+        raise SpecError(
+            f"classification.pooling: {models.base.name} has no {next(iter(needed))!r}, which "
+            "its pooled output needs; choose mean, cls or max"
+        )
+    found: dict[str, Head] = {}
+    wanted = [t.expert for t in spec.tasks.values() if t.evaluator == "classification"]
+    for expert in dict.fromkeys(map(str, wanted)):
+        checkpoint = models.experts[expert]
+        weights, where = checkpoint.weights(), f"experts.{expert} ({checkpoint.name})"
+        private = private_tensors(models.base, checkpoint)
+        tensors = {n: weights[n] for n in checkpoint.headers if n in private or is_head(n)}
+        found[expert] = (
+            pooled_head(tensors, own.pooling, where)
+            if own.pooling
+            else model_head(tensors, needed, n_classes(checkpoint.config), where)
+        )
+    return found
+
+
+def n_classes(config: Mapping[str, Any]) -> int:
+    """Return how many classes a model's configuration gives it; 2 where it does not say."""
+    return len(config.get("id2label") or ()) or int(config.get("num_labels") or 2)
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of a model's classes in order; none where they are only numbered."""
+    names = config.get("id2label") or {}
+    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    numbered = all(name == f"LABEL_{i}" for i, name in enumerate(ordered))
+    return () if numbered else ordered
+
+
+def _class_names(models: Models, expert: str, heads: Mapping[str, Head]) -> tuple[str, ...]:
+    """Return the names of a head's classes; none where the configuration speaks of others."""
+    names = class_names(models.experts[expert].config)
+    return names if len(names) == heads[expert].n_classes else ()
+
+
+def _data_source(task: TaskSpec, study_file: Path) -> DataSource:
+    data = task.data or DataSpec(path="")
+    beside = study_file.parent / Path(data.path).expanduser()
+    path = str(beside) if beside.exists() else data.path
+    return DataSource(path, task.split, data.subset, data.revision)
+
+
 def make_schedule(spec: StudySpec, tasks: Mapping[str, TaskInfo]) -> Schedule:
     """Return what every candidate is scored on.
 
@@ -215,20 +321,41 @@ def make_schedule(spec: StudySpec, tasks: Mapping[str, TaskInfo]) -> Schedule:
         part: make_rounds(own, round_blocks=spec.search.round_blocks, seed=spec.search.seed)
         for part, own in blocks.items()
     }
-    means = frozenset(name for name, info in tasks.items() if info.mean)
-    return Schedule(blocks, rounds, means)
+    return Schedule(blocks, rounds)
 
 
 def make_objective(spec: StudySpec) -> Objective:
     """Return the study's objective, without the own experts' scores."""
     goals = {name: Goal(task.weight, task.expert) for name, task in spec.tasks.items()}
-    return Objective(spec.objective, goals)
+    constraints = tuple(
+        Constraint(task, constraint.against, constraint.at_least)
+        for constraint in spec.constraints
+        for task in spec.constrained(constraint)
+    )
+    return Objective(spec.objective, goals, constraints=constraints, pick=spec.confirm.pick)
 
 
 def make_racing(spec: StudySpec) -> Racing | None:
     """Return the study's racing, or ``None`` where it is off."""
     racing = spec.search.racing
-    return None if racing == "off" else Racing(racing.p_threshold, racing.min_blocks)
+    if racing == "off":
+        return None
+    return Racing(racing.p_threshold, racing.min_blocks, racing.collapse_margin)
+
+
+def warm_start(spec: StudySpec, study_file: Path) -> list[dict[str, Setting]]:
+    """Return the parameters of the earlier studies' best plans, as near as the space comes.
+
+    Raises:
+        SpecError: If no plan of an earlier study fits the space.
+        StudyError: If a run directory holds no study.
+    """
+    found = [study_file.parent / Path(name).expanduser() for name in spec.search.warm_start]
+    run_dirs = [
+        beside if beside.exists() else Path(name).expanduser()
+        for beside, name in zip(found, spec.search.warm_start, strict=True)
+    ]
+    return warm_start_params(run_dirs, make_space(spec), spec.search.warm_start_plans)
 
 
 def make_budget(spec: StudySpec) -> Budget:
@@ -300,16 +427,22 @@ def versions() -> dict[str, str]:
 
 
 def _hash_task_files(spec: StudySpec, study_file: Path) -> str:
-    """Return a hash of the local task definitions and their data."""
-    if spec.lm_harness.include_path is None:
-        return ""
-    folder = study_file.parent / spec.lm_harness.include_path
-    if not folder.is_dir():
-        raise SpecError(f"{study_file}: lm_harness.include_path: no folder {folder}")
+    """Return a hash of the local task definitions and of all local data."""
+    places = [
+        Path(_data_source(task, study_file).path) for task in spec.tasks.values() if task.data
+    ]
+    if spec.lm_harness.include_path is not None:
+        folder = study_file.parent / spec.lm_harness.include_path
+        if not folder.is_dir():
+            raise SpecError(f"{study_file}: lm_harness.include_path: no folder {folder}")
+        places.append(folder)
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if "__pycache__" not in file.parts:
-            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    for place in dict.fromkeys(place for place in places if place.exists()):
+        files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+        for file in files:
+            if "__pycache__" not in file.parts:
+                name = file.name if file == place else str(file.relative_to(place))
+                digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -322,9 +455,7 @@ def open_directory(
         StudyError: If it has.
     """
     space, objective = make_space(spec), make_objective(spec)
-    setting = SamplerSetting(
-        spec.search.seed, space, len(objective.names), spec.search.n_trials
-    )
+    setting = SamplerSetting(spec.search.seed, space, len(objective.names), spec.search.n_trials)
     return StudyDirectory(
         run_dir,
         name=study_name(spec, study_file),

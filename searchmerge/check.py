@@ -32,9 +32,7 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     free = shutil.disk_usage(study_file.parent).free
     yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
     yield f"space: {_describe_space(spec)}"
-    evaluators = assemble.make_evaluators(
-        spec, study_file, models.base.tokenizer_dir, assemble.pick_device(config)
-    )
+    evaluators = assemble.make_evaluators(spec, study_file, models, assemble.pick_device(config))
     tasks = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
     schedule = assemble.make_schedule(spec, tasks)
     for name, info in tasks.items():

@@ -1,7 +1,7 @@
 """Checkpoints: opened by their headers, read through the page cache, told apart by content."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from searchmerge.checkpoints.files import (
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.hub import fetch, is_hub_id
 from searchmerge.checkpoints.lora import ADAPTER_CONFIG, Adapter, materialise, read_adapter
+from searchmerge.checkpoints.renames import aligned
 from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader, read_headers
 from searchmerge.errors import CheckpointError
 
@@ -41,6 +42,7 @@ class Checkpoint:
         base: The model that an adapter was trained on; ``None`` where this is a whole model.
         adapter: What is added to that base; ``None`` where this is a whole model.
         cache_dir: Where fingerprints are remembered.
+        renamed: Name here to the name in the file, where they differ.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Checkpoint:
     base: "Checkpoint | None" = field(repr=False)
     adapter: Adapter | None = field(repr=False)
     cache_dir: Path = field(repr=False)
+    renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -88,7 +91,23 @@ class Checkpoint:
         reads the same file. What is written to one never reaches the file, and is seen by
         those who hold this mapping; another call makes another mapping.
         """
-        return MappedTensors(self.files)
+        return MappedTensors(self.files, self.renamed)
+
+    def named_as(self, other: "Checkpoint") -> "Checkpoint":
+        """Return the same model with the names of another, where only a prefix tells them apart.
+
+        An encoder that was saved under a classifier has names such as ``bert.encoder...``, the
+        encoder alone ``encoder...``.
+        """
+        names = aligned(self.headers, other.headers)
+        if self.adapter is not None or all(name == new for name, new in names.items()):
+            return self
+        return replace(
+            self,
+            headers={names[name]: header for name, header in self.headers.items()},
+            own_files={names[name]: file for name, file in self.own_files.items()},
+            renamed={new: name for name, new in names.items() if name != new},
+        )
 
     def fingerprint(self) -> str:
         """Return 64 hexadecimal digits that differ where any tensor differs.
@@ -100,7 +119,8 @@ class Checkpoint:
             CheckpointError: If a file has gone or cannot be read.
         """
         if self.base is None or self.adapter is None:
-            return fingerprint(self.own_files, self.cache_dir)
+            files = {self.renamed.get(name, name): f for name, f in self.own_files.items()}
+            return fingerprint(files, self.cache_dir)
         return self.adapter.fingerprint(self.base.fingerprint(), self.cache_dir)
 
 

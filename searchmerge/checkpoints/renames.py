@@ -1,8 +1,83 @@
-"""What transformers calls the tensors of a checkpoint once they are in a model."""
+"""What one tensor is called in different places: a checkpoint, another, a loaded model."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import device
+from torch import device, nn
+
+from searchmerge.errors import CheckpointError
+
+
+def aligned(names: Collection[str], reference: Collection[str]) -> dict[str, str]:
+    """Return each name as the reference has it: with a prefix more, or one less.
+
+    An encoder saved alone has ``embeddings.weight`` where the same encoder under a classifier
+    has ``bert.embeddings.weight``. One prefix is found for all names, that which makes most of
+    them names of the reference; a name that it does not make one stays as it is.
+    """
+    known = set(reference)
+    prefixes = {name.partition(".")[0] + "." for name in (*names, *reference)}
+    candidates = [
+        {name: name for name in names},
+        *({name: name.removeprefix(prefix) for name in names} for prefix in sorted(prefixes)),
+        *({name: prefix + name for name in names} for prefix in sorted(prefixes)),
+    ]
+    best = max(candidates, key=lambda renamed: len(known.intersection(renamed.values())))
+    return {
+        name: new if new in known and (new == name or new not in names) else name
+        for name, new in best.items()
+    }
+
+
+def head_names(
+    model_dir: Path, stored: Collection[str], auto_class: str
+) -> tuple[dict[str, str], str]:
+    """Return the tensors that a class of transformers needs beyond those that are stored.
+
+    Args:
+        model_dir: A directory that transformers can load.
+        stored: The names of the tensors that the checkpoint has.
+        auto_class: A class such as ``AutoModelForSequenceClassification``.
+
+    Returns:
+        Name in a checkpoint to name in the loaded model; and the class that it is loaded as.
+
+    Raises:
+        CheckpointError: If the class cannot make a model of this configuration.
+    """
+    import transformers
+
+    loader: Any = getattr(transformers, auto_class, None)
+    if not hasattr(loader, "from_config"):
+        raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        with device("meta"):
+            model: nn.Module = loader.from_config(config)
+    except (ValueError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{model_dir}: cannot be loaded as {auto_class}: {reason}"
+        ) from error
+    names = _stored_names(model)
+    as_stored = aligned(list(names.values()), stored)
+    missing = {
+        as_stored[name]: resident
+        for resident, name in names.items()
+        if as_stored[name] not in stored
+    }
+    return missing, type(model).__name__
+
+
+def _stored_names(model: nn.Module) -> Mapping[str, str]:
+    """Return checkpoint names by resident names, of tensors that have one of their own."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    resident = model.state_dict()
+    stored = revert_weight_conversion(model, dict(resident))
+    names = {id(tensor): name for name, tensor in stored.items()}
+    return {name: names[id(tensor)] for name, tensor in resident.items() if id(tensor) in names}
 
 
 def resident_names(model_dir: Path) -> dict[str, str]:
@@ -19,7 +94,6 @@ def resident_names(model_dir: Path) -> dict[str, str]:
         Empty where transformers cannot tell: unknown architectures, code outside transformers.
     """
     import transformers
-    from transformers.core_model_loading import revert_weight_conversion
 
     try:
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
@@ -30,7 +104,4 @@ def resident_names(model_dir: Path) -> dict[str, str]:
         return {}
     with device("meta"):
         model = architecture(config)
-    resident = model.state_dict()
-    stored = revert_weight_conversion(model, dict(resident))
-    names = {id(tensor): name for name, tensor in stored.items()}
-    return {name: names[id(tensor)] for name, tensor in resident.items() if id(tensor) in names}
+    return dict(_stored_names(model))

@@ -90,10 +90,14 @@ class MappedTensors(Mapping[str, Tensor]):
 
     Args:
         files: The file that holds each name.
+        renamed: Name here to the name in the file, where they differ.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(
+        self, files: Mapping[str, Path], renamed: Mapping[str, str] | None = None
+    ) -> None:
         self._files = files
+        self._renamed = renamed or {}
         self._handles: dict[Path, Any] = {}
         self._tensors: dict[str, Tensor] = {}
 
@@ -103,7 +107,7 @@ class MappedTensors(Mapping[str, Tensor]):
             if file not in self._handles:
                 self._handles[file] = _open(file)
             try:
-                self._tensors[name] = self._handles[file].get_tensor(name)
+                self._tensors[name] = self._handles[file].get_tensor(self._renamed.get(name, name))
             except SafetensorError as error:
                 raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
         return self._tensors[name]

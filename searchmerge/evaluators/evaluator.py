@@ -1,6 +1,7 @@
 """What an evaluator is, the examples it scores, and the registry of those there are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -52,3 +53,14 @@ class Evaluator(Protocol):
 
 
 EVALUATORS: Registry[type[Evaluator]] = Registry("evaluator")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep dropout off, and leave the model's mode as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

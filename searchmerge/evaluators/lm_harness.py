@@ -21,7 +21,7 @@ from torch import nn
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal_generation import GenerationOptions, NonFiniteLogits, generate
 from searchmerge.evaluators.causal_scoring import CausalScorer
-from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo
+from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.lm_task_settings import data_files, split_overrides
 from searchmerge.evaluators.packing import Tokens
 
@@ -108,20 +108,9 @@ class LmHarness:
         if not examples:
             return ()
         prepared = self._tasks[task]
-        with _evaluating(model):
+        with evaluating(model):
             self._lm.model = model
             return prepared.score(self._lm, examples)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep dropout off, and leave the model's mode as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 # --- The language model, as lm-eval sees it --------------------------------------------------

@@ -1,0 +1,319 @@
+"""The ``classification`` evaluator: experts that share an encoder, each with a head of its own."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
+from searchmerge.evaluators.heads import Head
+from searchmerge.evaluators.rows import DataSource, column, load_rows, text_column
+
+Metric = Literal["acc", "macro_f1"]
+METRICS: tuple[Metric, ...] = ("acc", "macro_f1")
+
+_IMAGE_CACHE_BYTES = 4 << 30
+"""Up to this many bytes, the pixels of a task's images are prepared once and kept."""
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A data set, and whose head classifies it.
+
+    Attributes:
+        data: Its rows.
+        head: The head that gives one logit per class.
+        text: The column of the text, or the two columns of a pair; none for images.
+        image: The column of the image; ``None`` for texts.
+        label: The column of the class: its index among the logits, or its name.
+        class_names: The name of each logit's class, where they are known.
+        metric: ``acc``, or ``macro_f1``, which is no mean over examples.
+    """
+
+    data: DataSource
+    head: Head
+    text: tuple[str, ...] = ()
+    image: str | None = None
+    label: str = "label"
+    class_names: tuple[str, ...] = ()
+    metric: Metric = "acc"
+
+
+class _Inputs(Protocol):
+    """What the model is given, example by example."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Yield places in ``examples`` and the model's inputs for them."""
+        ...
+
+
+@EVALUATORS.register("classification")
+class Classification:
+    """Scores text or image classifiers on the resident encoder, each task with its own head.
+
+    Args:
+        tasks: The study's name of each task, and what it is.
+        model_dir: Where the base's tokenizer, or its image processor, is.
+        batch_tokens: Tokens of one forward pass over texts, padding included, 1 or more.
+        batch_images: Images of one forward pass, 1 or more.
+        max_length: Tokens after which a text is cut; the tokenizer's own if ``None``.
+
+    Raises:
+        SpecError: If data, split or column are not there, or a label is none of the head's.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, ClassificationTask],
+        *,
+        model_dir: Path,
+        batch_tokens: int = 2048,
+        batch_images: int = 16,
+        max_length: int | None = None,
+    ) -> None:
+        self._tasks = tasks
+        self._inputs: dict[str, _Inputs] = {}
+        self._targets: dict[str, Tensor] = {}
+        processors = _Processors(model_dir, max_length)
+        for name, task in tasks.items():
+            where = f"tasks.{name}"
+            rows = load_rows(task.data, where)
+            self._targets[name] = torch.tensor(class_indices(rows, task, where))
+            self._inputs[name] = (
+                _Images(column(rows, task.image, f"{where}.image"), processors, batch_images)
+                if task.image is not None
+                else _Texts(
+                    [text_column(rows, text, f"{where}.text") for text in task.text],
+                    processors,
+                    batch_tokens,
+                )
+            )
+        self.tasks: Mapping[str, TaskInfo] = {
+            name: TaskInfo(len(self._inputs[name]), task.metric == "acc", task.metric)
+            for name, task in tasks.items()
+        }
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return 1 or 0 per example, whether it is classified correctly; or one macro-F1.
+
+        Raises:
+            EvaluationError: If a logit is not finite.
+        """
+        if not examples:
+            return ()
+        head, places, logits = self._tasks[task].head, [], []
+        with evaluating(model):
+            for batch, inputs in self._inputs[task].batches(examples):
+                logits.append(head.logits(model, _placed(inputs, model)))
+                places += batch
+        found = torch.empty(len(examples), head.n_classes)
+        found[torch.tensor(places)] = torch.cat(logits).float().cpu()
+        finite = torch.isfinite(found).all(1)
+        if not finite.all():
+            example = examples[int((~finite).nonzero()[0, 0])]
+            raise EvaluationError(
+                f"task {task!r}, example {example}: the model gave logits that are not finite"
+            )
+        predicted, true = found.argmax(1), self._targets[task][list(examples)]
+        if self._tasks[task].metric == "macro_f1":
+            return (macro_f1(predicted, true, head.n_classes),)
+        return tuple((predicted == true).float().tolist())
+
+
+def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the inputs on the model's device, pixels in its dtype."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    return {
+        name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+
+
+def macro_f1(predicted: Tensor, true: Tensor, n_classes: int) -> float:
+    """Return the mean over classes of F1, over the classes that occur in either.
+
+    Args:
+        predicted: Class of each example, ``(n_examples,)``, int64.
+        true: The same, as it should be.
+        n_classes: How many classes there are; each index is in [0, n_classes).
+    """
+    hits = torch.bincount(true[predicted == true], minlength=n_classes).double()
+    counts = torch.bincount(true, minlength=n_classes) + torch.bincount(
+        predicted, minlength=n_classes
+    )
+    occurring = counts > 0
+    return float((2 * hits[occurring] / counts[occurring]).mean())
+
+
+# --- Labels -----------------------------------------------------------------------------------
+
+
+def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
+    """Return the index of each row's class among the logits of the task's head.
+
+    Names are looked up among ``class_names``. Where a data set numbers its classes and names
+    them too, and the head knows all of these names, the names decide and not the numbers.
+
+    Raises:
+        SpecError: If a label is not one of the head's classes.
+    """
+    labels = list(column(rows, task.label, f"{where}.label"))
+    n_classes = task.head.n_classes
+    if task.class_names and len(task.class_names) != n_classes:
+        raise SpecError(
+            f"{where}.labels: there are {len(task.class_names)}; its head has {n_classes} classes"
+        )
+    index_of = {name: index for index, name in enumerate(task.class_names)}
+    own_names: Sequence[str] = getattr(rows.features[task.label], "names", None) or ()
+    if own_names and set(own_names) <= set(index_of):
+        labels = [
+            own_names[label] if _is_index(label, len(own_names)) else label for label in labels
+        ]
+    indices = []
+    for row, label in enumerate(labels):
+        index = index_of.get(label) if isinstance(label, str) else label
+        if not _is_index(index, n_classes):
+            known = ", ".join(index_of) or "it does not say; list them as labels"
+            raise SpecError(
+                f"{where}.label: row {row} has {label!r} in column {task.label!r}, which is "
+                f"none of the head's classes (0 to {n_classes - 1}; names: {known})"
+            )
+        indices.append(index)
+    return indices
+
+
+def _is_index(value: Any, n: int) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 <= value < n
+
+
+# --- Inputs: made once ------------------------------------------------------------------------
+
+
+class _Processors:
+    """The base's tokenizer and image processor, loaded when they are first needed."""
+
+    def __init__(self, model_dir: Path, max_length: int | None) -> None:
+        self._model_dir = model_dir
+        self._max_length = max_length
+        self._loaded: dict[str, Any] = {}
+
+    def tokens(self, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
+        """Return what the tokenizer makes of each text, or pair of texts."""
+        tokenizer = self._load("AutoTokenizer")
+        options: dict[str, Any] = {"truncation": True, "max_length": self._window(tokenizer)}
+        encoded = tokenizer(*texts, **options)
+        return [
+            {name: values[i] for name, values in encoded.items()} for i in range(len(texts[0]))
+        ]
+
+    @property
+    def pad_token_id(self) -> int:
+        """Return what fills the shorter texts of a batch; 0 where the tokenizer does not say."""
+        return int(self._load("AutoTokenizer").pad_token_id or 0)
+
+    def pixels(self) -> Callable[[Any], Tensor]:
+        """Return what makes an image the model's input, ``(channels, height, width)``."""
+        processor = self._load("AutoImageProcessor")
+
+        def prepare(image: Any) -> Tensor:
+            made: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")[
+                "pixel_values"
+            ][0]
+            return made
+
+        return prepare
+
+    def _window(self, tokenizer: Any) -> int:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self._model_dir, local_files_only=True)
+        places = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+        return int(min(self._max_length or places, places, tokenizer.model_max_length))
+
+    def _load(self, kind: str) -> Any:
+        import transformers
+
+        try:
+            if kind not in self._loaded:
+                self._loaded[kind] = getattr(transformers, kind).from_pretrained(
+                    self._model_dir, local_files_only=True
+                )
+        except ImportError as error:
+            raise SpecError(
+                f"{self._model_dir}: {kind} needs another package: "
+                "pip install 'searchmerge[vision]'"
+            ) from error
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise SpecError(f"{self._model_dir}: {kind} cannot be loaded: {reason}") from error
+        return self._loaded[kind]
+
+
+class _Texts:
+    """Texts, tokenised once; those of about one length make a batch."""
+
+    def __init__(
+        self, texts: Sequence[Sequence[str]], processors: _Processors, batch_tokens: int
+    ) -> None:
+        self._tokens = processors.tokens(texts)
+        self._padding = {"input_ids": processors.pad_token_id}
+        self._batch_tokens = batch_tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        sizes = [len(self._tokens[example]["input_ids"]) for example in examples]
+        order = sorted(range(len(examples)), key=lambda place: (-sizes[place], examples[place]))
+        while order:
+            n_rows = max(1, self._batch_tokens // sizes[order[0]])
+            places, order = order[:n_rows], order[n_rows:]
+            yield places, self._padded([self._tokens[examples[place]] for place in places])
+
+    def _padded(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        return {
+            name: torch.tensor(
+                [
+                    row[name] + [self._padding.get(name, 0)] * (width - len(row[name]))
+                    for row in rows
+                ]
+            )
+            for name in rows[0]
+        }
+
+
+class _Images:
+    """Images, prepared when first scored and kept while they take little memory."""
+
+    def __init__(self, images: Any, processors: _Processors, batch_images: int) -> None:
+        self._images = images
+        self._prepare = processors.pixels()
+        self._batch_images = batch_images
+        self._kept: dict[int, Tensor] = {}
+        self._kept_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        for start in range(0, len(examples), self._batch_images):
+            batch = examples[start : start + self._batch_images]
+            pixels = torch.stack([self._pixels(example) for example in batch])
+            yield list(range(start, start + len(batch))), {"pixel_values": pixels}
+
+    def _pixels(self, example: int) -> Tensor:
+        if example in self._kept:
+            return self._kept[example]
+        pixels = self._prepare(self._images[example])
+        if self._kept_bytes + pixels.nbytes <= _IMAGE_CACHE_BYTES:
+            self._kept[example] = pixels
+            self._kept_bytes += pixels.nbytes
+        return pixels

@@ -1,0 +1,157 @@
+"""Rows of data for evaluators, read with Hugging Face ``datasets``: from the hub or from files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from searchmerge.errors import SpecError
+
+_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+"""How files are read, by their suffix; a ``.gz`` after it is taken off."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a task's rows are.
+
+    Attributes:
+        path: A file, a folder of files named after their splits (``train.jsonl``), a folder of
+            images by class, or the id of a dataset on the hub.
+        split: The split that is scored; a single file has one split, under any name.
+        subset: The configuration of a dataset on the hub, where it has several.
+        revision: Branch, tag or commit of a dataset on the hub.
+    """
+
+    path: str
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+
+
+def load_rows(source: DataSource, where: str) -> Any:
+    """Return the rows of a split as a ``datasets.Dataset``.
+
+    Args:
+        source: What to read.
+        where: The key of the study that names it, for messages: ``"tasks.sst2"``.
+
+    Raises:
+        SpecError: If there are no such data or no such split, or they cannot be read.
+    """
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+    try:
+        with _quiet():
+            found = _load(source, where)
+    except (OSError, ValueError, DatasetsError, DatasetGenerationError) as error:
+        if isinstance(error, SpecError):
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise SpecError(f"{where}.data: {source.path} cannot be read: {reason}") from error
+    split = source.split
+    if split is None and Path(source.path).is_file():
+        split = next(iter(found))
+    if split not in found:
+        asked = "split is missing" if split is None else f"no split {split!r} in {source.path}"
+        raise SpecError(f"{where}.split: {asked} (it has: {', '.join(map(str, found))})")
+    return found[split]
+
+
+def _load(source: DataSource, where: str) -> Any:
+    """Return a mapping from split to rows."""
+    from datasets import load_dataset
+
+    path = Path(source.path)
+    if path.is_file():
+        return {source.split or "rows": _read(path, where)}
+    if path.is_dir():
+        files = _split_files(path)
+        wanted = {split: f for split, f in files.items() if source.split in (None, split)}
+        if wanted and source.split is not None:
+            return {split: _read(file, where) for split, file in wanted.items()}
+        return files or load_dataset("imagefolder", data_dir=str(path))
+    if path.is_absolute() or source.path.startswith(".") or source.path.count("/") > 1:
+        raise SpecError(f"{where}.data: no file or folder {source.path}")
+    return load_dataset(source.path, source.subset, revision=source.revision)
+
+
+def _read(file: Path, where: str) -> Any:
+    from datasets import load_dataset
+
+    data_files = {"rows": str(file)}  # a name of our own: not every split may be called so
+    return load_dataset(_format(file, where), data_files=data_files, **_reading(file))["rows"]
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    return suffixes[-1] if suffixes else ""
+
+
+def _format(path: Path, where: str) -> str:
+    if _suffix(path) not in _FORMATS:
+        raise SpecError(
+            f"{where}.data: {path} is of no known format; known: {', '.join(_FORMATS)}, each "
+            "also with .gz"
+        )
+    return _FORMATS[_suffix(path)]
+
+
+def _reading(path: Path) -> dict[str, Any]:
+    return {"delimiter": "\t"} if _suffix(path) == ".tsv" else {}
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """Return the data files of a folder by the split each is named after."""
+    files = sorted(f for f in folder.iterdir() if f.is_file() and _suffix(f) in _FORMATS)
+    return {
+        file.name.partition(".")[0]: file
+        for file in files
+        if file.name.partition(".")[0] not in ("metadata", "labels", "dataset_info", "README")
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the progress bars of ``datasets`` off the terminal."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def column(rows: Any, name: str, where: str) -> Any:
+    """Return a column of the rows.
+
+    Raises:
+        SpecError: If there is no such column, or an entry of it is missing.
+    """
+    if name not in rows.column_names:
+        raise SpecError(f"{where}: no column {name!r} (there are: {', '.join(rows.column_names)})")
+    return rows[name]
+
+
+def text_column(rows: Any, name: str, where: str) -> list[str]:
+    """Return a column of texts.
+
+    Raises:
+        SpecError: If there is no such column, or an entry is no text.
+    """
+    texts = list(column(rows, name, where))
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise SpecError(f"{where}: row {row} of column {name!r} is {text!r}, and no text")
+    return texts

@@ -1,0 +1,333 @@
+"""Classifiers that share an encoder, scored as transformers itself scores each of them."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from searchmerge import assemble
+from searchmerge.config import RunConfig
+from searchmerge.errors import CheckpointError, EvaluationError, SpecError
+from searchmerge.evaluators.classification import macro_f1
+from searchmerge.plan import MergePlan
+from searchmerge.run import run_study
+from searchmerge.search.references import reference_plans
+from searchmerge.spec import read_study
+from tests.evaluators.classifiers import (
+    CLASSES,
+    NAMES,
+    image_tasks,
+    make_experts,
+    make_pooled_experts,
+    text_tasks,
+    texts,
+    write_images,
+    write_study,
+    write_texts,
+)
+
+EAGER = RunConfig(engine="eager", device="cpu")
+
+
+class Silent:
+    """An observer that shows nothing and keeps the trials."""
+
+    def __init__(self):
+        self.trials = []
+
+    def phase(self, title, total, done=0):
+        pass
+
+    def step(self, name, scores):
+        pass
+
+    def trial(self, record):
+        self.trials.append(record)
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Make each kind of experts and data once."""
+    roots = {}
+    for name, make, write, kind in (
+        ("bert", make_experts, write_texts, "bert"),
+        ("vit", make_experts, write_images, "vit"),
+        ("sentence", make_pooled_experts, write_texts, "bert"),
+        ("clip", make_pooled_experts, write_images, "clip"),
+    ):
+        roots[name] = tmp_path_factory.mktemp(name)
+        make(roots[name], kind)
+        write(roots[name])
+    return roots
+
+
+@pytest.fixture
+def study(made, tmp_path):
+    """Write studies in a folder with links to models and data."""
+
+    def write(kind, tasks, **changes):
+        for place in made[kind].iterdir():
+            if not (tmp_path / place.name).exists():
+                (tmp_path / place.name).symlink_to(place)
+        return write_study(tmp_path, tasks, **changes)
+
+    return write
+
+
+def score(file, expert, examples=None):
+    """Score the expert itself, which task arithmetic with one coefficient of 1 gives."""
+    spec, file = read_study(file)
+    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), EAGER)
+    plan = reference_plans(tuple(spec.experts))[f"expert {expert}"]
+    schedule = assemble.make_schedule(spec, worker.tasks())
+    blocks = schedule.blocks["select"][expert]
+    [result] = list(worker.score(plan, [tuple(blocks)]))
+    order = [example for block in blocks for example in block.examples]
+    return order, [value for scores in result.scores for value in scores.values]
+
+
+def text_labels(expert, n=24):
+    return [i % CLASSES[expert] for i in range(n)]
+
+
+def own_text_logits(folder, expert):
+    """Return what transformers makes of each text alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / expert).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / expert)
+    with torch.no_grad():
+        return [
+            model(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0]
+            for text in texts()
+        ]
+
+
+@pytest.mark.parametrize("expert", CLASSES)
+def test_a_text_classifier_scores_as_in_transformers(study, tmp_path, expert):
+    file = study("bert", text_tasks(), classification={"batch_tokens": 64})
+    order, values = score(file, expert)
+    predicted = [int(logits.argmax()) for logits in own_text_logits(tmp_path, expert)]
+    labels = text_labels(expert)
+    assert values == [float(predicted[i] == labels[i]) for i in order]
+    assert 0 < sum(values) < len(values)  # or this test would show little
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
+def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(study, tmp_path, pooling):
+    file = study("sentence", text_tasks(), classification={"pooling": pooling})
+    tasks = text_tasks(labels=["red", "green", "blue"])
+    tasks["second"]["labels"] = None
+    file = study("sentence", tasks, classification={"pooling": pooling})
+    order, values = score(file, "first")
+    from safetensors.torch import load_file
+
+    head = load_file(tmp_path / "first" / "model.safetensors")
+    model = AutoModel.from_pretrained(tmp_path / "first").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
+    expected = []
+    for i in order:
+        with torch.no_grad():
+            out = model(**tokenizer(texts()[i], truncation=True, return_tensors="pt"))
+        states = out.last_hidden_state[0]
+        vector = {
+            "mean": states.mean(0),
+            "cls": states[0],
+            "max": states.amax(0),
+            "pooler": out.pooler_output[0],
+        }[pooling]
+        logits = head["classifier.weight"] @ vector + head["classifier.bias"]
+        expected.append(float(int(logits.argmax()) == i % 3))
+    assert values == expected
+
+
+def test_an_image_classifier_scores_as_in_transformers(study, tmp_path):
+    from datasets import load_dataset
+    from transformers import AutoImageProcessor
+
+    order, values = score(study("vit", image_tasks()), "first")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "first").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "first")
+    rows = load_dataset("imagefolder", data_dir=str(tmp_path / "data" / "first"))["test"]
+    names = rows.features["label"].names
+    expected = []
+    for i in order:
+        with torch.no_grad():
+            logits = model(**processor(rows[i]["image"], return_tensors="pt")).logits[0]
+        expected.append(float(NAMES["first"][int(logits.argmax())] == names[rows[i]["label"]]))
+    assert values == expected
+
+
+def test_macro_f1_scores_all_examples_as_one_number(study, tmp_path):
+    order, [value] = score(study("bert", text_tasks(metric="macro_f1")), "second")
+    logits = own_text_logits(tmp_path, "second")
+    predicted = np.array([int(logits[i].argmax()) for i in order])
+    true = np.array([text_labels("second")[i] for i in order])
+    assert value == pytest.approx(f1_by_hand(true, predicted))
+
+
+def f1_by_hand(true, predicted):
+    scores = []
+    for k in sorted({*true.tolist(), *predicted.tolist()}):
+        both = float(((true == k) & (predicted == k)).sum())
+        precision = both / max(1, (predicted == k).sum())
+        recall = both / max(1, (true == k).sum())
+        total = precision + recall
+        scores.append(2 * precision * recall / total if total else 0.0)
+    return float(np.mean(scores))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+def test_macro_f1_is_the_mean_of_the_classes_that_occur(pairs):
+    true, predicted = np.array(pairs).T
+    found = macro_f1(torch.tensor(predicted), torch.tensor(true), 5)
+    assert found == pytest.approx(f1_by_hand(true, predicted))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "changes"),
+    [
+        ("bert", text_tasks(), {"objective": "normalised"}),
+        ("bert", text_tasks(metric="macro_f1"), {"dtype": "bfloat16"}),
+        ("vit", image_tasks(), {}),
+        ("sentence", text_tasks(labels=None), {"classification": {"pooling": "mean"}}),
+        ("clip", image_tasks(), {"classification": {"pooling": "pooler"}}),
+    ],
+    ids=["bert", "bert-f1-bf16", "vit", "sentence", "clip"],
+)
+def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes):
+    if kind == "sentence":
+        tasks["first"] = {**tasks["first"], "labels": list(NAMES["first"])}
+    spec, file = read_study(study(kind, tasks, **changes))
+    seen = Silent()
+    results = run_study(spec, file, EAGER, tmp_path / "run", seen)
+    assert len(seen.trials) == 5
+    assert all(record.value is not None for record in seen.trials)
+    [winner] = [row for row in results.rows if row.name == results.winner]
+    assert set(winner.hold_out) == set(CLASSES)
+    model = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    plan = MergePlan.from_yaml(tmp_path / "run" / "model" / "merge_plan.yaml")
+    assert plan == results.merge_plan
+    assert next(model.parameters()).isfinite().all()
+
+
+def test_the_same_weights_score_the_same_from_every_kind_of_file(study, tmp_path):
+    file = study("bert", text_tasks())
+    expected = score(file, "second")
+    rows = [json.loads(line) for line in (tmp_path / "data/second.jsonl").read_text().splitlines()]
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with gzip.open(folder / "test.jsonl.gz", "wt") as packed:
+        packed.write("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(f"{row['text']}\t{row['label']}\n" for row in rows)
+    (folder / "train.tsv").write_text("text\tlabel\n" + lines)
+    (folder / "plain.csv").write_text("text,label\n" + lines.replace("\t", ","))
+    from datasets import Dataset
+
+    Dataset.from_list(rows).to_parquet(folder / "packed.parquet")
+    for split in ("test", "train", "plain", "packed"):
+        tasks = text_tasks()
+        tasks["second"] |= {"data": "other", "split": split}
+        assert score(study("bert", tasks), "second") == expected
+
+
+def changed(**second):
+    tasks = text_tasks()
+    tasks["second"] |= second
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("tasks", "match"),
+    [
+        (
+            changed(text="sentence"),
+            r"tasks.second.text: no column 'sentence' \(there are: text, l",
+        ),
+        (changed(label="class"), "tasks.second.label: no column 'class'"),
+        (changed(text="label"), "row 0 of column 'label' is 0, and no text"),
+        (changed(data="data", split="third"), r"no split 'third' .*\(it has: first, second\)"),
+        (changed(data="data"), r"split is missing \(it has: first, second\)"),
+        (changed(data="./nowhere.jsonl"), "no file or folder ./nowhere.jsonl"),
+        (changed(data="study.yaml"), "of no known format; known: .jsonl"),
+        (changed(data="data/first.jsonl"), "row 0 has 'red' .*0 to 3; names: it does not say"),
+        (changed(labels=["a", "b"]), "there are 2; its head has 4 classes"),
+        (changed(expert="first"), "row 3 has 3 in column 'label', .*names: red, green, blue"),
+        (changed(expert=None), "expert is missing: name the expert whose head classifies"),
+        (changed(image="picture"), "text, or image"),
+        (changed(metric="f1"), "classification has: acc, macro_f1"),
+        (changed(num_fewshot=2), "num_fewshot belongs to evaluator lm_harness"),
+    ],
+)
+def test_a_wrong_task_is_refused(study, tasks, match):
+    with pytest.raises(SpecError, match=match):
+        score(study("bert", tasks), "second")
+
+
+def test_damaged_data_are_refused(study, tmp_path):
+    tasks = changed(data="damaged.jsonl")
+    (tmp_path / "damaged.jsonl").write_text('{"text": "w1", "label": 0}\n{"text": \n')
+    with pytest.raises(SpecError, match=r"tasks.second.data: .*damaged.jsonl cannot be read"):
+        score(study("bert", tasks), "second")
+
+
+def test_an_expert_without_a_head_is_refused(study, tmp_path):
+    file = study("bert", text_tasks())
+    (tmp_path / "second").unlink()
+    shutil.copytree(tmp_path / "base", tmp_path / "second")
+    with pytest.raises(SpecError, match=r"experts.second .* has no tensor 'classifier\.\w+'"):
+        score(file, "second")
+    file = study("bert", text_tasks(), classification={"pooling": "mean"})
+    with pytest.raises(SpecError, match=r"needs a linear .*\(its private tensors: none\)"):
+        score(file, "second")
+
+
+def test_an_encoder_of_no_such_class_is_refused(study):
+    file = study("vit", text_tasks(data="data/first/test"))
+    with pytest.raises(CheckpointError, match="cannot be loaded as AutoModelForSequenceClassific"):
+        score(file, "second")
+
+
+def test_two_kinds_of_model_in_one_study_are_refused(study):
+    tasks = text_tasks() | {"lm": {"split": "test"}}
+    with pytest.raises(SpecError, match="one model cannot be AutoModelForSequenceClassification "):
+        read_study(study("bert", tasks))
+
+
+def test_logits_that_are_not_finite_name_task_and_example(study):
+    spec, file = read_study(study("bert", text_tasks()))
+    models = assemble.open_models(spec, file)
+    evaluators = assemble.make_evaluators(spec, file, models, "cpu")
+    from searchmerge.checkpoints.resident import load_resident
+
+    model = load_resident(
+        models.base, dtype=torch.float32, device="cpu", auto_class=spec.resident_class
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4 + 7] = float("nan")  # the token of w7
+    with pytest.raises(EvaluationError, match=r"task 'first', example 1: .* not finite"):
+        evaluators["first"].score(model, "first", [1, 2])
+
+
+def test_a_head_that_the_base_has_too_stays_each_experts_own(study, made, tmp_path):
+    """The base is a classifier with as many classes; its head must not be merged."""
+    file = study("bert", text_tasks())
+    expected = score(file, "second")
+    (tmp_path / "base").unlink()
+    shutil.copytree(tmp_path / "first", tmp_path / "base")
+    own = {"heads": ["^classifier"]}
+    assert score(study("bert", text_tasks(), classification=own), "second") == expected
