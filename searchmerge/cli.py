@@ -72,13 +72,12 @@ def run(
     settings = read_config(config)
     spec, file = read_study(study, _read_overrides(set_))
     run_dir = (runs_dir or Path(settings.runs_dir)) / study_name(spec, file)
-    with stopped_by_signals():
-        try:
-            with ProgressView(_err) as view:
-                results = run_study(spec, file, settings, run_dir, view)
-        except Stopped as stopped:
-            _print_stopped(run_dir, settings.storage)
-            raise typer.Exit(_SIGNALLED + stopped.number) from None
+    try:
+        with stopped_by_signals(), ProgressView(_err) as view:
+            results = run_study(spec, file, settings, run_dir, view)
+    except Stopped as stopped:
+        _print_stopped(run_dir, settings.storage)
+        raise typer.Exit(_SIGNALLED + stopped.number) from None
     _print_table(*results.table(), bold=results.winner)
     _out.print(results.verdict, highlight=False, soft_wrap=True)
     _out.print(f"Report, plans and model are in {run_dir}.", highlight=False, soft_wrap=True)

@@ -26,15 +26,20 @@ def stopped_by_signals() -> Iterator[None]:
 
     Must be entered in the main thread.
     """
+    received: int = signal.SIGINT
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = number
         for one in SIGNALS:
             signal.signal(one, signal.SIG_DFL)
-        raise Stopped(number)
+        raise KeyboardInterrupt
 
     before = {one: signal.signal(one, stop) for one in SIGNALS}
     try:
         yield
+    except KeyboardInterrupt:  # what waits in C++ raises one of its own in place of ours
+        raise Stopped(received) from None
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)

@@ -1,5 +1,6 @@
 """Workers on a Ray cluster: a pool of actors, each with one resident model."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -8,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from searchmerge.errors import DeviceFault, EvaluationError, SearchMergeError, StudyError
@@ -387,22 +389,54 @@ def _connect(address: str) -> bool:
     options: dict[str, Any] = {}
     if address == "local":
         options = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    in_main = threading.current_thread() is threading.main_thread()
-    on_terminate = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray").setLevel(logging.ERROR)  # it logs before it reads its own option
     try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=_logger.isEnabledFor(logging.INFO),
-            **options,
-        )
+        with _signals_held():
+            ray.init(
+                address=address,
+                logging_level=logging.ERROR,
+                log_to_driver=_logger.isEnabledFor(logging.INFO),
+                **options,
+            )
     except (ConnectionError, RaySystemError, ValueError, OSError) as error:
         raise StudyError(f"ray.address {address}: {_short(error)}") from error
-    finally:
-        if in_main:  # Ray puts its own in its place
-            signal.signal(signal.SIGTERM, on_terminate)
+    except BaseException:
+        ray.shutdown()
+        raise
     return True
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back the first SIGINT or SIGTERM: Ray swallows one, and ends the process at the other.
+
+    Ray also leaves a SIGTERM handler of its own behind, which is undone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    held: list[int] = []
+
+    def restore() -> None:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            restore()
+            signal.raise_signal(number)
+        held.append(number)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    except SystemExit:
+        held.append(signal.SIGTERM)
+    finally:
+        restore()
+    if held:
+        signal.raise_signal(held[0])
 
 
 def _room(settings: RaySettings) -> int:
