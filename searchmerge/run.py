@@ -15,6 +15,7 @@ from searchmerge.errors import SpecError, StudyError
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
+from searchmerge.report.front import save_front
 from searchmerge.report.results import Bound, Point, PointKind, Results, Row
 from searchmerge.search.confirm import confirm
 from searchmerge.search.dispatch import Dispatcher
@@ -61,6 +62,8 @@ def run_study(
         )
         results = _search(spec, study_file, runner, directory, schedule, references, models)
         results.save(run_dir)
+        if results.points:
+            save_front(results.points, results.winner, results.study, run_dir)
         _save_winner(spec, models, results, run_dir, observer)
         return results
 
@@ -84,6 +87,8 @@ def _search(  # noqa: PLR0913  (one call per phase, and they share all of these)
         {task: select[name][task] for task, name in own.items() if name in select},
         select.get(BASE, {}),
     )
+    if not directory.trials():  # a resumed study has them already
+        runner.enqueue("warm start", assemble.warm_start(spec, study_file))
     runner.run(objective, assemble.make_budget(spec), assemble.make_racing(spec))
     found = top_plans(directory, objective, references, spec.confirm.top_k)
     _write_plans(directory, found)

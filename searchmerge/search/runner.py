@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from searchmerge.errors import StudyError
 from searchmerge.evaluators.blocks import Block, Round
 from searchmerge.evaluators.evaluator import Part
-from searchmerge.plan import MergePlan
+from searchmerge.plan import MergePlan, Setting
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
 from searchmerge.search.objective import Objective
 from searchmerge.search.racing import Racing, Rival, predict
@@ -147,6 +147,13 @@ class StudyRunner:
         self._dispatcher.run(source)
         return {job.name for job in source.done}
 
+    def enqueue(self, kind: str, params: Iterable[Mapping[str, Setting]]) -> None:
+        """Let trials with these parameters be the next ones, but for those that were before."""
+        for one in params:
+            self._directory.study.enqueue_trial(
+                dict(one), user_attrs={KIND: kind}, skip_if_exists=True
+            )
+
     def run(self, objective: Objective, budget: Budget, racing: Racing | None) -> None:
         """Run trials until the budget ends.
 
@@ -158,7 +165,9 @@ class StudyRunner:
         Raises:
             StudyError: If the first trials all fail.
         """
-        self._enqueue_references()
+        for name, plan in self._references.items():
+            if (params := self._space.params(plan)) is not None:
+                self.enqueue(name, [params])
         base = self._references.get(BASE)
         contest = Contest(self._directory.scores, self._schedule, objective, racing, base)
         source = TrialSource(
@@ -169,13 +178,6 @@ class StudyRunner:
             self._dispatcher.run(source)
         finally:
             source.keep_elapsed()
-
-    def _enqueue_references(self) -> None:
-        for name, plan in self._references.items():
-            if (params := self._space.params(plan)) is not None:
-                self._directory.study.enqueue_trial(
-                    params, user_attrs={KIND: name}, skip_if_exists=True
-                )
 
 
 class _PlansSource(ListSource):

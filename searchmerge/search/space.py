@@ -167,6 +167,24 @@ class SearchSpace:
                 return params
         return None
 
+    def nearest(self, plan: MergePlan) -> dict[str, Setting] | None:
+        """Return the parameters that come nearest to a plan; ``None`` if none are of its kind.
+
+        Numbers outside a range are moved to its end, and to the nearest step; what this space
+        fixes stays as it fixes it. A plan of another method, of other experts, of other groups
+        or with a setting that is not among the choices is of another kind.
+        """
+        if (exact := self.params(plan)) is not None:
+            return exact
+        for name, alternative in self.alternatives.items():
+            params = _params_of(alternative, self.experts, self._prefix(name), plan)
+            if params is None:
+                continue
+            moved = {k: _moved(d, params[k]) for k, d in self._distributions[name].items()}
+            if _within(moved, self._distributions[name]):
+                return {"method": name, **moved} if len(self.alternatives) > 1 else moved
+        return None
+
     def start(self) -> dict[str, float]:
         """Return the published settings of a flat space's method, as near as parameters come."""
         [alternative] = self.alternatives.values()
@@ -427,6 +445,17 @@ def _holds(distribution: BaseDistribution, value: float) -> bool:
     steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
     on_step = math.isclose(steps, round(steps), abs_tol=1e-6)
     return on_step and distribution.low - _CLOSE <= value <= distribution.high + _CLOSE
+
+
+def _moved(distribution: BaseDistribution, value: Setting) -> Setting:
+    """Return the number of a range that is nearest to ``value``; a choice as it is."""
+    if not isinstance(distribution, FloatDistribution):
+        return value
+    inside = min(distribution.high, max(distribution.low, float(value)))
+    if distribution.step is None:
+        return inside
+    n_steps = round((inside - distribution.low) / distribution.step)
+    return round(distribution.low + n_steps * distribution.step, _DIGITS)
 
 
 def _same(plan: MergePlan, other: MergePlan) -> bool:
