@@ -180,6 +180,9 @@ def make_evaluators(
     classified = {n: t for n, t in spec.tasks.items() if t.evaluator == "classification"}
     if classified:
         found |= dict.fromkeys(classified, _classification(spec, study_file, models, device))
+    texts = {n: t for n, t in spec.tasks.items() if t.evaluator == "perplexity"}
+    if texts:
+        found |= dict.fromkeys(texts, _perplexity(spec, study_file, models, device))
     for name, task in spec.tasks.items():
         if task.evaluator == "function":
             from searchmerge.evaluators.function import FunctionEvaluator
@@ -237,6 +240,23 @@ def _classification(spec: StudySpec, study_file: Path, models: Models, device: s
         batch_tokens=own.batch_tokens or _TEXT_TOKENS.get(kind, _TEXT_TOKENS["cpu"]),
         batch_images=own.batch_images or _BATCH_IMAGES.get(kind, _BATCH_IMAGES["cpu"]),
         max_length=own.max_length,
+    )
+
+
+def _perplexity(spec: StudySpec, study_file: Path, models: Models, device: str) -> Evaluator:
+    from searchmerge.evaluators.perplexity import Perplexity, TextTask
+
+    own = spec.perplexity
+    return Perplexity(
+        {
+            name: TextTask(_data_source(task, study_file), (task.text or ("text",))[0])
+            for name, task in spec.tasks.items()
+            if task.evaluator == "perplexity"
+        },
+        model_dir=models.base.tokenizer_dir,
+        batch_tokens=own.batch_tokens or _BATCH_TOKENS.get(device.partition(":")[0], 256),
+        max_length=own.max_length,
+        stride=own.stride,
     )
 
 

@@ -124,6 +124,7 @@ Columns = Annotated[
 _TASK_KEYS: dict[str, tuple[str, ...]] = {
     "lm_harness": ("task", "split", "metric", "num_fewshot"),
     "classification": ("data", "split", "text", "image", "label", "labels", "metric"),
+    "perplexity": ("data", "split", "text"),
     "function": ("function", "n_examples"),
 }
 """The keys of a task that belong to some evaluators only."""
@@ -132,7 +133,7 @@ _TASK_KEYS: dict[str, tuple[str, ...]] = {
 class TaskSpec(_Strict):
     """A task, how it is scored and what it counts for."""
 
-    evaluator: Literal["lm_harness", "classification", "function"] = "lm_harness"
+    evaluator: Literal["lm_harness", "classification", "perplexity", "function"] = "lm_harness"
     select: int | None = Field(default=None, ge=1)
     hold_out: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0)
@@ -156,23 +157,28 @@ class TaskSpec(_Strict):
             for key in keys:
                 if key not in allowed and getattr(self, key) is not None:
                     raise ValueError(f"{key} belongs to evaluator {evaluator}")
-        if self.evaluator == "lm_harness" and self.split is None:
-            raise ValueError("split is missing: name the dataset split that is scored")
-        if self.evaluator == "function" and (self.function is None or self.n_examples is None):
-            raise ValueError("function (module:function) and n_examples are needed")
-        if self.evaluator == "classification":
-            self._check_classification()
+        if (wrong := self._missing()) is not None:
+            raise ValueError(wrong)
         return self
 
-    def _check_classification(self) -> None:
-        if self.data is None:
-            raise ValueError("data is missing: a file, a folder, or a dataset of the hub")
-        if self.expert is None:
-            raise ValueError("expert is missing: name the expert whose head classifies")
-        if (self.text is None) == (self.image is None):
-            raise ValueError("name the column of the data that is classified: text, or image")
-        if self.metric not in (None, "acc", "macro_f1"):
-            raise ValueError(f"metric is {self.metric!r}; classification has: acc, macro_f1")
+    def _missing(self) -> str | None:
+        """Return what this kind of task still needs."""
+        match self.evaluator:
+            case "lm_harness" if self.split is None:
+                return "split is missing: name the dataset split that is scored"
+            case "function" if self.function is None or self.n_examples is None:
+                return "function (module:function) and n_examples are needed"
+            case "classification" | "perplexity" if self.data is None:
+                return "data is missing: a file, a folder, or a dataset of the hub"
+            case "perplexity" if len(self.text or ("text",)) > 1:
+                return "text: perplexity reads one column"
+            case "classification" if self.expert is None:
+                return "expert is missing: name the expert whose head classifies"
+            case "classification" if (self.text is None) == (self.image is None):
+                return "name the column of the data that is classified: text, or image"
+            case "classification" if self.metric not in (None, "acc", "macro_f1"):
+                return f"metric is {self.metric!r}; classification has: acc, macro_f1"
+        return None
 
 
 class LmHarnessSpec(_Strict):
@@ -197,6 +203,14 @@ class ClassificationSpec(_Strict):
     batch_tokens: int | None = Field(default=None, ge=64)
     batch_images: int | None = Field(default=None, ge=1)
     max_length: int | None = Field(default=None, ge=2)
+
+
+class PerplexitySpec(_Strict):
+    """How texts are scored by their likelihood."""
+
+    batch_tokens: int | None = Field(default=None, ge=64)
+    max_length: int | None = Field(default=None, ge=2)
+    stride: int | None = Field(default=None, ge=1)
 
 
 class RacingSpec(_Strict):
@@ -265,6 +279,7 @@ class StudySpec(_Strict):
     constraints: list[ConstraintSpec] = Field(default_factory=list)
     lm_harness: LmHarnessSpec = LmHarnessSpec()
     classification: ClassificationSpec = ClassificationSpec()
+    perplexity: PerplexitySpec = PerplexitySpec()
     model_class: str | None = Field(default=None, pattern=r"^Auto[A-Za-z0-9]+$")
     search: SearchSpec = SearchSpec(n_trials=50)
     confirm: ConfirmSpec = ConfirmSpec()
@@ -291,7 +306,7 @@ class StudySpec(_Strict):
         """Return the classes of transformers that the tasks need, without double."""
         found = [self.model_class] if self.model_class else []
         for task in self.tasks.values():
-            if task.evaluator == "lm_harness":
+            if task.evaluator in ("lm_harness", "perplexity"):
                 found.append("AutoModelForCausalLM")
             elif task.evaluator == "classification" and self.classification.pooling:
                 found.append("AutoModel")

@@ -1,0 +1,150 @@
+"""The ``perplexity`` evaluator: how likely a causal language model finds texts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.evaluators.causal_scoring import CausalScorer
+from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
+from searchmerge.evaluators.packing import Tokens
+from searchmerge.evaluators.rows import DataSource, load_rows, text_column
+
+METRIC = "mean_log_likelihood"
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Texts, one an example.
+
+    Attributes:
+        data: Its rows.
+        text: The column of the text.
+    """
+
+    data: DataSource
+    text: str = "text"
+
+
+@EVALUATORS.register("perplexity")
+class Perplexity:
+    """Scores texts by the mean log-likelihood of their tokens, in nats; higher is better.
+
+    The perplexity of a text is ``exp(-score)``. A task's score is the mean over its texts, each
+    counted once, however long it is. A text that is longer than the window is read in windows
+    that overlap: every token is predicted once, and all but the first window's have at least
+    ``max_length - stride`` tokens before them.
+
+    Args:
+        tasks: The study's name of each task, and what it is.
+        model_dir: Where the base's tokenizer and configuration are.
+        batch_tokens: Tokens of one forward pass, 1 or more.
+        max_length: Window in tokens; the model's own if ``None``.
+        stride: Tokens by which the window moves, in [1, max_length]; half of it if ``None``.
+
+    Raises:
+        SpecError: If data, split or column are not there, a text has no tokens, or the stride is
+            out of its range.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, TextTask],
+        *,
+        model_dir: Path,
+        batch_tokens: int = 1024,
+        max_length: int | None = None,
+        stride: int | None = None,
+    ) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        self._max_length = max_length or window(config, tokenizer)
+        self._stride = stride or max(1, self._max_length // 2)
+        if self._stride > self._max_length:
+            raise SpecError(
+                f"perplexity.stride is {self._stride}; allowed are 1 to {self._max_length}, the "
+                "window in tokens"
+            )
+        self._scorer = CausalScorer(batch_tokens)
+        self._windows = {name: self._prepare(name, tasks[name], tokenizer) for name in tasks}
+        self.tasks: Mapping[str, TaskInfo] = {
+            name: TaskInfo(len(windows), metric=METRIC) for name, windows in self._windows.items()
+        }
+
+    def _prepare(
+        self, name: str, task: TextTask, tokenizer: Any
+    ) -> list[list[tuple[Tokens, Tokens]]]:
+        """Return the windows of every text."""
+        where = f"tasks.{name}"
+        texts = text_column(load_rows(task.data, where), task.text, f"{where}.text")
+        first = tokenizer.bos_token_id
+        first = tokenizer.eos_token_id if first is None else first
+        prepared = []
+        for row, text in enumerate(texts):
+            tokens = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if first is None:  # nothing stands before a text: its first token is not predicted
+                start, tokens = tokens[:1], tokens[1:]
+            else:
+                start = (int(first),)
+            if not tokens:
+                raise SpecError(f"{where}.text: row {row} is {text!r}, which has no tokens")
+            prepared.append(text_windows(start, tokens, self._max_length, self._stride))
+        return prepared
+
+    def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return the mean log-likelihood of each text's tokens, in nats, at most 0.
+
+        Raises:
+            EvaluationError: If one is not finite.
+        """
+        texts = [self._windows[task][example] for example in examples]
+        with evaluating(model):
+            pairs = [pair for text in texts for pair in text]
+            found = iter(self._scorer.score(model, pairs, self._max_length))
+        scores = []
+        for example, text in zip(examples, texts, strict=True):
+            total = math.fsum(next(found)[0] for _ in text)
+            score = total / sum(len(tokens) for _, tokens in text)
+            if not math.isfinite(score):
+                raise EvaluationError(
+                    f"task {task!r}, example {example}: the model gave a log-likelihood of "
+                    f"{score}, not a finite number"
+                )
+            scores.append(score)
+        return tuple(scores)
+
+
+def window(config: Any, tokenizer: Any) -> int:
+    """Return how many tokens a model reads at once, by what is said of it."""
+    config = getattr(config, "text_config", None) or config
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
+    said = [getattr(config, name, None) for name in names]
+    return int(min([n for n in said if n] + [tokenizer.model_max_length, 1 << 20]))
+
+
+def text_windows(
+    start: Tokens, tokens: Tokens, max_length: int, stride: int
+) -> list[tuple[Tokens, Tokens]]:
+    """Return context and tokens to predict of every window on a text.
+
+    Args:
+        start: What stands before the text: one token.
+        tokens: The text, 1 token or more.
+        max_length: Tokens that the model reads at once, 1 or more.
+        stride: Tokens that each window but the first predicts, in [1, max_length].
+    """
+    whole = start + tokens
+    windows = [(start, whole[1 : max_length + 1])]
+    done = len(windows[0][1]) + 1
+    while done < len(whole):
+        end = min(done + stride, len(whole))
+        # The last token is predicted and not read.
+        windows.append((whole[max(0, end - 1 - max_length) : done], whole[done:end]))
+        done = end
+    return windows
