@@ -28,6 +28,7 @@ from searchmerge.evaluators.rows import DataSource
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.worker import Worker
 from searchmerge.merging.engine import EngineKind
+from searchmerge.merging.groups import assign_groups, depth_positions
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan, Setting
@@ -105,6 +106,30 @@ def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if header.dtype.is_floating_point:
             sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def check_groups(spec: StudySpec, models: Models) -> None:
+    """Check by the base's headers that the space's groups divide its parameters.
+
+    Raises:
+        SpecError: If a pattern overlaps another or matches nothing, or there are fewer layers
+            than blocks.
+    """
+    aliases = tied(models.base)
+    names = [
+        name
+        for name, header in models.base.headers.items()
+        if header.dtype.is_floating_point
+        and name not in aliases
+        and not any(re.search(pattern, name) for pattern in spec.exclude)
+    ]
+    for alternative in make_space(spec).alternatives.values():
+        try:
+            assign_groups(names, alternative.groups)
+            if "depth_slope" in alternative.settings:
+                depth_positions(names)
+        except SpecError as error:
+            raise SpecError(f"space {alternative.name!r}: {error}") from error
 
 
 def load_task_vectors(models: Models, spec: StudySpec) -> TaskVectors:

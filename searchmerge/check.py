@@ -20,6 +20,7 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
         SearchMergeError: At the first thing that would stop the study.
     """
     models = assemble.open_models(spec, study_file)
+    assemble.check_groups(spec, models)
     names = ", ".join(models.experts)
     yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
     n_parameters = sum(_numel(header.shape) for header in models.base.headers.values())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -252,3 +253,90 @@ def test_experts_that_do_not_fit_are_refused(study, refusal, models, tmp_path):
     save_file(tensors, broken / "model.safetensors")
     save_tokenizer(broken, words=[*WORDS[:-1], "other"])
     assert "tokenizer" in refusal("check", file)
+
+
+def test_a_study_of_three_methods_is_killed_resumed_and_reported(study, searchmerge, tmp_path):
+    mixed = {
+        "name": "mixed",
+        "space": [
+            {"method": "ties", "coefficient": {"low": 0.0, "high": 2.0},
+             "density": {"low": 0.1, "high": 0.9}},
+            {"method": "pcb", "coefficient": {"scale": {"low": 0.2, "high": 1.5}}},
+            {"method": "dare", "density": {"low": 0.3, "high": 1.0, "per": "expert"},
+             "settings": {"election": ["none", "ties"], "seed": 7}},
+        ],
+        "search": {"sampler": "auto", "n_trials": 14, "round_blocks": 2},
+    }  # fmt: skip
+    file = study(**mixed)
+    run_dir = tmp_path / "runs" / "mixed"
+    process = searchmerge("run", file, wait=False)
+    deadline = time.monotonic() + 120
+    while n_scored(run_dir) < 70 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, err = searchmerge("run", file)
+    assert code == 0, err
+    assert [number for number, _ in trials(run_dir)] == list(range(14))
+    stored = optuna.load_study(study_name=None, storage=f"sqlite:///{run_dir / 'study.db'}").trials
+    methods = {t.params["method"] for t in stored}
+    assert methods == {"ties", "pcb", "dare"}
+    for trial in stored:
+        own = f"{trial.params['method']}."
+        assert all(key == "method" or key.startswith(own) for key in trial.params)
+    assert (run_dir / "report.md").exists()
+    # a second study begins with the first one's best plans
+    search = mixed["search"] | {"warm_start": "runs/mixed", "warm_start_plans": 2, "n_trials": 6}
+    warm = study(**{**mixed, "name": "warm", "search": search})
+    code, _, err = searchmerge("run", warm)
+    assert code == 0, err
+    warmed = optuna.load_study(
+        study_name=None, storage=f"sqlite:///{tmp_path / 'runs' / 'warm' / 'study.db'}"
+    ).trials
+    assert sum(t.user_attrs.get("kind") == "warm start" for t in warmed) == 2
+
+
+def test_a_study_of_two_objectives_draws_its_front(study, searchmerge, tmp_path):
+    tasks = {
+        name: {"task": f"tiny_{name}", "split": "validation", "select": 24, "hold_out": 24,
+               "expert": name}
+        for name in EXPERTS
+    }  # fmt: skip
+    file = study(
+        name="front",
+        objective="tasks",
+        tasks=tasks,
+        constraints=[{"tasks": "all", "against": "base", "at_least": 0.1}],
+        confirm={"top_k": 2, "n_resamples": 100, "pick": "worst"},
+    )
+    code, _, err = searchmerge("run", file)
+    assert code == 0, err
+    run_dir = tmp_path / "runs" / "front"
+    results = json.loads((run_dir / "results.json").read_text())
+    front = [point for point in results["points"] if point["kind"] == "front"]
+    assert front
+    page = (run_dir / "front.html").read_text()
+    assert "plotly" in page
+    report = (run_dir / "report.md").read_text()
+    for point in front:
+        assert f"| {point['name']} |" in report
+    assert "first at least 0.1 of the base's" in report
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"depth": 9}, "depth is 9; the model has 2 layers: 1 to 2"),
+        ({"patterns": ["mlp", "down_proj", "rest"]}, "'mlp' and 'down_proj' both match"),
+        ({"patterns": ["mlp", "attn"]}, "add 'rest' as the last one"),
+        ({"patterns": ["conv", "rest"]}, "pattern 'conv' matches no parameter"),
+    ],
+)
+def test_groups_that_do_not_divide_the_model_are_refused_before_anything_is_scored(
+    study, searchmerge, tmp_path, groups, message
+):
+    file = study(name="divided", space={"method": "ties", "groups": groups})
+    code, _, err = searchmerge("run", file)
+    assert code == 2
+    assert message in err
+    assert n_scored(tmp_path / "runs" / "divided") == 0

@@ -122,6 +122,36 @@ def test_overrides_replace_values_of_the_file(tmp_path):
         ({"tasks": {"t": {"split": "train", "n_examples": 4}}}, "belongs to evaluator function"),
         ({"tasks": {"t": {"evaluator": "function"}}}, "function .* and n_examples are needed"),
         ({"experts": {}}, r"experts: .*at least 1"),
+        ({"space": []}, "space: it is empty; give one method or more"),
+        ({"space": [{"method": "ties"}, {"method": "ties"}]}, "give each a name: of its own"),
+        ({"space": {"method": "ties", "groups": {"depth": 0}}}, "depth is 0; allowed is 1"),
+        (
+            {"space": {"method": "ties", "groups": {"patterns": ["mlp", "mlp"]}}},
+            "a pattern is listed twice",
+        ),
+        (
+            {"constraints": [{"tasks": ["tt"], "at_least": 0.98}]},
+            r"constraints\.0\.tasks: no task 'tt'; tasks: t",
+        ),
+        (
+            {"constraints": [{"tasks": "all", "at_least": 0.98}]},
+            "task 't' names no expert: of its own",
+        ),
+        (
+            {"constraints": [{"tasks": "all", "against": "me", "at_least": 1}]},
+            r"constraints\.0\.against.*found 'me'",
+        ),
+        (
+            {
+                "search": {"sampler": "cma_es", "n_trials": 1},
+                "space": {
+                    "method": "ties",
+                    "settings": {"aggregate": ["mean", "sum"]},
+                    "coefficient": {"low": 0, "high": 1},
+                },
+            },
+            "this space holds choices; use tpe",
+        ),
     ],
 )
 def test_a_wrong_study_is_refused_by_file_and_key(tmp_path, changes, message):

@@ -52,17 +52,20 @@ def toy_schedule(n_examples=40, mean=True):
 class Toy:
     """One run of a toy study in a directory."""
 
-    def __init__(self, run_dir, sampler="random", evaluator=None, space=SPACE, spec=None):
+    def __init__(
+        self, run_dir, sampler="random", evaluator=None, space=SPACE, spec=None, n_objectives=1
+    ):
         self.evaluator = evaluator or ToyEvaluator()
         self.model = ToyModel()
         self.merger = ToyMerger(self.model)
         worker = Worker(self.model, self.merger, dict.fromkeys(EXPERTS, self.evaluator))
-        setting = SamplerSetting(seed=0, space=space, n_trials=10)
+        setting = SamplerSetting(seed=0, space=space, n_trials=10, n_objectives=n_objectives)
         self.directory = StudyDirectory(
             run_dir,
             name="toy",
             spec=spec or {"space": space.describe()},
             sampler=make_sampler(sampler, setting),
+            n_objectives=n_objectives,
         )
         self.schedule = toy_schedule()
         self.executor = InProcessExecutor(worker)

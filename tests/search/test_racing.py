@@ -138,7 +138,10 @@ def test_a_candidate_as_good_as_the_best_is_seldom_stopped():
         skill = generator.random((2, N))
         noise = generator.random((2, 2, N))
         best, candidate = (
-            {t: list((0.7 * skill[i] + 0.3 * noise[who, i] < 0.6) * 1.0) for i, t in enumerate("ab")}
+            {
+                t: list((0.7 * skill[i] + 0.3 * noise[who, i] < 0.6) * 1.0)
+                for i, t in enumerate("ab")
+            }
             for who in (0, 1)
         )
         goal = objective("mean")

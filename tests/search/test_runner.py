@@ -3,11 +3,15 @@
 import pytest
 from optuna.trial import TrialState
 
-from searchmerge.errors import StudyError
+from searchmerge.errors import SpecError, StudyError
+from searchmerge.run import front_of, full_trials, top_plans
+from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import RESULT
+from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.warm_start import warm_start_params
 from tests.search.conftest import Recorder
-from tests.toy import ToyEvaluator
+from tests.toy import EXPERTS, ToyEvaluator
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow)])
@@ -120,3 +124,66 @@ def test_timeout_is_over_all_runs_of_the_study(toy):
     first.directory.set_elapsed(100.0)
     trials = first.run(None, timeout_s=50.0)
     assert {trial.state for trial in trials} == {TrialState.WAITING}
+
+
+def test_a_constraint_is_told_with_every_trial_and_only_plans_that_keep_it_are_picked(toy):
+    bounded = toy(sampler="tpe")
+    # the best coefficients are math 0.9, code 0.2, chat 0.5; ask for more of code than that gives
+    bounded.objective = Objective(
+        "mean", bounded.objective.goals, constraints=(Constraint("math", "score", 0.98),)
+    )
+    trials = bounded.run(40, racing=Racing())
+    assert all(set(t.constraints) == {"math at least 0.98"} for t in trials)
+    found = top_plans(bounded.directory, bounded.objective, {}, 40)
+    kept = [t for t in trials if f"trial {t.number}" in found]
+    assert kept
+    assert all(t.user_attrs[RESULT]["scores"]["math"] >= 0.98 for t in kept)
+    best = max(kept, key=lambda t: t.value)
+    assert next(iter(found)) == f"trial {best.number}"
+
+
+def test_a_study_of_several_objectives_keeps_its_front_under_racing(toy):
+    several = toy(sampler="random", n_objectives=3)
+    several.objective = Objective("tasks", several.objective.goals)
+    trials = several.run(30, racing=Racing())
+    full = full_trials(several.directory)
+    front = front_of(full, several.objective)
+    assert 0 < len(full) < 30
+    values = {t.number: t.values for t in full}
+    for trial in trials:
+        assert len(trial.values) == 3
+    for number, mine in values.items():
+        dominated = any(
+            other != mine and all(o >= m for o, m in zip(other, mine, strict=True))
+            for other in values.values()
+        )
+        assert (number in {t.number for t in front}) == (not dominated)
+    picked = next(iter(top_plans(several.directory, several.objective, {}, 3)))
+    assert picked in {f"trial {t.number}" for t in front}
+
+
+def test_the_worst_task_can_be_what_is_maximised(toy):
+    careful = toy(sampler="tpe")
+    careful.objective = Objective("worst", careful.objective.goals)
+    trials = careful.run(60, racing=Racing())
+    best = max(
+        (t for t in trials if t.user_attrs[RESULT]["partial"] is None), key=lambda t: t.value
+    )
+    assert best.value == pytest.approx(min(best.user_attrs[RESULT]["scores"].values()))
+    assert best.value > trials[0].value
+
+
+def test_a_warm_start_asks_the_earlier_best_plans_first(toy, tmp_path_factory):
+    first = toy()
+    trials = first.run(12, references={})
+    earlier = sorted(trials, key=lambda t: -t.value)[:3]
+    narrow = SearchSpace(
+        EXPERTS, [Alternative("n", "task_arithmetic", values={"coefficient": Range(0.0, 0.8)})]
+    )
+    params = warm_start_params([first.directory.run_dir], narrow, 3)
+    assert params == [{k: min(0.8, v) for k, v in trial.params.items()} for trial in earlier]
+    other = SearchSpace(EXPERTS, [Alternative("n", "ties")])
+    with pytest.raises(SpecError, match=r"none of the 3 best plans of .* fits this space"):
+        warm_start_params([first.directory.run_dir], other, 3)
+    with pytest.raises(StudyError, match="no study here"):
+        warm_start_params([tmp_path_factory.mktemp("empty")], narrow, 3)

@@ -118,3 +118,82 @@ def test_an_empty_space_and_a_name_given_twice_are_refused():
         SearchSpace(EXPERTS, [])
     with pytest.raises(SpecError, match="a name stands twice"):
         SearchSpace(EXPERTS, [TIES, TIES])
+
+
+def _number(draw, legal, *, per):
+    low, high = sorted(draw(st.lists(st.floats(*legal.search), min_size=2, max_size=2)))
+    if legal.step is not None:
+        steps = [round(end / legal.step) for end in (low, high)]
+        low, high = (round(n * legal.step, 10) for n in steps)
+        low, high = max(low, legal.low), min(high, legal.high)
+    return Range(low, high, per=per, step=legal.step)
+
+
+def _settings(draw, method):
+    found = {}
+    for setting in METHODS[method].settings:
+        if setting.choices and draw(st.booleans()):
+            found[setting.name] = tuple(setting.choices)
+        elif setting.name == "depth_slope" and draw(st.booleans()):
+            found[setting.name] = Range(-0.5, 0.5)
+    return found
+
+
+@st.composite
+def spaces(draw):
+    """Any space: some methods, each with some of its numbers searched, fixed or left alone."""
+    names = draw(st.lists(st.sampled_from(sorted(METHODS)), min_size=1, max_size=3, unique=True))
+    alternatives = []
+    for name in names:
+        groups = draw(st.sampled_from([Groups(), Groups(depth=2)]))
+        values = {}
+        for legal in METHODS[name].hyperparameters:
+            kind = draw(st.sampled_from(["range", "fixed", "default", "shares"]))
+            if kind == "range":
+                per = draw(st.sampled_from(["all", "expert", "group", "expert_and_group"]))
+                values[legal.name] = _number(draw, legal, per=per)
+            elif kind == "fixed":
+                values[legal.name] = Fixed((legal.default,) * 3)
+            elif kind == "shares" and legal.name == "coefficient":
+                values[legal.name] = Shares(0.1, legal.search[1] / 3)
+        alternatives.append(Alternative(name, name, groups, values, _settings(draw, name)))
+    return SearchSpace(EXPERTS, alternatives)
+
+
+@settings(max_examples=60, deadline=None)
+@given(space=spaces(), seed=st.integers(0, 1000))
+def test_in_any_space_params_and_plan_are_inverse_and_every_value_is_legal(space, seed):
+    for name, alternative in space.alternatives.items():
+        legal = {h.name: h for h in METHODS[alternative.method].hyperparameters}
+        for parameter, distribution in space.distributions(name).items():
+            key = parameter.removeprefix(f"{name}.").split(".")[0]
+            if (
+                key in legal
+                and ".share." not in parameter
+                and isinstance(alternative.values[key], Range)
+            ):
+                assert legal[key].low <= distribution.low <= distribution.high <= legal[key].high
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    for _ in range(4):
+        trial = study.ask()
+        plan = space.suggest(trial)
+        validate_plan(plan)
+        back = space.params(plan)
+        assert back is not None
+        assert back.keys() == trial.params.keys()
+        assert space.plan(back).digest == plan.digest or all(
+            back[k] == v or back[k] == pytest.approx(v, abs=1e-6) for k, v in trial.params.items()
+        )
+        assert space.nearest(plan) == back
+
+
+def test_the_nearest_parameters_of_a_plan_outside_are_at_the_ends_of_the_ranges():
+    space = SPACES["flat"]
+    plan = default_plan("ties", EXPERTS, coefficient=3.0, density=0.953)
+    assert space.params(plan) is None
+    nearest = space.nearest(plan)
+    assert nearest["coefficient.math"] == 2.0
+    assert nearest["density"] == 0.9
+    assert space.params(space.plan(nearest)) is not None
+    assert space.nearest(default_plan("linear", EXPERTS)) is None
+    assert SPACES["mixed"].nearest(plan)["method"] == "t"
