@@ -26,7 +26,7 @@ from searchmerge.evaluators.evaluator import Evaluator, Part, TaskInfo
 from searchmerge.evaluators.heads import Head, model_head, pooled_head
 from searchmerge.evaluators.rows import DataSource
 from searchmerge.execution.executor import Executor, InProcessExecutor
-from searchmerge.execution.worker import Worker
+from searchmerge.execution.worker import Merges, Worker
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.groups import assign_groups, depth_positions
 from searchmerge.merging.merger import Merger
@@ -171,7 +171,11 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
     views = writable_views(model)
     names = aligned(views, models.base.headers)
     targets = {names[name]: view for name, view in views.items()}
-    merger = make_merger(models, vectors, config.engine, targets=targets)
+    merger: Merges = make_merger(models, vectors, config.engine, targets=targets)
+    if spec.scoring == "int8":
+        from searchmerge.evaluators.quantized import Int8Merger
+
+        merger = Int8Merger(merger, model, [targets[n] for n in vectors.weights if n in targets])
     return Worker(model, merger, evaluators)
 
 
@@ -476,6 +480,8 @@ def _hash_task_files(spec: StudySpec, study_file: Path) -> str:
     places = [
         Path(_data_source(task, study_file).path) for task in spec.tasks.values() if task.data
     ]
+    modules = [str(task.function).partition(":")[0] for task in spec.tasks.values()]
+    places += [study_file.parent / f"{module.replace('.', '/')}.py" for module in modules]
     if spec.lm_harness.include_path is not None:
         folder = study_file.parent / spec.lm_harness.include_path
         if not folder.is_dir():

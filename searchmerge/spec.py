@@ -270,6 +270,7 @@ class StudySpec(_Strict):
     base: Model
     experts: dict[str, Model] = Field(min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    scoring: Literal["dtype", "int8"] = "dtype"
     exclude: list[str] = Field(default_factory=list)
     vocabulary: Literal["same", "base"] = "same"
     tokenizers: Literal["same", "any"] = "same"
