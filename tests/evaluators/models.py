@@ -15,6 +15,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 TEXT = """the quick brown fox jumps over the lazy dog. a word that rhymes with dog is fog.
@@ -55,6 +57,8 @@ def tiny_model(architecture: str) -> PreTrainedModel:
     match architecture:
         case "llama":
             model = LlamaForCausalLM(LlamaConfig(**common, **sizes))
+        case "qwen2":
+            model = Qwen2ForCausalLM(Qwen2Config(**common, **sizes, tie_word_embeddings=True))
         case "mistral":
             model = MistralForCausalLM(MistralConfig(**common, **sizes, sliding_window=12))
         case "gpt2":

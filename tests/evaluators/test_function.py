@@ -1,9 +1,15 @@
 import pytest
+from safetensors.torch import load_file
 from torch import nn
 
+from searchmerge import assemble
+from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.function import FunctionEvaluator
+from searchmerge.search.references import reference_plans
+from searchmerge.spec import read_study
+from tests.tiny import make_models, make_study
 
 MODULE = """
 def bias(model, task, examples):
@@ -77,3 +83,31 @@ def test_what_is_no_score_fails_the_candidate(folder, model, name, message):
 def test_a_function_that_cannot_be_imported_is_refused(folder, name, message):
     with pytest.raises(SpecError, match=message):
         FunctionEvaluator(name, {"mine": 5}, search_path=folder)
+
+
+def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path / "cache"))
+    make_models(tmp_path)
+    (tmp_path / "own_scores.py").write_text(
+        "def score(model, task, examples):\n"
+        "    weight = model.get_parameter('layers.0.mlp.up_proj.weight').flatten()\n"
+        "    return [float(weight[example]) for example in examples]\n"
+    )
+    task = {"evaluator": "function", "function": "own_scores:score", "n_examples": 40}
+    file = make_study(tmp_path, tasks={"own": task}, model_class="AutoModel")
+    spec, file = read_study(file)
+    config = RunConfig(engine="eager", device="cpu")
+    models = assemble.open_models(spec, file)
+    worker = assemble.make_worker(spec, file, models, config)
+    schedule = assemble.make_schedule(spec, worker.tasks())
+    plans = reference_plans(tuple(spec.experts))
+    for plan, folder in (("base", "base"), ("expert second", "second")):
+        weights = load_file(tmp_path / folder / "model.safetensors")
+        weight = weights["model.layers.0.mlp.up_proj.weight"].flatten()
+        for result in worker.score(plans[plan], schedule.rounds["select"]):
+            for scores in result.scores:
+                expected = [float(weight[example]) for example in scores.block.examples]
+                assert scores.values == pytest.approx(expected, abs=1e-6)
+    before = assemble.canonical_study(spec, file, models, config)
+    (tmp_path / "own_scores.py").write_text("def score(model, task, examples): return []")
+    assert assemble.canonical_study(spec, file, models, config) != before

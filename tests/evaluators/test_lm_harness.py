@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 
+from searchmerge import assemble
+from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness import LmHarness, LmTask, make_lm
+from searchmerge.execution.executor import InProcessExecutor
+from searchmerge.search.references import reference_plans
+from searchmerge.spec import read_study
 from tests.evaluators.models import tiny_model, tiny_tokenizer
+from tests.tiny import make_models, make_study
 
 WORDS = ["fox", "dog", "cat", "horse", "fog", "word", "the lazy dog", "maybe"]
 MEAN = {"aggregation": "mean", "higher_is_better": True}
@@ -145,6 +153,9 @@ def lm_eval_samples(folder, lm, task, split="test", **overrides):
 
 # --- Equal to HFLM ---------------------------------------------------------------------------
 
+SHOTS = "a fox is a kind of animal. a dog is a kind of animal. which word is a kind of"
+ANIMALS = ("fox", "dog", "cat", "horse", "lazy dog")
+ANSWERS = (" yes", " no", " maybe not", " yes")  # one of them twice
 REQUESTS = [
     ("question: what is a fox? answer:", " a dog"),
     ("question: what is a fox? answer:", " a dog"),
@@ -158,6 +169,7 @@ REQUESTS = [
     ("", "<s>the dog"),  # begins with the prefix token
     ("<s>the quick", " brown"),
     ("lazy dog " * 30, "jumps over"),  # longer than the window
+    *((f"{SHOTS} question: is it a {animal}? answer:", a) for animal in ANIMALS for a in ANSWERS),
     ("the", " fox jumps over the lazy dog" * 4),
 ]
 
@@ -169,7 +181,7 @@ def instances(kind, arguments):
     ]
 
 
-@pytest.fixture(params=["llama", "gpt2", "bloom"])
+@pytest.fixture(params=["llama", "gpt2", "qwen2", "bloom"])
 def both(request):
     """Our language model and lm-eval's, around the same weights.
 
@@ -200,7 +212,11 @@ def test_rolling_log_likelihoods_are_those_of_hflm(both):
     expected = theirs.loglikelihood_rolling(
         instances("loglikelihood_rolling", texts), disable_tqdm=True
     )
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-4)
+    windows = 1 + max(map(len, texts)) // 64
+    assert found == pytest.approx(expected, abs=1e-4 * windows)  # HFLM adds in float32
+    ours.model = ours.model.double()
+    exact = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    assert found == pytest.approx(exact, abs=1e-4)
 
 
 def test_generated_texts_are_those_of_hflm(both):
@@ -460,3 +476,29 @@ def test_a_generation_longer_than_the_window_is_refused(folder, model):
 def test_the_package_is_imported_without_lm_eval():
     source = Path("searchmerge/evaluators/lm_harness.py").read_text(encoding="utf-8")
     assert "\nfrom lm_eval" not in source and "\nimport lm_eval" not in source
+
+
+def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path / "cache"))
+    make_models(tmp_path)
+    weights = load_file(tmp_path / "second" / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e38  # ten times that is infinite
+    save_file(weights, tmp_path / "second" / "model.safetensors", metadata={"format": "pt"})
+    spec, file = read_study(make_study(tmp_path))
+    config = RunConfig(engine="eager", device="cpu")
+    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), config)
+    executor = InProcessExecutor(worker)
+    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["select"][:1]
+    good = reference_plans(tuple(spec.experts))["task arithmetic"]
+    broken = replace(good, values={"coefficient": ((0.4, 10.0),)})
+    events = []
+    for job, plan in enumerate((good, broken, good)):
+        executor.submit(job, plan, rounds)
+        while executor.n_free == 0:
+            events.append(executor.next_event(1.0))
+    kinds = [type(event).__name__ for event in events]
+    assert kinds == ["Scored", "Finished", "Failed", "Scored", "Finished"]
+    first = rounds[0][0]
+    assert f"task '{first.task}', example {first.examples[0]}: " in events[2].reason
+    assert "not finite" in events[2].reason
+    assert events[0].result.scores == events[3].result.scores
