@@ -1,25 +1,40 @@
 import logging
+import os
 
 import pytest
 
+from searchmerge.search.scores import ScoreStore
+
+STORE_BYTES = 128 * 2**20
+
 
 @pytest.fixture(scope="session")
-def ray_session():
-    """Start Ray once for all tests; executors join what runs already."""
-    import os
-
+def cluster():
+    """Start a cluster of one node with 4 CPUs once for all tests; executors join it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     import ray
+    from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        object_store_memory=128 * 2**20,
-    )
-    yield ray
+    node = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = ScoreStore(tmp_path / "scores.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """Return a folder in which workers note what they do."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    return folder

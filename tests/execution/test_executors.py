@@ -15,7 +15,7 @@ def in_process(request, make):
 
 
 def on_ray(request, make):
-    request.getfixturevalue("ray_session")
+    request.getfixturevalue("cluster")
     from searchmerge.execution.ray_executor import RayExecutor, RaySettings
 
     return RayExecutor(make, RaySettings(workers=1, deadline_s=60.0))

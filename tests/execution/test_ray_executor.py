@@ -10,8 +10,8 @@ import pytest
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.execution.executor import Finished, Lost, Scored
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
-from searchmerge.search.scores import ScoreStore
 from tests.execution import workers
+from tests.execution.conftest import STORE_BYTES
 from tests.execution.test_executors import until_it_ends
 from tests.execution.workers import DEVICE_FAULT, DIES, FINE, HANGS, ROUNDS, STOPS, plan
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def pool(ray_session):
+def pool(cluster):
     """Start executors, and close them at the end."""
     from searchmerge.execution.ray_executor import RayExecutor, RaySettings
 
@@ -33,20 +33,6 @@ def pool(ray_session):
     yield start
     for executor in executors:
         executor.close()
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = ScoreStore(tmp_path / "scores.db")
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def notes(tmp_path):
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    return folder
 
 
 def jobs(*kinds):
@@ -182,3 +168,36 @@ def test_more_workers_than_there_is_room_for_are_refused_with_what_there_is(pool
 def test_without_a_number_there_are_as_many_workers_as_fit(pool):
     executor = pool(workers=None, cpus=2.0)
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
+
+
+def test_workers_join_and_leave_with_their_nodes(pool, cluster, store, notes):
+    executor = pool(functools.partial(workers.make, notes, 0.05), workers=3, cpus=2.0)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
+    node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 3)
+    source = jobs(*[FINE] * 9)
+    taken = []
+
+    def take_away(job):
+        if not taken:
+            taken.append(job)
+            cluster.remove_node(node, allow_graceful=False)
+        return True
+
+    source.goes_on = take_away
+    Dispatcher(executor, store).run(source)
+    assert taken
+    assert {job.name for job in source.done} == {f"job {i}" for i in range(9)}
+    for job in source.done:
+        assert sorted(store.get(job.plan).items()) == sorted(expected(job))
+
+
+def test_a_job_whose_node_is_taken_away_is_not_to_blame(pool, cluster, notes):
+    node = cluster.add_node(num_cpus=8, object_store_memory=STORE_BYTES)
+    executor = pool(functools.partial(workers.make, notes, 0.2), workers=1, cpus=8.0)
+    executor.tasks()
+    executor.submit(1, plan(FINE), ROUNDS)
+    wait_for(lambda: workers.busy(notes))
+    cluster.remove_node(node, allow_graceful=False)
+    *_, lost = until_it_ends(executor, 1)
+    assert lost == Lost(1, "the node was taken away", blameless=True)

@@ -1,0 +1,26 @@
+"""A study on Ray in a process of its own, to be killed: RUN_DIR N_TRIALS DELAY_S."""
+
+import functools
+import sys
+from pathlib import Path
+
+from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+from tests.execution import workers
+from tests.search.conftest import Toy
+
+
+def main(run_dir, n_trials, delay_s):
+    notes = run_dir / "notes"
+    notes.mkdir(exist_ok=True)
+    study = Toy(run_dir)
+    study.executor = RayExecutor(
+        functools.partial(workers.make, notes, delay_s), RaySettings(workers=2, cpus=0.5)
+    )
+    try:
+        study.run(n_trials)
+    finally:
+        study.executor.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
