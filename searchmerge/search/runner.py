@@ -13,7 +13,7 @@ from searchmerge.errors import StudyError
 from searchmerge.evaluators.blocks import Block, Round
 from searchmerge.evaluators.evaluator import Part
 from searchmerge.plan import MergePlan, Setting
-from searchmerge.search.dispatch import Dispatcher, Job, ListSource
+from searchmerge.search.dispatch import MAX_TRIES, Dispatcher, Job, ListSource
 from searchmerge.search.objective import Objective
 from searchmerge.search.racing import Racing, Rival, predict
 from searchmerge.search.references import BASE
@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 RESULT = "result"  # user attribute of a finished trial: scores, seconds, blocks
 PLAN = "plan"  # user attribute: the trial's plan
 KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
+_CUT_OFF = "cut_off"  # user attribute: runs that died over the trial, blocks known at the last
+_KEEP_S = 60.0  # how often the time so far is kept at least, while rounds come in
 _FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
 
 
@@ -174,10 +176,12 @@ class StudyRunner:
             self._directory, self._space, self._schedule, contest, budget, self._observer
         )
         self._observer.phase("search", budget.n_trials, source.n_finished)
+        self._directory.begin_run()
         try:
             self._dispatcher.run(source)
         finally:
             source.keep_elapsed()
+            self._directory.end_run()
 
 
 class _PlansSource(ListSource):
@@ -303,6 +307,7 @@ class TrialSource:
         self._budget = budget
         self._observer = observer
         self._start = time.monotonic() - directory.elapsed_s
+        self._kept_s = directory.elapsed_s
         self._orphans = [
             optuna.trial.Trial(self._study, trial._trial_id)
             for trial in directory.trials(TrialState.RUNNING)
@@ -318,14 +323,19 @@ class TrialSource:
 
     def next_job(self) -> Job | None:
         """Return a trial left behind, or a new one while the budget lasts."""
-        if self._orphans:
-            return self._job(self._orphans.pop(0))
+        while self._orphans:
+            job = self._job(self._orphans.pop(0))
+            if not self._ended_runs(job):
+                return job
+            self.failed(job, f"{MAX_TRIES} runs ended abruptly while they were at it")
         if self._is_over():
             return None
         return self._job(self._study.ask())
 
     def goes_on(self, job: Job) -> bool:
         """Return whether the candidate may still win."""
+        if self._elapsed() - self._kept_s > _KEEP_S:
+            self.keep_elapsed()
         return self._contest.goes_on(job.plan)
 
     def finished(self, job: Job) -> None:
@@ -371,11 +381,13 @@ class TrialSource:
         self._study.tell(trial, state=TrialState.FAIL)
         self._end(TrialRecord(trial.number, None, note=reason))
         if self._contest.is_open and self.n_finished >= _FIRST_TRIALS:
-            raise StudyError(f"the first {self.n_finished} trials all failed; the last: {reason}")
+            first = self._directory.trials(TrialState.FAIL)[0].user_attrs["failure"]
+            raise StudyError(f"the first {self.n_finished} trials all failed; the first: {first}")
 
     def keep_elapsed(self) -> None:
         """Keep the time that all runs of the study have taken so far."""
-        self._directory.set_elapsed(time.monotonic() - self._start)
+        self._kept_s = self._elapsed()
+        self._directory.set_elapsed(self._kept_s)
 
     def _is_over(self) -> bool:
         limits = self._budget
@@ -385,6 +397,17 @@ class TrialSource:
             or (limits.timeout_s is not None and self._elapsed() >= limits.timeout_s)
             or (limits.patience is not None and self._n_since_best >= limits.patience)
         )
+
+    def _ended_runs(self, job: Job) -> bool:
+        """Return whether run after run died over this trial, with no block more known of it."""
+        if not self._directory.was_cut_off:
+            return False
+        trial = self._trial(job)
+        n_known = len(self._directory.scores.get(job.plan))
+        times, known_before = trial.user_attrs.get(_CUT_OFF, (0, n_known))
+        times = times + 1 if n_known == known_before else 1
+        trial.set_user_attr(_CUT_OFF, (times, n_known))
+        return bool(times >= MAX_TRIES)
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start

@@ -18,6 +18,7 @@ from searchmerge.search.storage import open_storage, prepare_storage, storage_er
 SCORES_FILE = "scores.db"
 _LOCK_FILE = ".lock"
 _SPEC = "spec"  # user attribute: the canonical study, as it was begun
+_AT_WORK = "at_work"  # user attribute: whether a run is at work, or was when it ended
 ELAPSED = "elapsed_s"
 
 
@@ -80,6 +81,7 @@ class StudyDirectory:
                 load_if_exists=True,
             )
             self._guard(spec)
+            self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
             self.scores = ScoreStore(run_dir / SCORES_FILE)
 
     def _guard(self, spec: Mapping[str, Any]) -> None:
@@ -103,6 +105,19 @@ class StudyDirectory:
     def set_elapsed(self, seconds: float) -> None:
         """Keep the seconds that all runs of this study have taken so far."""
         self.study.set_user_attr(ELAPSED, seconds)
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether the run before this one ended abruptly, by a kill or a power cut."""
+        return self._was_cut_off
+
+    def begin_run(self) -> None:
+        """Note that a run is at work; only :meth:`end_run` takes it back."""
+        self.study.set_user_attr(_AT_WORK, value=True)
+
+    def end_run(self) -> None:
+        """Note that the run ended, by itself or stopped by a signal."""
+        self.study.set_user_attr(_AT_WORK, value=False)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states, by number."""

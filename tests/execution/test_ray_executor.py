@@ -171,7 +171,9 @@ def test_without_a_number_there_are_as_many_workers_as_fit(pool):
 
 
 def test_workers_join_and_leave_with_their_nodes(pool, cluster, store, notes):
-    executor = pool(functools.partial(workers.make, notes, 0.05), workers=3, cpus=2.0)
+    executor = pool(
+        functools.partial(workers.make, notes, 0.05), address="auto", workers=3, cpus=2.0
+    )
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
     node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 3)

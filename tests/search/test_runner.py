@@ -90,7 +90,7 @@ def test_a_candidate_that_cannot_be_scored_fails_alone(toy):
 
 def test_a_study_whose_first_trials_all_fail_stops_with_the_reason(toy):
     evaluator = ToyEvaluator(fails=lambda c: True)
-    with pytest.raises(StudyError, match=r"the first 5 trials all failed; the last: .*NaN logits"):
+    with pytest.raises(StudyError, match="the first 5 trials all failed; the first: .*NaN"):
         toy(evaluator=evaluator).run(50)
 
 
@@ -187,3 +187,31 @@ def test_a_warm_start_asks_the_earlier_best_plans_first(toy, tmp_path_factory):
         warm_start_params([first.directory.run_dir], other, 3)
     with pytest.raises(StudyError, match="no study here"):
         warm_start_params([tmp_path_factory.mktemp("empty")], narrow, 3)
+
+
+def test_a_trial_that_ends_run_after_run_abruptly_fails_and_the_study_goes_on(toy):
+    class Dies(ToyEvaluator):
+        def score(self, model, task, examples):
+            if model.coefficients == (0.0, 1.0, 0.0):
+                raise KeyboardInterrupt
+            return super().score(model, task, examples)
+
+    for _ in range(3):
+        study = toy(evaluator=Dies())
+        with pytest.raises(KeyboardInterrupt):
+            study.run(8)
+        study.directory.begin_run()  # as a killed run leaves it
+    trials = toy(evaluator=Dies()).run(8)
+    assert [trial.state.name for trial in trials].count("COMPLETE") == 7
+    assert trials[2].user_attrs["failure"] == "3 runs ended abruptly while they were at it"
+
+
+def test_a_trial_during_which_runs_were_stopped_by_a_signal_goes_on(toy):
+    class Stopped(ToyEvaluator):
+        def score(self, model, task, examples):
+            raise KeyboardInterrupt
+
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            toy(evaluator=Stopped()).run(8)
+    assert {trial.state.name for trial in toy().run(8)} == {"COMPLETE"}
