@@ -36,11 +36,7 @@ def merge_elected(
         elected positive minus negative; and a number above 0 if there is a zero sum of entries
         that are not 0.
     """
-    signs = add_up(deltas)
-    undecided = is_zero(signs)
-    signs = signs.sign_()
-    balance = exact_sum(signs)
-    signs = add_scaled(signs, undecided, majority)
+    signs, undecided, balance = _elect(add_up(deltas), majority)
     agreeing = [own.mul_(signs).relu_() for own in deltas]  # magnitudes
     if aggregate == "max":
         merged = _largest(agreeing, coefficients)
@@ -51,8 +47,20 @@ def merge_elected(
     n_agreeing = add_up_([is_positive(own) for own in agreeing])
     ambiguous = exact_sum(undecided.mul_(n_agreeing))
     if aggregate == "mean":
-        merged = merged.div_(n_agreeing.clamp_min_(1.0))
+        merged = merged.div_(n_agreeing.sub_(1.0).relu_().add_(1.0))
     return merged.mul_(signs), torch.stack([balance, ambiguous])
+
+
+def _elect(total: Tensor, majority: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the elected signs; 1 where the sum is 0; and elected positive minus negative."""
+    undecided = is_zero(total)
+    if torch.compiler.is_compiling():  # fewer comparisons than a sign takes
+        decided = torch.where(total > 0, 1.0, -1.0)
+        balance = exact_sum(torch.where(total == 0, 0.0, decided))
+        return torch.where(total == 0, majority, decided), undecided, balance
+    signs = total.sign_()
+    balance = exact_sum(signs)
+    return add_scaled(signs, undecided, majority), undecided, balance
 
 
 def _largest(magnitudes: Sequence[Tensor], coefficients: Tensor) -> Tensor:

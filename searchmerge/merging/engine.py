@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Engine:
         self._kind = kind
         self._broken = False
         self._buffers: dict[tuple[torch.device, int], Tensor] = {}
+        self._ones: dict[torch.device, Tensor] = {}
 
     def is_compiled(self, device: torch.device) -> bool:
         """Return whether arithmetic on ``device`` is compiled, as far as is known by now."""
@@ -115,8 +116,11 @@ class Engine:
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
     ) -> tuple[bool, Tensor | None]:
         """Return whether it could be done, and the tally."""
+        factor = self._factor(scale, out.device)
+        if len(out) <= MOST_AT_ONCE:
+            done = self._run_compiled(_merge, function, operands, (factor, out))
+            return done is not None, done[0] if done else None
         total: Tensor | None = None
-        factor = torch.full((1,), scale, device=out.device)
         for start in range(0, len(out), MOST_AT_ONCE):
             stop = min(start + MOST_AT_ONCE, len(out))
             part = operands.part(start, stop)
@@ -127,6 +131,14 @@ class Engine:
                 total = done[0] if total is None else total + done[0]
         return True, total
 
+    def _factor(self, scale: float, device: torch.device) -> Tensor:
+        """Return ``scale`` as compiled code takes it; 1, the usual one, is made once."""
+        if scale != 1.0:
+            return torch.full((1,), scale, device=device)
+        if device not in self._ones:
+            self._ones[device] = torch.ones(1, device=device)
+        return self._ones[device]
+
     def _run_compiled(
         self,
         kernel: Callable[..., tuple[Tensor, ...]],
@@ -136,7 +148,10 @@ class Engine:
     ) -> tuple[Tensor, ...] | None:
         """Return what the compiled kernel returns; ``None`` if it cannot be compiled."""
         inputs = _inputs(operands)
-        key = (kernel, function, inputs.base.device, len(inputs.scalars), _dtypes((inputs, more)))
+        tensors = (inputs.base, *inputs.experts, *more, *inputs.kept)
+        dtypes = tuple([tensor.dtype for tensor in tensors])
+        layout = (len(inputs.experts), len(inputs.scalars), inputs.keys is None)
+        key = (kernel, function, inputs.base.device, layout, dtypes)
         if key in _COMPILED:
             return _COMPILED[key](inputs, *more)
         run = _compile(kernel, function, len(_COMPILED))
@@ -233,13 +248,6 @@ def _compile(
     run.__code__ = run.__code__.replace(co_name=f"run_{number}")
     compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(run, dynamic=True, fullgraph=True)
     return compiled
-
-
-def _dtypes(arguments: Any) -> object:
-    """Return the dtype of every tensor in nested tuples, with the nesting."""
-    if isinstance(arguments, tuple):
-        return tuple(_dtypes(argument) for argument in arguments)
-    return arguments.dtype if isinstance(arguments, Tensor) else arguments
 
 
 def _merge(

@@ -108,6 +108,19 @@ def is_zero(numbers: Tensor) -> Tensor:
     return torch.eq(numbers, 0.0, out=torch.empty_like(numbers))
 
 
+def signed(magnitudes: Tensor, numbers: Tensor) -> Tensor:
+    """Return ``magnitudes`` with the signs of ``numbers``, and 0 where those are 0.
+
+    Args:
+        magnitudes: ``(m,)`` float32.
+        numbers: ``(m,)`` float32.
+    """
+    if torch.compiler.is_compiling():
+        positive = torch.where(numbers > 0, magnitudes, 0.0)
+        return torch.where(numbers < 0, -magnitudes, positive)
+    return numbers.sign().mul_(magnitudes)
+
+
 def is_at_least(numbers: Tensor, least: Tensor | float) -> Tensor:
     """Return 1 where a number is ``least`` or more and 0 elsewhere, float32, in a fresh tensor."""
     if torch.compiler.is_compiling():

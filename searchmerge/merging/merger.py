@@ -1,7 +1,7 @@
 """The merger: turns a plan into weights, in a resident model or one tensor at a time."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +74,7 @@ class Merger:
         self._cache = None if cache is None else cache / str(cache_key)
         self._everyone = self._measure(self._vectors)
         self._methods: dict[tuple[str, tuple[str, ...]], MergeMethod] = {}
+        self._flat: dict[object, list[tuple[str, tuple[Tensor, ...]]]] = {}
 
     @torch.no_grad()
     def apply(self, plan: MergePlan) -> None:
@@ -88,14 +89,13 @@ class Merger:
         vectors, first_pass, scales = self._bind(plan)
         work: Pass | None = first_pass
         while work is not None:
-            total = torch.zeros(2, dtype=torch.float64)
+            tallies = []
             for name, own in self._inputs(vectors, work):
                 first, *others = self._targets[name]
-                tally = self._write(name, own, work, scales[name], first)
+                tallies.append(self._write(name, own, work, scales[name], first))
                 for other in others:
                     other.copy_(first)
-                total = _added(total, tally)
-            work = _revised(work, total)
+            work = _revised(work, tallies)
 
     @torch.no_grad()
     def merged(
@@ -146,24 +146,34 @@ class Merger:
 
     def _inputs(
         self, vectors: TaskVectors, work: Pass
-    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    ) -> Iterable[tuple[str, tuple[Tensor, ...]]]:
         """Yield each parameter's name, base and experts, 1-D, where it is merged."""
+        key = (vectors.experts, work.experts)
+        if key in self._flat:
+            return self._flat[key]
 
         def read(name: str) -> tuple[Tensor, ...]:
             own = vectors.weights[name]
             chosen = own if work.experts is None else [own[i] for i in work.experts]
             return tuple(t.detach().reshape(-1) for t in (vectors.base[name], *chosen))
 
-        return streamed(tuple(vectors.weights), read, self._devices)
+        names = tuple(vectors.weights)
+        tensors = [
+            (name, t) for name in names for t in (vectors.base[name], *vectors.weights[name])
+        ]
+        if all(t.is_contiguous() and t.device == self._devices[name] for name, t in tensors):
+            self._flat[key] = [(name, read(name)) for name in names]  # views: no memory of theirs
+            return self._flat[key]
+        return streamed(names, read, self._devices)
 
     def _settled(self, vectors: TaskVectors, work: Pass, scales: Mapping[str, float]) -> Pass:
         """Return the pass that will stand, having gone through all parameters to find out."""
         while work.revise is not None:
-            total = torch.zeros(2, dtype=torch.float64)
+            tallies = []
             for name, own in self._inputs(vectors, work):
                 scratch = torch.empty_like(own[0])
-                total = _added(total, self._write(name, own, work, scales[name], scratch))
-            work = _revised(work, total) or replace(work, revise=None)
+                tallies.append(self._write(name, own, work, scales[name], scratch))
+            work = _revised(work, tallies) or replace(work, revise=None)
         return work
 
     def _write(
@@ -240,14 +250,17 @@ def _in_order(plan: MergePlan, loaded: tuple[str, ...]) -> MergePlan:
     return replace(plan, experts=experts, values=values)
 
 
-def _added(total: Tensor, tally: Tensor | None) -> Tensor:
-    if tally is None:
-        return total
-    return total.to(tally.device) + tally
-
-
-def _revised(work: Pass, total: Tensor) -> Pass | None:
-    return None if work.revise is None else work.revise(total.cpu())
+def _revised(work: Pass, tallies: Iterable[Tensor | None]) -> Pass | None:
+    if work.revise is None:
+        return None
+    on_device: dict[torch.device, list[Tensor]] = {}
+    for tally in tallies:
+        if tally is not None:
+            on_device.setdefault(tally.device, []).append(tally)
+    total = torch.zeros(2, dtype=torch.float64)
+    for own in on_device.values():
+        total += torch.stack(own).sum(0, dtype=torch.float64).cpu()
+    return work.revise(total)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.kernels import GRID, Chunk, add_scaled, add_up
+from searchmerge.merging.kernels import GRID, Chunk, add_scaled, add_up, signed
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -282,12 +282,10 @@ def balances(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
 def _weigh(chunk: Chunk, found: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return ``T_t s_t`` of each expert and the sum of ``s_t``, at least 1e-12."""
     low, high, _, lightest, factor = chunk.scalars[:5]
-    kept = [
-        own.clamp(min=lightest[i]).sub_(lightest[i]).mul_(factor[i]) for i, own in enumerate(found)
-    ]
+    kept = [(own - lightest[i]).relu_().mul_(factor[i]) for i, own in enumerate(found)]
     total = add_up(kept).clamp_min_(1e-12)
     parts = [
-        own.sign().mul_(own.abs_().clamp_(low[i], high[i])).mul_(kept[i])
+        signed(own.abs().clamp_(low[i], high[i]), own).mul_(kept[i])
         for i, own in enumerate(chunk.deltas)
     ]
     return parts, total
