@@ -8,11 +8,13 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from searchmerge.evaluators.packing import (
     Batch,
@@ -26,8 +28,12 @@ from searchmerge.evaluators.packing import (
 
 _logger = logging.getLogger(__name__)
 
-_LOGIT_ROWS = 32
-"""Rows of logits that are reduced at a time, so that no second copy of all of them is made."""
+_LOGIT_ROWS = {"cpu": 8, "cuda": 1024}
+"""Rows of logits that are reduced at a time: no second copy of all is made, and a CPU finds them
+in its caches."""
+
+_KEPT_LAYOUTS = 1024
+"""Calls whose layouts are kept: a study scores the same rounds of examples in every trial."""
 
 
 class CausalScorer:
@@ -41,6 +47,7 @@ class CausalScorer:
     def __init__(self, batch_tokens: int) -> None:
         self._batch_tokens = batch_tokens
         self._packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._lay_out = lru_cache(maxsize=_KEPT_LAYOUTS)(self._laid_out)
 
     @torch.no_grad()
     def score(
@@ -55,19 +62,28 @@ class CausalScorer:
         """
         if not pairs:
             return []
+        window = packed_window(model, max_length) if self._can_pack(model) else 0
+        clusters, indices = self._lay_out(tuple(pairs), max_length, window)
+        results = _run(model, clusters)
+        return [results[index] for index in indices]
+
+    def _laid_out(
+        self, pairs: tuple[tuple[Tokens, Tokens], ...], max_length: int, window: int
+    ) -> tuple[list[Cluster], list[int]]:
+        """Return what to run, and each pair's place in the results.
+
+        Args:
+            pairs: What to score.
+            max_length: Tokens in the model's window.
+            window: Tokens up to which rows may be packed; 0 where they may not.
+        """
         documents, indices = group_documents(pairs, max_length)
-        packed, plain = documents, []
-        window = packed_window(model, max_length)
-        if self._can_pack(model):
-            packed = [d for d in documents if _reach(d) <= window]
-            plain = [d for d in documents if _reach(d) > window]
-        else:
-            packed, plain = [], documents
+        packed = [d for d in documents if _reach(d) <= window]
+        plain = [d for d in documents if _reach(d) > window]
         clusters = plan_packed(packed, self._batch_tokens, window) if packed else []
         if plain:
             clusters.append(Cluster((), lay_out_plain(plain, self._batch_tokens)))
-        results = _run(model, clusters)
-        return [results[index] for index in indices]
+        return clusters, indices
 
     def _can_pack(self, model: nn.Module) -> bool:
         """Return whether packed rows give this model's own scores, found out once."""
@@ -178,16 +194,32 @@ def _mask(documents: Tensor, branches: Tensor, past: int, dtype: torch.dtype) ->
 def _read(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the log-probability of every token read, float32, and whether it is the largest."""
     at, targets = batch.at.to(logits.device), batch.targets.to(logits.device)
-    total = torch.cat([rows.float().logsumexp(-1) for rows in torch.split(logits, _LOGIT_ROWS)])
+    # One of the tokens read from each row of logits, and what the others differ from it by.
+    one = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    one[at] = targets
     chosen = logits[at, targets]
+    difference = chosen.float() - logits[at, one[at]].float()
     greedy = chosen == logits.amax(-1)[at]
     # Of equal logits the first is the greedy one; few are left to look at.
     greedy[greedy.clone()] = logits[at[greedy]].argmax(-1) == targets[greedy]
-    return chosen.float() - total[at], greedy
+    return difference - _surprise(logits, one)[at], greedy
+
+
+def _surprise(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return minus the log-probability of one token in each row, float32, ``(n_rows,)``."""
+    n_rows = _LOGIT_ROWS.get(logits.device.type, 1024)
+    parts = zip(torch.split(logits, n_rows), torch.split(tokens, n_rows), strict=True)
+    # The one kernel that reads a row once or twice only; `logsumexp` takes double the time.
+    return torch.cat([cross_entropy(rows.float(), t, reduction="none") for rows, t in parts])
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
+    return argument in _arguments(type(model))
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _device(model: nn.Module) -> torch.device:

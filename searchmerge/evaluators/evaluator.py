@@ -58,9 +58,11 @@ EVALUATORS: Registry[type[Evaluator]] = Registry("evaluator")
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Keep dropout off, and leave the model's mode as it was."""
-    training = model.training
+    if not model.training:  # to set it once more would visit every module
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train()

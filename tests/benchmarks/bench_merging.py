@@ -2,10 +2,16 @@
 
 Usage: python tests/benchmarks/bench_merging.py [--size 135m] [--device cpu] [--only copy ties]
 
+    --size 1b             4 experts of 1B parameters, mapped from files (12 GiB, in --folder)
+    --size 7b --device cuda    4 experts of 7B parameters on one GPU (about 90 GiB)
+
 Synthetic experts of a Llama, in bf16. Every row is measured in this one process, one after the
 other; each number is the median of some candidates with different densities and coefficients,
 with the fastest and slowest beside it. A ratio is to the plain copy of as many bytes as one
 candidate must move: (n + 2) * 2 bytes per parameter.
+
+The naive implementations and mergekit hold several float32 copies of everything: they are run up
+to 135m alone, mergekit where it is installed (``pip install -e .[mergekit]``).
 """
 
 import argparse
@@ -14,6 +20,7 @@ import os
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import default_plan
@@ -29,7 +37,10 @@ from searchmerge.merging.task_vectors import TaskVectors
 
 N_EXPERTS = 4
 EXPERTS = tuple(f"expert{i}" for i in range(N_EXPERTS))
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
+COPIED_AT_ONCE = GIB  # bytes
+ON_DISK = ("1b",)  # sizes that are mapped from files on a CPU
+WHOLE_COPIES = ("tiny", "135m")  # sizes at which other code is run
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,25 @@ def synthetic(shape: Shape, device: str) -> tuple[dict, dict]:
     return base, experts
 
 
+def on_disk(shape: Shape, folder: Path) -> tuple[dict, dict]:
+    """Return the same, mapped from files, holding two models in memory at most to write them."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = dict(parameters(shape))
+    base = {n: torch.randn(s, generator=draw).mul_(0.05).bfloat16() for n, s in sizes.items()}
+    save_file(base, folder / "base.safetensors")
+    for expert in EXPERTS:
+        own = {}
+        for name, weight in base.items():
+            noise = torch.randn(weight.shape, generator=draw)
+            own[name] = noise.mul_(noise.abs()).mul_(1e-3).add_(weight).bfloat16()
+        save_file(own, folder / f"{expert}.safetensors")
+    del base, own
+    gc.collect()
+    return load_file(folder / "base.safetensors"), {
+        expert: load_file(folder / f"{expert}.safetensors") for expert in EXPERTS
+    }
+
+
 @dataclass
 class Row:
     name: str
@@ -89,13 +119,20 @@ class Row:
 
 @dataclass
 class Bench:
-    shape: Shape
+    size: str
     device: str
     n_candidates: int
+    folder: Path
     rows: list[Row] = field(default_factory=list)
+    most_bytes: int = 0
+    most_own_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.base, self.experts = synthetic(self.shape, self.device)
+        shape = SHAPES[self.size]
+        if self.size in ON_DISK and self.device == "cpu":
+            self.base, self.experts = on_disk(shape, self.folder)
+        else:
+            self.base, self.experts = synthetic(shape, self.device)
         self.vectors = TaskVectors.from_weights(self.base, self.experts)
         self.targets = {name: torch.empty_like(t) for name, t in self.base.items()}
         self.d = self.vectors.n_parameters
@@ -116,6 +153,7 @@ class Bench:
             run()
             synchronize(self.device)
             times.append(time.perf_counter() - start)
+        self.note_peak()
         extra = max(0.0, (peak(self.device) - before) / MIB)
         row = Row(
             name, times, int(more.pop("moved", self.bytes)), extra, str(more.pop("notes", ""))
@@ -123,6 +161,10 @@ class Bench:
         self.rows.append(row)
         print(f"  {name}: {1e3 * statistics.median(times):.1f} ms", flush=True)
         return row
+
+    def note_peak(self) -> None:
+        self.most_bytes = max(self.most_bytes, peak(self.device))
+        self.most_own_bytes = max(self.most_own_bytes, status_bytes("RssAnon"))
 
     def plan(self, method: str, *, density: float | None = None):
         numbers = {"coefficient": [self.random.uniform(0.5, 1.5) for _ in EXPERTS]}
@@ -132,20 +174,33 @@ class Bench:
         return default_plan(method, EXPERTS, **numbers)
 
     def copy(self) -> None:
-        half = torch.empty(self.bytes // 4, dtype=torch.bfloat16, device=self.device).zero_()
-        other = torch.empty_like(half).zero_()
-        self.record("plain copy", lambda: other.copy_(half))
+        n_bytes = min(self.bytes // 2, COPIED_AT_ONCE)
+        one = torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
+        other = torch.zeros_like(one)
+        n_whole, rest = divmod(self.bytes // 2, len(one))
+
+        def run() -> None:
+            for _ in range(n_whole):
+                other.copy_(one)
+            other[:rest].copy_(one[:rest])
+
+        self.record("plain copy", run)
 
     def ours(self, method: str, engine: str, **memory: int) -> None:
         kind = f"{method}, {engine}"
+        keeps = 4 * N_EXPERTS * self.d <= Memory(**memory).budget_bytes(torch.device(self.device))
+        if method == "pcb" and memory.get("keep_bytes") != 0 and not keeps:
+            print(f"  {kind}, β kept: skipped, there is no memory to keep it")
+            return
         merger = Merger(self.vectors, targets=self.targets, engine=engine, memory=Memory(**memory))
         start, before = time.perf_counter(), reset_peak(self.device)
         merger.apply(self.plan(method))
         synchronize(self.device)
         first_s, extra = time.perf_counter() - start, (peak(self.device) - before) / MIB
+        self.note_peak()
         notes = f"first candidate {first_s:.1f} s, {extra:.0f} MiB"
         if method == "pcb":
-            kind += ", β computed" if memory.get("keep_bytes") == 0 else ", β kept"
+            kind += ", β kept" if memory.get("keep_bytes") != 0 else ", β computed"
         self.record(kind, lambda: merger.apply(self.plan(method)), notes=notes)
         if method == "pcb" and memory.get("keep_bytes") != 0:
             fixed = 0.1
@@ -165,6 +220,9 @@ class Bench:
 
     def naive(self, method: str) -> None:
         """Merge as one would write it down: flat float32 vectors, sorted."""
+        if self.size not in WHOLE_COPIES:
+            print(f"  naive {method}: skipped, it takes too much memory at {self.size}")
+            return
         merge = {"ties": naive_ties, "pcb": naive_pcb}[method]
         names = list(self.base)
         base = torch.cat([self.base[name].flatten() for name in names]).float()
@@ -189,18 +247,22 @@ class Bench:
 
     def mergekit(self) -> None:
         """Merge with mergekit in memory, if it is installed."""
-        with suppress(ImportError):
+        if self.size not in WHOLE_COPIES:
+            print(f"  mergekit: skipped, it takes too much memory at {self.size}")
+            return
+        try:
             from mergekit.merge_methods.api import merge_state_dicts
+        except ImportError as error:
+            print(f"  mergekit: skipped, it is not installed ({error})")
+            return
+        models = {"base": self.base, **self.experts}
+        parameters = {"weight": 1.0, "density": 0.2}
 
-            models = [
-                {"model": own, "weight": 1.0, "density": 0.2} for own in self.experts.values()
-            ]
-            self.record(
-                "mergekit ties, in memory",
-                lambda: merge_state_dicts(models, "ties", base=self.base),
-                n=1,
-                warm_ups=0,
-            )
+        def run() -> None:
+            with torch.no_grad():
+                merge_state_dicts(models, "ties", parameters=parameters, base="base")
+
+        self.record("mergekit ties, in memory", run, n=3, warm_ups=0)
 
 
 def naive_ties(deltas, densities, coefficients):
@@ -296,8 +358,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--candidates", type=int, default=9)
     parser.add_argument("--only", nargs="*", help="words that a row's name must have one of")
+    parser.add_argument("--folder", type=Path, help="where models on disk go; they are deleted")
     arguments = parser.parse_args()
-    bench = Bench(SHAPES[arguments.size], arguments.device, arguments.candidates)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        run(arguments, Path(folder))
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> None:
+    """Run every step that was asked for, and print the table."""
+    bench = Bench(arguments.size, arguments.device, arguments.candidates, folder)
     print(
         f"{N_EXPERTS} experts of {bench.d:,} parameters in bf16; "
         f"{device_name(arguments.device)}, {torch.get_num_threads()} threads; "
@@ -322,6 +391,9 @@ def main() -> None:
         if not arguments.only or any(all(w in name for w in o.split("+")) for o in arguments.only):
             step()
     print("\n" + table(bench.rows))
+    print(f"\npeak memory, the models included: {bench.most_bytes / GIB:.1f} GiB", end="")
+    own = f"; {bench.most_own_bytes / GIB:.1f} GiB without the pages of mapped files"
+    print(own if arguments.device == "cpu" else " on the device")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Prints one markdown table: for each kind of task and each dtype the seconds that ``evaluate``
 takes with ``HFLM`` at its best batch size, the seconds that ``LmHarness.score`` takes, both the
-best of several runs that take turns, and how far the two agree.
+best of several runs that take turns, and how far the two agree. Then, for each dtype, what a trial
+of 300 examples takes beside the model's forward passes; merging is measured elsewhere.
 """
 
 import argparse
@@ -106,14 +107,14 @@ class Timer:
     """Measures seconds: of the clock, or of the processor where others use the machine too."""
 
     def __init__(self, *, cpu_time: bool) -> None:
-        self._now = time.process_time if cpu_time else time.perf_counter
+        self.now = time.process_time if cpu_time else time.perf_counter
 
     def __call__(self, function: Callable[[], Any]) -> tuple[float, Any]:
         """Return the seconds that a call takes, and what it returns."""
-        start = self._now()
+        start = self.now()
         with redirect_stderr(io.StringIO()):  # lm-eval's progress bars
             result = function()
-        return self._now() - start, result
+        return self.now() - start, result
 
 
 class Contest:
@@ -180,6 +181,34 @@ class Contest:
             same,
         ]
 
+    def overhead_s(self, n_examples: int, rounds: int) -> float:
+        """Return the seconds of a trial outside the forward passes: the best of some trials.
+
+        The trial scores choices of three tasks in turns, as a study's rounds do.
+        """
+        spent: list[float] = []
+        now = self._timed.now
+        handles = [
+            self._model.register_forward_pre_hook(lambda *_: spent.append(-now())),
+            self._model.register_forward_hook(lambda *_: spent.append(now())),
+        ]
+        tasks = [case.task for case in CASES[:3]]
+        each = n_examples // len(tasks)
+        found = []
+        for _ in range(rounds + 1):  # the first lays out what the others run again
+            spent.clear()
+            seconds, _ = self._timed(
+                lambda: [
+                    self._harness.score(self._model, task, range(i, min(i + 32, each)))
+                    for i in range(0, each, 32)
+                    for task in tasks
+                ]
+            )
+            found.append(seconds - sum(spent))
+        for handle in handles:
+            handle.remove()
+        return min(found[1:])
+
 
 def compare(first: Sequence[Any], second: Sequence[Any]) -> tuple[str, str]:
     """Return the largest difference of log-likelihoods, and how many answers are the same."""
@@ -212,6 +241,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     print("| task | dtype | examples | HFLM s (batch) | searchmerge s | ratio | max Δ | same |")
     print("|---|---|---|---|---|---|---|---|")
+    overheads = []
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
         for name in options.dtypes:
@@ -228,6 +258,9 @@ def main() -> None:
                     n_examples = case.n_examples // 4 if options.quick else case.n_examples
                     title, *cells = contest.row(case, n_examples, 1 if options.quick else 3)
                     print("| " + " | ".join([title, name, *cells]) + " |", flush=True)
+            overheads.append((name, contest.overhead_s(300, 1 if options.quick else 3)))
+    for name, seconds in overheads:
+        print(f"\n{name}: {1000 * seconds:.0f} ms outside forward passes, a trial of 300 examples")
 
 
 if __name__ == "__main__":
