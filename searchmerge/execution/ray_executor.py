@@ -27,6 +27,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 import ray
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnavailableError,
     RayError,
     RaySystemError,
     RayTaskError,
@@ -320,7 +321,9 @@ class RayExecutor:
         if (isinstance(error, ActorDiedError) and error.preempted) or (
             slot.node and slot.node not in alive
         ):
-            return "the node was taken away", True
+            return "its node was taken away", True
+        if isinstance(error, ActorUnavailableError):  # Ray hears of a dead process within a second
+            return "its node cannot be reached", True
         return f"the worker died: {_short(error)}", slot.job is not None and not slot.has_begun
 
     def _kill_late(self) -> Lost | None:

@@ -1,7 +1,7 @@
 """Keeping every worker busy: jobs from a source, over any executor, past dead workers."""
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -100,8 +100,8 @@ class ListSource:
 class Dispatcher:
     """Runs jobs from a source on an executor, and keeps every score as it arrives.
 
-    A job whose worker is lost goes to another, at most ``MAX_TRIES`` times in all; a plan that
-    was there when ``MAX_DEATHS`` workers died is not tried again.
+    A job whose worker is lost goes to another, at most ``MAX_TRIES`` times in all; a plan at
+    which ``MAX_DEATHS`` workers died, with no block scored in between, is not tried again.
     """
 
     def __init__(self, executor: Executor, scores: ScoreStore) -> None:
@@ -109,7 +109,7 @@ class Dispatcher:
         self._scores = scores
         self._live: dict[int, Job] = {}
         self._again: deque[Job] = deque()
-        self._deaths: Counter[str] = Counter()
+        self._deaths: dict[str, tuple[int, int]] = {}  # plan to deaths, and blocks known then
         self._count = 0
 
     def run(self, source: JobSource) -> None:
@@ -132,8 +132,8 @@ class Dispatcher:
             job = self._again.popleft() if self._again else source.next_job()
             if job is None:
                 return False
-            if self._deaths[job.plan.digest] >= MAX_DEATHS:
-                source.failed(job, f"{self._deaths[job.plan.digest]} workers died at this plan")
+            if self._n_deaths(job) >= MAX_DEATHS:
+                source.failed(job, f"{self._n_deaths(job)} workers died at this plan")
                 continue
             if not self._start(source, job):
                 source.finished(job)
@@ -171,9 +171,15 @@ class Dispatcher:
 
     def _retry(self, source: JobSource, job: Job, reason: str, *, blameless: bool) -> None:
         if not blameless:
-            self._deaths[job.plan.digest] += 1
-        if job.tries >= MAX_TRIES or self._deaths[job.plan.digest] >= MAX_DEATHS:
+            n_known = len(self._scores.get(job.plan))
+            n_deaths, known_then = self._deaths.get(job.plan.digest, (0, n_known))
+            n_deaths = n_deaths + 1 if n_known == known_then else 1
+            self._deaths[job.plan.digest] = n_deaths, n_known
+        if job.tries >= MAX_TRIES or self._n_deaths(job) >= MAX_DEATHS:
             source.failed(job, f"{reason} ({job.tries} tries)")
             return
         _logger.warning("%s lost its worker, and is tried again: %s", job.name, reason)
         self._again.append(job)
+
+    def _n_deaths(self, job: Job) -> int:
+        return self._deaths.get(job.plan.digest, (0, 0))[0]

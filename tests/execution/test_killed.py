@@ -76,7 +76,7 @@ def check_all_scores(run_dir, n_trials):
     study = Toy(run_dir)
     trials = study.directory.study.trials
     assert [trial.number for trial in trials] == list(range(n_trials))
-    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert [trial.user_attrs for trial in trials if trial.state.name != "COMPLETE"] == []
     worker = workers.make()
     for trial in trials:
         plan = study.space.plan(trial.params)
