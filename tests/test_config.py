@@ -1,0 +1,53 @@
+"""What a run config may say."""
+
+import pytest
+import yaml
+
+from searchmerge.config import read_config
+from searchmerge.errors import SpecError
+
+
+@pytest.fixture
+def config(tmp_path):
+    def config(**data):
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(data))
+        return read_config(file)
+
+    return config
+
+
+def test_without_a_file_there_is_one_worker_in_this_process():
+    assert read_config(None).executor == "local"
+
+
+def test_workers_on_ray_have_defaults(config):
+    assert config(executor="ray").workers.address == "local"
+    workers = config(
+        executor="ray", ray={"address": "head:6379", "gpus_per_worker": 0.5, "deadline": "30m"}
+    ).workers
+    assert (workers.address, workers.gpus_per_worker, workers.deadline) == ("head:6379", 0.5, 1800)
+
+
+BAD = {
+    "ray without its executor": ({"ray": {"workers": 2}}, "ray belongs to executor: ray"),
+    "a client address": (
+        {"executor": "ray", "ray": {"address": "ray://head:10001"}},
+        r"ray\.address: allowed: local, auto, host:port; found 'ray://head:10001'",
+    ),
+    "one and a half GPUs": (
+        {"executor": "ray", "ray": {"gpus_per_worker": 1.5}},
+        r"ray\.gpus_per_worker: a fraction below 1 or a whole number is needed; found 1\.5",
+    ),
+    "no worker": ({"executor": "ray", "ray": {"workers": 0}}, r"ray\.workers: .*; found 0"),
+    "no time": ({"executor": "ray", "ray": {"deadline": "soon"}}, r"ray\.deadline: .*'soon'"),
+    "another executor": ({"executor": "dask"}, r"executor: .*'local' or 'ray'; found 'dask'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_config_is_refused_by_line_and_key(config, name):
+    data, message = BAD[name]
+    with pytest.raises(SpecError, match=message) as refused:
+        config(**data)
+    assert "config.yaml:" in str(refused.value)
