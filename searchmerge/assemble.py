@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,9 @@ from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
 from searchmerge.spec import DataSpec, ModelSpec, StudySpec, TaskSpec, make_space
+
+if TYPE_CHECKING:
+    from searchmerge.evaluators.vllm import VllmBackend
 
 _logger = logging.getLogger(__name__)
 
@@ -160,7 +163,8 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
     """Load the resident model, map the experts and build the evaluators."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    evaluators = make_evaluators(spec, study_file, models, pick_device(config))
+    engine = make_engine(spec, models)
+    evaluators = make_evaluators(spec, study_file, models, pick_device(config), engine)
     vectors = load_task_vectors(models, spec)
     model = load_resident(
         models.base,
@@ -176,7 +180,23 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
         from searchmerge.evaluators.quantized import Int8Merger
 
         merger = Int8Merger(merger, model, [targets[n] for n in vectors.weights if n in targets])
+    if engine is not None:
+        from searchmerge.evaluators.vllm import FollowedMerger
+
+        merger = FollowedMerger(merger, model, targets, engine)
     return Worker(model, merger, evaluators)
+
+
+def make_engine(spec: StudySpec, models: Models) -> "VllmBackend | None":
+    """Return the engine that language models are run by, where it is not transformers."""
+    if spec.lm_harness.engine == "transformers":
+        return None
+    from searchmerge.evaluators.vllm import VllmBackend, VllmSettings
+
+    own = spec.lm_harness
+    return VllmBackend(
+        VllmSettings(models.base.path, models.dtype, own.max_length, own.vllm_memory)
+    )
 
 
 def make_merger(
@@ -194,7 +214,11 @@ def make_merger(
 
 
 def make_evaluators(
-    spec: StudySpec, study_file: Path, models: Models, device: str
+    spec: StudySpec,
+    study_file: Path,
+    models: Models,
+    device: str,
+    engine: "VllmBackend | None" = None,
 ) -> dict[str, Evaluator]:
     """Return each task's evaluator; tasks of one kind share one.
 
@@ -204,7 +228,7 @@ def make_evaluators(
     found: dict[str, Evaluator] = {}
     lm_tasks = {n: t for n, t in spec.tasks.items() if t.evaluator == "lm_harness"}
     if lm_tasks:
-        lm_harness = _lm_harness(spec, study_file, models.base.tokenizer_dir, device)
+        lm_harness = _lm_harness(spec, study_file, models, device, engine)
         found |= dict.fromkeys(lm_tasks, lm_harness)
     classified = {n: t for n, t in spec.tasks.items() if t.evaluator == "classification"}
     if classified:
@@ -222,7 +246,13 @@ def make_evaluators(
     return {name: found[name] for name in spec.tasks}
 
 
-def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path, device: str) -> Evaluator:
+def _lm_harness(
+    spec: StudySpec,
+    study_file: Path,
+    models: Models,
+    device: str,
+    engine: "VllmBackend | None",
+) -> Evaluator:
     from searchmerge.evaluators.lm_harness import LmHarness, LmTask
 
     own = spec.lm_harness
@@ -237,11 +267,12 @@ def _lm_harness(spec: StudySpec, study_file: Path, tokenizer: Path, device: str)
             for name, task in spec.tasks.items()
             if task.evaluator == "lm_harness"
         },
-        tokenizer=tokenizer,
+        tokenizer=models.base.tokenizer_dir,
         include_path=study_file.parent / own.include_path if own.include_path else None,
         batch_tokens=own.batch_tokens or _BATCH_TOKENS.get(device.partition(":")[0], 256),
         max_length=own.max_length,
         fewshot_seed=own.fewshot_seed,
+        backend=engine,
     )
 
 
@@ -467,12 +498,25 @@ def canonical_study(
         "task_files": _hash_task_files(spec, study_file),
         "device": pick_device(config).partition(":")[0],
         "versions": versions(),
+        "engine": [spec.lm_harness.engine, *_engine_version(spec)],
     }
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what merges and scores."""
     return {name: importlib.metadata.version(name) for name in _VERSIONS}
+
+
+def _engine_version(spec: StudySpec) -> list[str]:
+    if spec.lm_harness.engine == "transformers":
+        return []
+    try:
+        return [importlib.metadata.version(spec.lm_harness.engine)]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SpecError(
+            f"lm_harness.engine: {error.name} is not installed: "
+            f"pip install 'searchmerge[{error.name}]'"
+        ) from error
 
 
 def _hash_task_files(spec: StudySpec, study_file: Path) -> str:

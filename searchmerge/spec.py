@@ -188,6 +188,8 @@ class LmHarnessSpec(_Strict):
     batch_tokens: int | None = Field(default=None, ge=64)
     max_length: int | None = Field(default=None, ge=2)
     fewshot_seed: int = 1234
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm_memory: float = Field(default=0.5, gt=0, lt=1)
 
 
 class ClassificationSpec(_Strict):
@@ -352,6 +354,7 @@ class StudySpec(_Strict):
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
         for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
             data["search"].pop(key)
+        data["lm_harness"].pop("vllm_memory")
         return data
 
 

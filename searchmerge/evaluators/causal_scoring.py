@@ -7,7 +7,7 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -214,12 +214,12 @@ def _surprise(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in _arguments(type(model))
+    return argument in _arguments(type(model).forward)
 
 
 @cache
-def _arguments(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,56 @@ class LmTask:
     num_fewshot: int | None = None
 
 
+class Backend(Protocol):
+    """Runs the model: scores continuations, and generates them.
+
+    Attributes:
+        spare: Tokens of the model's window that it cannot use for a prompt.
+    """
+
+    spare: int
+
+    def score(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood, and whether it is the greedy one."""
+        ...
+
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Tokens],
+        options: GenerationOptions,
+    ) -> list[list[int]]:
+        """Return the new tokens of every prompt; what follows a stop sequence is ignored."""
+        ...
+
+
+class TransformersBackend:
+    """Runs the resident model itself.
+
+    Args:
+        batch_tokens: Tokens of one forward pass, 1 or more.
+    """
+
+    spare = 0
+
+    def __init__(self, batch_tokens: int) -> None:
+        self._batch_tokens = batch_tokens
+        self.score = CausalScorer(batch_tokens).score
+
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Tokens],
+        options: GenerationOptions,
+    ) -> list[list[int]]:
+        """Return the new tokens of every prompt."""
+        return generate(model, tokenizer, prompts, options, self._batch_tokens)
+
+
 @EVALUATORS.register("lm_harness")
 class LmHarness:
     """Scores lm-eval tasks with the resident model.
@@ -67,6 +117,7 @@ class LmHarness:
         max_length: Window in tokens; the model's own if ``None``.
         fewshot_seed: Seed of the choice of few-shot examples.
         apply_chat_template: Whether prompts are turns of the tokenizer's chat template.
+        backend: What runs the model; transformers in this process if ``None``.
 
     Raises:
         SpecError: If there is no such task, split, metric or filter.
@@ -82,8 +133,11 @@ class LmHarness:
         max_length: int | None = None,
         fewshot_seed: int = 1234,
         apply_chat_template: bool = False,
+        backend: Backend | None = None,
     ) -> None:
-        self._lm = make_lm(tokenizer, batch_tokens=batch_tokens, max_length=max_length)
+        self._lm = make_lm(
+            tokenizer, batch_tokens=batch_tokens, max_length=max_length, backend=backend
+        )
         chat = self._lm.chat_arguments() if apply_chat_template else {}
         catalogue = _Catalogue(include_path)
         self._tasks = {
@@ -128,12 +182,11 @@ class ResidentLM:
     backend = "causal"
     model: nn.Module
 
-    def __init__(self, tokenizer: Any, *, batch_tokens: int, max_length: int | None) -> None:
+    def __init__(self, tokenizer: Any, *, runs: Backend, max_length: int | None) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self._batch_tokens = batch_tokens
+        self._runs = runs
         self._max_length = max_length
-        self._scorer = CausalScorer(batch_tokens)
         # The choices of a question follow one another and share its text.
         self._encode = lru_cache(maxsize=16)(self._tokenize)
         self._pairs: dict[tuple[str, str], tuple[Tokens, Tokens]] = {}
@@ -155,7 +208,8 @@ class ResidentLM:
         """Return the window in tokens."""
         from lm_eval.models.utils import resolve_max_length
 
-        return self._max_length or int(resolve_max_length(self.model.config, self.tokenizer))
+        whole = self._max_length or int(resolve_max_length(self.model.config, self.tokenizer))
+        return whole - self._runs.spare
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +269,7 @@ class ResidentLM:
         self, requests: Sequence[tuple[Any, ...]], **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(tuple(request[-2]), tuple(request[-1])) for request in requests]
-        return self._scorer.score(self.model, pairs, self.max_length)
+        return self._runs.score(self.model, pairs, self.max_length)
 
     def _pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         """Return the token ids of a request, tokenised when it is first seen."""
@@ -279,9 +333,7 @@ class ResidentLM:
                 for i in members
             ]
             try:
-                answers = generate(
-                    self.model, self.tokenizer, prompts, options, self._batch_tokens
-                )
+                answers = self._runs.generate(self.model, self.tokenizer, prompts, options)
             except NonFiniteLogits as error:
                 raise NonFiniteLogits(members[error.row]) from error
             for i, tokens in zip(members, answers, strict=True):
@@ -311,13 +363,20 @@ class ResidentLM:
         return GenerationOptions(tuple(stop), max_new_tokens, rest)
 
 
-def make_lm(tokenizer: Any, *, batch_tokens: int, max_length: int | None = None) -> Any:
+def make_lm(
+    tokenizer: Any,
+    *,
+    batch_tokens: int,
+    max_length: int | None = None,
+    backend: Backend | None = None,
+) -> Any:
     """Return a ``ResidentLM`` that is an ``lm_eval.api.model.LM``.
 
     Args:
         tokenizer: A tokenizer, or what ``AutoTokenizer.from_pretrained`` takes.
         batch_tokens: Tokens of one forward pass, 1 or more.
         max_length: Window in tokens; the model's own if ``None``.
+        backend: What runs the model; transformers in this process if ``None``.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -331,7 +390,9 @@ def make_lm(tokenizer: Any, *, batch_tokens: int, max_length: int | None = None)
     if tokenizer.pad_token_id is None:
         tokenizer = copy(tokenizer)
         tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id
-    return ResidentTemplateLM(tokenizer, batch_tokens=batch_tokens, max_length=max_length)
+    return ResidentTemplateLM(
+        tokenizer, runs=backend or TransformersBackend(batch_tokens), max_length=max_length
+    )
 
 
 # --- Tasks: loaded, prompted and tokenised once ----------------------------------------------
