@@ -1,10 +1,14 @@
 """What a run config may say."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from searchmerge.config import read_config
 from searchmerge.errors import SpecError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
@@ -51,3 +55,14 @@ def test_a_bad_config_is_refused_by_line_and_key(config, name):
     with pytest.raises(SpecError, match=message) as refused:
         config(**data)
     assert "config.yaml:" in str(refused.value)
+
+
+def test_the_cluster_file_starts_nodes_that_the_cluster_config_finds_room_on():
+    cluster = yaml.safe_load((CONFIGS / "cluster" / "ray-up.yaml").read_text())
+    types = cluster["available_node_types"]
+    assert cluster["head_node_type"] in types
+    assert cluster["max_workers"] == sum(kind.get("max_workers", 0) for kind in types.values())
+    assert "ray start --head" in cluster["head_start_ray_commands"][-1]
+    assert "ray start --address=$RAY_HEAD_IP" in cluster["worker_start_ray_commands"][-1]
+    wanted = read_config(CONFIGS / "ray-cluster.yaml")
+    assert (wanted.executor, wanted.workers.address) == ("ray", "auto")
