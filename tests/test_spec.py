@@ -49,6 +49,22 @@ def test_the_readmes_study_is_read():
     read_study.__globals__["StudySpec"].model_validate(data)
 
 
+def test_the_readmes_other_tasks_are_read():
+    text = (ROOT / "README.md").read_text()
+    [block] = [b for b in text.split("```yaml")[1:] if b.lstrip().startswith("tasks:")]
+    data = yaml.safe_load(block.split("```")[0])
+    tasks = data.pop("tasks")
+    study = read_study.__globals__["StudySpec"]
+    assert set(data) <= set(study.model_fields)
+    for name, task in tasks.items():
+        own = {} if name == "sentiment" else {"model_class": "AutoModelForCausalLM"}
+        experts = {"sentiment": "s"}
+        found = study.model_validate(
+            STUDY | data | own | {"experts": experts, "tasks": {name: task}}
+        )
+        assert found.resident_class == ("AutoModel" if name == "sentiment" else own["model_class"])
+
+
 def test_a_number_a_mapping_a_range_and_a_scale_are_told_apart(tmp_path):
     assert values(tmp_path, coefficient=0.5)["coefficient"] == Fixed((0.5, 0.5))
     each = values(tmp_path, coefficient={"code": 1, "math": 2})["coefficient"]
