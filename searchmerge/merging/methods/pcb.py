@@ -89,6 +89,11 @@ class _Measured:
     balances: "OrderStatistics"
     kept: Mapping[str, tuple[Tensor, ...]] | None
 
+    @property
+    def raises(self) -> bool:
+        """Return whether clamping raises small magnitudes; not where many entries are 0."""
+        return any(self.ends[0])
+
 
 @METHODS.register("pcb")
 class Pcb:
@@ -158,8 +163,8 @@ class Pcb:
         ]
         scalars = by_group(plan, names, rows)
         if known.kept is not None:
-            return Pass(merge_known, scalars, self._active, known.kept)
-        return Pass(_MERGE[variant], scalars, self._active)
+            return Pass(_MERGE_KNOWN[known.raises], scalars, self._active, known.kept)
+        return Pass(_MERGE[variant, known.raises], scalars, self._active)
 
     def _of(self, variant: str) -> _Measured:
         if self._measured is None or self._measured[0] != variant:
@@ -230,7 +235,9 @@ class Pcb:
             [*known.ends, *self._bounds(known, row)] for row in plan.values["density"]
         ]
         scalars = by_group(plan, self._measure.names, rows)
-        function = shares_known if known.kept is not None else _SHARES[variant]
+        function = _SHARES_KNOWN[known.raises]
+        if known.kept is None:
+            function = _SHARES[variant, known.raises]
 
         def compute(name: str, part: "Operands") -> tuple[Tensor, ...]:
             own = () if known.kept is None else known.kept[name]
@@ -279,52 +286,57 @@ def balances(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
     )
 
 
-def _weigh(chunk: Chunk, found: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _weigh(chunk: Chunk, *, raises: bool) -> tuple[list[Tensor], Tensor]:
     """Return ``T_t s_t`` of each expert and the sum of ``s_t``, at least 1e-12."""
     low, high, _, lightest, factor = chunk.scalars[:5]
-    kept = [(own - lightest[i]).relu_().mul_(factor[i]) for i, own in enumerate(found)]
+    kept = [(own - lightest[i]).relu_().mul_(factor[i]) for i, own in enumerate(chunk.kept)]
     total = add_up(kept).clamp_min_(1e-12)
-    parts = [
-        signed(own.abs().clamp_(low[i], high[i]), own).mul_(kept[i])
+    clamped = (
+        signed(own.abs().clamp_(low[i], high[i]), own) if raises else own.clamp_(-high[i], high[i])
         for i, own in enumerate(chunk.deltas)
-    ]
-    return parts, total
+    )
+    return [own.mul_(share) for own, share in zip(clamped, kept, strict=True)], total
 
 
-def shares_known(chunk: Chunk) -> tuple[Tensor, ...]:
+def shares_known(chunk: Chunk, *, raises: bool) -> tuple[Tensor, ...]:
     """Return ``T_t s_t / sum s`` of each expert, ``(m,)`` float32, from the kept balances.
 
     Args:
         chunk: Task vectors; scalars ``(5 or more, n_experts)``: those of :func:`balances`, then
             the balance that is dropped, and 1 / its distance to the largest; kept: the balances.
+        raises: Whether a smallest magnitude is above 0.
     """
-    parts, total = _weigh(chunk, chunk.kept)
+    parts, total = _weigh(chunk, raises=raises)
     return tuple(part.div_(total) for part in parts)
 
 
-def merge_known(chunk: Chunk) -> tuple[Tensor]:
+def merge_known(chunk: Chunk, *, raises: bool) -> tuple[Tensor]:
     """Return the merged task vector ``(m,)`` float32 from the kept balances.
 
     Args:
         chunk: As for :func:`shares_known`; a sixth row of scalars holds the coefficients.
+        raises: As there.
     """
-    parts, total = _weigh(chunk, chunk.kept)
+    parts, total = _weigh(chunk, raises=raises)
     merged = parts[0].mul_(chunk.scalars[5, 0])
     for i, part in enumerate(parts[1:], start=1):
         merged = add_scaled(merged, part, chunk.scalars[5, i])
     return (merged.div_(total),)
 
 
-def merge_computed(chunk: Chunk, *, variant: str) -> tuple[Tensor]:
+def merge_computed(chunk: Chunk, *, variant: str, raises: bool) -> tuple[Tensor]:
     """Return the merged task vector as :func:`merge_known`, computing the balances."""
-    return merge_known(chunk._replace(kept=balances(chunk, variant=variant)))
+    return merge_known(chunk._replace(kept=balances(chunk, variant=variant)), raises=raises)
 
 
-def shares_computed(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
+def shares_computed(chunk: Chunk, *, variant: str, raises: bool) -> tuple[Tensor, ...]:
     """Return what :func:`shares_known` returns, computing the balances."""
-    return shares_known(chunk._replace(kept=balances(chunk, variant=variant)))
+    return shares_known(chunk._replace(kept=balances(chunk, variant=variant)), raises=raises)
 
 
 _BALANCES = {name: partial(balances, variant=name) for name in VARIANTS}
-_MERGE = {name: partial(merge_computed, variant=name) for name in VARIANTS}
-_SHARES = {name: partial(shares_computed, variant=name) for name in VARIANTS}
+_WAYS = [(name, raises) for name in VARIANTS for raises in (True, False)]
+_MERGE = {own: partial(merge_computed, variant=own[0], raises=own[1]) for own in _WAYS}
+_SHARES = {own: partial(shares_computed, variant=own[0], raises=own[1]) for own in _WAYS}
+_MERGE_KNOWN = {raises: partial(merge_known, raises=raises) for raises in (True, False)}
+_SHARES_KNOWN = {raises: partial(shares_known, raises=raises) for raises in (True, False)}
