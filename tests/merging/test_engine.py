@@ -14,9 +14,11 @@ from searchmerge.merging.kernels import (
     add_scaled,
     add_up,
     exact_sum,
+    is_at_least,
     is_positive,
     is_zero,
     keep_at_least,
+    signed,
     weighted_sum,
 )
 
@@ -115,5 +117,8 @@ def test_the_small_operations_are_what_they_say():
     assert add_up([numbers] * 3).tolist() == [0, 6, -9]
     assert is_zero(numbers).tolist() == [1, 0, 0]
     assert is_positive(numbers.abs()).tolist() == [0, 1, 1]
+    assert is_at_least(numbers, 0.0).tolist() == [1, 1, 0]
+    assert is_at_least(numbers, torch.tensor(2.0)).tolist() == [0, 1, 0]
+    assert signed(torch.tensor([5.0, 6.0, 7.0]), numbers).tolist() == [0, 6, -7]
     assert exact_sum(numbers) == -1
     assert numbers.tolist() == [0, 2, -3]

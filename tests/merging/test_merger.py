@@ -59,6 +59,43 @@ def test_a_plan_is_applied_afresh_whatever_was_there_before():
         assert all(torch.equal(targets[n], t) for n, t in Merger(own).merged(plan))
 
 
+@pytest.mark.parametrize("method", ["linear", "pcb", "dare"])
+def test_experts_of_any_layout_are_read(method):
+    base, experts = weights()
+    plan = default_plan(method, EXPERTS)
+    expected = dict(Merger(vectors()).merged(plan))
+    turned = {
+        e: {**own, "layers.0.w": own["layers.0.w"].t().contiguous().t()}
+        for e, own in experts.items()
+    }
+    merger = Merger(TaskVectors.from_weights(base, turned))
+    for _ in range(2):
+        for name, tensor in merger.merged(plan):
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_what_does_not_fit_is_computed_each_time_and_said_so(caplog):
+    own, plan = vectors(), default_plan("tsv", EXPERTS)
+    with caplog.at_level("WARNING"):
+        merger = Merger(own, memory=Memory(keep_bytes=1000))
+        found = [dict(merger.merged(plan)) for _ in range(2)]
+    expected = dict(Merger(own, memory=Memory(keep_bytes=2**30)).merged(plan))
+    for again in found:
+        assert all(torch.equal(again[n], t) for n, t in expected.items())
+    assert [r.message for r in caplog.records] == [
+        "there is no memory to keep what is measured: each merge does it anew"
+    ]
+
+
+def test_what_was_kept_is_given_back_when_it_is_replaced():
+    merger = Merger(vectors(), memory=Memory(keep_bytes=2**20))
+    for ratio in (0.1, 0.2, 0.3, 0.4):  # each decomposes anew; two would not fit
+        plan = default_plan("iso_c", EXPERTS, coefficient=[1.0, ratio, 1.0])
+        _, work, _ = merger._bind(plan)
+        assert isinstance(work.kept, dict)
+    assert merger._budget.left_bytes == 2**20 - 4 * vectors().n_parameters
+
+
 def test_targets_of_any_layout_are_written():
     own = vectors()
     store = torch.zeros(2, 7, 300)
