@@ -22,7 +22,10 @@ from tests.tiny import make_models, make_study
 CONFIG = RunConfig(engine="eager", device="cpu")
 
 
-@given(arrays.arrays("float32", (3, 5), elements=st.floats(-100, 100, width=32)))
+NUMBERS = st.floats(-100, 100, width=32).map(lambda x: x if abs(x) > 1e-20 else 0.0)
+
+
+@given(arrays.arrays("float32", (3, 5), elements=NUMBERS))  # no scale below float32's normal range
 def test_rounding_is_to_the_nearest_of_255_levels_a_row(values):
     weight, found = torch.tensor(values).double(), torch.tensor(values)
     round_to_int8(found)
