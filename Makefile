@@ -34,6 +34,7 @@ test-all: .venv/dev
 bench: .venv/dev
 	$(BIN)/python tests/benchmarks/bench_merging.py
 	$(BIN)/python tests/benchmarks/bench_scoring.py
+	$(BIN)/python tests/benchmarks/bench_execution.py
 
 lint: .venv/dev
 	$(BIN)/ruff check

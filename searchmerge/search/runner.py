@@ -27,7 +27,7 @@ RESULT = "result"  # user attribute of a finished trial: scores, seconds, blocks
 PLAN = "plan"  # user attribute: the trial's plan
 KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
 _CUT_OFF = "cut_off"  # user attribute: runs that died over the trial, blocks known at the last
-_KEEP_S = 60.0  # how often the time so far is kept at least, while rounds come in
+_KEEP_S = 5.0  # how often the time so far is kept
 _FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
 
 
@@ -334,8 +334,7 @@ class TrialSource:
 
     def goes_on(self, job: Job) -> bool:
         """Return whether the candidate may still win."""
-        if self._elapsed() - self._kept_s > _KEEP_S:
-            self.keep_elapsed()
+        self._keep_elapsed_at_times()
         return self._contest.goes_on(job.plan)
 
     def finished(self, job: Job) -> None:
@@ -357,6 +356,7 @@ class TrialSource:
         is_best = self._note_best(job.plan, partial=partial is not None)
         for name, violation in self._objective.violations(scores).items():
             trial.set_constraint(name, violation)
+        store.flush()
         self._study.tell(trial, self._objective.values(scores))
         self._end(
             TrialRecord(
@@ -388,6 +388,10 @@ class TrialSource:
         """Keep the time that all runs of the study have taken so far."""
         self._kept_s = self._elapsed()
         self._directory.set_elapsed(self._kept_s)
+
+    def _keep_elapsed_at_times(self) -> None:
+        if self._elapsed() - self._kept_s > _KEEP_S:
+            self.keep_elapsed()
 
     def _is_over(self) -> bool:
         limits = self._budget
@@ -426,7 +430,7 @@ class TrialSource:
     def _end(self, record: TrialRecord) -> None:
         self._n_live -= 1
         self.n_finished += 1
-        self.keep_elapsed()
+        self._keep_elapsed_at_times()
         _logger.info(
             "trial %d: %s", record.number, record.note if record.value is None else record.value
         )
