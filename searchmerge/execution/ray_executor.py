@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -389,6 +390,8 @@ def _connect(address: str) -> bool:
     """
     if ray.is_initialized():
         return False
+    if address not in ("local", "auto"):
+        _check_reachable(address)
     options: dict[str, Any] = {}
     if address == "local":
         options = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
@@ -407,6 +410,22 @@ def _connect(address: str) -> bool:
         ray.shutdown()
         raise
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse at once an address where nothing listens; Ray would try for minutes.
+
+    Raises:
+        StudyError: If nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+    except OSError as error:
+        raise StudyError(
+            f"ray.address {address}: no cluster answers there ({error}); "
+            "`ray start --head` prints the address of one"
+        ) from error
 
 
 @contextlib.contextmanager

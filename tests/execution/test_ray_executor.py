@@ -3,6 +3,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -208,3 +210,12 @@ def test_a_job_whose_node_is_taken_away_is_not_to_blame(pool, cluster, notes):
     *_, lost = until_it_ends(executor, 1)
     assert lost.reason in ("its node was taken away", "its node cannot be reached")
     assert lost.blameless
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once():
+    code = (
+        "from searchmerge.execution.ray_executor import RayExecutor, RaySettings\n"
+        "RayExecutor(print, RaySettings(address='localhost:1'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StudyError: ray.address localhost:1: no cluster answers there" in done.stderr
