@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ MOST_AT_ONCE = 1 << 24
 """Entries that a function is given at most, so that float32 counts them exactly."""
 
 _TOO_SMALL = 64  # entries: not worth compiled code, and sizes it would be specialised for
+
+_Options = dict[str, str | int | bool | Callable[..., Any]]
+
+_INLINED: _Options = {
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+}
+"""Of inductor, where no tally is taken: one expression from what is read to what is written.
+
+Intermediate results that it would set apart, and that read no 16-bit tensor, make all of the loop
+go over half as many entries at once on a CPU. Tallies would compute the expression once more.
+"""
 
 _COMPILED: dict[object, Callable[..., tuple[Tensor, ...]]] = {}
 """What this process compiled, by kernel, function, device and dtypes; every engine shares it."""
@@ -154,8 +167,10 @@ class Engine:
         key = (kernel, function, inputs.base.device, layout, dtypes)
         if key in _COMPILED:
             return _COMPILED[key](inputs, *more)
-        run = _compile(kernel, function, len(_COMPILED))
         try:
+            first, _ = self._chunk(operands.part(0, 1))
+            alone = kernel is _merge and len(function(first)) == 1
+            run = _compile(kernel, function, len(_COMPILED), _INLINED if alone else None)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch thinks of its own compiler
                 done = run(inputs, *more)
@@ -234,7 +249,10 @@ def _inputs(operands: Operands) -> _Inputs:
 
 
 def _compile(
-    kernel: Callable[..., tuple[Tensor, ...]], function: ChunkFunction, number: int
+    kernel: Callable[..., tuple[Tensor, ...]],
+    function: ChunkFunction,
+    number: int,
+    options: _Options | None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Return ``kernel`` of ``function``, compiled at the first call and for every size.
 
@@ -246,7 +264,9 @@ def _compile(
         return kernel(function, inputs, *more)
 
     run.__code__ = run.__code__.replace(co_name=f"run_{number}")
-    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(run, dynamic=True, fullgraph=True)
+    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(
+        run, dynamic=True, fullgraph=True, options=options
+    )
     return compiled
 
 
