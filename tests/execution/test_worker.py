@@ -1,0 +1,65 @@
+"""What a worker makes of errors, and when it counts as hung."""
+
+import pytest
+import torch
+
+from searchmerge.errors import DeviceFault, EvaluationError
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.deadline import FACTOR, FIRST_S, LEAST_S, Deadline
+from searchmerge.execution.executor import InProcessExecutor
+from searchmerge.execution.worker import Worker
+from tests.execution.workers import FINE, ROUNDS, plan
+from tests.toy import EXPERTS, ToyMerger, ToyModel
+
+
+class Raises:
+    """Raises an error, as it is or as the reason of one of its own."""
+
+    def __init__(self, error, wrapped):
+        self.tasks = dict.fromkeys(EXPERTS, TaskInfo(40))
+        self._error, self._wrapped = error, wrapped
+
+    def score(self, model, task, examples):
+        if not self._wrapped:
+            raise self._error
+        raise EvaluationError(f"task {task!r}: {self._error}") from self._error
+
+
+def executor(error, *, wrapped):
+    model = ToyModel()
+    worker = Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, Raises(error, wrapped)))
+    executor = InProcessExecutor(worker)
+    executor.submit(1, plan(FINE), ROUNDS)
+    return executor
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["as it is", "as a reason"])
+@pytest.mark.parametrize("text", ["CUDA error: device-side assert triggered", "HIP error: x"])
+def test_a_device_fault_is_told_from_a_candidates_failure(text, wrapped):
+    with pytest.raises(DeviceFault, match=f"the device failed: {text}"):
+        executor(RuntimeError(text), wrapped=wrapped).next_event(0)
+
+
+def test_a_full_device_is_no_fault():
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with pytest.raises(torch.OutOfMemoryError):
+        executor(full, wrapped=False).next_event(0)
+
+
+def test_a_candidates_failure_stays_one():
+    event = executor(ValueError("CUDA error in the text of an answer"), wrapped=True).next_event(0)
+    assert event.reason.endswith("CUDA error in the text of an answer")
+
+
+def test_a_deadline_follows_the_longest_round_unless_it_is_given():
+    derived = Deadline(None)
+    assert derived.seconds == FIRST_S
+    derived.saw(1.0)
+    assert derived.seconds == LEAST_S
+    derived.saw(100.0)
+    derived.saw(2.0)
+    assert derived.seconds == FACTOR * 100.0
+    assert str(derived) == "its deadline (1000 s, derived; set ray.deadline in the config)"
+    given = Deadline(7.0)
+    given.saw(100.0)
+    assert given.seconds == 7.0
