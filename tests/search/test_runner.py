@@ -90,7 +90,7 @@ def test_a_candidate_that_cannot_be_scored_fails_alone(toy):
 
 def test_a_study_whose_first_trials_all_fail_stops_with_the_reason(toy):
     evaluator = ToyEvaluator(fails=lambda c: True)
-    with pytest.raises(StudyError, match="the first 5 trials all failed; the first: .*NaN"):
+    with pytest.raises(StudyError, match=r"the first 5 trials all failed; the first: .*NaN"):
         toy(evaluator=evaluator).run(50)
 
 

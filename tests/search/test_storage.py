@@ -73,9 +73,7 @@ def test_a_whole_journal_is_left_as_it_is(tmp_path):
 
 def test_a_study_is_not_gone_on_with_in_another_storage(stored, run_dir):
     stored(None).run(1)
-    with pytest.raises(
-        StudyError, match="begun with storage sqlite, and the config"
-    ):
+    with pytest.raises(StudyError, match="begun with storage sqlite, and the config"):
         stored("journal:study.journal")
     stored(None).run(2)
 
@@ -90,9 +88,7 @@ def test_a_password_is_not_written_down(tmp_path):
 
 
 def test_what_is_no_storage_is_refused(stored):
-    with pytest.raises(
-        SpecError, match=r"storage 'study\.db' is not allowed: give"
-    ):
+    with pytest.raises(SpecError, match=r"storage 'study\.db' is not allowed: give"):
         stored("study.db")
     with pytest.raises(StudyError, match="cannot be used: unable to open database file"):
         stored("sqlite:////nowhere/at/all/study.db")
