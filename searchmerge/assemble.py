@@ -34,8 +34,9 @@ from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan, Setting
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.racing import Racing
-from searchmerge.search.runner import Budget, Schedule
+from searchmerge.search.runner import Budget
 from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
 from searchmerge.spec import DataSpec, ModelSpec, StudySpec, TaskSpec, make_space
@@ -380,12 +381,12 @@ def _data_source(task: TaskSpec, study_file: Path) -> DataSource:
 
 
 def make_schedule(spec: StudySpec, tasks: Mapping[str, TaskInfo]) -> Schedule:
-    """Return what every candidate is scored on.
+    """Return what every candidate is scored on, before the references decide the order.
 
     Raises:
         SpecError: If a task has too few examples for its parts.
     """
-    blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"select": {}, "hold_out": {}}
+    blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"survey": {}, "hold_out": {}}
     for name, info in tasks.items():
         task = spec.tasks[name]
         parts = split_examples(
@@ -395,13 +396,14 @@ def make_schedule(spec: StudySpec, tasks: Mapping[str, TaskInfo]) -> Schedule:
             select=task.select,
             hold_out=task.hold_out,
         )
-        for part, examples in parts.items():
+        for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
             blocks[part][name] = make_blocks(name, part, examples, info, spec.search.block_size)
+    round_blocks = spec.search.round_blocks
     rounds = {
-        part: make_rounds(own, round_blocks=spec.search.round_blocks, seed=spec.search.seed)
+        part: make_rounds(own, round_blocks=round_blocks, seed=spec.search.seed)
         for part, own in blocks.items()
     }
-    return Schedule(blocks, rounds)
+    return Schedule(blocks, rounds, round_blocks)
 
 
 def make_objective(spec: StudySpec) -> Objective:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from searchmerge import assemble
 from searchmerge.checkpoints.writer import PLAN_FILE
@@ -17,11 +17,13 @@ from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
 from searchmerge.report.front import save_front
 from searchmerge.report.results import Bound, Point, PointKind, Results, Row
+from searchmerge.search.candidates import best_of, candidates, front_of
 from searchmerge.search.confirm import confirm
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Objective
 from searchmerge.search.references import BASE, expert_name, reference_plans
-from searchmerge.search.runner import PLAN, RESULT, Observer, Schedule, StudyRunner
+from searchmerge.search.runner import RESULT, Observer, StudyRunner
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.storage import storage_errors
 from searchmerge.search.study import StudyDirectory, locked
 from searchmerge.spec import StudySpec, make_space
@@ -61,7 +63,7 @@ def run_study(
             references,
             observer,
         )
-        results = _search(spec, study_file, runner, directory, schedule, references, models)
+        results = _search(spec, study_file, runner, directory, references, models)
         results.save(run_dir)
         if results.points:
             save_front(results.points, results.winner, results.study, run_dir)
@@ -69,20 +71,19 @@ def run_study(
         return results
 
 
-def _search(  # noqa: PLR0913  (one call per phase, and they share all of these)
+def _search(
     spec: StudySpec,
     study_file: Path,
     runner: StudyRunner,
     directory: StudyDirectory,
-    schedule: Schedule,
     references: Mapping[str, MergePlan],
     models: assemble.Models,
 ) -> Results:
     own = {name: expert_name(task.expert) for name, task in spec.tasks.items() if task.expert}
-    scored = runner.score_plans("references", references, "select")
+    known = runner.score_references()
+    schedule = runner.schedule
     if assemble.make_objective(spec).needs_references:
-        assemble.check_own_experts(spec, scored, own)
-    known = {name: plan for name, plan in references.items() if name in scored}
+        assemble.check_own_experts(spec, set(known), own)
     select = {n: schedule.scores(directory.scores, p, "select") for n, p in known.items()}
     objective = assemble.make_objective(spec).referring_to(
         {task: select[name][task] for task, name in own.items() if name in select},
@@ -91,7 +92,7 @@ def _search(  # noqa: PLR0913  (one call per phase, and they share all of these)
     if not directory.trials():  # a resumed study has them already
         runner.enqueue("warm start", assemble.warm_start(spec, study_file))
     runner.run(objective, assemble.make_budget(spec), assemble.make_racing(spec))
-    found = top_plans(directory, objective, references, spec.confirm.top_k)
+    found = _complete_the_best(spec, runner, directory, objective, references)
     _write_plans(directory, found)
     plans = {**known, **found}
     confirmed = runner.score_plans("confirmation", plans, "hold_out")
@@ -101,64 +102,22 @@ def _search(  # noqa: PLR0913  (one call per phase, and they share all of these)
     return _results(spec, study_file, directory, schedule, objective, plans, set(found), models)
 
 
-def top_plans(
+def _complete_the_best(
+    spec: StudySpec,
+    runner: StudyRunner,
     directory: StudyDirectory,
     objective: Objective,
     references: Mapping[str, MergePlan],
-    top_k: int,
 ) -> dict[str, MergePlan]:
-    """Return the best fully scored trials that are no reference, best first.
-
-    Plans that keep all constraints come before those that do not; with several objectives,
-    those on the front before those that are dominated.
-
-    Raises:
-        StudyError: If there is none.
-    """
-    known = {plan.digest for plan in references.values()}
-    full = full_trials(directory)
-    front = {trial.number for trial in front_of(full, objective)}
-    ranked = sorted(
-        full,
-        key=lambda t: (t.number in front, *objective.standing(t.user_attrs[RESULT]["scores"])),
-        reverse=True,
-    )
-    if ranked and objective.is_feasible(ranked[0].user_attrs[RESULT]["scores"]):
-        ranked = [t for t in ranked if objective.is_feasible(t.user_attrs[RESULT]["scores"])]
-    found: dict[str, MergePlan] = {}
-    for trial in ranked:
-        plan = MergePlan.from_dict(trial.user_attrs[PLAN])
-        if plan.digest not in known and len(found) < top_k:
-            known.add(plan.digest)
-            found[f"trial {trial.number}"] = plan
-    if not found:
-        raise StudyError(
-            f"{directory.run_dir}: no trial was scored in full, so there is nothing to confirm; "
-            "give the search more trials or time"
-        )
-    return found
-
-
-def full_trials(directory: StudyDirectory) -> list[FrozenTrial]:
-    """Return the trials that were scored on every example they could be, by number."""
-    complete = directory.trials(TrialState.COMPLETE)
-    return [trial for trial in complete if trial.user_attrs[RESULT]["partial"] is None]
-
-
-def front_of(trials: Sequence[FrozenTrial], objective: Objective) -> list[FrozenTrial]:
-    """Return the trials that keep all constraints and that no other such trial dominates.
-
-    With one objective there is no front, and none is returned.
-    """
-    if len(objective.names) < 2:
-        return []
-    scored = [(trial, trial.user_attrs[RESULT]["scores"]) for trial in trials]
-    scored = [(trial, scores) for trial, scores in scored if objective.is_feasible(scores)]
-    return [
-        trial
-        for trial, scores in scored
-        if not any(objective.dominates(other, scores) for _, other in scored)
-    ]
+    """Return the best candidates, best first, after those stopped early are scored in full."""
+    top_k, but = spec.confirm.top_k, list(references.values())
+    best = best_of(candidates(directory, runner.schedule), objective, top_k, but)
+    partial = {one.name: one.plan for one in best if not one.is_full}
+    if partial:
+        runner.score_plans("completing the best", partial, "select")
+    known = [one for one in candidates(directory, runner.schedule) if one.is_full]
+    best = best_of(known, objective, top_k, but)
+    return {one.name: one.plan for one in best}
 
 
 def _write_plans(directory: StudyDirectory, found: Mapping[str, MergePlan]) -> None:
@@ -222,7 +181,7 @@ def _results(  # noqa: PLR0913
         level=confirmation.level,
         made_of=made_of | assemble.versions(),
         bounds=_bounds(winner, objective, held_out),
-        points=_points(directory, rows, objective),
+        points=_points(directory, schedule, rows, objective),
     )
 
 
@@ -239,19 +198,16 @@ def _bounds(winner: Row, objective: Objective, held_out: Objective) -> list[Boun
     ]
 
 
-def _points(directory: StudyDirectory, rows: Sequence[Row], objective: Objective) -> list[Point]:
+def _points(
+    directory: StudyDirectory, schedule: Schedule, rows: Sequence[Row], objective: Objective
+) -> list[Point]:
     """Return all that was scored in full as points of several objectives; none of one."""
     if len(objective.names) < 2:
         return []
-    trials = full_trials(directory)
-    front = {trial.number for trial in front_of(trials, objective)}
+    full = [one for one in candidates(directory, schedule) if one.is_full]
+    front = {one.number for one in front_of(full, objective)}
     scored: list[tuple[str, Mapping[str, float], PointKind]] = [
-        (
-            f"trial {trial.number}",
-            trial.user_attrs[RESULT]["scores"],
-            "front" if trial.number in front else "trial",
-        )
-        for trial in trials
+        (one.name, one.scores, "front" if one.number in front else "trial") for one in full
     ]
     scored += [(row.name, row.select, "reference") for row in rows if not row.is_candidate]
     return [

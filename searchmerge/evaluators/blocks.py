@@ -1,6 +1,7 @@
 """Blocks of examples: the unit of comparison, of the score cache, and of what a worker yields."""
 
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def make_blocks(
 
 
 def make_rounds(
-    blocks: Mapping[str, Sequence[Block]], *, round_blocks: int, seed: int
+    blocks: Mapping[str, Sequence[Block]], *, round_blocks: int, seed: int | None = None
 ) -> tuple[Round, ...]:
     """Interleave the tasks' blocks, each in proportion to its count, and cut them into rounds.
 
@@ -93,15 +94,47 @@ def make_rounds(
     Args:
         blocks: Task name to its blocks.
         round_blocks: Blocks in a round, 1 or more; the last round may hold fewer.
-        seed: Seed of the order in which a task's blocks are visited.
+        seed: Seed of the order in which a task's blocks are visited; ``None`` visits them as
+            they are.
     """
     places = []
     for task, own in blocks.items():
         order = list(own)
-        random.Random(f"{seed}/{task}/rounds").shuffle(order)
+        if seed is not None:
+            random.Random(f"{seed}/{task}/rounds").shuffle(order)
         places += [((i + 0.5) / len(order), task, block) for i, block in enumerate(order)]
     ordered = [block for _, _, block in sorted(places, key=lambda place: place[:2])]
     return tuple(
         tuple(sorted(ordered[start : start + round_blocks], key=lambda b: (b.task, b.index)))
         for start in range(0, len(ordered), round_blocks)
     )
+
+
+def inform(
+    blocks: Sequence[Block], scored: Sequence[Mapping[int, float]], part: Part
+) -> tuple[Block, ...]:
+    """Cut the examples of ``blocks`` anew, those on which plans differ most into the first.
+
+    Most examples are scored alike by every good merge and tell nothing; a candidate that is
+    scored on the others first is told apart from the best with a fraction of the examples.
+
+    Args:
+        blocks: A task's blocks, all of one part.
+        scored: For each of some plans, example to score.
+        part: Of the new blocks.
+
+    Returns:
+        As many blocks of the same sizes. The order is by the variance over the plans; equal ones
+        stay in the order that they have.
+    """
+    examples = [example for block in blocks for example in block.examples]
+    spread = {
+        e: statistics.pvariance([own[e] for own in scored]) if scored else 0.0 for e in examples
+    }
+    ordered = sorted(examples, key=lambda example: -spread[example])
+    cut, start = [], 0
+    for index, block in enumerate(blocks):
+        end = start + len(block.examples)
+        cut.append(Block(block.task, part, index, tuple(ordered[start:end])))
+        start = end
+    return tuple(cut)

@@ -9,8 +9,10 @@ from torch import nn
 
 from searchmerge.registry import Registry
 
-Part = Literal["select", "hold_out"]
-"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees."""
+Part = Literal["survey", "select", "hold_out"]
+"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``survey`` is
+the same examples as ``select``, cut into blocks at random: the references are scored on it first,
+and what they score decides how ``select`` is cut."""
 
 
 @dataclass(frozen=True, slots=True)

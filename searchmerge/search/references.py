@@ -1,6 +1,6 @@
 """What a found merge is compared with: the models themselves, and the published settings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from searchmerge.merging.method import default_plan
 from searchmerge.plan import MergePlan
@@ -28,6 +28,15 @@ def reference_plans(experts: Sequence[str]) -> dict[str, MergePlan]:
 def expert_name(expert: str) -> str:
     """Return what an expert alone is called in tables."""
     return f"expert {expert}"
+
+
+def merges(references: Mapping[str, MergePlan]) -> list[MergePlan]:
+    """Return those references that merge: not the base, and no expert alone."""
+    return [
+        plan
+        for name, plan in references.items()
+        if name != BASE and name not in {expert_name(expert) for expert in plan.experts}
+    ]
 
 
 def _alone(expert: str, experts: Sequence[str]) -> MergePlan:

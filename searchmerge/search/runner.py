@@ -10,14 +10,14 @@ import optuna
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
-from searchmerge.evaluators.blocks import Block, Round
 from searchmerge.evaluators.evaluator import Part
 from searchmerge.plan import MergePlan, Setting
+from searchmerge.search.contest import Contest
 from searchmerge.search.dispatch import MAX_TRIES, Dispatcher, Job, ListSource
 from searchmerge.search.objective import Objective
-from searchmerge.search.racing import Racing, Rival, predict
-from searchmerge.search.references import BASE
-from searchmerge.search.scores import ScoreStore
+from searchmerge.search.racing import Racing
+from searchmerge.search.references import BASE, merges
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.study import StudyDirectory
 
@@ -29,30 +29,6 @@ KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
 _CUT_OFF = "cut_off"  # user attribute: runs that died over the trial, blocks known at the last
 _KEEP_S = 5.0  # how often the time so far is kept
 _FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What every candidate is scored on, in which order.
-
-    Attributes:
-        blocks: For each part, task name to its blocks.
-        rounds: For each part, the blocks of all tasks in rounds.
-    """
-
-    blocks: Mapping[Part, Mapping[str, Sequence[Block]]]
-    rounds: Mapping[Part, Sequence[Round]]
-
-    def scores(self, store: ScoreStore, plan: MergePlan, part: Part) -> dict[str, float]:
-        """Return each task's score of a plan that was scored on all of ``part``."""
-        return {
-            task: _mean(store.task_values(plan, blocks))
-            for task, blocks in self.blocks[part].items()
-        }
-
-    def is_known(self, store: ScoreStore, plan: MergePlan, part: Part) -> bool:
-        """Return whether a plan was scored on all of ``part``."""
-        return not store.missing(plan, self.rounds[part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +125,26 @@ class StudyRunner:
         self._dispatcher.run(source)
         return {job.name for job in source.done}
 
+    @property
+    def schedule(self) -> Schedule:
+        """Return what candidates are scored on; :meth:`score_references` decides its order."""
+        return self._schedule
+
+    def score_references(self) -> dict[str, MergePlan]:
+        """Score the references and let them decide the order in which trials see examples.
+
+        Returns:
+            Name to plan of those that can be scored.
+        """
+        names = self.score_plans("references", self._references, "survey")
+        known = {name: plan for name, plan in self._references.items() if name in names}
+        self._schedule = self._schedule.informed(
+            self._directory.scores,
+            list(known.values()),
+            [plan for name, plan in known.items() if name != BASE],
+        )
+        return known
+
     def enqueue(self, kind: str, params: Iterable[Mapping[str, Setting]]) -> None:
         """Let trials with these parameters be the next ones, but for those that were before."""
         for one in params:
@@ -170,8 +166,14 @@ class StudyRunner:
         for name, plan in self._references.items():
             if (params := self._space.params(plan)) is not None:
                 self.enqueue(name, [params])
-        base = self._references.get(BASE)
-        contest = Contest(self._directory.scores, self._schedule, objective, racing, base)
+        contest = Contest(
+            self._directory.scores,
+            self._schedule,
+            objective,
+            racing,
+            base=self._references.get(BASE),
+            pool=merges(self._references),
+        )
         source = TrialSource(
             self._directory, self._space, self._schedule, contest, budget, self._observer
         )
@@ -194,87 +196,6 @@ class _PlansSource(ListSource):
     def finished(self, job: Job) -> None:
         super().finished(job)
         self._report(job)
-
-
-class Contest:
-    """What candidates are compared with: the best plan so far, or all plans of the front.
-
-    Args:
-        scores: All that was scored.
-        schedule: What candidates are scored on; the contest is over its ``select`` part.
-        objective: What to maximise.
-        racing: Stops candidates that will not win; ``None`` scores all in full.
-        base: The base model's plan.
-    """
-
-    def __init__(
-        self,
-        scores: ScoreStore,
-        schedule: Schedule,
-        objective: Objective,
-        racing: Racing | None = None,
-        base: MergePlan | None = None,
-    ) -> None:
-        self.objective = objective
-        self._scores = scores
-        self._schedule = schedule
-        self._racing = racing
-        known = base is not None and schedule.is_known(scores, base, "select")
-        self._base = self._rival(base) if base is not None and known else None
-        self._best: Rival | None = None
-        self._front: list[Rival] = []
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing was scored in full yet."""
-        return self._best is None
-
-    def enter(self, plan: MergePlan) -> bool:
-        """Take in a plan that was scored in full; return whether it is the best so far."""
-        rival = self._rival(plan)
-        standing = self.objective.standing(rival.scores)
-        is_best = self._best is None or standing > self.objective.standing(self._best.scores)
-        if is_best:
-            self._best = rival
-        dominates = self.objective.dominates
-        if self.objective.is_feasible(rival.scores) and not any(
-            dominates(other.scores, rival.scores) for other in self._front
-        ):
-            self._front = [o for o in self._front if not dominates(rival.scores, o.scores)]
-            self._front.append(rival)
-        return is_best
-
-    def goes_on(self, plan: MergePlan) -> bool:
-        """Return whether a candidate may still win."""
-        if self._racing is None:
-            return True
-        best = [self._best] if self._best else []
-        rivals = self._front if self.objective.kind == "tasks" else best
-        return not self._racing.stops(
-            self.objective,
-            self._schedule.blocks["select"],
-            self._scores.get(plan),
-            rivals,
-            self._base,
-        )
-
-    def estimate(self, plan: MergePlan) -> tuple[dict[str, float], int]:
-        """Return the task scores of a stopped plan by paired estimate, and on how many blocks.
-
-        Raises:
-            StudyError: If there is nothing to pair it with.
-        """
-        rival = self._best or self._base
-        if rival is None:
-            raise StudyError("a trial was stopped early though nothing was scored in full")
-        blocks, known = self._schedule.blocks["select"], self._scores.get(plan)
-        predicted = predict(blocks, known, rival)
-        scores = {t: predicted[t].value if t in predicted else rival.scores[t] for t in blocks}
-        return scores, sum(block.key in known for own in blocks.values() for block in own)
-
-    def _rival(self, plan: MergePlan) -> Rival:
-        scores = self._schedule.scores(self._scores, plan, "select")
-        return Rival(scores, self._scores.get(plan))
 
 
 class TrialSource:
@@ -420,7 +341,7 @@ class TrialSource:
         plan = self._space.suggest(trial)
         trial.set_user_attr(PLAN, plan.to_dict())
         self._n_live += 1
-        return Job(f"trial {trial.number}", plan, self._schedule.rounds["select"], payload=trial)
+        return Job(f"trial {trial.number}", plan, self._contest.rounds(), payload=trial)
 
     def _trial(self, job: Job) -> optuna.Trial:
         if not isinstance(job.payload, optuna.Trial):
@@ -442,7 +363,3 @@ class TrialSource:
             return True
         self._n_since_best += 1
         return False
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -31,8 +31,9 @@ from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
-from searchmerge.search.runner import PLAN, RESULT, Budget, Schedule, StudyRunner, TrialRecord
+from searchmerge.search.runner import PLAN, RESULT, Budget, StudyRunner, TrialRecord
 from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import Alternative, Range, SearchSpace
 from searchmerge.search.study import StudyDirectory
 
@@ -51,7 +52,7 @@ def make_schedule() -> Schedule:
         for part, examples in (("select", range(20)), ("hold_out", range(20, 40)))
     }
     rounds = {part: make_rounds(own, round_blocks=3, seed=0) for part, own in blocks.items()}
-    return Schedule(blocks, rounds)
+    return Schedule(blocks, rounds, 1)
 
 
 SCHEDULE = make_schedule()

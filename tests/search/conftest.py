@@ -7,8 +7,9 @@ from searchmerge.execution.worker import Worker
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.references import reference_plans
-from searchmerge.search.runner import Budget, Schedule, StudyRunner
+from searchmerge.search.runner import Budget, StudyRunner
 from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import Alternative, Range, SearchSpace
 from searchmerge.search.study import StudyDirectory
 from tests.toy import EXPERTS, ToyEvaluator, ToyMerger, ToyModel
@@ -46,7 +47,7 @@ def toy_schedule(n_examples=40, mean=True):
         for part, examples in parts.items():
             blocks[part][task] = make_blocks(task, part, examples, info, 4)
     rounds = {p: make_rounds(b, round_blocks=3, seed=0) for p, b in blocks.items()}
-    return Schedule(blocks, rounds)
+    return Schedule(blocks, rounds, 3)
 
 
 class Toy:
@@ -71,10 +72,10 @@ class Toy:
         self.executor = InProcessExecutor(worker)
         self.objective = Objective("mean", {task: Goal() for task in EXPERTS})
         self.space = space
+        self.observer = Recorder()
 
-    def run(self, n_trials, racing=None, observer=None, references=None, **budget):
-        self.observer = observer or Recorder()
-        runner = StudyRunner(
+    def runner(self, references=None):
+        return StudyRunner(
             self.directory,
             self.space,
             self.schedule,
@@ -82,8 +83,11 @@ class Toy:
             reference_plans(EXPERTS) if references is None else references,
             self.observer,
         )
+
+    def run(self, n_trials, racing=None, observer=None, references=None, **budget):
+        self.observer = observer or self.observer
         try:
-            runner.run(self.objective, Budget(n_trials, **budget), racing)
+            self.runner(references).run(self.objective, Budget(n_trials, **budget), racing)
         finally:
             self.directory.close()
         return self.directory.study.trials

@@ -1,13 +1,18 @@
 """The whole of a study without models, in one process."""
 
+from dataclasses import replace
+
 import pytest
 from optuna.trial import TrialState
 
 from searchmerge.errors import SpecError, StudyError
-from searchmerge.run import front_of, full_trials, top_plans
+from searchmerge.evaluators.blocks import inform, make_blocks, make_rounds
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.search.candidates import best_of, candidates, front_of
 from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import RESULT
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import Alternative, Range, SearchSpace
 from searchmerge.search.warm_start import warm_start_params
 from tests.search.conftest import Recorder
@@ -134,22 +139,22 @@ def test_a_constraint_is_told_with_every_trial_and_only_plans_that_keep_it_are_p
     )
     trials = bounded.run(40, racing=Racing())
     assert all(set(t.constraints) == {"math at least 0.98"} for t in trials)
-    found = top_plans(bounded.directory, bounded.objective, {}, 40)
-    kept = [t for t in trials if f"trial {t.number}" in found]
-    assert kept
-    assert all(t.user_attrs[RESULT]["scores"]["math"] >= 0.98 for t in kept)
-    best = max(kept, key=lambda t: t.value)
-    assert next(iter(found)) == f"trial {best.number}"
+    found = best_of(candidates(bounded.directory, bounded.schedule), bounded.objective, 40)
+    assert 0 < len(found) < 40
+    assert all(one.scores["math"] >= 0.98 for one in found)
+    values = [bounded.objective.scalar(one.scores) for one in found]
+    assert values == sorted(values, reverse=True)
 
 
 def test_a_study_of_several_objectives_keeps_its_front_under_racing(toy):
     several = toy(sampler="random", n_objectives=3)
     several.objective = Objective("tasks", several.objective.goals)
     trials = several.run(30, racing=Racing())
-    full = full_trials(several.directory)
+    found = candidates(several.directory, several.schedule)
+    full = [one for one in found if one.is_full]
     front = front_of(full, several.objective)
     assert 0 < len(full) < 30
-    values = {t.number: t.values for t in full}
+    values = {one.number: several.objective.values(one.scores) for one in full}
     for trial in trials:
         assert len(trial.values) == 3
     for number, mine in values.items():
@@ -157,9 +162,9 @@ def test_a_study_of_several_objectives_keeps_its_front_under_racing(toy):
             other != mine and all(o >= m for o, m in zip(other, mine, strict=True))
             for other in values.values()
         )
-        assert (number in {t.number for t in front}) == (not dominated)
-    picked = next(iter(top_plans(several.directory, several.objective, {}, 3)))
-    assert picked in {f"trial {t.number}" for t in front}
+        assert (number in {one.number for one in front}) == (not dominated)
+    [picked] = best_of(full, several.objective, 1)
+    assert picked in front
 
 
 def test_the_worst_task_can_be_what_is_maximised(toy):
@@ -215,3 +220,44 @@ def test_a_trial_during_which_runs_were_stopped_by_a_signal_goes_on(toy):
         with pytest.raises(KeyboardInterrupt):
             toy(evaluator=Stopped()).run(8)
     assert {trial.state.name for trial in toy().run(8)} == {"COMPLETE"}
+
+
+def test_references_decide_which_examples_come_first_and_are_not_scored_again(toy):
+    surveyed = toy()
+    schedule = surveyed.schedule
+    blocks = {"survey": {}, "hold_out": schedule.blocks["hold_out"]}
+    for task, own in schedule.blocks["select"].items():
+        blocks["survey"][task] = tuple(replace(block, part="survey") for block in own)
+    rounds = {"survey": make_rounds(blocks["survey"], round_blocks=3, seed=0)}
+    surveyed.schedule = Schedule(blocks, rounds, 3)
+    runner = surveyed.runner()
+    known = runner.score_references()
+    n_scored = len(surveyed.evaluator.scored)
+    informed = runner.schedule
+    for task, own in informed.blocks["select"].items():
+        survey = blocks["survey"][task]
+        assert sorted(e for b in own for e in b.examples) == sorted(
+            e for b in survey for e in b.examples
+        )
+        assert [len(b.examples) for b in own] == [len(b.examples) for b in survey]
+    store = surveyed.directory.scores
+    for plan in known.values():
+        assert informed.is_known(store, plan, "select")
+        assert informed.scores(store, plan, "select") == pytest.approx(
+            informed.scores(store, plan, "survey")
+        )
+    again = runner.score_references()
+    assert again == known
+    assert runner.schedule.blocks["select"] == informed.blocks["select"]
+    assert len(surveyed.evaluator.scored) == n_scored
+    surveyed.directory.close()
+
+
+def test_examples_on_which_plans_differ_most_come_first():
+    blocks = make_blocks("t", "survey", range(10), TaskInfo(10), 4)
+    scored = [{e: float(e in wrong) for e in range(10)} for wrong in ((7, 2), (7,), (7, 2), (9,))]
+    informed = inform(blocks, scored, "select")
+    assert [b.examples for b in informed] == [(2, 7, 9, 0), (1, 3, 4, 5), (6, 8)]
+    assert {b.part for b in informed} == {"select"}
+    whole = inform(make_blocks("t", "survey", range(4), TaskInfo(4, mean=False), 2), [], "select")
+    assert len(whole) == 1
