@@ -35,7 +35,7 @@ from searchmerge.plan import MergePlan, Setting
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import Budget
-from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.samplers import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
@@ -552,13 +552,14 @@ def open_directory(
         StudyError: If it has.
     """
     space, objective = make_space(spec), make_objective(spec)
-    setting = SamplerSetting(spec.search.seed, space, len(objective.names), spec.search.n_trials)
+    n_objectives = len(objective.names)
+    setting = SamplerSetting(spec.search.seed, space, n_objectives, spec.search.n_trials)
     return StudyDirectory(
         run_dir,
         name=study_name(spec, study_file),
         spec=canonical_study(spec, study_file, models, config),
-        sampler=make_sampler(spec.search.sampler, setting),
-        n_objectives=len(objective.names),
+        sampler=sampler_after(spec.search.sampler, setting),
+        n_objectives=n_objectives,
         storage=config.storage,
     )
 

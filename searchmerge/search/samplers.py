@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optuna
 from optuna.samplers import (
@@ -31,12 +31,22 @@ class SamplerSetting:
         space: What it searches.
         n_objectives: How many values a trial is told.
         n_trials: How many trials are planned; ``None`` where only time limits them.
+        n_before: How many trials earlier runs of the study have asked for.
     """
 
     seed: int
     space: SearchSpace
     n_objectives: int = 1
     n_trials: int | None = None
+    n_before: int = 0
+
+    @property
+    def fresh_seed(self) -> int:
+        """Return a seed for samplers whose random numbers begin anew in every run.
+
+        With the study's own, a resumed run would propose once more what the first one began with.
+        """
+        return (self.seed + 1_000_003 * self.n_before) % 2**32
 
 
 SAMPLERS: Registry[Callable[[SamplerSetting], BaseSampler]] = Registry("sampler")
@@ -54,6 +64,11 @@ def make_sampler(name: str, setting: SamplerSetting) -> BaseSampler:
         return make(setting)
 
 
+def sampler_after(name: str, setting: SamplerSetting) -> Callable[[int], BaseSampler]:
+    """Return what makes the sampler of a study that has a number of trials already."""
+    return lambda n_before: make_sampler(name, replace(setting, n_before=n_before))
+
+
 @SAMPLERS.register("auto")
 def _auto(setting: SamplerSetting) -> BaseSampler:
     """Gaussian process for few trials of numbers; TPE for mixed spaces, CMA-ES for long runs."""
@@ -65,12 +80,12 @@ def _auto(setting: SamplerSetting) -> BaseSampler:
 
 @SAMPLERS.register("tpe")
 def _tpe(setting: SamplerSetting) -> BaseSampler:
-    return TPESampler(seed=setting.seed, multivariate=setting.n_objectives == 1, group=False)
+    return TPESampler(seed=setting.fresh_seed, multivariate=setting.n_objectives == 1, group=False)
 
 
 @SAMPLERS.register("gp")
 def _gp(setting: SamplerSetting) -> BaseSampler:
-    return GPSampler(seed=setting.seed, deterministic_objective=True)
+    return GPSampler(seed=setting.fresh_seed, deterministic_objective=True)
 
 
 @SAMPLERS.register("cma_es")
@@ -89,7 +104,7 @@ def _cma_es(setting: SamplerSetting) -> BaseSampler:
 
 @SAMPLERS.register("nsga2")
 def _nsga2(setting: SamplerSetting) -> BaseSampler:
-    return NSGAIISampler(seed=setting.seed)
+    return NSGAIISampler(seed=setting.fresh_seed)
 
 
 @SAMPLERS.register("qmc")
@@ -99,4 +114,4 @@ def _qmc(setting: SamplerSetting) -> BaseSampler:
 
 @SAMPLERS.register("random")
 def _random(setting: SamplerSetting) -> BaseSampler:
-    return RandomSampler(seed=setting.seed)
+    return RandomSampler(seed=setting.fresh_seed)

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class StudyDirectory:
         name: Name of the study.
         spec: The canonical study: all that may change a score. A study that was begun with
             another one is not gone on with.
-        sampler: What proposes parameters.
+        sampler: Given how many trials there are, makes what proposes parameters.
         directions: One per objective, each ``maximize``.
         storage: ``None`` for SQLite in ``run_dir``; ``journal:path`` for a journal file, from
             ``run_dir`` on; else a URL of Optuna's.
@@ -65,7 +65,7 @@ class StudyDirectory:
         *,
         name: str,
         spec: Mapping[str, Any],
-        sampler: BaseSampler | None = None,
+        sampler: Callable[[int], BaseSampler] | None = None,
         n_objectives: int = 1,
         storage: str | None = None,
     ) -> None:
@@ -76,10 +76,11 @@ class StudyDirectory:
             self.study = optuna.create_study(
                 storage=open_storage(run_dir, storage),
                 study_name=name,
-                sampler=sampler,
                 directions=["maximize"] * n_objectives,
                 load_if_exists=True,
             )
+            if sampler is not None:
+                self.study.sampler = sampler(len(self.trials()))
             self._guard(spec)
             self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
             self.scores = ScoreStore(run_dir / SCORES_FILE)

@@ -38,7 +38,7 @@ def main() -> None:
         for arm, own in ARMS.items():
             name = f"compare-{args.study.name}-{arm.replace(' ', '-')}-{seed}"
             settings = [f"name={name}", f"search.seed={seed}", f"search.timeout={args.timeout}"]
-            settings += ["search.n_trials=100000", *own, *args.overrides]
+            settings += ["search.n_trials=200", *own, *args.overrides]
             flags = [flag for setting in settings for flag in ("--set", setting)]
             config = ["--config", str(args.config)] if args.config else []
             run_dir = args.runs_dir / name

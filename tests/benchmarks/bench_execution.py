@@ -32,7 +32,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.runner import PLAN, RESULT, Budget, StudyRunner, TrialRecord
-from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.samplers import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import Alternative, Range, SearchSpace
 from searchmerge.search.study import StudyDirectory
@@ -189,7 +189,7 @@ def directory() -> Iterator[StudyDirectory]:
     """Make a study in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         setting = SamplerSetting(seed=0, space=SPACE)
-        sampler = make_sampler("random", setting)
+        sampler = sampler_after("random", setting)
         with closing(StudyDirectory(Path(folder), name="b", spec={}, sampler=sampler)) as opened:
             yield opened
 

@@ -8,7 +8,7 @@ from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.references import reference_plans
 from searchmerge.search.runner import Budget, StudyRunner
-from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.samplers import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import Alternative, Range, SearchSpace
 from searchmerge.search.study import StudyDirectory
@@ -65,7 +65,7 @@ class Toy:
             run_dir,
             name="toy",
             spec=spec or {"space": space.describe()},
-            sampler=make_sampler(sampler, setting),
+            sampler=sampler_after(sampler, setting),
             n_objectives=n_objectives,
         )
         self.schedule = toy_schedule()

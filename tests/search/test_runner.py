@@ -50,6 +50,14 @@ def test_an_interrupted_study_goes_on_with_the_same_trials(toy, tmp_path, interr
     assert [t.params for t in trials[:interrupted_at]] == [p for _, p, _ in whole[:interrupted_at]]
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2", "qmc", "cma_es"])
+def test_a_resumed_study_proposes_nothing_twice(toy, sampler):
+    toy(sampler=sampler).run(6, references={})
+    trials = toy(sampler=sampler).run(14, references={})
+    asked = [tuple(t.params.values()) for t in trials]
+    assert len(set(asked)) == 14
+
+
 def test_a_trial_that_was_running_keeps_its_number_params_and_scores(toy):
     class Dies(ToyEvaluator):
         def score(self, model, task, examples):
