@@ -1,7 +1,7 @@
 # make quickstart   install into .venv and run the main job end to end
 # make test         install into .venv and run the tests (under 8 minutes on 2 cores)
 # make test-all     the same with the slow tests
-# make bench        merging and scoring against named alternatives
+# make bench        merging, scoring, driver and samplers against named alternatives
 # make lint         ruff and mypy
 
 PYTHON ?= python3
@@ -35,6 +35,7 @@ bench: .venv/dev
 	$(BIN)/python tests/benchmarks/bench_merging.py
 	$(BIN)/python tests/benchmarks/bench_scoring.py
 	$(BIN)/python tests/benchmarks/bench_execution.py
+	$(BIN)/python tests/benchmarks/bench_samplers.py
 
 lint: .venv/dev
 	$(BIN)/ruff check

@@ -403,7 +403,8 @@ def make_schedule(spec: StudySpec, tasks: Mapping[str, TaskInfo]) -> Schedule:
         part: make_rounds(own, round_blocks=round_blocks, seed=spec.search.seed)
         for part, own in blocks.items()
     }
-    return Schedule(blocks, rounds, round_blocks)
+    metrics = {name: info.metric for name, info in tasks.items()}
+    return Schedule(blocks, rounds, round_blocks, metrics)
 
 
 def make_objective(spec: StudySpec) -> Objective:

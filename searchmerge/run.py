@@ -171,7 +171,7 @@ def _results(  # noqa: PLR0913
     made_of = {n: f"`{sources[n]}`, {mark}" for n, mark in models.fingerprints().items()}
     return Results(
         study=assemble.study_name(spec, study_file),
-        tasks={t: s.metric or "default metric" for t, s in spec.tasks.items()},
+        tasks={task: schedule.metrics[task] for task in spec.tasks},
         objective=spec.objective,
         rows=rows,
         winner=confirmation.winner,

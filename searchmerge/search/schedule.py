@@ -1,7 +1,7 @@
 """What every candidate of a study is scored on, in which blocks and rounds."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from searchmerge.evaluators.blocks import Block, BlockScores, Round, inform, make_rounds
 from searchmerge.evaluators.evaluator import Part
@@ -17,11 +17,13 @@ class Schedule:
         blocks: For each part, task name to its blocks.
         rounds: For each part, the blocks of all tasks in rounds.
         round_blocks: Blocks in a round.
+        metrics: Task name to what its scores are called.
     """
 
     blocks: Mapping[Part, Mapping[str, Sequence[Block]]]
     rounds: Mapping[Part, Sequence[Round]]
     round_blocks: int
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     def scores(self, store: ScoreStore, plan: MergePlan, part: Part) -> dict[str, float]:
         """Return each task's score of a plan that was scored on all of ``part``."""
@@ -56,8 +58,10 @@ class Schedule:
             if store.missing(plan, [tuple(block for own in select.values() for block in own)]):
                 store.put(plan, _moved(store, plan, survey, select))
         rounds = make_rounds(select, round_blocks=self.round_blocks)
-        return Schedule(
-            {**self.blocks, "select": select}, {**self.rounds, "select": rounds}, self.round_blocks
+        return replace(
+            self,
+            blocks={**self.blocks, "select": select},
+            rounds={**self.rounds, "select": rounds},
         )
 
 
