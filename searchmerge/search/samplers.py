@@ -1,10 +1,12 @@
 """The samplers that a study can name."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import (
     BaseSampler,
     GPSampler,
@@ -13,6 +15,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
+from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import SpecError
 from searchmerge.registry import Registry
@@ -71,11 +74,70 @@ def sampler_after(name: str, setting: SamplerSetting) -> Callable[[int], BaseSam
 
 @SAMPLERS.register("auto")
 def _auto(setting: SamplerSetting) -> BaseSampler:
-    """Gaussian process for few trials of numbers; TPE for mixed spaces, CMA-ES for long runs."""
+    """Gaussian process for numbers, CMA-ES from the 200th trial on; TPE for mixed spaces."""
     is_long = setting.n_trials is None or setting.n_trials > _MANY_TRIALS
     if not setting.space.is_flat or (is_long and setting.n_objectives > 1):
         return _tpe(setting)
-    return _cma_es(setting) if is_long and len(setting.space.distributions()) > 1 else _gp(setting)
+    if not is_long or len(setting.space.distributions()) < 2:
+        return _gp(setting)
+    return RelaySampler(_gp(setting), _cma_es(setting), _MANY_TRIALS)
+
+
+class RelaySampler(BaseSampler):
+    """One sampler for the first trials, another for all later ones, which has learnt from them.
+
+    Args:
+        first: Proposes trials 0 to ``n_first - 1``.
+        second: Proposes the others.
+        n_first: How many trials are the first one's.
+    """
+
+    def __init__(self, first: BaseSampler, second: BaseSampler, n_first: int) -> None:
+        self._first, self._second, self._n_first = first, second, n_first
+
+    def _of(self, trial: FrozenTrial) -> BaseSampler:
+        return self._first if trial.number < self._n_first else self._second
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return what that sampler says."""
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return what that sampler proposes."""
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Return what that sampler proposes."""
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Tell that sampler."""
+        self._of(trial).before_trial(study, trial)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Tell that sampler."""
+        self._of(trial).after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        """Reseed both."""
+        for sampler in (self._first, self._second):
+            sampler.reseed_rng()
 
 
 @SAMPLERS.register("tpe")
