@@ -42,11 +42,13 @@ class Lost:
         job: The job that the worker was at.
         reason: What became of the worker.
         blameless: Whether the job cannot have caused it, e.g. its node was taken away.
+        was_begun: Whether the worker took the job up at all.
     """
 
     job: int
     reason: str
     blameless: bool = False
+    was_begun: bool = True
 
 
 Event = Scored | Finished | Failed | Lost

@@ -18,7 +18,7 @@ from searchmerge.evaluators.blocks import Round
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.deadline import Deadline
 from searchmerge.execution.executor import Event, Failed, Finished, Lost, Scored
-from searchmerge.execution.worker import RoundResult, Worker
+from searchmerge.execution.worker import RoundResult, Worker, is_device_fault
 from searchmerge.plan import MergePlan
 
 # Ray reads these when it is imported: no usage report, no raylet messages between our lines
@@ -218,6 +218,8 @@ class RayExecutor:
         until = time.monotonic() + timeout_s
         while True:
             self._tend()
+            if (late := self._kill_late()) is not None:
+                return late
             if self._ready or self._wait(until - time.monotonic()):
                 slot, call = self._ready.popleft()
                 if slot.call is not call:  # given up in the meantime
@@ -226,8 +228,6 @@ class RayExecutor:
                 event = self._advance(slot)
                 if event is not None or was_loading:
                     return event
-            elif (event := self._kill_late()) is not None:
-                return event
             elif time.monotonic() >= until:
                 return None
 
@@ -286,7 +286,11 @@ class RayExecutor:
         try:
             loaded: _Loaded = ray.get(slot.call)
         except RayTaskError as error:
-            _raise_load_error(error)
+            if not is_device_fault(error.cause):
+                _raise_load_error(error)
+            ray.kill(slot.actor)  # another device may do
+            self._lose_loading(slot, f"the device failed: {error.cause}", blameless=False)
+            return
         except RayError as error:
             self._lose_loading(slot, *self._autopsy(slot, error))
             return
@@ -314,7 +318,7 @@ class RayExecutor:
         job, slot.call = slot.job, None
         self._slots.remove(slot)
         ray.kill(slot.actor)
-        return None if job is None else Lost(job, reason, blameless)
+        return None if job is None else Lost(job, reason, blameless, slot.has_begun)
 
     def _autopsy(self, slot: _Slot, error: RayError) -> tuple[str, bool]:
         """Return what a worker died of, and whether the job cannot have caused it."""
@@ -328,12 +332,15 @@ class RayExecutor:
         return f"the worker died: {_short(error)}", slot.job is not None and not slot.has_begun
 
     def _kill_late(self) -> Lost | None:
-        """Kill a worker that is past its deadline."""
-        now = time.monotonic()
+        """Kill a worker that is past its deadline, however busy the others are."""
+        latest = time.monotonic() - self._deadline.seconds
         for slot in self._slots:
-            if slot.job is not None and now - slot.since > self._deadline.seconds:
-                reason = f"no round within {self._deadline}"
-                return self._lose(slot, reason, blameless=False)
+            if slot.job is None or slot.since >= latest:
+                continue
+            if ray.wait([slot.call], timeout=0, fetch_local=False)[0]:
+                continue  # it has something to say; it was this process that was late
+            reason = f"no round within {self._deadline}"
+            return self._lose(slot, reason, blameless=not slot.has_begun)
         return None
 
     def _tend(self) -> None:

@@ -15,6 +15,7 @@ _logger = logging.getLogger(__name__)
 
 MAX_TRIES = 3
 MAX_DEATHS = 2
+MAX_SPARED = 10  # tries of a job that no worker took up, and that do not count
 _WAIT_S = 30.0
 
 
@@ -27,7 +28,8 @@ class Job:
         plan: What to merge.
         rounds: What to score it on, the whole schedule.
         payload: Whatever its source wants to find again.
-        tries: How often it was given to a worker.
+        tries: How often it was given to a worker, but for those that were found dead.
+        n_spared: How often its worker was found dead before it took the job up.
         merge_s: Seconds spent merging, over all tries.
         score_s: Seconds spent scoring, over all tries.
     """
@@ -37,6 +39,7 @@ class Job:
     rounds: Sequence[Round]
     payload: object = None
     tries: int = 0
+    n_spared: int = 0
     merge_s: float = 0.0
     score_s: float = 0.0
 
@@ -100,7 +103,8 @@ class ListSource:
 class Dispatcher:
     """Runs jobs from a source on an executor, and keeps every score as it arrives.
 
-    A job whose worker is lost goes to another, at most ``MAX_TRIES`` times in all; a plan at
+    A job whose worker is lost goes to another, at most ``MAX_TRIES`` times in all, where a worker
+    that was dead before it took the job up does not count (``MAX_SPARED`` times); a plan at
     which ``MAX_DEATHS`` workers died, with no block scored in between, is not tried again.
     """
 
@@ -166,19 +170,22 @@ class Dispatcher:
                 source.finished(self._live.pop(number))
             case Failed(number, reason) if number in self._live:
                 source.failed(self._live.pop(number), reason)
-            case Lost(number, reason, blameless) if number in self._live:
-                self._retry(source, self._live.pop(number), reason, blameless=blameless)
+            case Lost(number) as lost if number in self._live:
+                self._retry(source, self._live.pop(number), lost)
 
-    def _retry(self, source: JobSource, job: Job, reason: str, *, blameless: bool) -> None:
-        if not blameless:
+    def _retry(self, source: JobSource, job: Job, lost: Lost) -> None:
+        if not lost.was_begun and job.n_spared < MAX_SPARED:
+            job.n_spared += 1
+            job.tries -= 1
+        if not lost.blameless:
             n_known = len(self._scores.get(job.plan))
             n_deaths, known_then = self._deaths.get(job.plan.digest, (0, n_known))
             n_deaths = n_deaths + 1 if n_known == known_then else 1
             self._deaths[job.plan.digest] = n_deaths, n_known
         if job.tries >= MAX_TRIES or self._n_deaths(job) >= MAX_DEATHS:
-            source.failed(job, f"{reason} ({job.tries} tries)")
+            source.failed(job, f"{lost.reason} ({job.tries} tries)")
             return
-        _logger.warning("%s lost its worker, and is tried again: %s", job.name, reason)
+        _logger.warning("%s lost its worker, and is tried again: %s", job.name, lost.reason)
         self._again.append(job)
 
     def _n_deaths(self, job: Job) -> int:

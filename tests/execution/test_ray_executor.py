@@ -1,6 +1,7 @@
 """Ray workers that die, hang, break or come and go."""
 
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -134,6 +135,60 @@ def test_a_worker_that_dies_idle_is_not_the_next_plans_fault(pool, notes):
     *_, lost = until_it_ends(executor, 2)
     assert isinstance(lost, Lost)
     assert lost.blameless
+
+
+def test_a_worker_that_hangs_is_killed_however_busy_the_others_are(pool, notes):
+    executor = pool(functools.partial(workers.make, notes, 0.02), workers=2, deadline_s=1.0)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
+    executor.submit(0, plan(HANGS), ROUNDS)
+    events, give_up = [], time.monotonic() + 30
+    for number in itertools.count(1):
+        executor.submit(number, plan(FINE), ROUNDS)
+        events += until_it_ends(executor, number)
+        if Lost in map(type, events):
+            break
+        assert time.monotonic() < give_up, "it was not killed"
+    assert Lost(0, "no round within its deadline (1 s)") in events
+
+
+def test_a_job_behind_one_that_was_stopped_and_hangs_is_not_to_blame(pool, notes):
+    executor = pool(functools.partial(workers.make, notes), workers=1, deadline_s=1.0)
+    executor.tasks()
+    executor.submit(1, plan(HANGS), ROUNDS)
+    wait_for(lambda: (notes / f"hangs-{next(iter(workers.busy(notes)), 0)}").exists())
+    assert isinstance(executor.next_event(30.0), Scored)
+    executor.stop(1)
+    executor.submit(2, plan(FINE), ROUNDS)
+    [lost] = until_it_ends(executor, 2)
+    assert lost == Lost(2, "no round within its deadline (1 s)", blameless=True, was_begun=False)
+
+
+def test_a_job_outlives_more_dead_idle_workers_than_it_has_tries(pool, store, notes):
+    executor = pool(functools.partial(workers.make, notes), workers=4)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 4)
+    for number in range(4):
+        executor.submit(number, plan(FINE, number / 100), ROUNDS)
+    ended = 0
+    while ended < 4:
+        ended += isinstance(executor.next_event(30.0), Finished)
+    for pid in workers.busy(notes):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not workers.busy(notes))
+    source = jobs(FINE)
+    Dispatcher(executor, store).run(source)
+    assert [(job.name, job.tries) for job in source.done] == [("job 0", 1)]
+
+
+def test_a_worker_that_finds_a_broken_device_is_replaced(pool, notes):
+    executor = pool(functools.partial(workers.make_faulty, notes, 1), workers=1)
+    assert executor.tasks()
+    assert executor.n_free == 1
+
+
+def test_devices_that_are_all_broken_stop_the_study(pool, notes):
+    executor = pool(functools.partial(workers.make_faulty, notes, 99), workers=1)
+    with pytest.raises(StudyError, match=r"3 workers died as they loaded; the last: .*ECC error"):
+        executor.tasks()
 
 
 def test_a_worker_that_cannot_be_loaded_stops_the_study_with_its_own_traceback(pool):

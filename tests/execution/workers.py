@@ -63,6 +63,8 @@ class Misbehaving(ToyEvaluator):
         elif kind == DIES:
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == HANGS:
+            if self._folder is not None:
+                self._note("hangs", str(os.getpid()))
             time.sleep(3600)
         elif kind == STOPS:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -86,6 +88,15 @@ def make_dying(folder: Path, n_deaths):
     if n_died < n_deaths:
         (folder / f"died-{n_died}").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    return make()
+
+
+def make_faulty(folder: Path, n_faults):
+    """Find a broken device as long as fewer than ``n_faults`` workers have found one."""
+    n_found = len(list(folder.iterdir()))
+    if n_found < n_faults:
+        (folder / f"found-{n_found}").touch()
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
     return make()
 
 

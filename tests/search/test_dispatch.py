@@ -6,7 +6,7 @@ from searchmerge.evaluators.blocks import BlockScores
 from searchmerge.execution.executor import Finished, Lost, Scored
 from searchmerge.execution.worker import RoundResult
 from searchmerge.plan import MergePlan
-from searchmerge.search.dispatch import Dispatcher, Job, ListSource
+from searchmerge.search.dispatch import MAX_SPARED, MAX_TRIES, Dispatcher, Job, ListSource
 from searchmerge.search.scores import ScoreStore
 from tests.search.conftest import toy_schedule
 from tests.toy import EXPERTS
@@ -22,7 +22,8 @@ class Scripted:
     """Scores as many rounds of each try as the script says, and then loses the worker.
 
     Args:
-        script: For each try, rounds scored before the loss, and whether the job is blameless.
+        script: For each try, rounds scored before the loss, and whether the job is blameless;
+            ``None`` rounds where it was not even begun.
     """
 
     def __init__(self, script):
@@ -37,9 +38,9 @@ class Scripted:
         n_rounds, blameless = self.script.pop(0) if self.script else (len(rounds), None)
         self._events = [
             Scored(job, RoundResult(tuple(BlockScores(b, (0.5,) * 4) for b in r), 0.0, 1.0))
-            for r in rounds[:n_rounds]
+            for r in rounds[: n_rounds or 0]
         ]
-        lost = Lost(job, "its worker was lost", bool(blameless))
+        lost = Lost(job, "its worker was lost", bool(blameless), n_rounds is not None)
         self._events.append(Finished(job) if blameless is None else lost)
 
     def stop(self, job):
@@ -91,3 +92,15 @@ def test_losses_that_are_nobodys_fault_count_as_tries_alone(dispatch):
     assert [job.name for job in source.done] == ["job 0"]
     _, source = dispatch((0, True), (0, False), (0, True), n_jobs=2)
     assert source.failures == {"job 1": "its worker was lost (3 tries)"}
+
+
+def test_workers_that_were_dead_before_they_took_a_job_up_are_no_tries(dispatch):
+    executor, source = dispatch(*[(None, True)] * 4, (0, False))
+    assert executor.tries == [5] * 6
+    assert [job.tries for job in source.done] == [2]
+
+
+def test_a_job_that_no_worker_ever_takes_up_ends(dispatch):
+    executor, source = dispatch(*[(None, True)] * 99)
+    assert len(executor.tries) == MAX_SPARED + MAX_TRIES
+    assert source.failures == {"job 0": "its worker was lost (3 tries)"}
