@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +32,19 @@ def open_storage(run_dir: Path, storage: str | None) -> str | BaseStorage:
             ``run_dir`` on; else a URL of Optuna's.
 
     Raises:
-        StudyError: If the database's driver is not installed.
+        StudyError: If the database's driver is not installed, or a journal is damaged.
     """
     if storage is None:
         return f"sqlite:///{(run_dir / STUDY_FILE).resolve()}"
     if storage.startswith(_JOURNAL):
-        return JournalStorage(JournalFileBackend(str(_journal(run_dir, storage))))
+        path = _journal(run_dir, storage)
+        try:
+            return JournalStorage(JournalFileBackend(str(path)))
+        except ValueError as error:  # a torn end is none: Optuna reads as far as it goes
+            raise StudyError(
+                f"{path}: the journal is damaged in the middle ({error}); put back a copy of it, "
+                "or cut it off before the damaged line to go on from there"
+            ) from error
     try:
         return RDBStorage(storage)
     except ImportError as error:
@@ -66,8 +74,8 @@ def prepare_storage(run_dir: Path, storage: str | None, study: str) -> None:
     elif storage.startswith(_JOURNAL):
         _journal(run_dir, storage).parent.mkdir(parents=True, exist_ok=True)
         repair_journal(_journal(run_dir, storage))
-    if storage is not None:
-        (run_dir / _NOTE_FILE).write_text(json.dumps({"storage": own, "study": study}) + "\n")
+    if storage is not None and begun is None:
+        _write_note(run_dir, own, study)
 
 
 def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, str | BaseStorage]:
@@ -142,6 +150,16 @@ def _is_entry(line: bytes) -> bool:
 
 def _journal(run_dir: Path, storage: str) -> Path:
     return run_dir / Path(storage.removeprefix(_JOURNAL)).expanduser()
+
+
+def _write_note(run_dir: Path, storage: str, study: str) -> None:
+    """Note where the study is; the file is there whole, or not at all."""
+    part = run_dir / f"{_NOTE_FILE}.part"
+    with part.open("w") as file:
+        file.write(json.dumps({"storage": storage, "study": study}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(run_dir / _NOTE_FILE)
 
 
 def _noted(run_dir: Path) -> tuple[str, str] | None:

@@ -60,6 +60,26 @@ def test_a_journal_that_the_power_cut_off_goes_on_with_all_that_was_whole(stored
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 7
 
 
+def test_a_journal_that_is_damaged_in_the_middle_is_named(stored, run_dir):
+    stored("journal:study.journal").run(2)
+    journal = run_dir / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], b"\0" * 9 + b"\n", *lines[4:]]))
+    for use in (lambda: stored("journal:study.journal"), lambda: read_status(run_dir)):
+        with pytest.raises(StudyError, match=r"study\.journal: the journal is damaged in the mid"):
+            use()
+
+
+def test_where_a_study_is_stays_noted_once(stored, run_dir):
+    stored("journal:study.journal").run(1)
+    note = run_dir / "storage.json"
+    before = note.stat()
+    stored("journal:study.journal").run(2)
+    after = note.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not list(run_dir.glob("*.part"))
+
+
 def test_a_whole_journal_is_left_as_it_is(tmp_path):
     journal = tmp_path / "study.journal"
     assert repair_journal(journal) == 0
