@@ -12,12 +12,16 @@ from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.heads import Head
 from searchmerge.evaluators.rows import DataSource, column, load_rows, text_column
+from searchmerge.evaluators.tokenizer import load_tokenizer
 
 Metric = Literal["acc", "macro_f1"]
 METRICS: tuple[Metric, ...] = ("acc", "macro_f1")
 
 _IMAGE_CACHE_BYTES = 4 << 30
 """Up to this many bytes, the pixels of a task's images are prepared once and kept."""
+
+_LONGEST = 1 << 20
+"""A text has no more tokens than this: tokenizers that know no limit speak of 10^30."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Classification:
         max_length: Tokens after which a text is cut; the tokenizer's own if ``None``.
 
     Raises:
-        SpecError: If data, split or column are not there, or a label is none of the head's.
+        SpecError: If data, split or column are not there, a text has no tokens, or a label is
+            none of the head's.
     """
 
     def __init__(
@@ -86,12 +91,15 @@ class Classification:
             rows = load_rows(task.data, where)
             self._targets[name] = torch.tensor(class_indices(rows, task, where))
             self._inputs[name] = (
-                _Images(column(rows, task.image, f"{where}.image"), processors, batch_images)
+                _Images(
+                    column(rows, task.image, f"{where}.image"), processors, batch_images, where
+                )
                 if task.image is not None
                 else _Texts(
                     [text_column(rows, text, f"{where}.text") for text in task.text],
                     processors,
                     batch_tokens,
+                    where,
                 )
             )
         self.tasks: Mapping[str, TaskInfo] = {
@@ -104,7 +112,7 @@ class Classification:
         """Return 1 or 0 per example, whether it is classified correctly; or one macro-F1.
 
         Raises:
-            EvaluationError: If a logit is not finite.
+            EvaluationError: If a logit is not finite, or an image cannot be read.
         """
         if not examples:
             return ()
@@ -171,6 +179,7 @@ def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
             f"{where}.labels: there are {len(task.class_names)}; its head has {n_classes} classes"
         )
     index_of = {name: index for index, name in enumerate(task.class_names)}
+    twice = {name for name in task.class_names if task.class_names.count(name) > 1}
     own_names: Sequence[str] = getattr(rows.features[task.label], "names", None) or ()
     if own_names and set(own_names) <= set(index_of):
         labels = [
@@ -178,6 +187,11 @@ def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
         ]
     indices = []
     for row, label in enumerate(labels):
+        if label in twice:
+            raise SpecError(
+                f"{where}.labels: {label!r} stands twice in {', '.join(task.class_names)}; each "
+                "class needs a name of its own"
+            )
         index = index_of.get(label) if isinstance(label, str) else label
         if not _is_index(index, n_classes):
             known = ", ".join(index_of) or "it does not say; list them as labels"
@@ -206,7 +220,7 @@ class _Processors:
 
     def tokens(self, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
         """Return what the tokenizer makes of each text, or pair of texts."""
-        tokenizer = self._load("AutoTokenizer")
+        tokenizer = self._tokenizer()
         options: dict[str, Any] = {"truncation": True, "max_length": self._window(tokenizer)}
         encoded = tokenizer(*texts, **options)
         return [
@@ -216,11 +230,11 @@ class _Processors:
     @property
     def pad_token_id(self) -> int:
         """Return what fills the shorter texts of a batch; 0 where the tokenizer does not say."""
-        return int(self._load("AutoTokenizer").pad_token_id or 0)
+        return int(self._tokenizer().pad_token_id or 0)
 
     def pixels(self) -> Callable[[Any], Tensor]:
         """Return what makes an image the model's input, ``(channels, height, width)``."""
-        processor = self._load("AutoImageProcessor")
+        processor = self._image_processor()
 
         def prepare(image: Any) -> Tensor:
             made: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")[
@@ -235,34 +249,45 @@ class _Processors:
 
         config = transformers.AutoConfig.from_pretrained(self._model_dir, local_files_only=True)
         places = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-        return int(min(self._max_length or places, places, tokenizer.model_max_length))
+        asked = self._max_length or _LONGEST
+        return int(min(asked, places, tokenizer.model_max_length, _LONGEST))
 
-    def _load(self, kind: str) -> Any:
-        import transformers
+    def _tokenizer(self) -> Any:
+        if "tokenizer" not in self._loaded:
+            self._loaded["tokenizer"] = load_tokenizer(self._model_dir)
+        return self._loaded["tokenizer"]
+
+    def _image_processor(self) -> Any:
+        from transformers import AutoImageProcessor
 
         try:
-            if kind not in self._loaded:
-                self._loaded[kind] = getattr(transformers, kind).from_pretrained(
-                    self._model_dir, local_files_only=True
-                )
+            return AutoImageProcessor.from_pretrained(self._model_dir, local_files_only=True)
         except ImportError as error:
             raise SpecError(
-                f"{self._model_dir}: {kind} needs another package: "
+                f"{self._model_dir}: images need another package: "
                 "pip install 'searchmerge[vision]'"
             ) from error
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise SpecError(f"{self._model_dir}: {kind} cannot be loaded: {reason}") from error
-        return self._loaded[kind]
+            raise SpecError(
+                f"{self._model_dir}: the image processor cannot be loaded: {reason}"
+            ) from error
 
 
 class _Texts:
     """Texts, tokenised once; those of about one length make a batch."""
 
     def __init__(
-        self, texts: Sequence[Sequence[str]], processors: _Processors, batch_tokens: int
+        self,
+        texts: Sequence[Sequence[str]],
+        processors: _Processors,
+        batch_tokens: int,
+        where: str,
     ) -> None:
         self._tokens = processors.tokens(texts)
+        for row, tokens in enumerate(self._tokens):
+            if not tokens["input_ids"]:
+                raise SpecError(f"{where}.text: row {row} is {texts[0][row]!r}, without tokens")
         self._padding = {"input_ids": processors.pad_token_id}
         self._batch_tokens = batch_tokens
 
@@ -293,8 +318,11 @@ class _Texts:
 class _Images:
     """Images, prepared when first scored and kept while they take little memory."""
 
-    def __init__(self, images: Any, processors: _Processors, batch_images: int) -> None:
+    def __init__(
+        self, images: Any, processors: _Processors, batch_images: int, where: str
+    ) -> None:
         self._images = images
+        self._where = where
         self._prepare = processors.pixels()
         self._batch_images = batch_images
         self._kept: dict[int, Tensor] = {}
@@ -312,7 +340,12 @@ class _Images:
     def _pixels(self, example: int) -> Tensor:
         if example in self._kept:
             return self._kept[example]
-        pixels = self._prepare(self._images[example])
+        try:
+            pixels = self._prepare(self._images[example])
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises of broken files
+            raise EvaluationError(
+                f"{self._where}.image: example {example} cannot be read: {error}"
+            ) from error
         if self._kept_bytes + pixels.nbytes <= _IMAGE_CACHE_BYTES:
             self._kept[example] = pixels
             self._kept_bytes += pixels.nbytes

@@ -46,8 +46,9 @@ class FunctionEvaluator:
         try:
             scores = tuple(float(score) for score in self._function(model, task, examples))
         except Exception as error:  # the user's code may raise anything
+            reason = " ".join(str(error).split())
             raise EvaluationError(
-                f"task {task!r}: {self._name} raised {type(error).__name__}: {error}"
+                f"task {task!r}: {self._name} raised {type(error).__name__}: {reason}"
             ) from error
         if len(scores) != len(examples):
             raise EvaluationError(
@@ -76,9 +77,10 @@ def import_function(name: str, search_path: Path | None = None) -> UserFunction:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing the user's module runs the user's code
+        reason = " ".join(str(error).split())
         raise SpecError(
             f"function {name!r}: module {module_name!r} cannot be imported "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {reason})"
         ) from error
     function: UserFunction | None = getattr(module, attribute, None)
     if not callable(function):

@@ -24,6 +24,7 @@ from searchmerge.evaluators.causal_scoring import CausalScorer
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.lm_task_settings import data_files, split_overrides
 from searchmerge.evaluators.packing import Tokens
+from searchmerge.evaluators.tokenizer import load_tokenizer
 
 _logger = logging.getLogger(__name__)
 
@@ -384,9 +385,7 @@ def make_lm(
         """Our answers under lm-eval's type."""
 
     if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer = copy(tokenizer)
         tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id

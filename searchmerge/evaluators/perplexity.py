@@ -13,6 +13,7 @@ from searchmerge.evaluators.causal_scoring import CausalScorer
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.packing import Tokens
 from searchmerge.evaluators.rows import DataSource, load_rows, text_column
+from searchmerge.evaluators.tokenizer import load_tokenizer
 
 METRIC = "mean_log_likelihood"
 
@@ -60,9 +61,9 @@ class Perplexity:
         max_length: int | None = None,
         stride: int | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = load_tokenizer(model_dir)
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
         self._max_length = max_length or window(config, tokenizer)
         self._stride = stride or max(1, self._max_length // 2)

@@ -14,12 +14,15 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    T5Config,
 )
 
 from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError, EvaluationError, SpecError
-from searchmerge.evaluators.classification import macro_f1
+from searchmerge.evaluators.classification import Classification, ClassificationTask, macro_f1
+from searchmerge.evaluators.heads import PooledHead
+from searchmerge.evaluators.rows import DataSource
 from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
@@ -27,9 +30,11 @@ from searchmerge.spec import read_study
 from tests.evaluators.classifiers import (
     CLASSES,
     NAMES,
+    WORDS,
     image_tasks,
     make_experts,
     make_pooled_experts,
+    save_tokenizer,
     text_tasks,
     texts,
     write_images,
@@ -96,7 +101,7 @@ def score(file, expert, examples=None):
     worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), EAGER)
     plan = reference_plans(tuple(spec.experts))[f"expert {expert}"]
     schedule = assemble.make_schedule(spec, worker.tasks())
-    blocks = schedule.blocks["select"][expert]
+    blocks = schedule.blocks["survey"][expert]
     [result] = list(worker.score(plan, [tuple(blocks)]))
     order = [example for block in blocks for example in block.examples]
     return order, [value for scores in result.scores for value in scores.values]
@@ -266,6 +271,10 @@ def changed(**second):
         (changed(data="study.yaml"), "of no known format; known: .jsonl"),
         (changed(data="data/first.jsonl"), "row 0 has 'red' .*0 to 3; names: it does not say"),
         (changed(labels=["a", "b"]), "there are 2; its head has 4 classes"),
+        (
+            changed(expert="first", data="data/first.jsonl", labels=["red", "green", "green"]),
+            "tasks.second.labels: 'green' stands twice in red, green, green",
+        ),
         (changed(expert="first"), "row 3 has 3 in column 'label', .*names: red, green, blue"),
         (changed(expert=None), "expert is missing: name the expert whose head classifies"),
         (changed(image="picture"), "text, or image"),
@@ -283,6 +292,45 @@ def test_damaged_data_are_refused(study, tmp_path):
     (tmp_path / "damaged.jsonl").write_text('{"text": "w1", "label": 0}\n{"text": \n')
     with pytest.raises(SpecError, match=r"tasks.second.data: .*damaged.jsonl cannot be read"):
         score(study("bert", tasks), "second")
+
+
+def test_a_text_without_tokens_is_refused(study, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": "w1", "label": 0}\n{"text": "", "label": 1}\n')
+    with pytest.raises(SpecError, match=r"tasks.second.text: row 1 is '', without tokens"):
+        score(study("bert", changed(data="empty.jsonl")), "second")
+
+
+def test_a_base_without_tokenizer_files_is_refused(study, tmp_path):
+    file = study("bert", text_tasks())
+    base = (tmp_path / "base").resolve()
+    (tmp_path / "base").unlink()
+    shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(SpecError, match="tokenizer has 5 tokens, all of them special; its files"):
+        score(file, "second")
+
+
+def test_a_tokenizer_that_knows_no_limit_takes_any_text(tmp_path):
+    model = T5Config(vocab_size=len(WORDS), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2", "label": 0}\n')
+    head = PooledHead("mean", {"weight": torch.zeros(2, 8), "bias": torch.zeros(2)})
+    task = ClassificationTask(DataSource(str(tmp_path / "rows.jsonl")), head, text=("text",))
+    assert Classification({"t": task}, model_dir=tmp_path).tasks["t"].n_examples == 1
+
+
+def test_an_image_that_cannot_be_read_fails_by_task_and_example(study, tmp_path):
+    file = study("vit", image_tasks())
+    data = (tmp_path / "data").resolve()
+    (tmp_path / "data").unlink()
+    shutil.copytree(data, tmp_path / "data")
+    for image in (tmp_path / "data" / "second").rglob("*.png"):
+        image.write_bytes(image.read_bytes()[:30])
+    with pytest.raises(EvaluationError, match=r"tasks.second.image: example \d+ cannot be read"):
+        score(file, "second")
 
 
 def test_an_expert_without_a_head_is_refused(study, tmp_path):

@@ -24,6 +24,9 @@ def endless(model, task, examples):
 def broken(model, task, examples):
     return [{}["gold"] for _ in examples]
 
+def lines(model, task, examples):
+    raise ValueError("no\\n  such row")
+
 def words(model, task, examples):
     return ["good" for _ in examples]
 
@@ -62,6 +65,7 @@ def test_the_users_function_scores_the_model(folder, model):
         ("too_few", r"task 'mine': scores_of_mine:too_few returned 1 scores for 2 examples"),
         ("endless", r"task 'mine': scores_of_mine:endless scored example 3 inf"),
         ("broken", r"task 'mine': scores_of_mine:broken raised KeyError: 'gold'"),
+        ("lines", r"task 'mine': scores_of_mine:lines raised ValueError: no such row"),
         ("words", r"task 'mine': scores_of_mine:words raised ValueError: .*'good'"),
     ],
 )
@@ -104,7 +108,7 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
     for plan, folder in (("base", "base"), ("expert second", "second")):
         weights = load_file(tmp_path / folder / "model.safetensors")
         weight = weights["model.layers.0.mlp.up_proj.weight"].flatten()
-        for result in worker.score(plans[plan], schedule.rounds["select"]):
+        for result in worker.score(plans[plan], schedule.rounds["survey"]):
             for scores in result.scores:
                 expected = [float(weight[example]) for example in scores.block.examples]
                 assert scores.values == pytest.approx(expected, abs=1e-6)

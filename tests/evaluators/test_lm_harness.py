@@ -488,7 +488,7 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     config = RunConfig(engine="eager", device="cpu")
     worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), config)
     executor = InProcessExecutor(worker)
-    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["select"][:1]
+    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["survey"][:1]
     good = reference_plans(tuple(spec.experts))["task arithmetic"]
     broken = replace(good, values={"coefficient": ((0.4, 10.0),)})
     events = []

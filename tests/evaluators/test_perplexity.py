@@ -102,6 +102,14 @@ def test_a_text_without_tokens_is_refused(folder, tmp_path):
         Perplexity({"t": task}, model_dir=folder)
 
 
+def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    task = TextTask(DataSource(str(folder / "texts.jsonl")), "body")
+    with pytest.raises(SpecError, match="the tokenizer cannot be loaded: ") as refused:
+        Perplexity({"t": task}, model_dir=tmp_path)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_collapsed_model_fails_by_task_and_example(folder):
     model = tiny_model("llama")
     with torch.no_grad():

@@ -126,7 +126,7 @@ def test_the_same_plan_scores_the_same_after_others(study, tmp_path):
         scoring="int8", dtype="bfloat16", tasks=texts, exclude=[r"layers\.0\.mlp\.up_proj"]
     )
     worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), CONFIG)
-    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["select"]
+    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["survey"]
     plans = reference_plans(tuple(spec.experts))
     first = [result.scores for result in worker.score(plans["average"], rounds)]
     list(worker.score(plans["expert first"], rounds))
