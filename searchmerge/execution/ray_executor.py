@@ -321,8 +321,14 @@ class RayExecutor:
         return None if job is None else Lost(job, reason, blameless, slot.has_begun)
 
     def _autopsy(self, slot: _Slot, error: RayError) -> tuple[str, bool]:
-        """Return what a worker died of, and whether the job cannot have caused it."""
+        """Return what a worker died of, and whether the job cannot have caused it.
+
+        Raises:
+            StudyError: If Ray itself died on the one machine there is.
+        """
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if not alive and self._settings.address == "local":
+            raise StudyError("Ray died on this machine; the same command starts it again")
         if (isinstance(error, ActorDiedError) and error.preempted) or (
             slot.node and slot.node not in alive
         ):

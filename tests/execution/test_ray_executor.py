@@ -267,6 +267,28 @@ def test_a_job_whose_node_is_taken_away_is_not_to_blame(pool, cluster, notes):
     assert lost.blameless
 
 
+def test_a_study_stops_where_ray_itself_dies_on_this_machine():
+    code = (
+        "import functools, os, signal, subprocess\n"
+        "from searchmerge.execution.ray_executor import RayExecutor, RaySettings\n"
+        "from tests.execution import workers\n"
+        "executor = RayExecutor(workers.make, RaySettings(workers=1, cpus=0.5))\n"
+        "executor.tasks()\n"
+        "found = subprocess.run(['pgrep', '-x', '-P', str(os.getpid()), 'raylet'],"
+        " capture_output=True, text=True, check=True)\n"
+        "executor.submit(1, workers.plan(workers.HANGS), workers.ROUNDS)\n"
+        "os.kill(int(found.stdout), signal.SIGKILL)\n"
+        "try:\n"
+        "    while True: executor.next_event(5.0)\n"
+        "finally:\n"
+        "    executor.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100
+    )
+    assert "StudyError: Ray died on this machine" in done.stderr
+
+
 def test_an_address_where_nothing_listens_is_refused_at_once():
     code = (
         "from searchmerge.execution.ray_executor import RayExecutor, RaySettings\n"
