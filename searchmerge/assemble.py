@@ -127,6 +127,8 @@ def check_groups(spec: StudySpec, models: Models) -> None:
         and name not in aliases
         and not any(re.search(pattern, name) for pattern in spec.exclude)
     ]
+    if not names:
+        raise SpecError(f"exclude: {spec.exclude} leaves no parameter to be merged")
     for alternative in make_space(spec).alternatives.values():
         try:
             assign_groups(names, alternative.groups)
@@ -154,6 +156,13 @@ def load_task_vectors(models: Models, spec: StudySpec) -> TaskVectors:
 def pick_device(config: RunConfig) -> str:
     """Return the torch device that a config means."""
     if config.device != "auto":
+        try:
+            torch.empty(0, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            told = str(error).splitlines()[0]
+            raise SpecError(
+                f"device {config.device!r} of the config cannot be used: {told}"
+            ) from error
         return config.device
     if config.executor == "ray":  # this process may be on a machine without the workers' GPUs
         return "cuda" if config.workers.gpus_per_worker else "cpu"

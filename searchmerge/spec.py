@@ -19,6 +19,7 @@ from searchmerge.errors import SpecError
 from searchmerge.merging.method import METHODS
 from searchmerge.plan import WHOLE, Groups, Setting
 from searchmerge.search.objective import Against, Kind, Pick
+from searchmerge.search.references import reference_plans
 from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
 from searchmerge.yaml_file import read_yaml
@@ -30,7 +31,7 @@ _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _seconds(value: Any) -> Any:
@@ -67,10 +68,17 @@ class RangeSpec(_Strict):
     log: bool = False
 
 
+class EndsSpec(_Strict):
+    """A range of real numbers to search, both ends included."""
+
+    low: float
+    high: float
+
+
 class ScaleSpec(_Strict):
     """One scale for all experts, times each one's share of it."""
 
-    scale: RangeSpec
+    scale: EndsSpec
 
 
 def _form(value: Any) -> str:
@@ -226,7 +234,7 @@ class RacingSpec(_Strict):
 class ConstraintSpec(_Strict):
     """A bound that the saved plan has to keep, on some tasks or on all."""
 
-    tasks: list[str] | Literal["all"]
+    tasks: Annotated[list[str], Field(min_length=1)] | Literal["all"]
     against: Against = "expert"
     at_least: float
 
@@ -235,7 +243,7 @@ class SearchSpec(_Strict):
     """What proposes candidates, and for how long."""
 
     sampler: str = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     n_trials: int | None = Field(default=None, ge=1)
     timeout: Duration | None = None
     patience: int | None = Field(default=None, ge=1)
@@ -370,9 +378,22 @@ def read_study(path: Path, overrides: dict[str, str] | None = None) -> tuple[Stu
         space = make_space(spec)
         n_objectives = len(spec.tasks) if spec.objective == "tasks" else 1
         make_sampler(spec.search.sampler, SamplerSetting(0, space, n_objectives))
+        _check_length(spec, space)
     except SpecError as error:
         raise SpecError(f"{file}: {error}") from error
     return spec, file
+
+
+def _check_length(spec: StudySpec, space: SearchSpace) -> None:
+    """Refuse a search that ends with the references that lie in its space, trials as well."""
+    references = reference_plans(tuple(spec.experts))
+    inside = [name for name, plan in references.items() if space.params(plan) is not None]
+    n_trials = spec.search.n_trials
+    if n_trials is not None and n_trials <= len(inside):
+        raise SpecError(
+            f"search.n_trials is {n_trials}, and as many trials go to references that lie in the "
+            f"space ({', '.join(inside)}); give {len(inside) + 1} or more"
+        )
 
 
 def make_space(spec: StudySpec) -> SearchSpace:
@@ -391,12 +412,16 @@ def _alternative(spec: SpaceSpec, experts: tuple[str, ...]) -> Alternative:
     values = {}
     for key, searched in (spec.__pydantic_extra__ or {}).items():
         name, searched = _density(key, searched)
+        if name in values:
+            raise SpecError("space: give density or drop_ratio, which is 1 - density, not both")
         step = hyperparameters[name].step if name in hyperparameters else None
         values[name] = _searched(name, searched, experts, groups, step)
+    steps = {setting.name: setting.step for setting in METHODS[spec.method].settings}
     settings: dict[str, tuple[Setting, ...] | Range] = {}
     for key, choice in spec.settings.items():
         if isinstance(choice, RangeSpec):
-            settings[key] = Range(choice.low, choice.high, step=choice.step, log=choice.log)
+            step = choice.step or steps.get(key)
+            settings[key] = Range(choice.low, choice.high, step=step, log=choice.log)
         else:
             settings[key] = tuple(choice) if isinstance(choice, list) else (choice,)
     return Alternative(spec.name or spec.method, spec.method, groups, values, settings)

@@ -71,7 +71,10 @@ def _override(data: dict[str, Any], key: str, value: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise SpecError(f"--set {key}: {parent!r} holds no keys")
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {key}: {value!r} is not valid YAML") from error
 
 
 def _describe(error: ValidationError, marks: Marks, path: Path, model: type[BaseModel]) -> str:

@@ -1,5 +1,6 @@
 """Study files: what they mean, and what is said of a wrong one."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,28 @@ def test_overrides_replace_values_of_the_file(tmp_path):
         ({"tasks": {"t": {"split": "train", "n_examples": 4}}}, "belongs to evaluator function"),
         ({"tasks": {"t": {"evaluator": "function"}}}, "function .* and n_examples are needed"),
         ({"experts": {}}, r"experts: .*at least 1"),
+        ({"search": {"n_trials": 1}}, "search.n_trials is 1, and as many trials go to references"),
+        ({"search": {"seed": 2**32, "n_trials": 9}}, "search.seed"),
+        ({"constraints": [{"tasks": [], "at_least": 1.0}]}, "at least 1 item"),
+        ({"constraints": [{"tasks": ["t"], "against": "base", "at_least": math.nan}]}, "finite"),
+        (
+            {
+                "space": {
+                    "method": "ties",
+                    "coefficient": {"scale": {"low": 0, "high": 1, "log": 1}},
+                }
+            },
+            "log: unknown key",
+        ),
+        (
+            {"space": {"method": "ties", "density": 0.2, "drop_ratio": 0.8}},
+            "give density or drop_ratio",
+        ),
+        (
+            {"space": {"method": "ties", "settings": {"depth_slope": {"low": 3, "high": 1}}}},
+            r"settings\.depth_slope: range \[3\.0, 1\.0\] is empty",
+        ),
+        ({"space": {"method": "ties", "settings": {"aggregate": []}}}, "is an empty list"),
         ({"space": []}, "space: it is empty; give one method or more"),
         ({"space": [{"method": "ties"}, {"method": "ties"}]}, "give each a name: of its own"),
         ({"space": {"method": "ties", "groups": {"depth": 0}}}, "depth is 0; allowed is 1"),

@@ -9,10 +9,9 @@ from torch import Tensor
 from searchmerge.merging.kernels import (
     add_scaled,
     add_up,
-    add_up_,
     exact_sum,
-    is_positive,
     is_zero,
+    n_positive,
 )
 from searchmerge.merging.method import Pass
 
@@ -44,7 +43,7 @@ def merge_elected(
         merged = agreeing[0] * coefficients[0]
         for i, own in enumerate(agreeing[1:], start=1):
             merged = add_scaled(merged, own, coefficients[i])
-    n_agreeing = add_up_([is_positive(own) for own in agreeing])
+    n_agreeing = n_positive(agreeing)
     ambiguous = exact_sum(undecided.mul_(n_agreeing))
     if aggregate == "mean":
         merged = merged.div_(n_agreeing.sub_(1.0).relu_().add_(1.0))

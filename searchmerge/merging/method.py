@@ -191,14 +191,27 @@ def default_plan(
         given = overrides.pop(h.name, h.default)
         row = (given,) * len(experts) if isinstance(given, int | float) else given
         values[h.name] = (tuple(float(number) for number in row),) * len(groups)
-    settings: dict[str, Value] = {s.name: s.default for s in entry.settings if s != DEPTH_SLOPE}
+    settings: dict[str, Value] = {}
     for name, value in overrides.items():
         if not isinstance(value, str | int | float | bool):
             raise SpecError(f"plan: setting {name!r} of method {method!r} is {value!r}")
         settings[name] = value
+    settings = with_defaults(method, settings)
     plan = MergePlan(method, tuple(experts), values, groups, settings)
     validate_plan(plan)
     return plan
+
+
+def with_defaults(method: str, settings: Mapping[str, Value]) -> dict[str, Value]:
+    """Return settings in the form that is equal for equal merges.
+
+    Every setting of the method is named, but a depth slope of 0, which is none.
+    """
+    own = METHODS[method].settings
+    full = {**{setting.name: setting.default for setting in own}, **settings}
+    if full.get(DEPTH_SLOPE.name) == DEPTH_SLOPE.default:
+        del full[DEPTH_SLOPE.name]
+    return full
 
 
 def validate_plan(plan: MergePlan) -> None:

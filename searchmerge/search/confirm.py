@@ -33,6 +33,7 @@ class Confirmation:
             together over all candidates (Bonferroni), since the winner was chosen among them.
         level: The intervals' level, in (0, 1).
         n_candidates: How many candidates the winner was chosen among.
+        single: Tasks of which one number is known, so that it cannot be resampled.
     """
 
     objective: Mapping[str, Interval]
@@ -41,10 +42,17 @@ class Confirmation:
     gain: Interval
     level: float
     n_candidates: int
+    single: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """Return one sentence that says whether the winner is better than the best reference."""
+        if self.single:
+            return (
+                f"The found merge differs from the best baseline, {self.rival}, by "
+                f"{100 * self.gain.value:+.1f} points. No interval can be given: of "
+                f"{', '.join(self.single)} there is one number for all held-out examples."
+            )
         gain = f"{100 * self.gain.value:+.1f} points [{100 * self.gain.low:+.1f}, "
         gain += f"{100 * self.gain.high:+.1f}]"
         if self.gain.low > 0:
@@ -94,6 +102,7 @@ def confirm(  # noqa: PLR0913  (what is compared, and three numbers of the boots
         _interval(point[winner] - point[rival], gains, corrected),
         level,
         len(candidates),
+        tuple(task for task, own in values[winner].items() if len(own) < 2),
     )
 
 

@@ -28,6 +28,7 @@ PLAN = "plan"  # user attribute: the trial's plan
 KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
 _CUT_OFF = "cut_off"  # user attribute: runs that died over the trial, blocks known at the last
 _KEEP_S = 5.0  # how often the time so far is kept
+_DECIDING = "deciding"  # user attribute of the study: references that decide the blocks' order
 _FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
 
 
@@ -138,10 +139,10 @@ class StudyRunner:
         """
         names = self.score_plans("references", self._references, "survey")
         known = {name: plan for name, plan in self._references.items() if name in names}
+        # a reference that failed in an earlier run may be known now: the order stays what it was
+        names = self._directory.keep_first(_DECIDING, [name for name in known if name != BASE])
         self._schedule = self._schedule.informed(
-            self._directory.scores,
-            list(known.values()),
-            [plan for name, plan in known.items() if name != BASE],
+            self._directory.scores, list(known.values()), [known[name] for name in names]
         )
         return known
 
@@ -240,7 +241,8 @@ class TrialSource:
         for trial in sorted(finished, key=lambda trial: trial.datetime_complete or trial.number):
             if trial.state == TrialState.COMPLETE:
                 plan = MergePlan.from_dict(trial.user_attrs[PLAN])
-                self._note_best(plan, partial=trial.user_attrs[RESULT]["partial"] is not None)
+                is_full = schedule.is_known(directory.scores, plan, "select")
+                self._note_best(plan, partial=not is_full)
 
     def next_job(self) -> Job | None:
         """Return a trial left behind, or a new one while the budget lasts."""

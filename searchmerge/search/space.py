@@ -13,7 +13,13 @@ from optuna.distributions import (
 )
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.method import METHODS, Hyperparameter, default_plan, validate_plan
+from searchmerge.merging.method import (
+    METHODS,
+    Hyperparameter,
+    default_plan,
+    validate_plan,
+    with_defaults,
+)
 from searchmerge.plan import WHOLE, Groups, MergePlan, Rows, Setting
 
 Per = Literal["all", "expert", "group", "expert_and_group"]
@@ -153,6 +159,7 @@ class SearchSpace:
             setting: _setting(params, f"{prefix}{setting}", choices)
             for setting, choices in alternative.settings.items()
         }
+        settings = with_defaults(alternative.method, settings)
         return MergePlan(alternative.method, self.experts, values, alternative.groups, settings)
 
     def params(self, plan: MergePlan) -> dict[str, Setting] | None:
@@ -222,7 +229,25 @@ def _check(alternative: Alternative, experts: tuple[str, ...]) -> None:
                 f"(it has: {', '.join(hyperparameters) or 'none'})"
             )
         _check_range(where, hyperparameters[name], searched, experts)
+    for name, choices in alternative.settings.items():
+        _check_choices(f"{where}: settings.{name}", choices)
     validate_plan(_probe(alternative, experts))  # settings, and fixed values
+
+
+def _check_choices(where: str, choices: tuple[Setting, ...] | Range) -> None:
+    if not isinstance(choices, Range):
+        if not choices:
+            raise SpecError(f"{where} is an empty list; give one value or more")
+        return
+    _check_order(where, choices)
+
+
+def _check_order(where: str, searched: Range | Shares) -> None:
+    low, high = searched.low, searched.high
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise SpecError(f"{where}: range [{low}, {high}] is empty; low must not be above high")
+    if isinstance(searched, Range) and searched.log and (low <= 0 or searched.step is not None):
+        raise SpecError(f"{where}: a log range needs low above 0, and no step")
 
 
 def _check_range(
@@ -230,12 +255,8 @@ def _check_range(
 ) -> None:
     if isinstance(searched, Fixed):
         return
+    _check_order(f"{where}: {legal.name}", searched)
     low, high = searched.low, searched.high
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise SpecError(
-            f"{where}: range [{low}, {high}] of {legal.name!r} is empty; "
-            "low must not be above high"
-        )
     if isinstance(searched, Shares):
         low, high = min(0.0, low), high * len(experts)  # one expert may take the whole sum
     if not (legal.low <= low and high <= legal.high):
@@ -244,8 +265,6 @@ def _check_range(
             f"what {where.split()[-1]} allows, [{legal.low}, {legal.high}]"
             + (f", where one expert takes the whole sum {high}" * isinstance(searched, Shares))
         )
-    if isinstance(searched, Range) and searched.log and (low <= 0 or searched.step is not None):
-        raise SpecError(f"{where}: log range of {legal.name!r} needs low above 0, and no step")
 
 
 def _probe(alternative: Alternative, experts: tuple[str, ...]) -> MergePlan:

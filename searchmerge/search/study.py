@@ -1,6 +1,7 @@
 """A study's run directory: Optuna's storage, the score cache, and what guards them."""
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,10 +30,10 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         StudyError: If the directory cannot be made, or another driver holds it.
     """
+    lock = FileLock(run_dir / _LOCK_FILE, timeout=0)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(run_dir / _LOCK_FILE, timeout=0):
-            yield
+        lock.acquire()
     except Timeout as error:
         raise StudyError(
             f"{run_dir}: another searchmerge is running this study; "
@@ -40,6 +41,15 @@ def locked(run_dir: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise StudyError(f"{run_dir}: cannot be used: {error.strerror or error}") from error
+    try:
+        yield
+    except OSError as error:
+        is_here = str(run_dir.resolve()) in str(Path(error.filename or ".").resolve())
+        if not is_here and error.errno != errno.ENOSPC:
+            raise
+        raise StudyError(f"{run_dir}: cannot be used: {error.strerror or error}") from error
+    finally:
+        lock.release()
 
 
 class StudyDirectory:
@@ -72,6 +82,7 @@ class StudyDirectory:
         self.run_dir = run_dir
         quiet_optuna()
         with storage_errors(run_dir):
+            is_new = not (run_dir / SCORES_FILE).exists()
             prepare_storage(run_dir, storage, name)
             self.study = optuna.create_study(
                 storage=open_storage(run_dir, storage),
@@ -82,6 +93,12 @@ class StudyDirectory:
             if sampler is not None:
                 self.study.sampler = sampler(len(self.trials()))
             self._guard(spec)
+            if is_new and self.trials(TrialState.COMPLETE):
+                raise StudyError(
+                    f"{run_dir}: the storage holds trials of study {name!r}, but {SCORES_FILE}, "
+                    "with their scores, is not here; run it in the directory it was begun in, or "
+                    "give the study another name"
+                )
             self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
             self.scores = ScoreStore(run_dir / SCORES_FILE)
 
@@ -97,6 +114,14 @@ class StudyDirectory:
                 f"and is now {now!r}; change it back, or give the study another name or run "
                 "directory"
             )
+
+    def keep_first(self, key: str, value: Any) -> Any:
+        """Return what was first kept under ``key``: ``value``, if that is now."""
+        known = self.study.user_attrs.get(key)
+        if known is None:
+            self.study.set_user_attr(key, value)
+            return value
+        return known
 
     @property
     def elapsed_s(self) -> float:

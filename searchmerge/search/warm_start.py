@@ -7,16 +7,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import SpecError
 from searchmerge.plan import MergePlan, Setting
-from searchmerge.search.runner import PLAN, RESULT
+from searchmerge.search.runner import PLAN
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.storage import find_study, storage_errors
 from searchmerge.search.study import quiet_optuna
 
 
 def earlier_plans(run_dir: Path, n_plans: int) -> list[MergePlan]:
-    """Return the best plans that the study in ``run_dir`` scored in full, best first.
+    """Return the best plans of the study in ``run_dir``, best first.
 
-    Best by the sum of its objectives; those that keep its constraints come first.
+    Best by the sum of its objectives, expected ones where a plan was stopped early; those that
+    keep its constraints come first.
 
     Raises:
         StudyError: If there is no study in ``run_dir``.
@@ -26,8 +27,8 @@ def earlier_plans(run_dir: Path, n_plans: int) -> list[MergePlan]:
     with storage_errors(run_dir):
         study = optuna.load_study(study_name=name, storage=storage)
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    full = [t for t in complete if t.user_attrs.get(RESULT, {}).get("partial", 0) is None]
-    plans = [MergePlan.from_dict(t.user_attrs[PLAN]) for t in sorted(full, key=_rank)]
+    scored = [trial for trial in complete if PLAN in trial.user_attrs]
+    plans = [MergePlan.from_dict(t.user_attrs[PLAN]) for t in sorted(scored, key=_rank)]
     return list({plan.digest: plan for plan in plans}.values())[:n_plans]
 
 

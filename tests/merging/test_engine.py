@@ -18,6 +18,7 @@ from searchmerge.merging.kernels import (
     is_positive,
     is_zero,
     keep_at_least,
+    n_positive,
     signed,
     weighted_sum,
 )
@@ -25,6 +26,10 @@ from searchmerge.merging.kernels import (
 
 def mean_delta(chunk: Chunk):
     return (weighted_sum(chunk.deltas, chunk.scalars[0]),)
+
+
+def n_above_zero(chunk: Chunk):
+    return (n_positive([delta.relu() for delta in chunk.deltas]),)
 
 
 def positions_and_keys(chunk: Chunk):
@@ -108,6 +113,15 @@ def test_trimming_keeps_what_is_at_the_threshold(threshold):
     numbers = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 0.5, -0.5, 1.0, -1.0, -3.4e38])
     expected = torch.where(numbers.abs() >= threshold, numbers, 0.0)
     assert torch.equal(keep_at_least(numbers.clone(), torch.tensor(threshold)), expected)
+
+
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_positive_numbers_are_counted_however_small_or_large(kind):
+    rows = [[0.0, 1e-45, 1e-38, 0.3, 1.0, 1.5, 2.0**24, 3.4e38], [-3.4e38, -1.0, -0.0, 1e-45] * 2]
+    experts = tuple(torch.tensor(row).repeat(10) for row in rows)
+    own = Operands(torch.zeros(80), experts, torch.empty(0, 2))
+    [found] = Engine(kind).compute(n_above_zero, own)
+    assert found.tolist() == [0, 1, 1, 2, 1, 1, 1, 2] * 10
 
 
 def test_the_small_operations_are_what_they_say():

@@ -101,7 +101,10 @@ def test_a_plan_outside_the_ranges_is_not_in_the_space():
         (Alternative("x", "linear", values={"density": Fixed((1.0,) * 3)}), "no hyper-parameter"),
         (Alternative("x", "ties", values={"density": Range(0.9, 0.1)}), "is empty"),
         (Alternative("x", "ties", values={"density": Range(0.5, 1.5)}), "is not within"),
-        (Alternative("x", "ties", values={"coefficient": Range(0.0, 1.0, log=True)}), "log range"),
+        (
+            Alternative("x", "ties", values={"coefficient": Range(0.0, 1.0, log=True)}),
+            "a log range",
+        ),
         (Alternative("x", "ties", values={"coefficient": Shares(0.1, 5.0)}), "the whole sum"),
         (Alternative("x", "ties", settings={"aggregate": ("mean", "median")}), "median"),
         (Alternative("x", "ties", settings={"variant": ("nlp",)}), "variant"),
