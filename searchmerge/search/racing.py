@@ -23,7 +23,7 @@ Spread = Mapping[str, Vector]
 """Task name to the squared difference from a rival that is expected of each example."""
 
 _SHRINKAGE = 0.5  # how much of the difference seen is expected to go on in what is not seen yet
-_PRIOR = 0.3  # weight of the expected spread against the candidate's own
+_PRIOR = 1.0  # weight of the expected spread beside that of the candidate's own blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,13 +261,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--round-blocks", type=int, default=0, help="default: one a task")
-    parser.add_argument("--select", type=int, default=0, help="per task; default: 60 %%")
+    parser.add_argument("--select", type=int, default=0, help="per task; default: 75 %%")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     args = parser.parse_args()
     for path in args.recordings or sorted(HERE.glob("*.npz")):
         recording = Recording.load(path)
         n_examples = min(table.shape[1] for table in recording.scores.values())
-        n_select = args.select or int(0.6 * n_examples) // BLOCK_SIZE * BLOCK_SIZE
+        n_select = args.select or int(0.75 * n_examples) // BLOCK_SIZE * BLOCK_SIZE
         round_blocks = args.round_blocks or len(recording.goals)
         print(
             f"{path.name}: {len(recording.rows) - recording.n_references} candidates, "
