@@ -12,6 +12,7 @@ from searchmerge import assemble
 from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
+from searchmerge.evaluators.evaluator import Part
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
@@ -224,9 +225,10 @@ def _counts(directory: StudyDirectory, schedule: Schedule) -> dict[str, float]:
         "trials stopped early": n_partial,
         "trials failed": len(directory.trials(TrialState.FAIL)),
     }
-    for part, tasks in schedule.blocks.items():
-        label = part.replace("_", "-")
-        counts[f"{label} examples"] = sum(len(b.examples) for own in tasks.values() for b in own)
+    parts: dict[str, Part] = {"select": "select", "hold-out": "hold_out"}
+    for label, part in parts.items():
+        blocks = [block for own in schedule.blocks[part].values() for block in own]
+        counts[f"{label} examples"] = sum(len(block.examples) for block in blocks)
     counts["search seconds"] = round(directory.elapsed_s)
     return counts
 
