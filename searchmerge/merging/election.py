@@ -2,22 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from searchmerge.merging.kernels import (
     add_scaled,
     add_up,
+    add_up_,
     exact_sum,
+    is_positive,
     is_zero,
-    n_positive,
 )
-from searchmerge.merging.method import Pass
+
+if TYPE_CHECKING:
+    from searchmerge.merging.method import Pass
+
+_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 
 
 def merge_elected(
-    deltas: Sequence[Tensor], coefficients: Tensor, majority: Tensor, aggregate: str
+    deltas: Sequence[Tensor], coefficients: Tensor, undecided: Tensor, aggregate: str
 ) -> tuple[Tensor, Tensor]:
     r"""Elect signs and merge (Yadav et al., 2023, arXiv:2306.01708, Algorithm 1, steps 2 and 3).
 
@@ -27,7 +34,7 @@ def merge_elected(
     Args:
         deltas: What is left of each task vector, ``(m,)`` float32; overwritten.
         coefficients: One per expert.
-        majority: The sign of a zero sum.
+        undecided: What :func:`undecided_rows` returns, ``(2, n_experts)``.
         aggregate: ``mean`` of those that agree, their ``sum``, or the ``max`` in magnitude.
 
     Returns:
@@ -35,7 +42,9 @@ def merge_elected(
         elected positive minus negative; and a number above 0 if there is a zero sum of entries
         that are not 0.
     """
-    signs, undecided, balance = _elect(add_up(deltas), majority)
+    if torch.compiler.is_compiling() and aggregate != "max":
+        return _merge_sides(deltas, coefficients, undecided[1, 0], is_mean=aggregate == "mean")
+    signs, zeros, balance = _elect(add_up(deltas), undecided[0, 0])
     agreeing = [own.mul_(signs).relu_() for own in deltas]  # magnitudes
     if aggregate == "max":
         merged = _largest(agreeing, coefficients)
@@ -43,23 +52,63 @@ def merge_elected(
         merged = agreeing[0] * coefficients[0]
         for i, own in enumerate(agreeing[1:], start=1):
             merged = add_scaled(merged, own, coefficients[i])
-    n_agreeing = n_positive(agreeing)
-    ambiguous = exact_sum(undecided.mul_(n_agreeing))
+    n_agreeing = add_up_([is_positive(own) for own in agreeing])
+    ambiguous = exact_sum(zeros.mul_(n_agreeing))
     if aggregate == "mean":
         merged = merged.div_(n_agreeing.sub_(1.0).relu_().add_(1.0))
     return merged.mul_(signs), torch.stack([balance, ambiguous])
 
 
+def undecided_rows(majority: float, n_experts: int) -> list[list[float]]:
+    """Return the rows of scalars that say what a zero sum becomes.
+
+    Args:
+        majority: The sign of a zero sum: 1, -1, or 0.
+        n_experts: How many numbers a row has, all alike.
+
+    Returns:
+        ``majority``; and the bound that a sum has to be above to be positive.
+    """
+    bound = -_SMALLEST if majority > 0 else 0.0
+    return [[majority] * n_experts, [bound] * n_experts]
+
+
+def _merge_sides(
+    deltas: Sequence[Tensor], coefficients: Tensor, bound: Tensor, *, is_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`merge_elected` does, the same to the bit, sooner where it is compiled.
+
+    Both signs are merged while their sum is still formed, and the elected one is taken at the
+    end: a processor does with many operations at once, but not with one that waits for another.
+    """
+    total = add_up(deltas)
+    is_positive_, is_zero_ = total > bound, total == 0
+    n_experts = float(len(deltas))
+    sides = []
+    for sign in (1.0, -1.0):
+        magnitudes = [(sign * own).relu() for own in deltas]
+        merged = magnitudes[0] * coefficients[0]
+        for i, own in enumerate(magnitudes[1:], start=1):
+            merged = merged + own * coefficients[i]
+        # rounding up takes fewer instructions than comparing
+        n_others = add_up([(1.0 - own.ceil()).relu() for own in magnitudes])
+        sides.append((sign * merged, n_others))
+    (positive, n_not_positive), (negative, n_not_negative) = sides
+    merged = torch.where(is_positive_, positive, negative)
+    n_others = torch.where(is_positive_, n_not_positive, n_not_negative)
+    if is_mean:
+        merged = merged / ((n_experts - 1.0 - n_others).relu() + 1.0)
+    balance = torch.where(is_zero_, 0.0, torch.where(is_positive_, 1.0, -1.0))
+    ambiguous = torch.where(is_zero_, n_experts - n_others, 0.0)
+    return merged, torch.stack([exact_sum(balance), exact_sum(ambiguous)])
+
+
 def _elect(total: Tensor, majority: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the elected signs; 1 where the sum is 0; and elected positive minus negative."""
-    undecided = is_zero(total)
-    if torch.compiler.is_compiling():  # fewer comparisons than a sign takes
-        decided = torch.where(total > 0, 1.0, -1.0)
-        balance = exact_sum(torch.where(total == 0, 0.0, decided))
-        return torch.where(total == 0, majority, decided), undecided, balance
-    signs = total.sign_()
+    zeros = is_zero(total)
+    signs = total.sign() if torch.compiler.is_compiling() else total.sign_()
     balance = exact_sum(signs)
-    return add_scaled(signs, undecided, majority), undecided, balance
+    return add_scaled(signs, zeros, majority), zeros, balance
 
 
 def _largest(magnitudes: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -86,7 +135,7 @@ class Majority:
         self._last = 1.0  # the last one found: the best guess at the next
         self._known: dict[object, float] = {}
 
-    def settle(self, key: object, make: Callable[[float], Pass]) -> Pass:
+    def settle(self, key: object, make: "Callable[[float], Pass]") -> "Pass":
         """Return the pass to do first; it revises itself.
 
         Args:
@@ -98,7 +147,7 @@ class Majority:
             return make(self._known[key])
         assumed = self._last
 
-        def revise(tally: Tensor) -> Pass | None:
+        def revise(tally: Tensor) -> "Pass | None":
             found, ambiguous = float(torch.sign(tally[0])), bool(tally[1])
             self._known[key] = found
             self._last = found or self._last

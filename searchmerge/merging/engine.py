@@ -36,8 +36,9 @@ Intermediate results that it would set apart, and that read no 16-bit tensor, ma
 go over half as many entries at once on a CPU. Tallies would compute the expression once more.
 """
 
-_THREADED: _Options = {"cpp.dynamic_threads": True}
-"""Of inductor: otherwise the first parameter's size decides for all whether threads are used."""
+_ALWAYS: _Options = {"cpp.dynamic_threads": True, "size_asserts": False}
+"""Of inductor: threads whatever the first parameter's size, which would decide for all; and no
+check of every input in every call, as all are 1-D and contiguous."""
 
 _COMPILED: dict[object, Callable[..., tuple[Tensor, ...]]] = {}
 """What this process compiled, by kernel, function, device and dtypes; every engine shares it."""
@@ -268,7 +269,7 @@ def _compile(
 
     run.__code__ = run.__code__.replace(co_name=f"run_{number}")
     compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(
-        run, dynamic=True, fullgraph=True, options={**_THREADED, **(options or {})}
+        run, dynamic=True, fullgraph=True, options={**_ALWAYS, **(options or {})}
     )
     return compiled
 

@@ -101,19 +101,6 @@ def is_positive(numbers: Tensor) -> Tensor:
     return numbers.gt_(0.0)
 
 
-def n_positive(numbers: Sequence[Tensor]) -> Tensor:
-    """Return how many of ``(m,)`` tensors are above 0, entry by entry, in place of the first.
-
-    Compiled code rounds up instead of comparing: a comparison takes twice as many instructions.
-
-    Args:
-        numbers: ``(m,)`` float32, 0 or more, overwritten.
-    """
-    if torch.compiler.is_compiling():
-        return len(numbers) - add_up([(1.0 - own.ceil()).relu() for own in numbers])
-    return add_up_([is_positive(own) for own in numbers])
-
-
 def is_zero(numbers: Tensor) -> Tensor:
     """Return 1 where a number is 0 and 0 elsewhere, float32, in a fresh tensor."""
     if torch.compiler.is_compiling():

@@ -1,5 +1,6 @@
 """Arithmetic runs compiled or chunk by chunk, and falls back where compiling fails."""
 
+import itertools
 import logging
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from searchmerge.merging.election import merge_elected, undecided_rows
 from searchmerge.merging.engine import CHUNK, Engine, Operands
 from searchmerge.merging.kernels import (
     Chunk,
@@ -18,7 +20,6 @@ from searchmerge.merging.kernels import (
     is_positive,
     is_zero,
     keep_at_least,
-    n_positive,
     signed,
     weighted_sum,
 )
@@ -26,10 +27,6 @@ from searchmerge.merging.kernels import (
 
 def mean_delta(chunk: Chunk):
     return (weighted_sum(chunk.deltas, chunk.scalars[0]),)
-
-
-def n_above_zero(chunk: Chunk):
-    return (n_positive([delta.relu() for delta in chunk.deltas]),)
 
 
 def positions_and_keys(chunk: Chunk):
@@ -115,13 +112,25 @@ def test_trimming_keeps_what_is_at_the_threshold(threshold):
     assert torch.equal(keep_at_least(numbers.clone(), torch.tensor(threshold)), expected)
 
 
-@pytest.mark.parametrize("kind", ["eager", "compiled"])
-def test_positive_numbers_are_counted_however_small_or_large(kind):
-    rows = [[0.0, 1e-45, 1e-38, 0.3, 1.0, 1.5, 2.0**24, 3.4e38], [-3.4e38, -1.0, -0.0, 1e-45] * 2]
-    experts = tuple(torch.tensor(row).repeat(10) for row in rows)
-    own = Operands(torch.zeros(80), experts, torch.empty(0, 2))
-    [found] = Engine(kind).compute(n_above_zero, own)
-    assert found.tolist() == [0, 1, 1, 2, 1, 1, 1, 2] * 10
+ODD = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 0.3, -0.3, 1.0, -1.0, 1.5, -(2.0**24), 1e30, -1e30]
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "sum"])
+@pytest.mark.parametrize("majority", [1.0, -1.0])
+def test_compiled_elections_equal_eager_ones_to_the_bit(majority, aggregate):
+    columns = torch.tensor(list(itertools.product(ODD, repeat=3))).T
+    rows = [[0.5, 1.0, -2.0], *undecided_rows(majority, 3)]
+    own = Operands(torch.zeros(columns.shape[1]), tuple(columns), torch.tensor(rows))
+
+    def elect(chunk: Chunk):
+        merged, tally = merge_elected(
+            list(chunk.deltas), chunk.scalars[0], chunk.scalars[1:3], aggregate
+        )
+        return merged, merged * 0 + tally[0], merged * 0 + tally[1]
+
+    eager, compiled = (Engine(kind).compute(elect, own) for kind in ("eager", "compiled"))
+    for one, other in zip(eager, compiled, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_small_operations_are_what_they_say():

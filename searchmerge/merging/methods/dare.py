@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from searchmerge.merging.election import Majority, merge_elected
+from searchmerge.merging.election import Majority, merge_elected, undecided_rows
 from searchmerge.merging.kernels import Chunk, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
@@ -78,7 +78,10 @@ class Dare:
 
     def _elected(self, plan: MergePlan, sign: float) -> Pass:
         rows = [
-            [chances(densities), _factors(plan, densities), coefficients, [sign] * len(densities)]
+            [
+                *(chances(densities), _factors(plan, densities), coefficients),
+                *undecided_rows(sign, len(densities)),
+            ]
             for densities, coefficients in _rows(plan)
         ]
         return replace(self._pass(plan, rows), function=merge_drawn_elected)
@@ -133,9 +136,9 @@ def merge_drawn_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:
-        chunk: Task vectors; scalars ``(4, n_experts)``: draws kept are below this; factor before
-            the election; coefficient; the sign of a zero sum, all alike.
+        chunk: Task vectors; scalars ``(5, n_experts)``: draws kept are below this; factor before
+            the election; coefficient; the two of :func:`undecided_rows`.
     """
-    factors, coefficients, majority = chunk.scalars[1], chunk.scalars[2], chunk.scalars[3, 0]
+    factors, coefficients = chunk.scalars[1], chunk.scalars[2]
     deltas = [own.mul_(factors[i]) for i, own in enumerate(_dropped(chunk))]
-    return merge_elected(deltas, coefficients, majority, "mean")
+    return merge_elected(deltas, coefficients, chunk.scalars[3:5], "mean")

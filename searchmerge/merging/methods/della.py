@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from searchmerge.merging.election import Majority, merge_elected
+from searchmerge.merging.election import Majority, merge_elected, undecided_rows
 from searchmerge.merging.kernels import Chunk, ChunkFunction, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
@@ -85,7 +85,7 @@ class Della:
             *(plan.values[name] for name in ("coefficient", "density", "window")), strict=True
         ):
             lowest, widths = _chances(densities, windows)
-            rows.append([lowest, widths, coefficients, [sign] * len(coefficients)])
+            rows.append([lowest, widths, coefficients, *undecided_rows(sign, len(coefficients))])
         return Pass(
             function,
             by_group(plan, self._measure.names, rows),
@@ -148,6 +148,7 @@ def merge_ranked_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:
-        chunk: As for :func:`merge_ranked`; a fourth row of scalars holds the sign of a zero sum.
+        chunk: As for :func:`merge_ranked`; a fourth and a fifth row of scalars are those of
+            :func:`undecided_rows`.
     """
-    return merge_elected(_left(chunk), chunk.scalars[2], chunk.scalars[3, 0], "mean")
+    return merge_elected(_left(chunk), chunk.scalars[2], chunk.scalars[3:5], "mean")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from searchmerge.merging.election import Majority, merge_elected
+from searchmerge.merging.election import Majority, merge_elected, undecided_rows
 from searchmerge.merging.kernels import Chunk, keep_at_least
 from searchmerge.merging.method import (
     COEFFICIENT,
@@ -79,7 +79,7 @@ class Ties:
         # with no majority, the authors' mean and sum merge the negative entries, their max none
         sign = majority or (0.0 if aggregate == "max" else -1.0)
         rows = [
-            [trim, coefficients, [sign] * len(trim)]
+            [trim, coefficients, *undecided_rows(sign, len(trim))]
             for trim, coefficients in zip(trims, plan.values["coefficient"], strict=True)
         ]
         return Pass(_MERGE[aggregate], by_group(plan, self._measure.names, rows))
@@ -89,13 +89,13 @@ def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
     """Trim, elect signs and merge; return what :func:`merge_elected` does.
 
     Args:
-        chunk: Task vectors; scalars ``(3, n_experts)``: magnitude below which an entry is
-            trimmed; coefficient; the sign of a zero sum, all alike.
+        chunk: Task vectors; scalars ``(4, n_experts)``: magnitude below which an entry is
+            trimmed; coefficient; the two of :func:`undecided_rows`.
         aggregate: ``mean`` of those that agree, their ``sum``, or the ``max`` in magnitude.
     """
-    thresholds, coefficients, majority = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2, 0]
+    thresholds, coefficients, undecided = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2:4]
     deltas = [keep_at_least(own, thresholds[i]) for i, own in enumerate(chunk.deltas)]
-    return merge_elected(deltas, coefficients, majority, aggregate)
+    return merge_elected(deltas, coefficients, undecided, aggregate)
 
 
 _MERGE: dict[str, Callable[[Chunk], tuple[Tensor, ...]]] = {
