@@ -134,7 +134,9 @@ class Bench:
         else:
             self.base, self.experts = synthetic(shape, self.device)
         self.vectors = TaskVectors.from_weights(self.base, self.experts)
-        self.targets = {name: torch.empty_like(t) for name, t in self.base.items()}
+        self.targets = {
+            name: t.clone() for name, t in self.base.items()
+        }  # in memory, not promised
         self.d = self.vectors.n_parameters
         self.bytes = (N_EXPERTS + 2) * 2 * self.d
         self.random = random.Random(0)
@@ -219,7 +221,7 @@ class Bench:
         self.record("statistics of |τ|, all densities", measure, n=3, warm_ups=0, moved=read)
 
     def naive(self, method: str) -> None:
-        """Merge as one would write it down: flat float32 vectors, sorted."""
+        """Merge as one would write it down: flat float32 vectors, each sorted."""
         if self.size not in WHOLE_COPIES:
             print(f"  naive {method}: skipped, it takes too much memory at {self.size}")
             return
@@ -279,16 +281,16 @@ def naive_ties(deltas, densities, coefficients):
 
 def naive_pcb(deltas, densities, coefficients):
     d = deltas.shape[1]
-    ordered = deltas.abs().sort().values
-    low, high = ordered[:, int(d * 1e-4)], ordered[:, int(d * (1 - 1e-4) - 1)]
-    del ordered
+    ranks = [int(d * 1e-4), int(d * (1 - 1e-4) - 1)]
+    low, high = torch.stack([own.abs().sort().values[ranks] for own in deltas]).T
     sizes = deltas.abs().clamp(low[:, None], high[:, None])
     scaled = (sizes - low[:, None]) / (high - low)[:, None]
     balance = torch.exp(len(deltas) * scaled**2) * torch.tanh(deltas * deltas.sum(0))
-    ordered = balance.sort().values
-    lightest = torch.stack([o[int(d * (1 - r))] for o, r in zip(ordered, densities, strict=True)])
-    heaviest = ordered[:, -1].clone()
-    del ordered
+    ranks = [int(d * (1 - r)) for r in densities]
+    lightest = torch.stack(
+        [own.sort().values[rank] for own, rank in zip(balance, ranks, strict=True)]
+    )
+    heaviest = balance.amax(1)
     kept = balance.clamp(min=lightest[:, None]) - lightest[:, None]
     kept /= (heaviest - lightest)[:, None]
     total = (torch.tensor(coefficients)[:, None] * deltas.sign() * sizes * kept).sum(0)
