@@ -7,6 +7,7 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -30,6 +31,8 @@ _logger = logging.getLogger(__name__)
 _LOGIT_ROWS = {"cpu": 16, "cuda": 1024}
 """Rows of logits that are reduced at a time: no second copy of all is made, and a CPU finds them
 in its caches."""
+
+_LOG2_E = math.log2(math.e)
 
 _KEPT_LAYOUTS = 1024
 """Calls whose layouts are kept: a study scores the same rounds of examples in every trial."""
@@ -196,8 +199,13 @@ def _read(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     chosen = logits[at, targets].float()
     totals, largest = _reduce(logits)
     greedy = chosen == largest[at]
-    # Of equal logits the first is the greedy one; few are left to look at.
-    greedy[greedy.clone()] = logits[at[greedy]].argmax(-1) == targets[greedy]
+    # Of equal logits the first is the greedy one. To look for it takes long, and only matters
+    # where a continuation's tokens are all among the largest.
+    owners = batch.owners.to(logits.device)
+    n_missed = torch.zeros(int(batch.owners.max()) + 1, device=logits.device)
+    n_missed.index_add_(0, owners, (~greedy).float())
+    doubtful = greedy & (n_missed[owners] == 0)
+    greedy[doubtful] = logits[at[doubtful]].argmax(-1) == targets[doubtful]
     return chosen - totals[at], greedy
 
 
@@ -205,15 +213,17 @@ def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's log-sum-exp and its largest logit, ``(n_rows,)`` float32 each.
 
     A few rows at a time, in a buffer that stays in a CPU's cache: whole-tensor ``logsumexp`` takes
-    several times as long.
+    several times as long. So does ``exp`` beside ``exp2`` of as many entries.
     """
     n_rows = min(_LOGIT_ROWS.get(logits.device.type, 1024), max(1, len(logits)))
     buffer = torch.empty(n_rows, logits.shape[-1], dtype=torch.float32, device=logits.device)
     totals, largest = [], []
     for rows in torch.split(logits, n_rows):
-        part = buffer[: len(rows)].copy_(rows)
-        top = part.amax(-1)
-        totals.append(part.sub_(top[:, None]).exp_().sum(-1).log_().add_(top))
+        part = buffer[: len(rows)]
+        wide = rows if rows.dtype == part.dtype else part.copy_(rows)
+        top = wide.amax(-1)
+        torch.sub(wide, top[:, None], out=part)
+        totals.append(part.mul_(_LOG2_E).exp2_().sum(-1).log_().add_(top))
         largest.append(top)
     return torch.cat(totals), torch.cat(largest)
 
