@@ -413,7 +413,8 @@ def make_schedule(spec: StudySpec, tasks: Mapping[str, TaskInfo]) -> Schedule:
         for part, own in blocks.items()
     }
     metrics = {name: info.metric for name, info in tasks.items()}
-    return Schedule(blocks, rounds, round_blocks, metrics)
+    aggregates = {n: info.aggregate for n, info in tasks.items() if info.aggregate is not None}
+    return Schedule(blocks, rounds, round_blocks, metrics, aggregates)
 
 
 def make_objective(spec: StudySpec) -> Objective:

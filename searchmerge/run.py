@@ -148,6 +148,7 @@ def _results(  # noqa: PLR0913
         level=spec.confirm.level,
         n_resamples=spec.confirm.n_resamples,
         seed=spec.search.seed,
+        aggregates=schedule.aggregates,
     )
     rows = []
     for name, plan in plans.items():

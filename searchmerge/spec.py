@@ -226,7 +226,7 @@ class PerplexitySpec(_Strict):
 class RacingSpec(_Strict):
     """When a candidate is stopped before all its blocks are scored."""
 
-    p_threshold: float = Field(default=0.05, gt=0, lt=0.5)
+    p_threshold: float = Field(default=0.03, gt=0, lt=0.5)
     min_blocks: int = Field(default=6, ge=2)
     collapse_margin: float = Field(default=0.1, ge=0)
 

@@ -33,10 +33,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class BlockScores:
-    """What a block's examples scored under one plan: one number each, or one in all."""
+    """What a block's examples scored under one plan: :func:`n_values` numbers."""
 
     block: Block
     values: tuple[float, ...]
+
+
+def n_values(block: Block, info: TaskInfo) -> int:
+    """Return how many numbers are kept of a block: one per example, or the one score of all.
+
+    Records of examples are kept of what is held out, to be resampled; trials need the score.
+    """
+    has_records = info.aggregate is not None and block.part == "hold_out"
+    return len(block.examples) if info.mean or has_records else 1
 
 
 Round = tuple[Block, ...]

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
+from searchmerge.evaluators.evaluator import EVALUATORS, Aggregate, TaskInfo, evaluating
 from searchmerge.evaluators.heads import Head
 from searchmerge.evaluators.rows import DataSource, column, load_rows, text_column
 from searchmerge.evaluators.tokenizer import load_tokenizer
@@ -103,13 +105,17 @@ class Classification:
                 )
             )
         self.tasks: Mapping[str, TaskInfo] = {
-            name: TaskInfo(len(self._inputs[name]), task.metric == "acc", task.metric)
+            name: TaskInfo(
+                len(self._inputs[name]), task.metric == "acc", task.metric, _aggregate(task)
+            )
             for name, task in tasks.items()
         }
 
     @torch.no_grad()
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return 1 or 0 per example, whether it is classified correctly; or one macro-F1.
+        """Return 1 or 0 per example, whether it is classified correctly.
+
+        For macro-F1 it is the record of the example that :func:`macro_f1` reads.
 
         Raises:
             EvaluationError: If a logit is not finite, or an image cannot be read.
@@ -131,7 +137,7 @@ class Classification:
             )
         predicted, true = found.argmax(1), self._targets[task][list(examples)]
         if self._tasks[task].metric == "macro_f1":
-            return (macro_f1(predicted, true, head.n_classes),)
+            return tuple((true * head.n_classes + predicted).double().tolist())
         return tuple((predicted == true).float().tolist())
 
 
@@ -144,20 +150,24 @@ def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     }
 
 
-def macro_f1(predicted: Tensor, true: Tensor, n_classes: int) -> float:
-    """Return the mean over classes of F1, over the classes that occur in either.
+def _aggregate(task: ClassificationTask) -> Aggregate | None:
+    if task.metric == "acc":
+        return None
+    return partial(macro_f1, n_classes=task.head.n_classes)
+
+
+def macro_f1(records: Sequence[float], n_classes: int) -> float:
+    """Return the mean over classes of F1, over the classes that occur, true or predicted.
 
     Args:
-        predicted: Class of each example, ``(n_examples,)``, int64.
-        true: The same, as it should be.
-        n_classes: How many classes there are; each index is in [0, n_classes).
+        records: Of each example its true class times ``n_classes``, plus the predicted one.
+        n_classes: How many classes there are.
     """
-    hits = torch.bincount(true[predicted == true], minlength=n_classes).double()
-    counts = torch.bincount(true, minlength=n_classes) + torch.bincount(
-        predicted, minlength=n_classes
-    )
+    cells = np.bincount(np.asarray(records, dtype=np.int64), minlength=n_classes**2)
+    table = cells.reshape(n_classes, n_classes)  # true class, predicted class
+    counts = table.sum(0) + table.sum(1)
     occurring = counts > 0
-    return float((2 * hits[occurring] / counts[occurring]).mean())
+    return float((2 * table.diagonal()[occurring] / counts[occurring]).mean())
 
 
 # --- Labels -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What an evaluator is, the examples it scores, and the registry of those there are."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -14,6 +14,9 @@ Part = Literal["survey", "select", "hold_out"]
 the same examples as ``select``, cut into blocks at random: the references are scored on it first,
 and what they score decides how ``select`` is cut."""
 
+Aggregate = Callable[[Sequence[float]], float]
+"""Makes the score of any examples, drawn twice or not at all, from one record of each."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
@@ -24,11 +27,15 @@ class TaskInfo:
         mean: Whether the task's score is the mean of its examples' scores. Where it is not,
             the task is scored in one block, whose score is one number.
         metric: Name of the score, for reports: ``"acc"``.
+        aggregate: Where the score is no mean, what makes it from one record per example, so
+            that the confirmation can resample examples; ``None`` where only the score is known.
+            It is sent between processes.
     """
 
     n_examples: int
     mean: bool = True
     metric: str = "score"
+    aggregate: Aggregate | None = None
 
 
 class Evaluator(Protocol):
@@ -37,7 +44,10 @@ class Evaluator(Protocol):
     tasks: Mapping[str, TaskInfo]
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return one number per example, higher is better (one in all if not a mean).
+        """Return one number per example, higher is better.
+
+        Of a task whose score is no mean it is one record per example, for the task's
+        ``aggregate`` to make a score from; or one number in all where it has none.
 
         The same weights and the same ``examples`` give the same scores, in any process and
         after any other call.

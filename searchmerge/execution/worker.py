@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
-from searchmerge.evaluators.blocks import BlockScores, Round
+from searchmerge.evaluators.blocks import BlockScores, Round, n_values
 from searchmerge.evaluators.evaluator import Evaluator, TaskInfo
 from searchmerge.plan import MergePlan
 
@@ -81,9 +81,12 @@ class Worker:
             own = list(group)
             info = self._evaluators[task].tasks[task]
             examples = [example for block in own for example in block.examples]
-            values = iter(self._evaluators[task].score(self._model, task, examples))
+            found = self._evaluators[task].score(self._model, task, examples)
+            if info.aggregate is not None and n_values(own[0], info) == 1:
+                found = (info.aggregate(found),)
+            values = iter(found)
             for block in own:
-                wanted = len(block.examples) if info.mean else 1
+                wanted = n_values(block, info)
                 scores = tuple(itertools.islice(values, wanted))
                 if len(scores) != wanted:
                     raise EvaluationError(

@@ -1,15 +1,17 @@
 """Confirmation: what the winner is worth on examples that no trial has seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from searchmerge.evaluators.evaluator import Aggregate
 from searchmerge.search.objective import Objective
+from searchmerge.search.schedule import score_of
 
 Values = Mapping[str, Sequence[float]]
-"""Task name to one value per held-out example, or to one value in all."""
+"""Task name to one value, or record, per held-out example, or to the one score of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ def confirm(  # noqa: PLR0913  (what is compared, and three numbers of the boots
     level: float,
     n_resamples: int,
     seed: int,
+    aggregates: Mapping[str, Aggregate] | None = None,
 ) -> Confirmation:
     """Compare candidates with references by a paired bootstrap over held-out examples.
 
@@ -87,9 +90,17 @@ def confirm(  # noqa: PLR0913  (what is compared, and three numbers of the boots
         level: Of the intervals, in (0, 1).
         n_resamples: Bootstrap resamples, 100 or more.
         seed: Seed of the resamples.
+        aggregates: Task name to what makes its score from records, where that is no mean.
     """
-    point = _objectives({n: _means(v) for n, v in values.items()}, objective, own_experts)
-    resampled = _resample(values, objective, own_experts, n_resamples, seed)
+    makes = aggregates or {}
+    scores = {
+        name: {task: score_of(own, makes.get(task)) for task, own in plan.items()}
+        for name, plan in values.items()
+    }
+    point = _objectives(scores, objective, own_experts)
+    drawn = _resample(values, objective, makes, n_resamples, seed)
+    resamples = [_objectives(one, objective, own_experts) for one in drawn]
+    resampled = {name: np.array([one[name] for one in resamples]) for name in values}
     winner = max(candidates, key=lambda name: point[name])
     references = [name for name in values if name not in candidates]
     rival = max(references, key=lambda name: point[name])
@@ -102,12 +113,10 @@ def confirm(  # noqa: PLR0913  (what is compared, and three numbers of the boots
         _interval(point[winner] - point[rival], gains, corrected),
         level,
         len(candidates),
-        tuple(task for task, own in values[winner].items() if len(own) < 2),
+        tuple(
+            task for task in values[winner] if any(len(own[task]) < 2 for own in values.values())
+        ),
     )
-
-
-def _means(values: Values) -> dict[str, float]:
-    return {task: float(np.mean(own)) for task, own in values.items()}
 
 
 def _objectives(
@@ -123,26 +132,32 @@ def _objectives(
 def _resample(
     values: Mapping[str, Values],
     objective: Objective,
-    own: Mapping[str, str],
+    aggregates: Mapping[str, Aggregate],
     n_resamples: int,
     seed: int,
-) -> dict[str, npt.NDArray[np.float64]]:
+) -> Iterator[dict[str, dict[str, float]]]:
+    """Yield every plan's task scores on each resample of the examples."""
     generator = np.random.default_rng(seed)
-    means: dict[str, dict[str, npt.NDArray[np.float64]]] = {name: {} for name in values}
+    found: dict[str, dict[str, Sequence[float]]] = {name: {} for name in values}
     for task in objective.goals:
-        n_examples = len(next(iter(values.values()))[task])
+        n_examples = max(len(own[task]) for own in values.values())
         counts = generator.multinomial(n_examples, [1 / n_examples] * n_examples, n_resamples)
-        for name, own_values in values.items():
-            means[name][task] = counts @ np.asarray(own_values[task], dtype=float) / n_examples
-    drawn = [
-        _objectives(
-            {n: {t: float(m[i]) for t, m in own_means.items()} for n, own_means in means.items()},
-            objective,
-            own,
-        )
-        for i in range(n_resamples)
-    ]
-    return {name: np.array([one[name] for one in drawn]) for name in values}
+        for name, own in values.items():
+            found[name][task] = _on_resamples(own[task], counts, aggregates.get(task))
+    for i in range(n_resamples):
+        yield {n: {task: float(own[i]) for task, own in plan.items()} for n, plan in found.items()}
+
+
+def _on_resamples(
+    values: Sequence[float], counts: npt.NDArray[np.int64], aggregate: Aggregate | None
+) -> Sequence[float]:
+    """Return a task's score on each resample; ``counts`` says how often an example is in it."""
+    if len(values) < 2:  # the score itself, which stays what it is
+        return [values[0]] * len(counts)
+    if aggregate is None:
+        means: list[float] = (counts @ np.asarray(values, dtype=float) / len(values)).tolist()
+        return means
+    return [aggregate(np.repeat(values, own).tolist()) for own in counts]
 
 
 def _interval(value: float, resampled: npt.NDArray[np.float64], level: float) -> Interval:

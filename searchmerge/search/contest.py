@@ -8,7 +8,7 @@ from searchmerge.errors import StudyError
 from searchmerge.evaluators.blocks import Round
 from searchmerge.plan import MergePlan
 from searchmerge.search.objective import Objective
-from searchmerge.search.racing import Racing, Rival, Spread, predict, spread_of
+from searchmerge.search.racing import Outlook, Racing, Rival, outlook_of, predict
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scores import ScoreStore
 
@@ -46,7 +46,7 @@ class Contest:
         self._entered: list[Rival] = []
         self._best: Rival | None = None
         self._front: list[Rival] = []
-        self._spreads: dict[int, Spread] = {}
+        self._outlooks: dict[int, Outlook] = {}
 
     @property
     def is_open(self) -> bool:
@@ -57,7 +57,7 @@ class Contest:
         """Take in a plan that was scored in full; return whether it is the best so far."""
         rival = self._rival(plan)
         self._entered = [*self._entered[-_POOL:], rival]
-        self._spreads.clear()
+        self._outlooks.clear()
         standing = self.objective.standing(rival.scores)
         is_best = self._best is None or standing > self.objective.standing(self._best.scores)
         if is_best:
@@ -76,11 +76,11 @@ class Contest:
         if self._racing is None or self._best is None:
             return rounds
         expected = {}
-        for task, spread in self._spread(self._best).items():
+        for task, squares in self._outlook(self._best).squares.items():
             blocks = self._schedule.blocks["select"][task]
             ends = np.cumsum([len(block.examples) for block in blocks])
-            unit = (self.objective.unit(task) / len(spread)) ** 2
-            for block, own in zip(blocks, np.split(spread, ends[:-1]), strict=True):
+            unit = (self.objective.unit(task) / len(squares)) ** 2
+            for block, own in zip(blocks, np.split(squares, ends[:-1]), strict=True):
                 expected[block.key] = unit * float(own.sum())
         return sorted(rounds, key=lambda own: -sum(expected[block.key] for block in own))
 
@@ -94,8 +94,8 @@ class Contest:
             self.objective,
             self._schedule.blocks["select"],
             self._scores.get(plan),
-            [(rival, self._spread(rival)) for rival in rivals],
-            (self._base, self._spread(self._base)) if self._base else None,
+            [(rival, self._outlook(rival)) for rival in rivals],
+            (self._base, self._outlook(self._base)) if self._base else None,
         )
 
     def estimate(self, plan: MergePlan) -> tuple[dict[str, float], int]:
@@ -108,15 +108,15 @@ class Contest:
         if rival is None:
             raise StudyError("a trial was stopped early though nothing was scored in full")
         blocks, known = self._schedule.blocks["select"], self._scores.get(plan)
-        predicted = predict(blocks, known, rival, self._spread(rival))
-        scores = {t: predicted[t].value if t in predicted else rival.scores[t] for t in blocks}
+        predicted = predict(blocks, known, rival, self._outlook(rival))
+        scores = {**rival.scores, **predicted.scores}
         return scores, sum(block.key in known for own in blocks.values() for block in own)
 
-    def _spread(self, rival: Rival) -> Spread:
-        if id(rival) not in self._spreads:
+    def _outlook(self, rival: Rival) -> Outlook:
+        if id(rival) not in self._outlooks:
             pool = [*self._references, *self._entered]
-            self._spreads[id(rival)] = spread_of(pool, rival)
-        return self._spreads[id(rival)]
+            self._outlooks[id(rival)] = outlook_of(pool, rival)
+        return self._outlooks[id(rival)]
 
     def _known_rivals(self, plans: Iterable[MergePlan]) -> list[Rival]:
         is_known = self._schedule.is_known

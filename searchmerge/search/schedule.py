@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from searchmerge.evaluators.blocks import Block, BlockScores, Round, inform, make_rounds
-from searchmerge.evaluators.evaluator import Part
+from searchmerge.evaluators.evaluator import Aggregate, Part
 from searchmerge.plan import MergePlan
 from searchmerge.search.scores import ScoreStore
 
@@ -18,17 +18,20 @@ class Schedule:
         rounds: For each part, the blocks of all tasks in rounds.
         round_blocks: Blocks in a round.
         metrics: Task name to what its scores are called.
+        aggregates: Task name to what makes its score from records of examples, where it is no
+            mean and held-out examples have records.
     """
 
     blocks: Mapping[Part, Mapping[str, Sequence[Block]]]
     rounds: Mapping[Part, Sequence[Round]]
     round_blocks: int
     metrics: Mapping[str, str] = field(default_factory=dict)
+    aggregates: Mapping[str, Aggregate] = field(default_factory=dict)
 
     def scores(self, store: ScoreStore, plan: MergePlan, part: Part) -> dict[str, float]:
         """Return each task's score of a plan that was scored on all of ``part``."""
         return {
-            task: _mean(store.task_values(plan, blocks))
+            task: score_of(store.task_values(plan, blocks), self.aggregates.get(task))
             for task, blocks in self.blocks[part].items()
         }
 
@@ -89,5 +92,8 @@ def _by_example(store: ScoreStore, plan: MergePlan, blocks: Sequence[Block]) -> 
     return dict(zip(examples, values * (len(examples) // len(values)), strict=True))
 
 
-def _mean(values: Sequence[float]) -> float:
+def score_of(values: Sequence[float], aggregate: Aggregate | None) -> float:
+    """Return a task's score from one value, or record, per example, or from the score itself."""
+    if aggregate is not None and len(values) > 1:
+        return aggregate(values)
     return sum(values) / len(values)

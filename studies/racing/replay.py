@@ -25,7 +25,7 @@ from searchmerge.evaluators.blocks import Block, Round, inform, make_blocks, mak
 from searchmerge.evaluators.evaluator import Part, TaskInfo
 from searchmerge.search.contest import Contest
 from searchmerge.search.objective import Goal, Objective
-from searchmerge.search.racing import Known, Racing, Rival, Spread
+from searchmerge.search.racing import Known, Outlook, Racing, Rival
 from searchmerge.search.references import BASE, expert_name
 from searchmerge.search.schedule import Schedule
 
@@ -47,7 +47,7 @@ class SignedRank:
         goal: Objective,
         blocks: Mapping[str, Sequence[Block]],
         known: Known,
-        rivals: Sequence[tuple[Rival, Spread]],
+        rivals: Sequence[tuple[Rival, Outlook]],
         base: object,
     ) -> bool:
         """Return whether the blocks known are worse with confidence."""
@@ -72,7 +72,7 @@ RULES = {
     "signed rank, p 0.05": (SignedRank(0.05), "random"),
     "signed rank, p 0.1": (SignedRank(0.1), "random"),
     "predicted, p 0.05, blocks at random": (Racing(0.05), "random"),
-    **{f"predicted, p {p}": (Racing(p), "informed") for p in (0.01, 0.02, 0.05, 0.1)},
+    **{f"predicted, p {p}": (Racing(p), "informed") for p in (0.02, 0.03, 0.05, 0.1)},
 }
 
 

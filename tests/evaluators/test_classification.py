@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -185,6 +186,19 @@ def test_macro_f1_scores_all_examples_as_one_number(study, tmp_path):
     assert value == pytest.approx(f1_by_hand(true, predicted))
 
 
+def test_macro_f1_keeps_a_record_of_each_held_out_example(study):
+    spec, file = read_study(study("bert", text_tasks(metric="macro_f1")))
+    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), EAGER)
+    info = worker.tasks()["second"]
+    plan = reference_plans(tuple(spec.experts))["expert second"]
+    [block] = assemble.make_schedule(spec, worker.tasks()).blocks["hold_out"]["second"]
+    whole = replace(block, part="select")
+    [held_out, seen] = worker.score(plan, [(block,), (whole,)])
+    [records], [score] = held_out.scores, seen.scores
+    assert len(records.values) == len(block.examples)
+    assert score.values == (info.aggregate(records.values),)
+
+
 def f1_by_hand(true, predicted):
     scores = []
     for k in sorted({*true.tolist(), *predicted.tolist()}):
@@ -199,7 +213,7 @@ def f1_by_hand(true, predicted):
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
 def test_macro_f1_is_the_mean_of_the_classes_that_occur(pairs):
     true, predicted = np.array(pairs).T
-    found = macro_f1(torch.tensor(predicted), torch.tensor(true), 5)
+    found = macro_f1([float(5 * t + p) for t, p in pairs], 5)
     assert found == pytest.approx(f1_by_hand(true, predicted))
 
 

@@ -44,6 +44,37 @@ def test_no_difference_is_called_indistinguishable_about_as_often_as_its_level_s
     assert sum("is better" in verdict for verdict in verdicts) <= 2
 
 
+def test_a_score_that_is_no_mean_has_an_interval_where_examples_have_records():
+    """The geometric mean of accuracies on even and odd examples, coded 0 to 3."""
+
+    def geometric(records):
+        coded = np.array(records)
+        rates = [(coded[coded // 2 == half] % 2).mean() for half in (0, 1)]
+        return float(np.sqrt(rates[0] * rates[1]))
+
+    def recorded(seed, gain):
+        data = values(seed, gain)
+        for plan in data.values():
+            plan["b"] = tuple(2 * (i % 2) + x for i, x in enumerate(plan["b"]))
+        return data
+
+    def judge(data):
+        options = {"level": 0.95, "n_resamples": 400, "seed": 0, "aggregates": {"b": geometric}}
+        return confirm(data, ["trial 1"], Objective("mean", GOALS), {}, **options)
+
+    better = judge(recorded(0, 0.3))
+    assert "is better than the best baseline" in better.verdict
+    assert better.gain.low < better.gain.value < better.gain.high
+    exact = values(0, 0.3)["trial 1"]
+    assert better.objective["trial 1"].value == pytest.approx(
+        (np.mean(exact["a"]) + 3 * geometric(recorded(0, 0.3)["trial 1"]["b"])) / 4
+    )
+    # what an earlier version has kept of a plan is the score alone
+    old = recorded(0, 0.3)
+    old["base"]["b"] = (0.4,)
+    assert "No interval can be given: of b there is one number" in judge(old).verdict
+
+
 def test_equal_plans_differ_by_exactly_nothing():
     data = values(1, 0.0)
     data["trial 1"] = data["expert b"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from searchmerge.evaluators.blocks import make_blocks
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.search.objective import Constraint, Goal, Objective
-from searchmerge.search.racing import Racing, Rival, predict, spread_of
+from searchmerge.search.racing import Racing, Rival, outlook_of, predict
 
 N = 64
 BLOCKS = {
@@ -33,8 +33,8 @@ def rival(values):
 
 def stops(racing, goal, candidate, rivals, base=None, blocks=BLOCKS, pool=()):
     """Return whether a candidate is stopped; the pool tells how much plans differ."""
-    paired = [(one, spread_of([*pool, *rivals], one)) for one in rivals]
-    below = (base, spread_of([*pool, *rivals], base)) if base else None
+    paired = [(one, outlook_of([*pool, *rivals], one)) for one in rivals]
+    below = (base, outlook_of([*pool, *rivals], base)) if base else None
     return racing.stops(goal, blocks, candidate, paired, below)
 
 
@@ -112,9 +112,8 @@ def test_a_score_that_is_no_mean_counts_once_it_is_known():
     whole = blocks["b"][0].key
     best = Rival({"a": 0.5, "b": 0.9}, {"a": np.array(GOOD["a"]), "b": np.array([0.9])})
     candidate = {**{k: v for k, v in known(GOOD, 4).items() if k[0] == "a"}, whole: (0.2,)}
-    predicted = predict(blocks, candidate, best, spread_of([], best))
-    assert predicted["b"].se == 0.0
-    assert predicted["b"].value == pytest.approx(0.2)
+    predicted = predict(blocks, candidate, best, outlook_of([], best))
+    assert predicted.upper(1.6)["b"] == predicted.scores["b"] == pytest.approx(0.2)
     assert stops(Racing(min_blocks=2), objective("mean"), candidate, [best], blocks=blocks)
 
 
@@ -130,10 +129,9 @@ def test_once_all_is_known_the_prediction_is_the_score_and_the_decision_is_right
     generator = np.random.default_rng(seed)
     draws = [{t: list(generator.integers(0, 2, N) * 1.0) for t in BLOCKS} for _ in range(2)]
     candidate, best = (rival(values) for values in draws)
-    predicted = predict(BLOCKS, known(draws[0]), best, spread_of([candidate], best))
-    for task, prediction in predicted.items():
-        assert prediction.value == pytest.approx(candidate.scores[task])
-        assert prediction.se == 0.0
+    predicted = predict(BLOCKS, known(draws[0]), best, outlook_of([candidate], best))
+    assert predicted.scores == pytest.approx(candidate.scores)
+    assert not predicted.covariance.any()
     goal = objective(kind)
     stopped = stops(Racing(p_threshold, 2, 10.0), goal, known(draws[0]), [best])
     if kind == "tasks":
@@ -154,8 +152,8 @@ def test_a_candidate_as_good_as_the_best_is_seldom_stopped():
         return {task: list(right[i] * 1.0) for i, task in enumerate("ab")}
 
     pool = [rival(draw()) for _ in range(12)]
-    spreads = {task: spread_of(pool, pool[0])[task] for task in "ab"}
-    order = {task: np.argsort(-spread, kind="stable") for task, spread in spreads.items()}
+    squares = outlook_of(pool, pool[0]).squares
+    order = {task: np.argsort(-own, kind="stable") for task, own in squares.items()}
     lost = n_candidates = 0
     while n_candidates < 400:
         best, candidate = (
