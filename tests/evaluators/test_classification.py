@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -16,8 +17,11 @@ from transformers import (
     AutoTokenizer,
     T5Config,
 )
+from typer.testing import CliRunner
 
 from searchmerge import assemble
+from searchmerge.classifier import SavedHead, head_files, load_classifier
+from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError, EvaluationError, SpecError
 from searchmerge.evaluators.classification import Classification, ClassificationTask, macro_f1
@@ -139,8 +143,6 @@ def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(study, tmp_path, poo
     tasks["second"]["labels"] = None
     file = study("sentence", tasks, classification={"pooling": pooling})
     order, values = score(file, "first")
-    from safetensors.torch import load_file
-
     head = load_file(tmp_path / "first" / "model.safetensors")
     model = AutoModel.from_pretrained(tmp_path / "first").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
@@ -228,6 +230,113 @@ def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes)
     plan = MergePlan.from_yaml(tmp_path / "run" / "model" / "merge_plan.yaml")
     assert plan == results.merge_plan
     assert next(model.parameters()).isfinite().all()
+    blocks = assemble.make_schedule(spec, evaluated(spec, file)).blocks["hold_out"]
+    for expert, own in blocks.items():
+        examples = [example for block in own for example in block.examples]
+        classifier = load_classifier(tmp_path / "run" / "model", expert)
+        labels = tuple(classifier.config.id2label[i] for i in range(CLASSES[expert]))
+        numbered = tuple(f"LABEL_{i}" for i in range(CLASSES[expert]))
+        assert labels == (numbered if kind == "clip" else NAMES.get(expert, numbered))
+        predict = predicted_images if kind in ("vit", "clip") else predicted_texts
+        predicted, true = predict(tmp_path, classifier, expert, examples)
+        if "metric" in tasks[expert]:
+            assert winner.hold_out[expert] == pytest.approx(f1_by_hand(true, predicted))
+        else:
+            assert winner.hold_out[expert] == pytest.approx((true == predicted).mean())
+
+
+def evaluated(spec, file):
+    evaluators = assemble.make_evaluators(spec, file, assemble.open_models(spec, file), "cpu")
+    return {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
+
+
+def predicted_texts(folder, classifier, expert, examples):
+    """Return the classes that a saved classifier gives texts, and their own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "model")
+    with torch.no_grad():
+        logits = [
+            classifier(**tokenizer(texts()[i], truncation=True, return_tensors="pt")).logits[0]
+            for i in examples
+        ]
+    true = [text_labels(expert)[i] for i in examples]
+    return np.array([int(one.argmax()) for one in logits]), np.array(true)
+
+
+def predicted_images(folder, classifier, expert, examples):
+    """Return the classes that a saved classifier gives images, and their own."""
+    from datasets import load_dataset
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder / "run" / "model")
+    rows = load_dataset("imagefolder", data_dir=str(folder / "data" / expert))["test"]
+    names = rows.features["label"].names
+    own = classifier.config.id2label.values()
+    order = list(own) if set(own) == set(names) else names
+    predicted = []
+    for i in examples:
+        with torch.no_grad():
+            logits = classifier(**processor(rows[i]["image"], return_tensors="pt")).logits
+        predicted.append(int(logits[0].argmax()))
+    return np.array(predicted), np.array([order.index(names[rows[i]["label"]]) for i in examples])
+
+
+def test_a_saved_head_is_used_by_transformers_alone(study, tmp_path):
+    spec, file = read_study(study("bert", text_tasks()))
+    models = assemble.open_models(spec, file)
+    plan = reference_plans(tuple(spec.experts))["expert first"]
+    heads = assemble.saved_heads(spec, models)
+    out = tmp_path / "out"
+    assemble.save_merge(models, assemble.load_task_vectors(models, spec), plan, out, heads=heads)
+    head = json.loads((out / "heads" / "first.json").read_text())
+    names = {int(i): name for i, name in head["id2label"].items()}
+    assert names == dict(enumerate(NAMES["first"]))
+    model = AutoModelForSequenceClassification.from_pretrained(out, id2label=names).eval()
+    model.load_state_dict(load_file(out / "heads" / "first.safetensors"), strict=False)
+    inputs = AutoTokenizer.from_pretrained(out)(texts()[1], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    assert torch.allclose(logits, own_text_logits(tmp_path, "first")[1], atol=1e-5)
+    assert torch.equal(logits, load_classifier(out, "first")(**inputs).logits[0])
+
+
+def test_a_single_merge_saves_the_heads_too(study, tmp_path):
+    study("bert", text_tasks())
+    plan = reference_plans(tuple(CLASSES))["expert second"]
+    plan.to_yaml(tmp_path / "plan.yaml")
+    experts = [f"--expert={expert}={tmp_path / expert}" for expert in CLASSES]
+    options = [f"--base={tmp_path / 'base'}", *experts, f"--out={tmp_path / 'out'}"]
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "plan.yaml"), *options])
+    assert done.exit_code == 0, done.output
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")(texts()[1], return_tensors="pt")
+    logits = load_classifier(tmp_path / "out", "second")(**inputs).logits[0]
+    assert torch.allclose(logits, own_text_logits(tmp_path, "second")[1], atol=1e-5)
+
+
+def test_a_head_that_was_not_saved_is_refused(study, tmp_path):
+    spec, file = read_study(study("bert", text_tasks()))
+    models = assemble.open_models(spec, file)
+    files = head_files(assemble.saved_heads(spec, models))
+    shutil.copytree(tmp_path / "base", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"no head of an expert 'third' \(there are: none\)"):
+        load_classifier(tmp_path / "out", "third")
+    (tmp_path / "out" / "heads").mkdir()
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "out" / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"no head of an expert 'third' .*first, second"):
+        load_classifier(tmp_path / "out", "third")
+    (tmp_path / "out" / "heads" / "first.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"first\.safetensors: cannot be read"):
+        load_classifier(tmp_path / "out", "first")
+
+
+def test_the_head_of_any_experts_name_has_a_file_in_the_folder():
+    heads = {
+        name: SavedHead({"score.weight": torch.ones(2, 3)}, None) for name in ("../a", "a/b", "ä")
+    }
+    places = [name.split("/") for name in head_files(heads)]
+    assert all(len(place) == 2 and place[0] == "heads" for place in places)
+    assert len({tuple(place) for place in places}) == 6
 
 
 def test_the_same_weights_score_the_same_from_every_kind_of_file(study, tmp_path):
