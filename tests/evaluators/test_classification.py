@@ -34,8 +34,10 @@ from searchmerge.spec import read_study
 from tests.evaluators.classifiers import (
     CLASSES,
     NAMES,
+    TOWER,
     WORDS,
     image_tasks,
+    make_clip_experts,
     make_experts,
     make_pooled_experts,
     save_tokenizer,
@@ -83,6 +85,9 @@ def made(tmp_path_factory):
         roots[name] = tmp_path_factory.mktemp(name)
         make(roots[name], kind)
         write(roots[name])
+    roots["clip-classifier"] = tmp_path_factory.mktemp("clip-classifier")
+    make_clip_experts(roots["clip-classifier"])
+    write_images(roots["clip-classifier"])
     return roots
 
 
@@ -162,11 +167,13 @@ def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(study, tmp_path, poo
     assert values == expected
 
 
-def test_an_image_classifier_scores_as_in_transformers(study, tmp_path):
+@pytest.mark.parametrize("kind", ["vit", "clip-classifier"])
+def test_an_image_classifier_scores_as_in_transformers(study, tmp_path, kind):
     from datasets import load_dataset
     from transformers import AutoImageProcessor
 
-    order, values = score(study("vit", image_tasks()), "first")
+    changes = {"exclude": TOWER} if kind == "clip-classifier" else {}
+    order, values = score(study(kind, image_tasks(), **changes), "first")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "first").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "first")
     rows = load_dataset("imagefolder", data_dir=str(tmp_path / "data" / "first"))["test"]
@@ -177,6 +184,7 @@ def test_an_image_classifier_scores_as_in_transformers(study, tmp_path):
             logits = model(**processor(rows[i]["image"], return_tensors="pt")).logits[0]
         expected.append(float(NAMES["first"][int(logits.argmax())] == names[rows[i]["label"]]))
     assert values == expected
+    assert 0 < sum(values) < len(values)
 
 
 def test_macro_f1_scores_all_examples_as_one_number(study, tmp_path):
@@ -213,8 +221,9 @@ def test_macro_f1_is_the_mean_of_the_classes_that_occur(pairs):
         ("vit", image_tasks(), {}),
         ("sentence", text_tasks(labels=None), {"classification": {"pooling": "mean"}}),
         ("clip", image_tasks(), {"classification": {"pooling": "pooler"}}),
+        ("clip-classifier", image_tasks(), {"exclude": TOWER}),
     ],
-    ids=["bert", "bert-f1-bf16", "vit", "sentence", "clip"],
+    ids=["bert", "bert-f1-bf16", "vit", "sentence", "clip", "clip-classifier"],
 )
 def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes):
     if kind == "sentence":
@@ -237,7 +246,7 @@ def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes)
         labels = tuple(classifier.config.id2label[i] for i in range(CLASSES[expert]))
         numbered = tuple(f"LABEL_{i}" for i in range(CLASSES[expert]))
         assert labels == (numbered if kind == "clip" else NAMES.get(expert, numbered))
-        predict = predicted_images if kind in ("vit", "clip") else predicted_texts
+        predict = predicted_texts if "text" in tasks[expert] else predicted_images
         predicted, true = predict(tmp_path, classifier, expert, examples)
         if "metric" in tasks[expert]:
             assert winner.hold_out[expert] == pytest.approx(f1_by_hand(true, predicted))
@@ -488,3 +497,19 @@ def test_a_head_that_the_base_has_too_stays_each_experts_own(study, made, tmp_pa
     shutil.copytree(tmp_path / "first", tmp_path / "base")
     own = {"heads": ["^classifier"]}
     assert score(study("bert", text_tasks(), classification=own), "second") == expected
+
+
+def test_an_image_classifier_may_be_the_base_of_others(study, tmp_path):
+    """The heads of base and experts have the same names, and other shapes."""
+    expected = score(study("clip-classifier", image_tasks(), exclude=TOWER), "second")
+    (tmp_path / "base").unlink()
+    shutil.copytree(tmp_path / "first", tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"own with `classification\.heads: \[classifier\]`"):
+        score(study("clip-classifier", image_tasks()), "second")
+    own = {"heads": ["^classifier"]}
+    file = study("clip-classifier", image_tasks(), classification=own)
+    assert score(file, "second") == expected
+    spec, file = read_study(file)
+    run_study(spec, file, EAGER, tmp_path / "run", Silent())
+    names = load_classifier(tmp_path / "run" / "model", "second").config.id2label
+    assert len(names) == CLASSES["second"]
