@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -487,6 +488,25 @@ def test_logits_that_are_not_finite_name_task_and_example(study):
         model.get_input_embeddings().weight[4 + 7] = float("nan")  # the token of w7
     with pytest.raises(EvaluationError, match=r"task 'first', example 1: .* not finite"):
         evaluators["first"].score(model, "first", [1, 2])
+
+
+def test_a_trial_whose_logits_are_not_finite_fails_and_the_study_goes_on(study, tmp_path):
+    space = {"method": "task_arithmetic", "coefficient": {"low": 0.0, "high": 10.0}}
+    search = {"sampler": "random", "n_trials": 20, "round_blocks": 2}
+    file = study("bert", text_tasks(), space=space, search=search)
+    first = (tmp_path / "first").resolve()
+    (tmp_path / "first").unlink()
+    shutil.copytree(first, tmp_path / "first")
+    weights = load_file(tmp_path / "first" / "model.safetensors")
+    weights["bert.pooler.dense.weight"].fill_(5e37)  # infinite from a coefficient of 7 on
+    save_file(weights, tmp_path / "first" / "model.safetensors", metadata={"format": "pt"})
+    spec, file = read_study(file)
+    seen = Silent()
+    run_study(spec, file, EAGER, tmp_path / "run", seen)
+    failed = [record for record in seen.trials if record.value is None]
+    assert any(record.value is not None for record in seen.trials[failed[0].number + 1 :])
+    for record in failed:
+        assert re.match(r"task '\w+', example \d+: .* logits that are not finite", record.note)
 
 
 def test_a_head_that_the_base_has_too_stays_each_experts_own(study, made, tmp_path):
