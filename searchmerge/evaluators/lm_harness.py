@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal_generation import GenerationOptions, NonFiniteLogits, generate
+from searchmerge.evaluators.causal_generation import GenerationOptions, Generator, NonFiniteLogits
 from searchmerge.evaluators.causal_scoring import CausalScorer
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.lm_task_settings import data_files, split_overrides
@@ -88,18 +88,8 @@ class TransformersBackend:
     spare = 0
 
     def __init__(self, batch_tokens: int) -> None:
-        self._batch_tokens = batch_tokens
         self.score = CausalScorer(batch_tokens).score
-
-    def generate(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        prompts: Sequence[Tokens],
-        options: GenerationOptions,
-    ) -> list[list[int]]:
-        """Return the new tokens of every prompt."""
-        return generate(model, tokenizer, prompts, options, self._batch_tokens)
+        self.generate = Generator(batch_tokens).generate
 
 
 @EVALUATORS.register("lm_harness")
