@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from searchmerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, tied
+from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
 from searchmerge.checkpoints.compatibility import check_compatible, private_tensors
 from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.renames import aligned, head_names
 from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
+from searchmerge.classifier import SavedHead, class_of, head_files
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.evaluators.blocks import Block, make_blocks, make_rounds, split_examples
@@ -101,15 +102,6 @@ def _open(model: ModelSpec, study_file: Path, base: Checkpoint | None) -> Checkp
     source: str | Path = beside if beside.exists() else model.path
     found = open_checkpoint(source, revision=model.revision, base=base)
     return found if base is None else found.named_as(base)
-
-
-def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the floating-point dtype that most of a checkpoint's bytes have."""
-    sizes: dict[torch.dtype, int] = {}
-    for header in checkpoint.headers.values():
-        if header.dtype.is_floating_point:
-            sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def check_groups(spec: StudySpec, models: Models) -> None:
@@ -337,11 +329,7 @@ def _heads(spec: StudySpec, models: Models) -> dict[str, Head]:
         SpecError: If an expert has no head.
     """
     own = spec.classification
-
-    def is_head(name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in own.heads)
-
-    shared = [name for name in models.base.headers if not is_head(name)]
+    shared = [name for name in models.base.headers if not _is_head(spec, name)]
     needed, _ = head_names(models.base.path, shared, spec.resident_class)
     if needed and own.pooling == "pooler":
         raise SpecError(
@@ -352,13 +340,45 @@ def _heads(spec: StudySpec, models: Models) -> dict[str, Head]:
     wanted = [t.expert for t in spec.tasks.values() if t.evaluator == "classification"]
     for expert in dict.fromkeys(map(str, wanted)):
         checkpoint = models.experts[expert]
-        weights, where = checkpoint.weights(), f"experts.{expert} ({checkpoint.name})"
-        private = private_tensors(models.base, checkpoint)
-        tensors = {n: weights[n] for n in checkpoint.headers if n in private or is_head(n)}
+        where = f"experts.{expert} ({checkpoint.name})"
+        tensors = _own_tensors(spec, models, expert)
         found[expert] = (
             pooled_head(tensors, own.pooling, where)
             if own.pooling
             else model_head(tensors, needed, n_classes(checkpoint.config), where)
+        )
+    return found
+
+
+def _is_head(spec: StudySpec, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in spec.classification.heads)
+
+
+def _own_tensors(spec: StudySpec, models: Models, expert: str) -> dict[str, torch.Tensor]:
+    """Return what is an expert's alone: what the base does not have, and its heads."""
+    checkpoint = models.experts[expert]
+    weights, private = checkpoint.weights(), private_tensors(models.base, checkpoint)
+    return {n: weights[n] for n in checkpoint.headers if n in private or _is_head(spec, n)}
+
+
+def saved_heads(spec: StudySpec, models: Models) -> dict[str, SavedHead]:
+    """Return what is saved beside the merged model: each expert's own tensors, if it has any."""
+    found = {}
+    classified = {n: t for n, t in spec.tasks.items() if t.evaluator == "classification"}
+    for expert, checkpoint in models.experts.items():
+        tensors, config = _own_tensors(spec, models, expert), checkpoint.config
+        if not tensors:
+            continue
+        named = [t.labels for t in classified.values() if t.expert == expert and t.labels]
+        sizes = [len(t) for t in tensors.values() if t.ndim == 2]
+        pooled = spec.classification.pooling if classified else None
+        n = sizes[0] if pooled and len(sizes) == 1 else n_classes(config)
+        candidates = [*named, class_names(config), tuple(f"LABEL_{i}" for i in range(n))]
+        found[expert] = SavedHead(
+            tensors,
+            spec.resident_class if classified else class_of(config),
+            pooled,
+            next(labels for labels in candidates if len(labels) == n),
         )
     return found
 
@@ -581,16 +601,20 @@ def save_merge(
     plan: MergePlan,
     out: Path,
     *,
+    heads: Mapping[str, SavedHead],
     card: str | None = None,
-    engine: EngineKind = "auto",
 ) -> None:
-    """Merge ``plan`` and write the model with its plan, in the study's dtype.
+    """Merge ``plan`` and write the model, its plan and the experts' heads, in the study's dtype.
 
     Raises:
         CheckpointError: If it cannot be written; what was at ``out`` before is kept.
     """
-    merger = make_merger(models, vectors, engine)
-    extra = {PLAN_FILE: plan.to_yaml()} | ({"README.md": card} if card else {})
+    merger = make_merger(models, vectors, "auto")
+    extra = {
+        PLAN_FILE: plan.to_yaml(),
+        **head_files(heads, models.dtype),
+        **({"README.md": card} if card else {}),
+    }
     save_model(
         merger.merged(plan, dtype=models.dtype),
         out,

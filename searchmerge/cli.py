@@ -138,7 +138,7 @@ def merge(
     ),
 ) -> None:
     """Merge once, as a plan says, and write the model."""
-    from searchmerge.assemble import load_task_vectors, open_models, save_merge
+    from searchmerge.assemble import load_task_vectors, open_models, save_merge, saved_heads
     from searchmerge.plan import MergePlan
     from searchmerge.spec import plain_study
 
@@ -148,7 +148,8 @@ def merge(
         raise SpecError(f"{plan}: merges expert {missing[0]!r}; give --expert {missing[0]}=PATH")
     spec = plain_study(base, {name: experts[name] for name in what.experts}, dtype)
     models = open_models(spec, Path())
-    save_merge(models, load_task_vectors(models, spec), what, out)
+    vectors, heads = load_task_vectors(models, spec), saved_heads(spec, models)
+    save_merge(models, vectors, what, out, heads=heads)
     _out.print(f"Written: {out}", highlight=False, soft_wrap=True)
 
 

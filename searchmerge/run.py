@@ -243,13 +243,15 @@ def _save_winner(
 ) -> None:
     """Write the winner, unless it is there already."""
     out, plan = run_dir / MODEL_DIR, results.merge_plan
-    card = model_card(results, models.base.name, models.sources)
+    heads = assemble.saved_heads(spec, models)
+    classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
+    card = model_card(results, models.base.name, models.sources, classes)
     if _is_saved(out, plan):
         (out / "README.md").write_text(card, encoding="utf-8")
         return
     observer.phase("saving the model", None)
     vectors: TaskVectors = assemble.load_task_vectors(models, spec)
-    assemble.save_merge(models, vectors, plan, out, card=card)
+    assemble.save_merge(models, vectors, plan, out, heads=heads, card=card)
 
 
 def _is_saved(out: Path, plan: MergePlan) -> bool:

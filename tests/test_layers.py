@@ -16,6 +16,7 @@ LAYERS = [
     {"search"},
     {"spec", "config"},
     {"report"},
+    {"classifier"},
     {"assemble"},
     {"run", "check", "progress", "interrupts"},
     {"cli"},

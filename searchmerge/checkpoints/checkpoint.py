@@ -168,6 +168,15 @@ def open_checkpoint(
     )
 
 
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the floating-point dtype that most of a checkpoint's bytes have."""
+    sizes: dict[torch.dtype, int] = {}
+    for header in checkpoint.headers.values():
+        if header.dtype.is_floating_point:
+            sizes[header.dtype] = sizes.get(header.dtype, 0) + header.size_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
 def tied(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the names that store another tensor once more, each with the name that is used.
 

@@ -10,6 +10,9 @@ from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.checkpoints.tokenizer_files import difference, read_tokenizer
 from searchmerge.errors import CheckpointError
 
+_HEAD = re.compile(r"(classifier|classification_head|score|head)(?=\.)")
+"""How classifiers of transformers name their heads."""
+
 
 def check_compatible(
     base: Checkpoint,
@@ -122,15 +125,20 @@ def _check_shapes(
     once_more = aliases(base.headers, base.config)
     if says_untied(expert.config):
         once_more = {}
-    for tensor, header in base.headers.items():
-        if tensor in excluded or not header.dtype.is_floating_point:
-            continue
+    merged = {
+        tensor: header
+        for tensor, header in base.headers.items()
+        if tensor not in excluded and header.dtype.is_floating_point
+    }
+    missing = [t for t in merged if t not in expert.headers and t not in once_more]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"expert {name!r} ({expert.name}) does not have {missing[0]!r}{others}, which the "
+            f"base ({base.name}) has; leave it as in the base with `exclude:`"
+        )
+    for tensor, header in merged.items():
         found = expert.headers.get(tensor)
-        if found is None and tensor not in once_more:
-            raise CheckpointError(
-                f"expert {name!r} ({expert.name}) does not have {tensor!r}, which the base "
-                f"({base.name}) has; leave it as in the base with `exclude:`"
-            )
         if found is None or found.shape == header.shape:
             continue
         by_rows = is_vocabulary(tensor) and found.shape[1:] == header.shape[1:]
@@ -142,6 +150,8 @@ def _refuse_shape(
     name: str, tensor: str, found: TensorHeader, header: TensorHeader, *, by_rows: bool
 ) -> None:
     way_out = "`vocabulary: base`" if by_rows else "`exclude:`"
+    if head := _HEAD.match(tensor):
+        way_out += f", or each expert's own with `classification.heads: [{head[0]}]`"
     raise CheckpointError(
         f"{tensor!r} has shape {list(found.shape)} in expert {name!r} and {list(header.shape)} "
         f"in the base; keep the base's with {way_out}"

@@ -65,8 +65,17 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    with file.open("w", encoding="utf-8") as opened:
-        opened.write(text)
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk itself.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with file.open("wb") as opened:
+        opened.write(data)
         opened.flush()
         os.fsync(opened.fileno())
 

@@ -1,6 +1,6 @@
 """The resident model: loaded once, and written through views that have the checkpoint's names."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ def load_resident(
     dtype: torch.dtype,
     device: str,
     auto_class: str = "AutoModelForCausalLM",
+    labels: Sequence[str] = (),
 ) -> nn.Module:
     """Return the model, ready to be evaluated and to be written over: no gradients, no dropout.
 
@@ -28,6 +29,7 @@ def load_resident(
         device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
         auto_class: The class of transformers to load it with. A task head that the checkpoint
             does not have is made, with random weights.
+        labels: The classes of its head, where these are not what the configuration says.
 
     Raises:
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
@@ -38,10 +40,17 @@ def load_resident(
     loader: Any = getattr(transformers, auto_class, None)
     if not hasattr(loader, "from_pretrained"):
         raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if labels:
+        options |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,  # the base's own head may have other classes
+        }
     try:
         with _quiet():
             model, found = loader.from_pretrained(
-                checkpoint.path, dtype=dtype, output_loading_info=True, local_files_only=True
+                checkpoint.path, output_loading_info=True, **options
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())

@@ -22,6 +22,7 @@ from searchmerge.checkpoints.files import (
     describe_write_error,
     read_json,
     sync_directory,
+    write_bytes,
     write_text,
 )
 from searchmerge.checkpoints.tensor_files import TensorFileWriter, TensorHeader
@@ -39,7 +40,7 @@ def save_model(
     *,
     like: Checkpoint,
     dtype: torch.dtype | None = None,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a model that transformers can load, and put it at ``out`` in one step.
@@ -54,8 +55,8 @@ def save_model(
             new one is whole the old one stays.
         like: The base: what the model has besides its weights.
         dtype: Of the floating tensors; ``None`` is each as in ``like``.
-        extra_files: Text by file name, written beside the model; ``merge_plan.yaml`` makes it
-            known as a model that may be replaced.
+        extra_files: Text or bytes by file name, which may be in a folder, written beside the
+            model; ``merge_plan.yaml`` makes it known as a model that may be replaced.
         max_shard_bytes: Size above which the weights are divided into several files.
 
     Raises:
@@ -72,9 +73,11 @@ def save_model(
         check_free_space(directory, headers, out)
         _write_weights(weights, directory, headers, like, max_shard_bytes)
         _copy_companions(like.path, directory, dtype)
-        for name, text in (extra_files or {}).items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            write_text(directory / name, text)
+        for name, content in (extra_files or {}).items():
+            file = directory / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(file, content if isinstance(content, bytes) else content.encode())
+            sync_directory(file.parent)
         _put_in_place(directory, out)
 
 

@@ -1,12 +1,21 @@
-"""Batched generation with a causal language model: prompts padded on the left, stop sequences."""
+"""Batched generation with a causal language model: prompts padded on the left, stop sequences.
 
+Greedy decoding, which is what nearly every task asks for, is a loop of our own over public API:
+what all prompts begin with is run once, and rows leave the batch as they finish. Whatever else a
+task or the model's generation config asks for goes through ``model.generate``, as does a model
+that does not honour masks and positions.
+"""
+
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from searchmerge.evaluators.causal_scoring import honours_packing, packed_window
 from searchmerge.evaluators.packing import Tokens
 
 _MAX_ROWS = 64
@@ -15,6 +24,21 @@ _MAX_ROWS = 64
 _CACHE_FACTOR = 32
 """Tokens of a batch's key-value cache, per token of a scoring batch."""
 
+_SHARED_TOKENS = 8
+"""A prefix of all prompts is run once if it has as many tokens."""
+
+_LEAVE = 0.75
+"""Rows that are done leave once they are so much of the batch that this part of it is left: each
+time the key-value cache is copied."""
+
+_HARMLESS = frozenset(
+    {
+        *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k"),
+        *("top_p", "min_p", "max_length", "max_new_tokens", "use_cache", "transformers_version"),
+    }
+)
+"""Entries of a generation config, other than its defaults, that greedy decoding does not heed or
+that the loop here heeds too."""
 
 _SAMPLING_SEED = 1234
 """Where a task asks for sampling, every call draws the same numbers."""
@@ -76,63 +100,240 @@ class _StopSequences:
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        start = max(self._prompt_tokens, input_ids.shape[1] - self._look_back)
-        texts = self._tokenizer.batch_decode(input_ids[:, start:])
-        done = [any(stop in text for stop in self._stop) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
+        new = input_ids[:, max(self._prompt_tokens, input_ids.shape[1] - self._look_back) :]
+        return torch.tensor([self.met(row) for row in new.tolist()], device=input_ids.device)
+
+    def met(self, tokens: Sequence[int]) -> bool:
+        """Return whether the last of these new tokens hold a stop sequence."""
+        text = self._tokenizer.decode(tokens[-self._look_back :])
+        return any(stop in text for stop in self._stop)
 
 
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Tokens],
-    options: GenerationOptions,
-    batch_tokens: int,
-) -> list[list[int]]:
-    """Return the new tokens of every prompt; what follows a stop sequence is of no meaning.
-
-    Where the options ask for sampling, the same weights and prompts give the same tokens; the
-    global random state is left as it was.
+class Generator:
+    """Generates with whatever weights a model holds now.
 
     Args:
-        model: A model of transformers that generates.
-        tokenizer: Its tokenizer, with a padding token.
-        prompts: Token ids, one or more each.
-        options: How to continue.
-        batch_tokens: Tokens of a batch of prompts, padding included.
-
-    Raises:
-        NonFiniteLogits: If the logits of a prompt are not finite.
+        batch_tokens: Tokens of a batch of prompts, padding included, 1 or more.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
-    results: list[list[int]] = [[]] * len(prompts)
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(_SAMPLING_SEED)
-        start = 0
-        while start < len(order):
-            longest = len(prompts[order[start]]) + options.max_new_tokens
-            n_rows = max(1, min(_MAX_ROWS, _CACHE_FACTOR * batch_tokens // longest))
-            rows = order[start : start + n_rows]
-            new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
-            for i, tokens in zip(rows, new, strict=True):
+
+    def __init__(self, batch_tokens: int) -> None:
+        self._batch_tokens = batch_tokens
+        self._honours: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Tokens],
+        options: GenerationOptions,
+    ) -> list[list[int]]:
+        """Return the new tokens of every prompt; what follows a stop sequence is of no meaning.
+
+        Where the options ask for sampling, the same weights and prompts give the same tokens;
+        the global random state is left as it was.
+
+        Args:
+            model: A model of transformers that generates.
+            tokenizer: Its tokenizer, with a padding token.
+            prompts: Token ids, one or more each.
+            options: How to continue.
+
+        Raises:
+            NonFiniteLogits: If the logits of a prompt are not finite.
+        """
+        longest = max(map(len, prompts), default=0) + options.max_new_tokens
+        if is_greedy(model, options) and self._takes_masks(model, longest):
+            return self._greedy(model, tokenizer, prompts, options)
+        results: list[list[int]] = [[]] * len(prompts)
+        device = _device(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(_SAMPLING_SEED)
+            for rows in self._batches(prompts, options):
+                new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
+                for i, tokens in zip(rows, new, strict=True):
+                    results[i] = tokens
+        return results
+
+    def _greedy(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Tokens],
+        options: GenerationOptions,
+    ) -> list[list[int]]:
+        results: list[list[int]] = [[]] * len(prompts)
+        n_shared = _n_shared(prompts)
+        prefix = _run_prefix(model, prompts[0][:n_shared]) if n_shared else None
+        for rows in self._batches(prompts, options):
+            batch = _GreedyBatch(model, {i: prompts[i][n_shared:] for i in rows}, tokenizer)
+            for i, tokens in zip(rows, batch.run(prefix, options), strict=True):
                 results[i] = tokens
-            start += n_rows
-    return results
+        return results
+
+    def _batches(self, prompts: Sequence[Tokens], options: GenerationOptions) -> list[list[int]]:
+        """Return which prompts are generated together: those of about one length."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        batches = []
+        while order:
+            longest = len(prompts[order[0]]) + options.max_new_tokens
+            n_rows = max(1, min(_MAX_ROWS, _CACHE_FACTOR * self._batch_tokens // longest))
+            batches.append(order[:n_rows])
+            order = order[n_rows:]
+        return batches
+
+    def _takes_masks(self, model: nn.Module, longest: int) -> bool:
+        """Return whether a mask and positions say all that the model knows of its past."""
+        if packed_window(model, longest) < longest:
+            return False
+        if model not in self._honours:
+            verdict = honours_packing(model)
+            if verdict is None:  # these weights hide it
+                return False
+            self._honours[model] = verdict
+        return self._honours[model]
+
+
+def is_greedy(model: Any, options: GenerationOptions) -> bool:
+    """Return whether the likeliest token is all that options and generation config ask for."""
+    asked = {key: value for key, value in options.arguments.items() if value is not None}
+    if asked.pop("do_sample", None) or asked.pop("num_beams", 1) != 1 or asked:
+        return False
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return False
+    said = {key for key, value in config.to_diff_dict().items() if value not in (None, False)}
+    return said - {"_from_model_config"} <= _HARMLESS
+
+
+def _n_shared(prompts: Sequence[Tokens]) -> int:
+    """Return how many tokens are run once for all prompts; every prompt keeps one or more."""
+    if len(prompts) < 2:
+        return 0
+    common = min(len(prompt) - 1 for prompt in prompts)
+    first, last = min(prompts), max(prompts)
+    while first[:common] != last[:common]:
+        common -= 1
+    return common if common >= _SHARED_TOKENS else 0
+
+
+def _run_prefix(model: nn.Module, prefix: Tokens) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and values of a prefix by layer, for one row."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    _forward(model, input_ids=torch.tensor([prefix], device=_device(model)), past_key_values=cache)
+    return [(keys, values) for keys, values, *_ in cache]
+
+
+def _forward(model: nn.Module, **inputs: Any) -> Tensor:
+    """Return the logits of the last token of every row, ``(n_rows, vocabulary)``."""
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        inputs["logits_to_keep"] = 1
+    logits: Tensor = model(use_cache=True, **inputs).logits
+    return logits[:, -1]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+class _GreedyBatch:
+    """Rows that take a step at a time together.
+
+    Args:
+        model: What gives the logits.
+        prompts: Index of each prompt, and its tokens after the prefix that all share.
+        tokenizer: Of the model.
+    """
+
+    def __init__(self, model: Any, prompts: Mapping[int, Tokens], tokenizer: Any) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._indices = list(prompts)
+        self._tokens, self._mask = _padded(list(prompts.values()), tokenizer.pad_token_id)
+        end = model.generation_config.eos_token_id
+        self._ends = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id}
+
+    def run(
+        self, prefix: list[tuple[Tensor, Tensor]] | None, options: GenerationOptions
+    ) -> list[list[int]]:
+        """Return the new tokens of every row.
+
+        Args:
+            prefix: Keys and values of what stands before the prompts, by layer.
+            options: When to stop.
+        """
+        stops = _StopSequences(self._tokenizer, options.stop, 0)
+        device, n_rows = _device(self._model), len(self._tokens)
+        cache, n_past = _expanded(prefix, n_rows)
+        new: list[list[int]] = [[] for _ in range(n_rows)]
+        rows = list(range(n_rows))  # those that are still in the batch
+        done: set[int] = set()
+        mask = torch.cat([self._mask.new_ones(n_rows, n_past), self._mask], 1).to(device)
+        inputs, positions = self._tokens.to(device), (mask.cumsum(1) - 1).clamp(min=0)[:, n_past:]
+        for _ in range(options.max_new_tokens):
+            logits = _forward(
+                self._model,
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+            )
+            largest, chosen = logits.max(-1)
+            self._check(largest, rows)
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                if row not in done:
+                    new[row].append(token)
+            done |= {row for row in rows if new[row][-1] in self._ends or stops.met(new[row])}
+            left = [place for place, row in enumerate(rows) if row not in done]
+            if not left:
+                break
+            inputs, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            if len(left) <= _LEAVE * len(rows):
+                kept = torch.tensor(left, device=device)
+                cache.batch_select_indices(kept)
+                inputs, positions, mask = inputs[kept], positions[kept], mask[kept]
+                rows = [rows[place] for place in left]
+        return new
+
+    def _check(self, largest: Tensor, rows: Sequence[int]) -> None:
+        finite = torch.isfinite(largest)
+        if not finite.all():
+            raise NonFiniteLogits(self._indices[rows[int((~finite).nonzero()[0, 0])]])
+
+
+def _expanded(prefix: list[tuple[Tensor, Tensor]] | None, n_rows: int) -> tuple[Any, int]:
+    """Return a cache that holds a prefix in every row, and how many tokens it has."""
+    from transformers import DynamicCache
+
+    if prefix is None:
+        return DynamicCache(), 0
+    layers = [
+        (keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
+        for keys, values in prefix
+    ]
+    return DynamicCache(layers), prefix[0][0].shape[2]
+
+
+def _padded(prompts: Sequence[Tokens], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return prompts padded on the left, and their mask, ``(n_rows, longest)`` int64 each."""
+    width = max(map(len, prompts))
+    tokens = torch.full((len(prompts), width), pad_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return tokens, mask
 
 
 def _generate_batch(
     model: Any, tokenizer: Any, prompts: Mapping[int, Tokens], options: GenerationOptions
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt; the longest prompt comes first."""
-    width = max(map(len, prompts.values()))
-    tokens = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts.values()):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    device = next(model.parameters()).device
+    """Return the new tokens of each prompt."""
+    tokens, mask = _padded(list(prompts.values()), tokenizer.pad_token_id)
+    width, device = tokens.shape[1], _device(model)
     arguments = {"max_length": width + options.max_new_tokens} | options.arguments
     sequences: Tensor = model.generate(
         input_ids=tokens.to(device),

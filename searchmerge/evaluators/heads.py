@@ -1,6 +1,7 @@
 """Classification heads: what turns a shared encoder's output into one logit per class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,6 +67,36 @@ class PooledHead:
 
 
 Head = ModelHead | PooledHead
+
+
+class PooledClassifier(nn.Module):
+    """An encoder with a linear head, called as a classifier of transformers is.
+
+    Args:
+        encoder: A model of transformers.
+        head: What gives the logits.
+        labels: The name of each class.
+    """
+
+    def __init__(self, encoder: nn.Module, head: PooledHead, labels: Sequence[str]) -> None:
+        super().__init__()
+        config: Any = deepcopy(encoder.config)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        self.config = config
+        self.encoder = encoder
+        self.classifier = nn.Linear(*head.parameters["weight"].T.shape)
+        self.classifier.load_state_dict(dict(head.parameters))
+        like = next(p for p in encoder.parameters() if p.is_floating_point())
+        self.classifier.to(like.device, like.dtype)
+        self.pooling = head.pooling
+
+    def forward(self, **inputs: Any) -> Any:
+        """Return an output of transformers with ``logits``, ``(n_examples, n_classes)``."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        pooled = pool(self.encoder(**inputs), inputs.get("attention_mask"), self.pooling)
+        return SequenceClassifierOutput(logits=self.classifier(pooled))
 
 
 def _placed(

@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal_generation import GenerationOptions, NonFiniteLogits, generate
+from searchmerge.evaluators.causal_generation import GenerationOptions, Generator, NonFiniteLogits
 from searchmerge.evaluators.causal_scoring import CausalScorer
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.lm_task_settings import data_files, split_overrides
@@ -88,18 +88,8 @@ class TransformersBackend:
     spare = 0
 
     def __init__(self, batch_tokens: int) -> None:
-        self._batch_tokens = batch_tokens
         self.score = CausalScorer(batch_tokens).score
-
-    def generate(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        prompts: Sequence[Tokens],
-        options: GenerationOptions,
-    ) -> list[list[int]]:
-        """Return the new tokens of every prompt."""
-        return generate(model, tokenizer, prompts, options, self._batch_tokens)
+        self.generate = Generator(batch_tokens).generate
 
 
 @EVALUATORS.register("lm_harness")
@@ -424,8 +414,12 @@ class _Catalogue:
         path = None if self._include_path is None else str(self._include_path)
         return TaskManager(include_path=path, include_defaults=include_defaults)
 
-    def find(self, name: str) -> tuple[Any, Any]:
+    def find(self, name: str, where: str) -> tuple[Any, Any]:
         """Return the task manager that knows ``name``, and the task's entry in its index.
+
+        Args:
+            name: A task.
+            where: Where the study names it, for messages.
 
         Raises:
             SpecError: If there is no such task, or it is a group of tasks.
@@ -433,12 +427,14 @@ class _Catalogue:
         manager = self._own if name in self._own.all_tasks else self._all
         if name in manager.all_groups or name in manager.all_tags:
             members = _members(manager, name)
-            raise SpecError(f"{name!r} is a group of lm-eval tasks; list its tasks: {members}")
+            raise SpecError(
+                f"{where}: {name!r} is a group of lm-eval tasks; list its tasks: {members}"
+            )
         if name not in manager.all_subtasks:
             close = get_close_matches(name, manager.all_subtasks, n=3)
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-            where = f" or in {self._include_path}" if self._include_path else ""
-            raise SpecError(f"no task named {name!r} in lm-eval{where}{hint}")
+            or_own = f" or in {self._include_path}" if self._include_path else ""
+            raise SpecError(f"{where}: no task named {name!r} in lm-eval{or_own}{hint}")
         return manager, manager.task_index[name]
 
 
@@ -538,19 +534,20 @@ class _PreparedTask:
             try:
                 answers = getattr(lm, kind)(asked)
             except NonFiniteLogits as error:
-                raise self._not_finite(asked[error.row], "the logits") from error
+                raise self._not_finite(asked[error.row], "logits that are not finite") from error
             for request, answer in zip(asked, answers, strict=True):
                 if kind != "generate_until":
                     value = answer[0] if isinstance(answer, tuple) else answer
                     if not math.isfinite(value):
-                        raise self._not_finite(request, f"a log-likelihood of {value}")
+                        raise self._not_finite(
+                            request, f"a log-likelihood of {value}, which is not finite"
+                        )
                 request.resps.append(answer)
         self._filters[self._filter].apply(list(requests))
 
     def _not_finite(self, request: Any, what: str) -> EvaluationError:
         return EvaluationError(
-            f"task {self._name!r}, example {request.doc_id}: the model gave {what}, not finite "
-            f"numbers"
+            f"task {self._name!r}, example {request.doc_id}: the model gave {what}"
         )
 
     def _value(self, requests: Sequence[Any]) -> Any:
@@ -649,7 +646,7 @@ def load_task(name: str, spec: LmTask, catalogue: _Catalogue) -> Any:
     Raises:
         SpecError: If there is no such task or split, or the task cannot be scored here.
     """
-    manager, entry = catalogue.find(spec.name)
+    manager, entry = catalogue.find(spec.name, f"tasks.{name}.task")
     config = dict(entry.cfg or {})
     overrides = data_files(config, entry.yaml_path)
     with _explained(name, f"load its task {spec.name!r}"), _quiet():

@@ -7,13 +7,19 @@ import yaml
 from searchmerge.report.results import Results
 
 
-def model_card(results: Results, base: str, experts: Mapping[str, str]) -> str:
+def model_card(
+    results: Results,
+    base: str,
+    experts: Mapping[str, str],
+    classes: Mapping[str, Sequence[str]],
+) -> str:
     """Return the README of a saved model, with the metadata that the hub reads.
 
     Args:
         results: Of the study that found the merge.
         base: The base model, as the study names it.
         experts: Expert name to the model, as the study names it.
+        classes: Expert name to the names of its head's classes, where it has a head of its own.
     """
     hub_ids = [name for name in (base, *experts.values()) if _is_hub_id(name)]
     metadata = {
@@ -37,11 +43,31 @@ A merge of these experts on the base `{base}`, found by searchmerge:
 
 {rows}
 
-`merge_plan.yaml` beside this file is all that is needed to make this model again:
+{_heads_text(classes)}`merge_plan.yaml` is all that is needed to make this model again:
 
 ```
 searchmerge merge merge_plan.yaml --base BASE --expert NAME=PATH ... --out OUT
 ```
+"""
+
+
+def _heads_text(classes: Mapping[str, Sequence[str]]) -> str:
+    """Return how the encoder becomes a classifier again, or nothing where no expert has a head."""
+    if not classes:
+        return ""
+    cells = [[f"`{expert}`", ", ".join(names)] for expert, names in classes.items()]
+    return f"""The model is the merged encoder. Every expert keeps a head of its own, in `heads/`:
+
+{_plain_table(["head", "classes"], cells)}
+
+```python
+from searchmerge import load_classifier
+
+model = load_classifier("PATH OF THIS FOLDER", {next(iter(classes))!r})
+logits = model(**inputs).logits  # inputs: of this folder's tokenizer or image processor
+label = model.config.id2label[int(logits[0].argmax())]
+```
+
 """
 
 

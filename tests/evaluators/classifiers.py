@@ -11,6 +11,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
@@ -110,6 +113,34 @@ def make_pooled_experts(root, kind="bert"):
             "classifier.bias": torch.randn(n_classes),
         }
         save_file({**load_file(file), **head}, file, metadata={"format": "pt"})
+
+
+TOWER = [r"^text_model\.", "_projection", "logit_scale"]
+"""What a CLIP model has and its image classifiers do not."""
+
+
+def make_clip_experts(root):
+    """Save a CLIP model of images and texts, and two image classifiers on its vision tower."""
+    small = {name: value for name, value in SMALL.items() if name != "initializer_range"}
+    text = {**small, "vocab_size": len(WORDS), "bos_token_id": 2, "eos_token_id": 3}
+    image = {**small, "image_size": 8, "patch_size": 4}
+
+    def config(**own):
+        return CLIPConfig(text_config=text, vision_config=image, projection_dim=16, **own)
+
+    torch.manual_seed(0)
+    base = CLIPModel(config())
+    base.save_pretrained(root / "base")
+    save_processor(root / "base")
+    tower = dict(base.named_parameters())
+    for expert in CLASSES:
+        model = CLIPForImageClassification(config(**_labels(expert)))
+        with torch.no_grad():
+            for name, own in model.named_parameters():
+                noise = torch.randn(own.shape)
+                own.copy_(tower[name] + 0.1 * noise if name in tower else noise)
+        model.save_pretrained(root / expert)
+        save_processor(root / expert)
 
 
 def texts(n=24):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -17,8 +19,11 @@ from transformers import (
     AutoTokenizer,
     T5Config,
 )
+from typer.testing import CliRunner
 
 from searchmerge import assemble
+from searchmerge.classifier import SavedHead, head_files, load_classifier
+from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError, EvaluationError, SpecError
 from searchmerge.evaluators.classification import Classification, ClassificationTask, macro_f1
@@ -31,8 +36,10 @@ from searchmerge.spec import read_study
 from tests.evaluators.classifiers import (
     CLASSES,
     NAMES,
+    TOWER,
     WORDS,
     image_tasks,
+    make_clip_experts,
     make_experts,
     make_pooled_experts,
     save_tokenizer,
@@ -80,6 +87,9 @@ def made(tmp_path_factory):
         roots[name] = tmp_path_factory.mktemp(name)
         make(roots[name], kind)
         write(roots[name])
+    roots["clip-classifier"] = tmp_path_factory.mktemp("clip-classifier")
+    make_clip_experts(roots["clip-classifier"])
+    write_images(roots["clip-classifier"])
     return roots
 
 
@@ -140,8 +150,6 @@ def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(study, tmp_path, poo
     tasks["second"]["labels"] = None
     file = study("sentence", tasks, classification={"pooling": pooling})
     order, values = score(file, "first")
-    from safetensors.torch import load_file
-
     head = load_file(tmp_path / "first" / "model.safetensors")
     model = AutoModel.from_pretrained(tmp_path / "first").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
@@ -161,11 +169,13 @@ def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(study, tmp_path, poo
     assert values == expected
 
 
-def test_an_image_classifier_scores_as_in_transformers(study, tmp_path):
+@pytest.mark.parametrize("kind", ["vit", "clip-classifier"])
+def test_an_image_classifier_scores_as_in_transformers(study, tmp_path, kind):
     from datasets import load_dataset
     from transformers import AutoImageProcessor
 
-    order, values = score(study("vit", image_tasks()), "first")
+    changes = {"exclude": TOWER} if kind == "clip-classifier" else {}
+    order, values = score(study(kind, image_tasks(), **changes), "first")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "first").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "first")
     rows = load_dataset("imagefolder", data_dir=str(tmp_path / "data" / "first"))["test"]
@@ -176,6 +186,7 @@ def test_an_image_classifier_scores_as_in_transformers(study, tmp_path):
             logits = model(**processor(rows[i]["image"], return_tensors="pt")).logits[0]
         expected.append(float(NAMES["first"][int(logits.argmax())] == names[rows[i]["label"]]))
     assert values == expected
+    assert 0 < sum(values) < len(values)
 
 
 def test_macro_f1_scores_all_examples_as_one_number(study, tmp_path):
@@ -225,8 +236,9 @@ def test_macro_f1_is_the_mean_of_the_classes_that_occur(pairs):
         ("vit", image_tasks(), {}),
         ("sentence", text_tasks(labels=None), {"classification": {"pooling": "mean"}}),
         ("clip", image_tasks(), {"classification": {"pooling": "pooler"}}),
+        ("clip-classifier", image_tasks(), {"exclude": TOWER}),
     ],
-    ids=["bert", "bert-f1-bf16", "vit", "sentence", "clip"],
+    ids=["bert", "bert-f1-bf16", "vit", "sentence", "clip", "clip-classifier"],
 )
 def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes):
     if kind == "sentence":
@@ -242,6 +254,113 @@ def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes)
     plan = MergePlan.from_yaml(tmp_path / "run" / "model" / "merge_plan.yaml")
     assert plan == results.merge_plan
     assert next(model.parameters()).isfinite().all()
+    blocks = assemble.make_schedule(spec, evaluated(spec, file)).blocks["hold_out"]
+    for expert, own in blocks.items():
+        examples = [example for block in own for example in block.examples]
+        classifier = load_classifier(tmp_path / "run" / "model", expert)
+        labels = tuple(classifier.config.id2label[i] for i in range(CLASSES[expert]))
+        numbered = tuple(f"LABEL_{i}" for i in range(CLASSES[expert]))
+        assert labels == (numbered if kind == "clip" else NAMES.get(expert, numbered))
+        predict = predicted_texts if "text" in tasks[expert] else predicted_images
+        predicted, true = predict(tmp_path, classifier, expert, examples)
+        if "metric" in tasks[expert]:
+            assert winner.hold_out[expert] == pytest.approx(f1_by_hand(true, predicted))
+        else:
+            assert winner.hold_out[expert] == pytest.approx((true == predicted).mean())
+
+
+def evaluated(spec, file):
+    evaluators = assemble.make_evaluators(spec, file, assemble.open_models(spec, file), "cpu")
+    return {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
+
+
+def predicted_texts(folder, classifier, expert, examples):
+    """Return the classes that a saved classifier gives texts, and their own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "model")
+    with torch.no_grad():
+        logits = [
+            classifier(**tokenizer(texts()[i], truncation=True, return_tensors="pt")).logits[0]
+            for i in examples
+        ]
+    true = [text_labels(expert)[i] for i in examples]
+    return np.array([int(one.argmax()) for one in logits]), np.array(true)
+
+
+def predicted_images(folder, classifier, expert, examples):
+    """Return the classes that a saved classifier gives images, and their own."""
+    from datasets import load_dataset
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder / "run" / "model")
+    rows = load_dataset("imagefolder", data_dir=str(folder / "data" / expert))["test"]
+    names = rows.features["label"].names
+    own = classifier.config.id2label.values()
+    order = list(own) if set(own) == set(names) else names
+    predicted = []
+    for i in examples:
+        with torch.no_grad():
+            logits = classifier(**processor(rows[i]["image"], return_tensors="pt")).logits
+        predicted.append(int(logits[0].argmax()))
+    return np.array(predicted), np.array([order.index(names[rows[i]["label"]]) for i in examples])
+
+
+def test_a_saved_head_is_used_by_transformers_alone(study, tmp_path):
+    spec, file = read_study(study("bert", text_tasks()))
+    models = assemble.open_models(spec, file)
+    plan = reference_plans(tuple(spec.experts))["expert first"]
+    heads = assemble.saved_heads(spec, models)
+    out = tmp_path / "out"
+    assemble.save_merge(models, assemble.load_task_vectors(models, spec), plan, out, heads=heads)
+    head = json.loads((out / "heads" / "first.json").read_text())
+    names = {int(i): name for i, name in head["id2label"].items()}
+    assert names == dict(enumerate(NAMES["first"]))
+    model = AutoModelForSequenceClassification.from_pretrained(out, id2label=names).eval()
+    model.load_state_dict(load_file(out / "heads" / "first.safetensors"), strict=False)
+    inputs = AutoTokenizer.from_pretrained(out)(texts()[1], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    assert torch.allclose(logits, own_text_logits(tmp_path, "first")[1], atol=1e-5)
+    assert torch.equal(logits, load_classifier(out, "first")(**inputs).logits[0])
+
+
+def test_a_single_merge_saves_the_heads_too(study, tmp_path):
+    study("bert", text_tasks())
+    plan = reference_plans(tuple(CLASSES))["expert second"]
+    plan.to_yaml(tmp_path / "plan.yaml")
+    experts = [f"--expert={expert}={tmp_path / expert}" for expert in CLASSES]
+    options = [f"--base={tmp_path / 'base'}", *experts, f"--out={tmp_path / 'out'}"]
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "plan.yaml"), *options])
+    assert done.exit_code == 0, done.output
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")(texts()[1], return_tensors="pt")
+    logits = load_classifier(tmp_path / "out", "second")(**inputs).logits[0]
+    assert torch.allclose(logits, own_text_logits(tmp_path, "second")[1], atol=1e-5)
+
+
+def test_a_head_that_was_not_saved_is_refused(study, tmp_path):
+    spec, file = read_study(study("bert", text_tasks()))
+    models = assemble.open_models(spec, file)
+    files = head_files(assemble.saved_heads(spec, models))
+    shutil.copytree(tmp_path / "base", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"no head of an expert 'third' \(there are: none\)"):
+        load_classifier(tmp_path / "out", "third")
+    (tmp_path / "out" / "heads").mkdir()
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "out" / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"no head of an expert 'third' .*first, second"):
+        load_classifier(tmp_path / "out", "third")
+    (tmp_path / "out" / "heads" / "first.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"first\.safetensors: cannot be read"):
+        load_classifier(tmp_path / "out", "first")
+
+
+def test_the_head_of_any_experts_name_has_a_file_in_the_folder():
+    heads = {
+        name: SavedHead({"score.weight": torch.ones(2, 3)}, None) for name in ("../a", "a/b", "ä")
+    }
+    places = [name.split("/") for name in head_files(heads)]
+    assert all(len(place) == 2 and place[0] == "heads" for place in places)
+    assert len({tuple(place) for place in places}) == 6
 
 
 def test_the_same_weights_score_the_same_from_every_kind_of_file(study, tmp_path):
@@ -385,6 +504,25 @@ def test_logits_that_are_not_finite_name_task_and_example(study):
         evaluators["first"].score(model, "first", [1, 2])
 
 
+def test_a_trial_whose_logits_are_not_finite_fails_and_the_study_goes_on(study, tmp_path):
+    space = {"method": "task_arithmetic", "coefficient": {"low": 0.0, "high": 10.0}}
+    search = {"sampler": "random", "n_trials": 20, "round_blocks": 2}
+    file = study("bert", text_tasks(), space=space, search=search)
+    first = (tmp_path / "first").resolve()
+    (tmp_path / "first").unlink()
+    shutil.copytree(first, tmp_path / "first")
+    weights = load_file(tmp_path / "first" / "model.safetensors")
+    weights["bert.pooler.dense.weight"].fill_(5e37)  # infinite from a coefficient of 7 on
+    save_file(weights, tmp_path / "first" / "model.safetensors", metadata={"format": "pt"})
+    spec, file = read_study(file)
+    seen = Silent()
+    run_study(spec, file, EAGER, tmp_path / "run", seen)
+    failed = [record for record in seen.trials if record.value is None]
+    assert any(record.value is not None for record in seen.trials[failed[0].number + 1 :])
+    for record in failed:
+        assert re.match(r"task '\w+', example \d+: .* logits that are not finite", record.note)
+
+
 def test_a_head_that_the_base_has_too_stays_each_experts_own(study, made, tmp_path):
     """The base is a classifier with as many classes; its head must not be merged."""
     file = study("bert", text_tasks())
@@ -393,3 +531,19 @@ def test_a_head_that_the_base_has_too_stays_each_experts_own(study, made, tmp_pa
     shutil.copytree(tmp_path / "first", tmp_path / "base")
     own = {"heads": ["^classifier"]}
     assert score(study("bert", text_tasks(), classification=own), "second") == expected
+
+
+def test_an_image_classifier_may_be_the_base_of_others(study, tmp_path):
+    """The heads of base and experts have the same names, and other shapes."""
+    expected = score(study("clip-classifier", image_tasks(), exclude=TOWER), "second")
+    (tmp_path / "base").unlink()
+    shutil.copytree(tmp_path / "first", tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"own with `classification\.heads: \[classifier\]`"):
+        score(study("clip-classifier", image_tasks()), "second")
+    own = {"heads": ["^classifier"]}
+    file = study("clip-classifier", image_tasks(), classification=own)
+    assert score(file, "second") == expected
+    spec, file = read_study(file)
+    run_study(spec, file, EAGER, tmp_path / "run", Silent())
+    names = load_classifier(tmp_path / "run" / "model", "second").config.id2label
+    assert len(names) == CLASSES["second"]

@@ -1,0 +1,161 @@
+"""Classifiers of a saved merge: the merged encoder with an expert's own head."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint
+from searchmerge.checkpoints.files import read_json
+from searchmerge.checkpoints.renames import head_names
+from searchmerge.checkpoints.resident import load_resident
+from searchmerge.errors import CheckpointError, SpecError
+from searchmerge.evaluators.heads import PooledClassifier, Pooling, model_head, pooled_head
+
+HEADS_DIR = "heads"
+"""The folder of a saved model that holds ``<expert>.safetensors`` and ``<expert>.json``."""
+
+
+@dataclass(frozen=True)
+class SavedHead:
+    """An expert's private tensors, and how they make a classifier of an encoder.
+
+    Attributes:
+        tensors: By their names in the expert's checkpoint.
+        model_class: The class of transformers that the encoder is loaded as; ``None`` where
+            nothing says how these tensors are used.
+        pooling: What the head, a linear layer, is put on; ``None`` where it is the class's own.
+        labels: The name of each class, in the order of the logits.
+    """
+
+    tensors: Mapping[str, Tensor]
+    model_class: str | None
+    pooling: Pooling | None = None
+    labels: tuple[str, ...] = ()
+
+
+def head_files(
+    heads: Mapping[str, SavedHead], dtype: torch.dtype | None = None
+) -> dict[str, str | bytes]:
+    """Return content by file name, relative to the model's folder.
+
+    Args:
+        heads: By expert.
+        dtype: Of the floating tensors; ``None`` is each as it is.
+    """
+    files: dict[str, str | bytes] = {}
+    for expert, head in heads.items():
+        tensors = {
+            name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
+            for name, t in head.tensors.items()
+        }
+        recipe = {
+            "expert": expert,
+            "model_class": head.model_class,
+            "pooling": head.pooling,
+            "id2label": {str(i): label for i, label in enumerate(head.labels)},
+        }
+        file = f"{HEADS_DIR}/{_file_name(expert)}"
+        files[f"{file}.safetensors"] = save(tensors, {"format": "pt"})
+        files[f"{file}.json"] = json.dumps(recipe, indent=2) + "\n"
+    return files
+
+
+def _file_name(expert: str) -> str:
+    """Return the expert's name as a name of a file, the same for no two of them."""
+    return quote(expert, safe=" ")
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """Return the ``Auto`` class of transformers for a configuration's own, with its head."""
+    own = re.search(r"For\w+$", str((config.get("architectures") or [""])[0]))
+    return f"AutoModel{own[0]}" if own else None
+
+
+def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") -> nn.Module:
+    """Return a saved encoder with the head of one of its experts, ready for inference.
+
+    Called with what the tokenizer or image processor in ``model_dir`` gives, it returns an
+    object with ``logits``, ``(n_examples, n_classes)``; ``config.id2label`` names the classes.
+
+    Args:
+        model_dir: A model that a study or ``searchmerge merge`` has saved.
+        expert: The expert's name in the study.
+        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+
+    Raises:
+        CheckpointError: If there is no such model or head, or they do not fit.
+    """
+    encoder = open_checkpoint(model_dir)
+    head = _read_head(encoder.path, expert)
+    where = f"{encoder.path / HEADS_DIR}: {expert!r}"
+    if head.model_class is None:
+        raise CheckpointError(
+            f"{where} has tensors ({', '.join(head.tensors)}), and nothing says how they are used"
+        )
+    try:
+        if head.pooling is not None:
+            linear = pooled_head(head.tensors, head.pooling, where)
+            model = _loaded(encoder, head, device)
+            return PooledClassifier(model, linear, head.labels).to(device).eval()
+        shared = [name for name in encoder.headers if name not in head.tensors]
+        needed, _ = head_names(encoder.path, shared, head.model_class)
+        model_head(head.tensors, needed, len(head.labels), where)
+    except SpecError as error:
+        raise CheckpointError(str(error)) from error
+    model = _loaded(encoder, head, device)
+    _write_head(model, {needed[name]: head.tensors[name] for name in needed}, where)
+    return model
+
+
+def _read_head(model_dir: Path, expert: str) -> SavedHead:
+    folder = model_dir / HEADS_DIR
+    known = [str(read_json(file).get("expert")) for file in sorted(folder.glob("*.json"))]
+    if expert not in known:
+        raise CheckpointError(
+            f"{model_dir}: has no head of an expert {expert!r} "
+            f"(there are: {', '.join(known) or 'none'})"
+        )
+    file = folder / f"{_file_name(expert)}.safetensors"
+    recipe = read_json(file.with_suffix(".json"))
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    names: Mapping[str, str] = recipe.get("id2label") or {}
+    return SavedHead(
+        tensors,
+        recipe.get("model_class"),
+        recipe.get("pooling"),
+        tuple(names[key] for key in sorted(names, key=int)),
+    )
+
+
+def _loaded(encoder: Checkpoint, head: SavedHead, device: str) -> nn.Module:
+    return load_resident(
+        encoder,
+        dtype=main_dtype(encoder),
+        device=device,
+        auto_class=str(head.model_class),
+        labels=() if head.pooling else head.labels,
+    )
+
+
+@torch.no_grad()
+def _write_head(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name!r} has shape {list(tensor.shape)}; the model needs "
+                f"{list(own[name].shape)}"
+            )
+        own[name].copy_(tensor)
