@@ -33,6 +33,9 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     free = shutil.disk_usage(study_file.parent).free
     yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
     yield f"space: {_describe_space(spec)}"
+    if spec.search.warm_start:
+        n_plans = len(assemble.warm_start(spec, study_file))
+        yield f"warm start: {n_plans} plans of {', '.join(spec.search.warm_start)}"
     evaluators = assemble.make_evaluators(spec, study_file, models, assemble.pick_device(config))
     tasks = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
     schedule = assemble.make_schedule(spec, tasks)

@@ -33,6 +33,7 @@ _logger = logging.getLogger(__name__)
 
 MODEL_DIR = "model"
 PLANS_DIR = "plans"
+_BEGUN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.FAIL)
 
 
 def run_study(
@@ -51,6 +52,8 @@ def run_study(
         directory = stack.enter_context(
             contextlib.closing(assemble.open_directory(spec, study_file, models, config, run_dir))
         )
+        if not directory.trials(*_BEGUN):  # a study that was resumed has them already
+            directory.enqueue("warm start", assemble.warm_start(spec, study_file))
         executor = stack.enter_context(
             contextlib.closing(assemble.make_executor(spec, study_file, models, config))
         )
@@ -90,8 +93,6 @@ def _search(
         {task: select[name][task] for task, name in own.items() if name in select},
         select.get(BASE, {}),
     )
-    if not directory.trials():  # a resumed study has them already
-        runner.enqueue("warm start", assemble.warm_start(spec, study_file))
     runner.run(objective, assemble.make_budget(spec), assemble.make_racing(spec))
     found = _complete_the_best(spec, runner, directory, objective, references)
     _write_plans(directory, found)

@@ -378,6 +378,11 @@ def read_study(path: Path, overrides: dict[str, str] | None = None) -> tuple[Stu
         space = make_space(spec)
         n_objectives = len(spec.tasks) if spec.objective == "tasks" else 1
         make_sampler(spec.search.sampler, SamplerSetting(0, space, n_objectives))
+        if len(space.alternatives) == 1 and not space.distributions():
+            raise SpecError(
+                "space: nothing is searched, all is fixed or left at its default; "
+                "give a range, e.g. coefficient: {low: 0.0, high: 1.0}"
+            )
         _check_length(spec, space)
     except SpecError as error:
         raise SpecError(f"{file}: {error}") from error
@@ -403,7 +408,14 @@ def make_space(spec: StudySpec) -> SearchSpace:
         SpecError: If a range is not within its method's legal one, or a name is unknown.
     """
     experts = tuple(spec.experts)
-    return SearchSpace(experts, [_alternative(one, experts) for one in spec.alternatives])
+    alternatives = []
+    for number, one in enumerate(spec.alternatives):
+        where = f"space.{number}" if isinstance(spec.space, list) else "space"
+        try:
+            alternatives.append(_alternative(one, experts))
+        except SpecError as error:
+            raise SpecError(f"{where}: {str(error).removeprefix('space: ')}") from error
+    return SearchSpace(experts, alternatives)
 
 
 def _alternative(spec: SpaceSpec, experts: tuple[str, ...]) -> Alternative:

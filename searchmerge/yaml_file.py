@@ -90,6 +90,10 @@ def _describe(error: ValidationError, marks: Marks, path: Path, model: type[Base
         names = _field_names(model)
         close = get_close_matches(str(where[-1]), names, n=1)
         message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+        if where[-1] in names:
+            message = "a key that is not known here"
+    if details["type"] == "model_type":
+        message = "a mapping of keys is needed"
     found = details.get("input")
     if details["type"] not in ("extra_forbidden", "missing", "value_error"):
         message += f"; found {found!r}"

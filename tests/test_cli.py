@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
 
+SOME = {"low": 0.1, "high": 0.9}
 RUN = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
 
 
@@ -185,6 +186,10 @@ BAD = {
         {"space": {"method": "linear", "density": 0.5}},
         "method 'linear' has no hyper-parameter 'density'",
     ),
+    "warm start": (
+        {"search": {"n_trials": 9, "warm_start": "tasks"}},
+        "search.warm_start: .*tasks: no study here",
+    ),
     "missing path": ({"base": "nowhere"}, "nowhere: no such directory"),
     "missing split": (
         {"tasks": {"first": {"task": "tiny_first", "split": "test"}}},
@@ -335,7 +340,7 @@ def test_a_study_of_two_objectives_draws_its_front(study, searchmerge, tmp_path)
 def test_groups_that_do_not_divide_the_model_are_refused_before_anything_is_scored(
     study, searchmerge, tmp_path, groups, message
 ):
-    file = study(name="divided", space={"method": "ties", "groups": groups})
+    file = study(name="divided", space={"method": "ties", "groups": groups, "density": SOME})
     code, _, err = searchmerge("run", file)
     assert code == 2
     assert message in err

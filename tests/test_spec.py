@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 STUDY = {
     "base": "base",
     "experts": {"math": "m", "code": "org/code"},
-    "space": {"method": "ties"},
+    "space": {"method": "ties", "coefficient": {"low": 0.0, "high": 2.0}},
     "tasks": {"t": {"split": "train"}},
 }
 
@@ -27,7 +27,8 @@ def read(tmp_path, overrides=None, **changes):
 
 
 def values(tmp_path, **space):
-    spec = read(tmp_path, space={"method": "ties", **space})
+    choices = {"aggregate": ["mean", "sum"]}
+    spec = read(tmp_path, space={"method": "ties", "settings": choices, **space})
     return make_space(spec).alternatives["ties"].values
 
 
@@ -150,7 +151,41 @@ def test_overrides_replace_values_of_the_file(tmp_path):
                     "coefficient": {"scale": {"low": 0, "high": 1, "log": 1}},
                 }
             },
-            "log: unknown key",
+            "log: a key that is not known here",
+        ),
+        (
+            {
+                "space": {
+                    "method": "ties",
+                    "coefficient": {"scale": {"low": 0, "high": 1}, "per": "group"},
+                }
+            },
+            r"study\.yaml:\d+: space\.coefficient\.per: a key that is not known here",
+        ),
+        ({"space": "ties"}, r"space: a mapping of keys is needed; found 'ties'"),
+        ({"space": ["ties"]}, r"space\.0: a mapping of keys is needed; found 'ties'"),
+        ({"space": {"method": "tis"}}, "space: no merge method named 'tis'; did you mean 'ties'"),
+        (
+            {"space": [{"method": "ties"}, {"method": "dar"}]},
+            r"space\.1: no merge method named 'dar'",
+        ),
+        ({"space": {"method": "ties"}}, "space: nothing is searched"),
+        ({"space": {"method": "ties", "coefficient": 1.0}}, "space: nothing is searched"),
+        (
+            {"space": [{"method": "ties"}, {"method": "pcb", "groups": {"patterns": []}}]},
+            r"space\.1: groups: found \{'patterns': \[\]\}; allowed: whole",
+        ),
+        (
+            {"space": [{"method": "ties"}, {"method": "dare", "settings": {"variant": "nlp"}}]},
+            "space 'dare': method 'dare' has no setting 'variant'",
+        ),
+        (
+            {"space": {"method": "ties", "settings": {"aggregate": ["mean", "mean"]}}},
+            r"space 'ties': settings\.aggregate: a value stands twice",
+        ),
+        (
+            {"space": {"method": "ties", "coefficient": {"low": 0, "high": 1, "step": 5}}},
+            "space 'ties': coefficient: step 5.0 is larger than the range",
         ),
         (
             {"space": {"method": "ties", "density": 0.2, "drop_ratio": 0.8}},

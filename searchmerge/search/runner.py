@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
 from searchmerge.evaluators.evaluator import Part
-from searchmerge.plan import MergePlan, Setting
+from searchmerge.plan import MergePlan
 from searchmerge.search.contest import Contest
 from searchmerge.search.dispatch import MAX_TRIES, Dispatcher, Job, ListSource
 from searchmerge.search.objective import Objective
@@ -19,13 +19,12 @@ from searchmerge.search.racing import Racing
 from searchmerge.search.references import BASE, merges
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import SearchSpace
-from searchmerge.search.study import StudyDirectory
+from searchmerge.search.study import KIND, StudyDirectory
 
 _logger = logging.getLogger(__name__)
 
 RESULT = "result"  # user attribute of a finished trial: scores, seconds, blocks
 PLAN = "plan"  # user attribute: the trial's plan
-KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
 _CUT_OFF = "cut_off"  # user attribute: runs that died over the trial, blocks known at the last
 _KEEP_S = 5.0  # how often the time so far is kept
 _DECIDING = "deciding"  # user attribute of the study: references that decide the blocks' order
@@ -146,13 +145,6 @@ class StudyRunner:
         )
         return known
 
-    def enqueue(self, kind: str, params: Iterable[Mapping[str, Setting]]) -> None:
-        """Let trials with these parameters be the next ones, but for those that were before."""
-        for one in params:
-            self._directory.study.enqueue_trial(
-                dict(one), user_attrs={KIND: kind}, skip_if_exists=True
-            )
-
     def run(self, objective: Objective, budget: Budget, racing: Racing | None) -> None:
         """Run trials until the budget ends.
 
@@ -166,7 +158,7 @@ class StudyRunner:
         """
         for name, plan in self._references.items():
             if (params := self._space.params(plan)) is not None:
-                self.enqueue(name, [params])
+                self._directory.enqueue(name, [params])
         contest = Contest(
             self._directory.scores,
             self._schedule,

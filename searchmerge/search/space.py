@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Literal
 
 import optuna
@@ -44,7 +45,7 @@ class Range:
         low: Smallest value.
         high: Largest value.
         per: What has a number of its own.
-        step: Distance between neighbouring values; ``None`` for any value.
+        step: Distance between neighbouring values, counted from ``low``; ``None`` for any value.
         log: Whether the logarithm is drawn uniformly.
     """
 
@@ -231,13 +232,18 @@ def _check(alternative: Alternative, experts: tuple[str, ...]) -> None:
         _check_range(where, hyperparameters[name], searched, experts)
     for name, choices in alternative.settings.items():
         _check_choices(f"{where}: settings.{name}", choices)
-    validate_plan(_probe(alternative, experts))  # settings, and fixed values
+    try:
+        validate_plan(_probe(alternative, experts))  # settings, and fixed values
+    except SpecError as error:
+        raise SpecError(f"{where}: {str(error).removeprefix('plan: ')}") from error
 
 
 def _check_choices(where: str, choices: tuple[Setting, ...] | Range) -> None:
     if not isinstance(choices, Range):
         if not choices:
             raise SpecError(f"{where} is an empty list; give one value or more")
+        if len({(type(choice), choice) for choice in choices}) != len(choices):
+            raise SpecError(f"{where}: a value stands twice in {list(choices)}")
         return
     _check_order(where, choices)
 
@@ -248,6 +254,11 @@ def _check_order(where: str, searched: Range | Shares) -> None:
         raise SpecError(f"{where}: range [{low}, {high}] is empty; low must not be above high")
     if isinstance(searched, Range) and searched.log and (low <= 0 or searched.step is not None):
         raise SpecError(f"{where}: a log range needs low above 0, and no step")
+    if isinstance(searched, Range) and (searched.step or 0.0) > high - low > 0:
+        raise SpecError(
+            f"{where}: step {searched.step} is larger than the range [{low}, {high}], "
+            "so that only one value is left"
+        )
 
 
 def _check_range(
@@ -258,7 +269,8 @@ def _check_range(
     _check_order(f"{where}: {legal.name}", searched)
     low, high = searched.low, searched.high
     if isinstance(searched, Shares):
-        low, high = min(0.0, low), high * len(experts)  # one expert may take the whole sum
+        # one expert may take the whole sum
+        low, high = min(0.0, low * len(experts)), max(0.0, high * len(experts))
     if not (legal.low <= low and high <= legal.high):
         raise SpecError(
             f"{where}: range [{searched.low}, {searched.high}] of {legal.name!r} is not within "
@@ -325,7 +337,12 @@ def _distributions(
 
 
 def _number(searched: Range) -> BaseDistribution:
-    return FloatDistribution(searched.low, searched.high, step=searched.step, log=searched.log)
+    low, high = searched.low, searched.high
+    if searched.step is not None:  # up to the last value that steps reach, as decimals like Optuna
+        low = round(low, _DIGITS)
+        start, step = Decimal(str(low)), Decimal(str(searched.step))
+        high = float(start + (Decimal(str(high)) - start) // step * step)
+    return FloatDistribution(low, high, step=searched.step, log=searched.log)
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> None:

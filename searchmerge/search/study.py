@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import StudyError
+from searchmerge.plan import Setting
 from searchmerge.search.scores import ScoreStore
 from searchmerge.search.storage import open_storage, prepare_storage, storage_errors
 
@@ -20,6 +21,7 @@ SCORES_FILE = "scores.db"
 _LOCK_FILE = ".lock"
 _SPEC = "spec"  # user attribute: the canonical study, as it was begun
 _AT_WORK = "at_work"  # user attribute: whether a run is at work, or was when it ended
+KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
 ELAPSED = "elapsed_s"
 
 
@@ -148,6 +150,11 @@ class StudyDirectory:
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states, by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def enqueue(self, kind: str, params: Iterable[Mapping[str, Setting]]) -> None:
+        """Let trials with these parameters be the next ones, but for those that were before."""
+        for one in params:
+            self.study.enqueue_trial(dict(one), user_attrs={KIND: kind}, skip_if_exists=True)
 
     def close(self) -> None:
         """Close the score cache."""

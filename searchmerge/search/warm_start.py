@@ -5,7 +5,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from searchmerge.errors import SpecError
+from searchmerge.errors import SpecError, StudyError
 from searchmerge.plan import MergePlan, Setting
 from searchmerge.search.runner import PLAN
 from searchmerge.search.space import SearchSpace
@@ -43,12 +43,18 @@ def warm_start_params(
         n_plans: How many plans to take of each.
 
     Raises:
-        SpecError: If no plan of an earlier study fits this space.
+        SpecError: If an earlier study has no plan that was scored, or none fits this space.
         StudyError: If a directory holds no study.
     """
     found = []
     for run_dir in run_dirs:
-        nearest = [space.nearest(plan) for plan in earlier_plans(run_dir, n_plans)]
+        try:
+            plans = earlier_plans(run_dir, n_plans)
+        except StudyError as error:
+            raise StudyError(f"search.warm_start: {error}") from error
+        if not plans:
+            raise SpecError(f"search.warm_start: no trial of {run_dir} has a score yet")
+        nearest = [space.nearest(plan) for plan in plans]
         fitting = [params for params in nearest if params is not None]
         if not fitting:
             methods = sorted({a.method for a in space.alternatives.values()})

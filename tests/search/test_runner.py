@@ -126,6 +126,16 @@ def test_racing_saves_examples_and_tells_every_trial(toy):
     assert max(t.value for t in partial) < best.value
 
 
+def test_a_plan_that_was_scored_before_costs_nothing(toy):
+    values = {"coefficient": Range(0.0, 1.0, per="all", step=0.5)}
+    coarse = SearchSpace(EXPERTS, [Alternative("c", "task_arithmetic", values=values)])
+    study = toy(space=coarse)
+    trials = study.run(20, references={})
+    assert len(trials) == 20
+    assert len({trial.params["coefficient"] for trial in trials}) == 3
+    assert len(study.merger.plans) == 3
+
+
 def test_patience_ends_a_study_on_a_plateau(toy):
     trials = toy().run(None, patience=6)
     values = [t.value for t in trials]

@@ -106,6 +106,9 @@ def test_a_plan_outside_the_ranges_is_not_in_the_space():
             "a log range",
         ),
         (Alternative("x", "ties", values={"coefficient": Shares(0.1, 5.0)}), "the whole sum"),
+        (Alternative("x", "ties", values={"coefficient": Shares(-5.0, 1.0)}), "the whole sum"),
+        (Alternative("x", "ties", values={"density": Range(0.1, 0.2, step=0.2)}), "one value"),
+        (Alternative("x", "ties", settings={"aggregate": ("sum", "sum")}), "stands twice"),
         (Alternative("x", "ties", settings={"aggregate": ("mean", "median")}), "median"),
         (Alternative("x", "ties", settings={"variant": ("nlp",)}), "variant"),
         (Alternative("x", "ties", values={"density": Fixed((2.0,) * 3)}), "density"),
@@ -114,6 +117,14 @@ def test_a_plan_outside_the_ranges_is_not_in_the_space():
 def test_a_bad_space_is_refused(alternative, message):
     with pytest.raises(SpecError, match=message):
         SearchSpace(EXPERTS, [alternative])
+
+
+def test_steps_are_counted_from_the_low_end_and_never_pass_the_high_one():
+    values = {"density": Range(0.1, 0.95, per="all", step=0.2)}
+    space = SearchSpace(EXPERTS, [Alternative("x", "ties", values=values)])
+    assert space.distributions()["density"].high == pytest.approx(0.9)
+    plan = default_plan("ties", EXPERTS, density=0.9)
+    assert space.params(plan) == {"density": pytest.approx(0.9)}
 
 
 def test_an_empty_space_and_a_name_given_twice_are_refused():
@@ -129,7 +140,10 @@ def _number(draw, legal, *, per):
         steps = [round(end / legal.step) for end in (low, high)]
         low, high = (round(n * legal.step, 10) for n in steps)
         low, high = max(low, legal.low), min(high, legal.high)
-    return Range(low, high, per=per, step=legal.step)
+    if low > 0 and draw(st.booleans()):
+        return Range(low, high, per=per, log=True)
+    step = draw(st.sampled_from([legal.step, 0.07]))  # the latter hits no end of any range
+    return Range(low, high, per=per, step=step if high - low >= (step or 0) else None)
 
 
 def _settings(draw, method):
@@ -148,7 +162,8 @@ def spaces(draw):
     names = draw(st.lists(st.sampled_from(sorted(METHODS)), min_size=1, max_size=3, unique=True))
     alternatives = []
     for name in names:
-        groups = draw(st.sampled_from([Groups(), Groups(depth=2)]))
+        patterns = Groups(patterns=("self_attn", r"layers\.\d+\.mlp", "rest"))
+        groups = draw(st.sampled_from([Groups(), Groups(depth=2), patterns]))
         values = {}
         for legal in METHODS[name].hyperparameters:
             kind = draw(st.sampled_from(["range", "fixed", "default", "shares"]))
