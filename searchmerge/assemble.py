@@ -362,12 +362,14 @@ def _own_tensors(spec: StudySpec, models: Models, expert: str) -> dict[str, torc
 
 
 def saved_heads(spec: StudySpec, models: Models) -> dict[str, SavedHead]:
-    """Return what is saved beside the merged model: each expert's own tensors, if it has any."""
+    """Return what is saved beside the merged model: the heads of experts that classify."""
     found = {}
     classified = {n: t for n, t in spec.tasks.items() if t.evaluator == "classification"}
     for expert, checkpoint in models.experts.items():
         tensors, config = _own_tensors(spec, models, expert), checkpoint.config
-        if not tensors:
+        model_class = spec.resident_class if classified else class_of(config)
+        is_other = not classified and model_class and not model_class.endswith("Classification")
+        if not tensors or is_other:  # a language model's untied output embedding is no head
             continue
         named = [t.labels for t in classified.values() if t.expert == expert and t.labels]
         sizes = [len(t) for t in tensors.values() if t.ndim == 2]
@@ -376,7 +378,7 @@ def saved_heads(spec: StudySpec, models: Models) -> dict[str, SavedHead]:
         candidates = [*named, class_names(config), tuple(f"LABEL_{i}" for i in range(n))]
         found[expert] = SavedHead(
             tensors,
-            spec.resident_class if classified else class_of(config),
+            model_class,
             pooled,
             next(labels for labels in candidates if len(labels) == n),
         )

@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from searchmerge import assemble
 from searchmerge.checkpoints.writer import PLAN_FILE
+from searchmerge.classifier import SavedHead, head_files
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.evaluators.evaluator import Part
@@ -247,7 +248,7 @@ def _save_winner(
     heads = assemble.saved_heads(spec, models)
     classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
     card = model_card(results, models.base.name, models.sources, classes)
-    if _is_saved(out, plan):
+    if _is_saved(out, plan, heads):
         (out / "README.md").write_text(card, encoding="utf-8")
         return
     observer.phase("saving the model", None)
@@ -255,7 +256,9 @@ def _save_winner(
     assemble.save_merge(models, vectors, plan, out, heads=heads, card=card)
 
 
-def _is_saved(out: Path, plan: MergePlan) -> bool:
+def _is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead]) -> bool:
+    if not all((out / file).is_file() for file in head_files(heads)):
+        return False
     try:
         return MergePlan.from_yaml(out / PLAN_FILE) == plan
     except SpecError:

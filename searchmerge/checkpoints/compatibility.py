@@ -151,7 +151,7 @@ def _refuse_shape(
 ) -> None:
     way_out = "`vocabulary: base`" if by_rows else "`exclude:`"
     if head := _HEAD.match(tensor):
-        way_out += f", or each expert's own with `classification.heads: [{head[0]}]`"
+        way_out += f", or each expert's own with `classification.heads: [^{head[0]}]`"
     raise CheckpointError(
         f"{tensor!r} has shape {list(found.shape)} in expert {name!r} and {list(header.shape)} "
         f"in the base; keep the base's with {way_out}"

@@ -304,6 +304,26 @@ def predicted_images(folder, classifier, expert, examples):
     return np.array(predicted), np.array([order.index(names[rows[i]["label"]]) for i in examples])
 
 
+def test_heads_that_are_missing_are_written_by_the_next_run(study, tmp_path):
+    spec, file = read_study(study("bert", text_tasks()))
+    for _ in range(2):
+        run_study(spec, file, EAGER, tmp_path / "run", Silent())
+        saved = {f.name for f in (tmp_path / "run" / "model" / "heads").iterdir()}
+        assert {"first.safetensors", "first.json"} <= saved
+        shutil.rmtree(tmp_path / "run" / "model" / "heads")
+
+
+def test_a_language_models_own_output_embedding_is_no_head(study, tmp_path):
+    spec, file = read_study(study("bert", text_tasks()))
+    models = assemble.open_models(spec, file)
+    assert assemble.saved_heads(spec, models).keys() == models.experts.keys()
+    alone = spec.model_copy(update={"tasks": {}})
+    for architecture, n in (("BertForSequenceClassification", 2), ("LlamaForCausalLM", 0)):
+        for checkpoint in models.experts.values():
+            checkpoint.config["architectures"] = [architecture]
+        assert len(assemble.saved_heads(alone, models)) == n
+
+
 def test_a_saved_head_is_used_by_transformers_alone(study, tmp_path):
     spec, file = read_study(study("bert", text_tasks()))
     models = assemble.open_models(spec, file)
@@ -538,7 +558,9 @@ def test_an_image_classifier_may_be_the_base_of_others(study, tmp_path):
     expected = score(study("clip-classifier", image_tasks(), exclude=TOWER), "second")
     (tmp_path / "base").unlink()
     shutil.copytree(tmp_path / "first", tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"own with `classification\.heads: \[classifier\]`"):
+    with pytest.raises(
+        CheckpointError, match=r"own with `classification\.heads: \[\^classifier\]`"
+    ):
         score(study("clip-classifier", image_tasks()), "second")
     own = {"heads": ["^classifier"]}
     file = study("clip-classifier", image_tasks(), classification=own)
