@@ -99,6 +99,24 @@ def test_a_collapsed_candidate_is_stopped_on_its_first_blocks():
     assert not stops(lenient, objective("mean"), known(collapsed, 8), [], base, pool=POOL)
 
 
+def test_what_is_not_seen_is_predicted_from_plans_that_did_alike():
+    """Examples 0 to 7 of a, seen, go with the last 8 of b in every other plan that fails there."""
+    right = {task: [1.0] * N for task in "ab"}
+    fails = {"a": [0.0] * 8 + [1.0] * (N - 8), "b": [1.0] * (N - 8) + [0.0] * 8}
+    best = rival(right)
+    others = [rival(fails), rival({**right, "a": right["a"][:-8] + [0.0] * 8})]
+    seen = {
+        key: values
+        for key, values in known(right, 8).items()
+        if key in (("a", "select", 0), ("b", "select", 0))
+    }
+    failing = {**seen, ("a", "select", 0): (0.0,) * 8}
+    outlook = outlook_of(others, best)
+    at_b = [predict(BLOCKS, own, best, outlook).scores["b"] for own in (seen, failing)]
+    assert at_b[0] == 1.0
+    assert 1 - 8 / N <= at_b[1] < 1 - 4 / N
+
+
 def test_nothing_is_decided_while_nothing_is_known_of_a_task():
     seen = {key: values for key, values in known(WORSE, 8).items() if key[0] == "a"}
     racing = Racing(min_blocks=2)
