@@ -55,7 +55,7 @@ CASES = (
     Case("4 choices, shared 5-shot prefix", "bench_fewshot", 40),
     Case("4 choices, drawn 5-shot prefix", "bench_drawn", 24),
     Case("rolling log-likelihood", "bench_rolling", 24),
-    Case("generation, shared 5-shot prefix", "bench_generate_fewshot", 24),
+    Case("generation, 5-shot", "bench_generate_fewshot", 24),
     Case("generation", "bench_generate", 48),
 )
 
