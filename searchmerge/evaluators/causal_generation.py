@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from searchmerge.evaluators.causal_scoring import honours_packing, packed_window
 from searchmerge.evaluators.packing import Tokens
 
-_MAX_ROWS = 128
-"""Prompts that are generated together at most. A step costs much for the first row and little for
-each further one, as all weights are read."""
+_MAX_ROWS = 64
+"""Prompts that are generated together at most: more would hardly be faster, and long ones fill a
+GPU's memory with keys and values."""
 
 _CACHE_FACTOR = 32
 """Tokens of a batch's key-value cache, per token of a scoring batch."""
