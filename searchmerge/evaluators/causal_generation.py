@@ -19,17 +19,18 @@ from searchmerge.evaluators.causal_scoring import honours_packing, packed_window
 from searchmerge.evaluators.packing import Tokens
 
 _MAX_ROWS = 64
-"""Prompts that are generated together at most: each costs as many steps as the longest one."""
+"""Prompts that are generated together at most: more would hardly be faster, and long ones fill a
+GPU's memory with keys and values."""
 
 _CACHE_FACTOR = 32
 """Tokens of a batch's key-value cache, per token of a scoring batch."""
 
-_SHARED_TOKENS = 8
-"""A prefix of all prompts is run once if it has as many tokens."""
+_SHARED_TOKENS = 64
+"""What all prompts begin with is run once if that saves as many tokens: it is a pass more."""
 
-_LEAVE = 0.75
-"""Rows that are done leave once they are so much of the batch that this part of it is left: each
-time the key-value cache is copied."""
+_LEAVE = 0.9
+"""Rows that are done leave the batch when this part of it is left, or less: each time the
+key-value cache is copied."""
 
 _HARMLESS = frozenset(
     {
@@ -214,7 +215,7 @@ def _n_shared(prompts: Sequence[Tokens]) -> int:
     first, last = min(prompts), max(prompts)
     while first[:common] != last[:common]:
         common -= 1
-    return common if common >= _SHARED_TOKENS else 0
+    return common if common * (len(prompts) - 1) >= _SHARED_TOKENS else 0
 
 
 def _run_prefix(model: nn.Module, prefix: Tokens) -> list[tuple[Tensor, Tensor]]:

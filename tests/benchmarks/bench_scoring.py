@@ -55,6 +55,7 @@ CASES = (
     Case("4 choices, shared 5-shot prefix", "bench_fewshot", 40),
     Case("4 choices, drawn 5-shot prefix", "bench_drawn", 24),
     Case("rolling log-likelihood", "bench_rolling", 24),
+    Case("generation, 5-shot", "bench_generate_fewshot", 24),
     Case("generation", "bench_generate", 48),
 )
 
@@ -97,7 +98,10 @@ def write_tasks(folder: Path) -> None:
         ],
     }
     tasks = [own_task(name) for name in ("hypernym", "rhyme", "spelling")]
-    tasks.append(fewshot | {"task": "bench_fewshot", "fewshot_config": {"sampler": "first_n"}})
+    first = {"num_fewshot": 5, "fewshot_split": "validation"}
+    first["fewshot_config"] = {"sampler": "first_n"}
+    tasks.append(fewshot | {"task": "bench_fewshot"} | first)
+    tasks.append(generate | {"task": "bench_generate_fewshot"} | first)
     tasks += [fewshot | {"task": "bench_drawn"}, generate, rolling]
     for task in tasks:
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))

@@ -254,6 +254,8 @@ def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes)
     plan = MergePlan.from_yaml(tmp_path / "run" / "model" / "merge_plan.yaml")
     assert plan == results.merge_plan
     assert next(model.parameters()).isfinite().all()
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "load_classifier(\"PATH OF THIS FOLDER\", 'first')" in card
     blocks = assemble.make_schedule(spec, evaluated(spec, file)).blocks["hold_out"]
     for expert, own in blocks.items():
         examples = [example for block in own for example in block.examples]

@@ -1,6 +1,6 @@
 """What surrounds vLLM: its engine is played by a model of transformers that was told the weights.
 
-vLLM itself is not run here; see the module's docstring.
+vLLM itself is not run here; the module's docstring says where it was.
 """
 
 import math
