@@ -133,9 +133,12 @@ def merge(
     base: Annotated[str, typer.Option(help="The base model: a directory or a hub id.")],
     expert: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="One per expert.")],
     out: Annotated[Path, typer.Option(help="The directory to write the model to.")],
-    dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16, float16.")] = (
-        "auto"
-    ),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="What a study would say, e.g. dtype=float32."
+        ),
+    ] = None,
 ) -> None:
     """Merge once, as a plan says, and write the model."""
     from searchmerge.assemble import load_task_vectors, open_models, save_merge, saved_heads
@@ -146,7 +149,8 @@ def merge(
     experts = dict(_pair(text, "--expert") for text in expert)
     if missing := [name for name in what.experts if name not in experts]:
         raise SpecError(f"{plan}: merges expert {missing[0]!r}; give --expert {missing[0]}=PATH")
-    spec = plain_study(base, {name: experts[name] for name in what.experts}, dtype)
+    named = {name: experts[name] for name in what.experts}
+    spec = plain_study(base, named, _read_overrides(set_))
     models = open_models(spec, Path())
     vectors, heads = load_task_vectors(models, spec), saved_heads(spec, models)
     save_merge(models, vectors, what, out, heads=heads)

@@ -28,7 +28,7 @@ from searchmerge.search.runner import RESULT, Observer, StudyRunner
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.storage import storage_errors
 from searchmerge.search.study import StudyDirectory, locked
-from searchmerge.spec import StudySpec, make_space
+from searchmerge.spec import StudySpec, make_space, merge_overrides
 
 _logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ def _save_winner(
     out, plan = run_dir / MODEL_DIR, results.merge_plan
     heads = assemble.saved_heads(spec, models)
     classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
-    card = model_card(results, models.base.name, models.sources, classes)
+    card = model_card(results, models.base.name, models.sources, classes, merge_overrides(spec))
     if _is_saved(out, plan, heads):
         (out / "README.md").write_text(card, encoding="utf-8")
         return

@@ -1,9 +1,11 @@
 """What a study file may say: all that may change a score."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,7 +24,7 @@ from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.search.references import reference_plans
 from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
-from searchmerge.yaml_file import read_yaml
+from searchmerge.yaml_file import read_yaml, to_model
 
 STUDY_FILE = "study.yaml"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -479,21 +481,38 @@ def _searched(
     return Fixed((float(searched),) * len(experts))
 
 
-def plain_study(base: str, experts: dict[str, str], dtype: str) -> StudySpec:
+def plain_study(base: str, experts: Mapping[str, str], overrides: Mapping[str, str]) -> StudySpec:
     """Return a study that names models and nothing else, for a single merge.
 
+    Args:
+        base: A directory or a hub id.
+        experts: Expert name to the same.
+        overrides: Dotted key of a study to YAML text, e.g. what to ``exclude``.
+
     Raises:
-        SpecError: If ``dtype`` is not one of a study's.
+        SpecError: If a key is unknown or a value is not allowed.
     """
-    known = ("auto", *sorted(DTYPES))
-    if dtype not in known:
-        raise SpecError(f"--dtype is {dtype!r}; allowed: {', '.join(known)}")
-    return StudySpec.model_validate(
-        {
-            "base": base,
-            "experts": experts,
-            "dtype": dtype,
-            "space": {"method": "task_arithmetic"},
-            "tasks": {"none": {"split": "none"}},
-        }
-    )
+    data = {
+        "base": base,
+        "experts": dict(experts),
+        "space": {"method": "task_arithmetic"},
+        "tasks": {"none": {"split": "none"}},
+    }
+    return to_model(data, StudySpec, overrides, "--set")
+
+
+def merge_overrides(spec: StudySpec) -> dict[str, str]:
+    """Return the overrides with which :func:`plain_study` merges as a study does."""
+    said = spec.model_dump(mode="json", exclude_unset=True)
+    keys = ("dtype", "exclude", "vocabulary", "tokenizers")
+    found = {key: said[key] for key in keys if key in said}
+    if heads := spec.classification.heads:
+        found["classification.heads"] = heads
+    models = {"base": spec.base, **{f"experts.{name}": m for name, m in spec.experts.items()}}
+    found |= {key: m.model_dump(mode="json") for key, m in models.items() if m.revision}
+    return {key: _in_one_line(value) for key, value in found.items()}
+
+
+def _in_one_line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()

@@ -41,12 +41,34 @@ def read_yaml(path: Path, model: type[Model], overrides: Mapping[str, str] | Non
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise SpecError(f"{path}: holds {type(data).__name__}; a mapping of keys is needed")
+    return to_model(data, model, overrides, path, marks)
+
+
+def to_model(
+    data: dict[str, Any],
+    model: type[Model],
+    overrides: Mapping[str, str] | None,
+    where: Path | str,
+    marks: Marks | None = None,
+) -> Model:
+    """Return what ``data`` holds.
+
+    Args:
+        data: Keys and values; overwritten.
+        model: What it must be.
+        overrides: Dotted key to YAML text that replaces a value.
+        where: What errors begin with.
+        marks: Path of a key to the line that they name.
+
+    Raises:
+        SpecError: If a key is unknown or a value is not allowed.
+    """
     for key, value in (overrides or {}).items():
         _override(data, key, value)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise SpecError(_describe(error, marks, path, model)) from error
+        raise SpecError(_describe(error, marks or {}, where, model)) from error
 
 
 def _mark(node: yaml.Node, where: tuple[str | int, ...], marks: Marks, path: Path) -> None:
@@ -77,7 +99,9 @@ def _override(data: dict[str, Any], key: str, value: str) -> None:
         raise SpecError(f"--set {key}: {value!r} is not valid YAML") from error
 
 
-def _describe(error: ValidationError, marks: Marks, path: Path, model: type[BaseModel]) -> str:
+def _describe(
+    error: ValidationError, marks: Marks, path: Path | str, model: type[BaseModel]
+) -> str:
     # a union reports every form that did not fit: the deepest one is what was meant
     details = max(error.errors(), key=lambda detail: len(detail["loc"]))
     where = tuple(part for part in details["loc"] if _is_key(part))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -158,6 +159,28 @@ def test_merge_writes_the_model_that_a_plan_stands_for(study, searchmerge, tmp_p
         torch.testing.assert_close(tensor, 0.75 * first[name] + 0.25 * second[name])
     assert (tmp_path / "merged" / "merge_plan.yaml").exists()
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_the_card_of_a_found_merge_holds_the_command_that_makes_it(study, searchmerge, tmp_path):
+    changes = {"exclude": ["embed_tokens", "norm"], "dtype": "float32"}
+    code, _, err = searchmerge("run", study(**changes))
+    assert code == 0, err
+    [run_dir] = (tmp_path / "runs").iterdir()
+    card = (run_dir / "model" / "README.md").read_text()
+    [command] = [line for line in card.splitlines() if line.startswith("searchmerge merge")]
+    assert "--set 'exclude=[embed_tokens, norm]'" in command
+    arguments = shlex.split(command)[1:]
+    arguments[1] = str(run_dir / "model" / "merge_plan.yaml")
+    code, _, err = searchmerge(*arguments)
+    assert code == 0, err
+    found, again = (
+        load_file(d / "model.safetensors") for d in (run_dir / "model", tmp_path / "merged")
+    )
+    assert found.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
+    code, _, err = searchmerge(*arguments, "--set", "vocabulary=some")
+    assert code == 2
+    assert "--set: vocabulary: Input should be 'same' or 'base'; found 'some'" in err
 
 
 def test_check_says_what_a_trial_will_cost(study, searchmerge):

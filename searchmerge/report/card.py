@@ -1,5 +1,6 @@
 """The card of a saved model: what it is, how it was made, what it scores."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 import yaml
@@ -12,6 +13,7 @@ def model_card(
     base: str,
     experts: Mapping[str, str],
     classes: Mapping[str, Sequence[str]],
+    overrides: Mapping[str, str],
 ) -> str:
     """Return the README of a saved model, with the metadata that the hub reads.
 
@@ -20,6 +22,7 @@ def model_card(
         base: The base model, as the study names it.
         experts: Expert name to the model, as the study names it.
         classes: Expert name to the names of its head's classes, where it has a head of its own.
+        overrides: What ``searchmerge merge`` has to be told beside plan and models.
     """
     hub_ids = [name for name in (base, *experts.values()) if _is_hub_id(name)]
     metadata = {
@@ -43,12 +46,21 @@ A merge of these experts on the base `{base}`, found by searchmerge:
 
 {rows}
 
-{_heads_text(classes)}`merge_plan.yaml` is all that is needed to make this model again:
+{_heads_text(classes)}With `merge_plan.yaml` and these models this one is made again:
 
 ```
-searchmerge merge merge_plan.yaml --base BASE --expert NAME=PATH ... --out OUT
+{_command(base, experts, overrides)}
 ```
 """
+
+
+def _command(base: str, experts: Mapping[str, str], overrides: Mapping[str, str]) -> str:
+    arguments = ["searchmerge", "merge", "merge_plan.yaml", "--base", base]
+    for name, source in experts.items():
+        arguments += ["--expert", f"{name}={source}"]
+    for key, value in overrides.items():
+        arguments += ["--set", f"{key}={value}"]
+    return shlex.join([*arguments, "--out", "merged"])
 
 
 def _heads_text(classes: Mapping[str, Sequence[str]]) -> str:
