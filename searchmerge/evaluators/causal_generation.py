@@ -6,7 +6,6 @@ task or the model's generation config asks for goes through ``model.generate``, 
 that does not honour masks and positions.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from searchmerge.evaluators.causal_model import (
+    Prefix,
+    cache_of,
+    device_of,
+    n_tokens,
+    run_prefix,
+    takes,
+)
 from searchmerge.evaluators.causal_scoring import honours_packing, packed_window
 from searchmerge.evaluators.packing import Tokens
 
@@ -147,7 +154,7 @@ class Generator:
         if is_greedy(model, options) and self._takes_masks(model, longest):
             return self._greedy(model, tokenizer, prompts, options)
         results: list[list[int]] = [[]] * len(prompts)
-        device = _device(model)
+        device = device_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(_SAMPLING_SEED)
             for rows in self._batches(prompts, options):
@@ -165,7 +172,7 @@ class Generator:
     ) -> list[list[int]]:
         results: list[list[int]] = [[]] * len(prompts)
         n_shared = _n_shared(prompts)
-        prefix = _run_prefix(model, prompts[0][:n_shared]) if n_shared else None
+        prefix = run_prefix(model, prompts[0][:n_shared]) if n_shared else []
         for rows in self._batches(prompts, options):
             batch = _GreedyBatch(model, {i: prompts[i][n_shared:] for i in rows}, tokenizer)
             for i, tokens in zip(rows, batch.run(prefix, options), strict=True):
@@ -218,25 +225,12 @@ def _n_shared(prompts: Sequence[Tokens]) -> int:
     return common if common * (len(prompts) - 1) >= _SHARED_TOKENS else 0
 
 
-def _run_prefix(model: nn.Module, prefix: Tokens) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values of a prefix by layer, for one row."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    _forward(model, input_ids=torch.tensor([prefix], device=_device(model)), past_key_values=cache)
-    return [(keys, values) for keys, values, *_ in cache]
-
-
 def _forward(model: nn.Module, **inputs: Any) -> Tensor:
     """Return the logits of the last token of every row, ``(n_rows, vocabulary)``."""
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+    if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     logits: Tensor = model(use_cache=True, **inputs).logits
     return logits[:, -1]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 class _GreedyBatch:
@@ -256,18 +250,16 @@ class _GreedyBatch:
         end = model.generation_config.eos_token_id
         self._ends = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id}
 
-    def run(
-        self, prefix: list[tuple[Tensor, Tensor]] | None, options: GenerationOptions
-    ) -> list[list[int]]:
+    def run(self, prefix: Prefix, options: GenerationOptions) -> list[list[int]]:
         """Return the new tokens of every row.
 
         Args:
-            prefix: Keys and values of what stands before the prompts, by layer.
+            prefix: What stands before the prompts; may be empty.
             options: When to stop.
         """
         stops = _StopSequences(self._tokenizer, options.stop, 0)
-        device, n_rows = _device(self._model), len(self._tokens)
-        cache, n_past = _expanded(prefix, n_rows)
+        device, n_rows = device_of(self._model), len(self._tokens)
+        cache, n_past = cache_of(prefix, n_rows), n_tokens(prefix)
         new: list[list[int]] = [[] for _ in range(n_rows)]
         rows = list(range(n_rows))  # those that are still in the batch
         done: set[int] = set()
@@ -286,7 +278,11 @@ class _GreedyBatch:
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 if row not in done:
                     new[row].append(token)
-            done |= {row for row in rows if new[row][-1] in self._ends or stops.met(new[row])}
+            done |= {
+                row
+                for row in rows
+                if row not in done and (new[row][-1] in self._ends or stops.met(new[row]))
+            }
             left = [place for place, row in enumerate(rows) if row not in done]
             if not left:
                 break
@@ -305,19 +301,6 @@ class _GreedyBatch:
             raise NonFiniteLogits(self._indices[rows[int((~finite).nonzero()[0, 0])]])
 
 
-def _expanded(prefix: list[tuple[Tensor, Tensor]] | None, n_rows: int) -> tuple[Any, int]:
-    """Return a cache that holds a prefix in every row, and how many tokens it has."""
-    from transformers import DynamicCache
-
-    if prefix is None:
-        return DynamicCache(), 0
-    layers = [
-        (keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
-        for keys, values in prefix
-    ]
-    return DynamicCache(layers), prefix[0][0].shape[2]
-
-
 def _padded(prompts: Sequence[Tokens], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Return prompts padded on the left, and their mask, ``(n_rows, longest)`` int64 each."""
     width = max(map(len, prompts))
@@ -334,7 +317,7 @@ def _generate_batch(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt."""
     tokens, mask = _padded(list(prompts.values()), tokenizer.pad_token_id)
-    width, device = tokens.shape[1], _device(model)
+    width, device = tokens.shape[1], device_of(model)
     arguments = {"max_length": width + options.max_new_tokens} | options.arguments
     sequences: Tensor = model.generate(
         input_ids=tokens.to(device),

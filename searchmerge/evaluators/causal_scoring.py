@@ -5,17 +5,24 @@ The rows that ``packing`` lays out are run by public transformers API: a 4D ``at
 gets one row per continuation instead, found out once by scoring a few tokens both ways.
 """
 
-import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from searchmerge.evaluators.causal_model import (
+    Prefix,
+    cache_of,
+    device_of,
+    n_tokens,
+    run_prefix,
+    takes,
+)
 from searchmerge.evaluators.packing import (
     Batch,
     Cluster,
@@ -127,7 +134,7 @@ def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, boo
     reads: list[tuple[Tensor, Tensor]] = []
     owners: list[Tensor] = []
     for cluster in clusters:
-        prefix = _run_prefix(model, cluster.prefix) if cluster.prefix else []
+        prefix = run_prefix(model, cluster.prefix) if cluster.prefix else []
         for batch in cluster.batches:
             reads.append(_read(_logits(model, batch, prefix), batch))
             owners.append(batch.owners)
@@ -139,41 +146,19 @@ def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, boo
     return list(zip(totals.tolist(), (misses == 0).tolist(), strict=True))
 
 
-_Prefix = list[tuple[Tensor, Tensor]]
-"""Keys and values of a prefix, each ``(1, n_heads, n_tokens, head_size)``, by layer."""
-
-
-def _run_prefix(model: nn.Module, prefix: Tokens) -> _Prefix:
-    """Return the keys and values of a prefix, for rows that go on from it."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    if _takes(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = 1
-    model(input_ids=torch.tensor([prefix], device=_device(model)), **inputs)
-    return [(keys, values) for keys, values, *_ in cache]
-
-
-def _logits(model: nn.Module, batch: Batch, prefix: _Prefix) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, prefix: Prefix) -> Tensor:
     """Return the kept logits of a batch's rows, one after another, ``(n, vocabulary)``."""
-    from transformers import DynamicCache
-
-    device = _device(model)
+    device = device_of(model)
     inputs: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}
     if batch.layout is not None:
         positions, documents, branches = batch.layout.to(device)
-        past = prefix[0][0].shape[2] if prefix else 0
-        inputs["attention_mask"] = _mask(documents, branches, past, _dtype(model))
+        mask = _mask(documents, branches, n_tokens(prefix), _dtype(model))
+        inputs["attention_mask"] = mask
         inputs["position_ids"] = positions
     if prefix:
-        n_rows = len(batch.tokens)
-        expanded = [
-            (keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
-            for keys, values in prefix
-        ]
-        inputs |= {"past_key_values": DynamicCache(expanded), "use_cache": True}
-    if _takes(model, "logits_to_keep"):
+        cache = cache_of(prefix, len(batch.tokens))
+        inputs |= {"past_key_values": cache, "use_cache": True}
+    if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = batch.n_keep
     logits: Tensor = model(**inputs).logits[:, -batch.n_keep :]
     return logits.flatten(0, 1)
@@ -228,19 +213,6 @@ def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(totals), torch.cat(largest)
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in _arguments(type(model).forward)
-
-
-@cache
-def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
@@ -260,7 +232,7 @@ def honours_packing(model: nn.Module) -> bool | None:
     that does not. Weights that give no finite logits, or the same ones whatever came before,
     say nothing about the next weights.
     """
-    if not all(_takes(model, name) for name in ("attention_mask", "position_ids")):
+    if not all(takes(model, name) for name in ("attention_mask", "position_ids")):
         return False
     documents = _canary_documents(model)
     plain = _likelihoods(model, [Cluster((), lay_out_plain(documents, 64))])
