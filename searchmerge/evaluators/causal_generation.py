@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from searchmerge.evaluators.causal_model import (
     Prefix,
-    cache_of,
     device_of,
-    n_tokens,
     run_prefix,
     takes,
 )
@@ -172,7 +170,7 @@ class Generator:
     ) -> list[list[int]]:
         results: list[list[int]] = [[]] * len(prompts)
         n_shared = _n_shared(prompts)
-        prefix = run_prefix(model, prompts[0][:n_shared]) if n_shared else []
+        prefix = run_prefix(model, prompts[0][:n_shared])
         for rows in self._batches(prompts, options):
             batch = _GreedyBatch(model, {i: prompts[i][n_shared:] for i in rows}, tokenizer)
             for i, tokens in zip(rows, batch.run(prefix, options), strict=True):
@@ -259,7 +257,7 @@ class _GreedyBatch:
         """
         stops = _StopSequences(self._tokenizer, options.stop, 0)
         device, n_rows = device_of(self._model), len(self._tokens)
-        cache, n_past = cache_of(prefix, n_rows), n_tokens(prefix)
+        cache, n_past = prefix.rows(n_rows), prefix.n_tokens
         new: list[list[int]] = [[] for _ in range(n_rows)]
         rows = list(range(n_rows))  # those that are still in the batch
         done: set[int] = set()

@@ -2,16 +2,45 @@
 
 import inspect
 from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from searchmerge.evaluators.packing import Tokens
 
-Prefix = list[tuple[Tensor, Tensor]]
-"""Keys and values of a prefix, each ``(1, n_heads, n_tokens, head_size)``, by layer."""
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that stand before several rows, which a model has run once.
+
+    Attributes:
+        n_tokens: How many they are; 0 for none.
+        cache: The model's ``DynamicCache`` of them, one row; ``None`` for none.
+    """
+
+    n_tokens: int = 0
+    cache: Any = None
+
+    def rows(self, n_rows: int) -> Any:
+        """Return a ``DynamicCache`` that holds the prefix in every row, for one forward pass.
+
+        Keys and values are not copied: a pass puts longer ones in their place.
+        """
+        from transformers import DynamicCache
+
+        if self.cache is None:
+            return DynamicCache()
+        cache = copy(self.cache)
+        cache.layers = [copy(layer) for layer in cache.layers]
+        for layer in cache.layers:
+            if layer.keys is not None:  # a layer may use those of another
+                layer.keys = layer.keys.expand(n_rows, -1, -1, -1)
+                layer.values = layer.values.expand(n_rows, -1, -1, -1)
+        return cache
 
 
 def takes(model: nn.Module, argument: str) -> bool:
@@ -30,31 +59,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def run_prefix(model: nn.Module, prefix: Tokens) -> Prefix:
-    """Return the keys and values of a prefix, for rows that go on from it."""
+    """Run tokens, which may be none, for rows that go on from them."""
     from transformers import DynamicCache
 
+    if not prefix:
+        return Prefix()
     cache = DynamicCache()
     inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     model(input_ids=torch.tensor([prefix], device=device_of(model)), **inputs)
-    return [(keys, values) for keys, values, *_ in cache]
-
-
-def cache_of(prefix: Prefix, n_rows: int) -> Any:
-    """Return a ``DynamicCache`` that holds a prefix, which may be empty, in every row."""
-    from transformers import DynamicCache
-
-    if not prefix:
-        return DynamicCache()
-    return DynamicCache(
-        [
-            (keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1))
-            for keys, values in prefix
-        ]
-    )
-
-
-def n_tokens(prefix: Prefix) -> int:
-    """Return how many tokens a prefix has."""
-    return prefix[0][0].shape[2] if prefix else 0
+    return Prefix(len(prefix), cache)

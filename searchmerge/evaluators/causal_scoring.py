@@ -12,14 +12,13 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from searchmerge.evaluators.causal_model import (
     Prefix,
-    cache_of,
     device_of,
-    n_tokens,
     run_prefix,
     takes,
 )
@@ -131,18 +130,16 @@ def packed_window(model: nn.Module, max_length: int) -> int:
 
 def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, bool]]:
     """Return log-likelihood and greediness by owner; all owners occur in ``clusters``."""
-    reads: list[tuple[Tensor, Tensor]] = []
-    owners: list[Tensor] = []
+    reads: list[tuple[Tensor, np.ndarray]] = []
+    owners: list[np.ndarray] = []
     for cluster in clusters:
-        prefix = run_prefix(model, cluster.prefix) if cluster.prefix else []
+        prefix = run_prefix(model, cluster.prefix)
         for batch in cluster.batches:
             reads.append(_read(_logits(model, batch, prefix), batch))
-            owners.append(batch.owners)
-    owner = torch.cat(owners)
-    values = torch.cat([read[0] for read in reads]).cpu().double()
-    missed = ~torch.cat([read[1] for read in reads]).cpu()
-    totals = torch.bincount(owner, values)
-    misses = torch.bincount(owner, missed.double())
+            owners.append(batch.owners.numpy())
+    owner = np.concatenate(owners)
+    totals = np.bincount(owner, torch.cat([read[0] for read in reads]).cpu().numpy())
+    misses = np.bincount(owner, ~np.concatenate([read[1] for read in reads]))
     return list(zip(totals.tolist(), (misses == 0).tolist(), strict=True))
 
 
@@ -151,46 +148,44 @@ def _logits(model: nn.Module, batch: Batch, prefix: Prefix) -> Tensor:
     device = device_of(model)
     inputs: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}
     if batch.layout is not None:
-        positions, documents, branches = batch.layout.to(device)
-        mask = _mask(documents, branches, n_tokens(prefix), _dtype(model))
-        inputs["attention_mask"] = mask
+        positions, orders, ends = batch.layout.to(device)
+        inputs["attention_mask"] = _mask(orders, ends, prefix.n_tokens, _dtype(model))
         inputs["position_ids"] = positions
-    if prefix:
-        cache = cache_of(prefix, len(batch.tokens))
-        inputs |= {"past_key_values": cache, "use_cache": True}
+    if prefix.n_tokens:
+        inputs |= {"past_key_values": prefix.rows(len(batch.tokens)), "use_cache": True}
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = batch.n_keep
     logits: Tensor = model(**inputs).logits[:, -batch.n_keep :]
     return logits.flatten(0, 1)
 
 
-def _mask(documents: Tensor, branches: Tensor, past: int, dtype: torch.dtype) -> Tensor:
+def _mask(orders: Tensor, ends: Tensor, past: int, dtype: torch.dtype) -> Tensor:
     """Return the additive mask of packed rows, ``(n_rows, 1, n_tokens, past + n_tokens)``.
 
-    A token sees the prefix, its own document's context and its own branch, up to itself.
+    A token sees the prefix, itself, and the tokens that it stands in a branch of.
     """
-    n_rows, n_tokens = documents.shape
-    seen = documents[:, :, None] == documents[:, None]
-    seen &= (branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])
-    seen.tril_()
-    mask = torch.zeros(n_rows, n_tokens, past + n_tokens, dtype=dtype, device=seen.device)
-    mask[:, :, past:].masked_fill_(~seen, torch.finfo(dtype).min)
+    n_rows, n_tokens = orders.shape
+    hidden = orders[:, :, None] < orders[:, None]
+    hidden |= orders[:, :, None] >= ends[:, None]
+    mask = torch.zeros(n_rows, n_tokens, past + n_tokens, dtype=dtype, device=hidden.device)
+    mask[:, :, past:].masked_fill_(hidden, torch.finfo(dtype).min)
     return mask[:, None]
 
 
-def _read(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _read(logits: Tensor, batch: Batch) -> tuple[Tensor, np.ndarray]:
     """Return the log-probability of every token read, float32, and whether it is the largest."""
     at, targets = batch.at.to(logits.device), batch.targets.to(logits.device)
     chosen = logits[at, targets].float()
     totals, largest = _reduce(logits)
-    greedy = chosen == largest[at]
+    greedy = (chosen == largest[at]).cpu().numpy()
     # Of equal logits the first is the greedy one. To look for it takes long, and only matters
     # where a continuation's tokens are all among the largest.
-    owners = batch.owners.to(logits.device)
-    n_missed = torch.zeros(int(batch.owners.max()) + 1, device=logits.device)
-    n_missed.index_add_(0, owners, (~greedy).float())
-    doubtful = greedy & (n_missed[owners] == 0)
-    greedy[doubtful] = logits[at[doubtful]].argmax(-1) == targets[doubtful]
+    owners = batch.owners.numpy()
+    (doubtful,) = np.nonzero(greedy & (np.bincount(owners, ~greedy)[owners] == 0))
+    if len(doubtful):
+        places = torch.from_numpy(doubtful)
+        first = logits[batch.at[places].to(logits.device)].argmax(-1).cpu()
+        greedy[doubtful] = (first == batch.targets[places]).numpy()
     return chosen - totals[at], greedy
 
 
@@ -200,17 +195,17 @@ def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
     A few rows at a time, in a buffer that stays in a CPU's cache: whole-tensor ``logsumexp`` takes
     several times as long. So does ``exp`` beside ``exp2`` of as many entries.
     """
-    n_rows = min(_LOGIT_ROWS.get(logits.device.type, 1024), max(1, len(logits)))
-    buffer = torch.empty(n_rows, logits.shape[-1], dtype=torch.float32, device=logits.device)
-    totals, largest = [], []
-    for rows in torch.split(logits, n_rows):
-        part = buffer[: len(rows)]
-        wide = rows if rows.dtype == part.dtype else part.copy_(rows)
-        top = wide.amax(-1)
+    n_rows = _LOGIT_ROWS.get(logits.device.type, 1024)
+    buffer = logits.new_empty(min(n_rows, len(logits)), logits.shape[-1], dtype=torch.float32)
+    totals, largest = buffer.new_empty(2, len(logits))
+    for start in range(0, len(logits), n_rows):
+        rows = slice(start, start + n_rows)
+        part = buffer[: len(logits[rows])]
+        wide = logits[rows] if logits.dtype == part.dtype else part.copy_(logits[rows])
+        top = torch.amax(wide, -1, out=largest[rows])
         torch.sub(wide, top[:, None], out=part)
-        totals.append(part.mul_(_LOG2_E).exp2_().sum(-1).log_().add_(top))
-        largest.append(top)
-    return torch.cat(totals), torch.cat(largest)
+        torch.sum(part.mul_(_LOG2_E).exp2_(), -1, out=totals[rows])
+    return totals.log_().add_(largest), largest
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -241,7 +236,8 @@ def honours_packing(model: nn.Module) -> bool | None:
         packed = _likelihoods(model, plan)
         for batch in plan[0].batches:
             if batch.layout is not None:
-                batch.layout[1:] = 0  # one document, one branch; the positions stay
+                batch.layout[1] = torch.arange(batch.tokens.shape[1])
+                batch.layout[2] = batch.tokens.shape[1]
         causal = _likelihoods(model, plan)
     except torch.OutOfMemoryError:
         raise

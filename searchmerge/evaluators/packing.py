@@ -2,15 +2,16 @@
 
 A packed row holds several documents. First the contexts, each but for its last token; then, up
 to the right end of the row, every context's last token and its continuations, whose last tokens
-are predicted and never read. A mask lets a token see its document's context and its own
-continuation only, and positions count from the document's start. So the logits that are wanted
-are those of the last columns, and a context is run once for all of its continuations. A prefix
-that many documents share is left out of their rows, and run once before them.
+are predicted and never read. A mask lets a token see only what stands before it in its own text,
+and positions count from the document's start. So the logits that are wanted are those of the last
+columns, a context is run once for all of its continuations, and so is what several continuations
+begin with. A prefix that many documents share is left out of their rows, and run once before them.
 """
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -44,17 +45,21 @@ class Document:
 
     def size(self, prefix: int = 0) -> int:
         """Return how many tokens a row needs for it after the first ``prefix`` ones."""
-        return len(self.context) - prefix + sum(len(tokens) - 1 for tokens in self.continuations)
+        return len(self.context) - prefix + self.n_tails
 
-    def part(self, start: int, stop: int | None = None) -> "Document":
-        """Return the document with some of its continuations only."""
-        cut = slice(start, stop)
-        return Document(self.context, self.continuations[cut], self.owners[cut])
+    @cached_property
+    def n_tails(self) -> int:
+        """How many tokens of the continuations are run."""
+        return sum(len(tokens) - 1 - n_shared for tokens, _, n_shared in branches(self))
 
 
 @dataclass(frozen=True)
 class Batch:
     """One forward pass, and which of its logits are read.
+
+    The order of a token counts the tokens of its row, document by document, each a tree whose
+    branches follow one another. A token stands before those of the orders from its own up to its
+    end, which is not one of them, and before no others.
 
     Attributes:
         tokens: Token ids, ``(n_rows, n_tokens)``, int64.
@@ -62,9 +67,9 @@ class Batch:
         at: For each token read, its place in the kept logits of all rows one after another.
         targets: For each token read, its id.
         owners: For each token read, the index of its continuation.
-        layout: Position, document (-1 is padding) and branch (0 is the context) of every token of
-            packed rows, padded on the left, ``(3, n_rows, n_tokens)``; ``None`` for plain rows,
-            one sequence each, padded on the right.
+        layout: Position, order and end of every token of packed rows, padded on the left (order
+            -1, end 0), ``(3, n_rows, n_tokens)``; ``None`` for plain rows, one sequence each,
+            padded on the right.
     """
 
     tokens: Tensor
@@ -126,6 +131,24 @@ def group_documents(
         indices.append(known[continuation])
     documents = [Document(c, tuple(known), tuple(known.values())) for c, known in grouped.items()]
     return documents, indices
+
+
+def branches(document: Document) -> list[tuple[Tokens, int, int]]:
+    """Return a document's continuations in the order in which they are laid out.
+
+    Returns:
+        For each continuation its tokens, its owner, and how many of its first tokens have been
+        run for those before it.
+    """
+    found, path = [], 0
+    previous: Tokens = ()
+    ordered = sorted(zip(document.continuations, document.owners, strict=True))
+    for tokens, owner in ordered:
+        limit = min(path, len(tokens) - 1)
+        n_shared = next((i for i in range(limit) if tokens[i] != previous[i]), limit)
+        found.append((tokens, owner, n_shared))
+        previous, path = tokens, len(tokens) - 1
+    return found
 
 
 def share_prefixes(
@@ -220,13 +243,15 @@ def fill_rows(
 def _pieces(document: Document, prefix: int, limit: int) -> Iterator[Document]:
     """Divide a document's continuations, so that each part fits into ``limit`` where it can."""
     context = len(document.context) - prefix
-    start, size = 0, context
-    for stop, tokens in enumerate(document.continuations):
-        if stop > start and size + len(tokens) - 1 > limit:
-            yield document.part(start, stop)
-            start, size = stop, context
-        size += len(tokens) - 1
-    yield document.part(start)
+    piece: dict[Tokens, int] = {}
+    size = context
+    for tokens, owner, n_shared in branches(document):
+        if piece and size + len(tokens) - 1 - n_shared > limit:
+            yield Document(document.context, tuple(piece), tuple(piece.values()))
+            piece, size, n_shared = {}, context, 0
+        piece[tokens] = owner
+        size += len(tokens) - 1 - n_shared
+    yield Document(document.context, tuple(piece), tuple(piece.values()))
 
 
 @dataclass
@@ -235,14 +260,14 @@ class _Part:
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    documents: list[int] = field(default_factory=list)
-    branches: list[int] = field(default_factory=list)
+    orders: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
-    def add(self, tokens: Tokens, position: int, document: int, branch: int) -> None:
+    def add(self, tokens: Tokens, position: int, order: int, end: int) -> None:
         self.tokens += tokens
         self.positions += range(position, position + len(tokens))
-        self.documents += [document] * len(tokens)
-        self.branches += [branch] * len(tokens)
+        self.orders += range(order, order + len(tokens))
+        self.ends += [end] * len(tokens)
 
 
 def lay_out_packed(rows: Sequence[Sequence[Document]], prefix: int) -> Batch:
@@ -254,36 +279,39 @@ def lay_out_packed(rows: Sequence[Sequence[Document]], prefix: int) -> Batch:
     reads = _Reads()
     for number, row in enumerate(rows):
         contexts, tails = _Part(), _Part()
-        end = width - sum(1 + d.size() - len(d.context) for d in row)
-        for index, document in enumerate(row):
-            _lay_out_document(document, index, prefix, (contexts, tails), (reads, number, end))
+        end = width - sum(1 + document.n_tails for document in row)
+        for document in row:
+            _lay_out_document(document, prefix, (contexts, tails), (reads, number, end))
         start = end - len(contexts.tokens)
         tokens[number, start:] = torch.tensor(contexts.tokens + tails.tokens)
         layout[0, number, start:] = torch.tensor(contexts.positions + tails.positions)
-        layout[1, number, start:] = torch.tensor(contexts.documents + tails.documents)
-        layout[2, number, start:] = torch.tensor(contexts.branches + tails.branches)
+        layout[1, number, start:] = torch.tensor(contexts.orders + tails.orders)
+        layout[2, number, start:] = torch.tensor(contexts.ends + tails.ends)
     return reads.batch(tokens, layout)
 
 
 def _lay_out_document(
     document: Document,
-    index: int,
     prefix: int,
     parts: tuple[_Part, _Part],
     reading: tuple[_Reads, int, int],
 ) -> None:
     """Add a document to its row's contexts and tails, and what is read to the batch's reads."""
-    (contexts, tails), (reads, row, end) = parts, reading
-    length = len(document.context)
-    contexts.add(document.context[prefix:-1], prefix, index, 0)
-    last = end + len(tails.tokens)
-    tails.add(document.context[-1:], length - 1, index, 0)
-    branches = zip(document.continuations, document.owners, strict=True)
-    for branch, (continuation, owner) in enumerate(branches, start=1):
-        start = end + len(tails.tokens)
-        tails.add(continuation[:-1], length, index, branch)
-        columns = [last, *range(start, start + len(continuation) - 1)]
-        reads.add(row, columns, continuation, owner)
+    (contexts, tails), (reads, row, first) = parts, reading
+    length, order = len(document.context), len(contexts.tokens) + len(tails.tokens)
+    end = order + document.size(prefix)
+    contexts.add(document.context[prefix:-1], prefix, order, end)
+    path = [len(tails.tokens)]  # places in the tails of the tokens that the next one follows
+    tails.add(document.context[-1:], length - 1, order + length - prefix - 1, end)
+    for continuation, owner, n_shared in branches(document):
+        here = len(contexts.tokens) + len(tails.tokens)
+        for place in path[1 + n_shared :]:  # the branch that they are in ends here
+            tails.ends[place] = here
+        del path[1 + n_shared :]
+        new = continuation[n_shared:-1]
+        path += range(len(tails.tokens), len(tails.tokens) + len(new))
+        tails.add(new, length + n_shared, here, end)
+        reads.add(row, (first + place for place in path), continuation, owner)
 
 
 def lay_out_plain(documents: Sequence[Document], batch_tokens: int) -> list[Batch]:

@@ -203,11 +203,8 @@ def read_texts(prefix, batch):
     first = batch.tokens.shape[1] - batch.n_keep
     for at, target, owner in zip(batch.at.tolist(), batch.targets, batch.owners, strict=True):
         row, column = at // batch.n_keep, first + at % batch.n_keep
-        position, document, branch = batch.layout[:, row].tolist()
-        seen = [
-            i
-            for i in range(column + 1)
-            if document[i] == document[column] and branch[i] in (0, branch[column])
-        ]
+        position, order, end = batch.layout[:, row].tolist()
+        seen = [i for i in range(len(order)) if order[i] <= order[column] < end[i]]
+        assert seen == sorted(seen, key=lambda i: position[i])
         assert [position[i] for i in seen] == list(range(len(prefix), len(prefix) + len(seen)))
         yield int(owner), (*prefix, *batch.tokens[row, seen].tolist(), int(target))
