@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BATCH_TOKENS = {"cpu": 256, "cuda": 8192}  # a larger mask costs a CPU more than it saves
+_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # a CPU gains no more by larger passes
 _TEXT_TOKENS = {"cpu": 2048, "cuda": 32768}
 _BATCH_IMAGES = {"cpu": 8, "cuda": 128}
 _VERSIONS = ("searchmerge", "torch", "transformers", "lm-eval")
@@ -271,7 +271,8 @@ def _lm_harness(
         },
         tokenizer=models.base.tokenizer_dir,
         include_path=study_file.parent / own.include_path if own.include_path else None,
-        batch_tokens=own.batch_tokens or _BATCH_TOKENS.get(device.partition(":")[0], 256),
+        batch_tokens=own.batch_tokens
+        or _BATCH_TOKENS.get(device.partition(":")[0], _BATCH_TOKENS["cpu"]),
         max_length=own.max_length,
         fewshot_seed=own.fewshot_seed,
         backend=engine,
@@ -316,7 +317,8 @@ def _perplexity(spec: StudySpec, study_file: Path, models: Models, device: str) 
             if task.evaluator == "perplexity"
         },
         model_dir=models.base.tokenizer_dir,
-        batch_tokens=own.batch_tokens or _BATCH_TOKENS.get(device.partition(":")[0], 256),
+        batch_tokens=own.batch_tokens
+        or _BATCH_TOKENS.get(device.partition(":")[0], _BATCH_TOKENS["cpu"]),
         max_length=own.max_length,
         stride=own.stride,
     )

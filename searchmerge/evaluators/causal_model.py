@@ -36,7 +36,7 @@ class Prefix:
             return DynamicCache()
         cache = copy(self.cache)
         cache.layers = [copy(layer) for layer in cache.layers]
-        for layer in cache.layers:
+        for layer in cache.layers if n_rows > 1 else []:
             if layer.keys is not None:  # a layer may use those of another
                 layer.keys = layer.keys.expand(n_rows, -1, -1, -1)
                 layer.values = layer.values.expand(n_rows, -1, -1, -1)

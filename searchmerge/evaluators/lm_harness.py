@@ -254,12 +254,14 @@ class ResidentLM:
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is the greedy one."""
-        return self._loglikelihood_tokens([self._pair(*request.args[:2]) for request in requests])
+        return self._score([self._pair(*request.args[:2]) for request in requests])
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, ...]], **_: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [(tuple(request[-2]), tuple(request[-1])) for request in requests]
+        return self._score([(tuple(request[-2]), tuple(request[-1])) for request in requests])
+
+    def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
         return self._runs.score(self.model, pairs, self.max_length)
 
     def _pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
@@ -287,7 +289,7 @@ class ResidentLM:
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Return the log-likelihood of each text, in windows that fill the model's."""
         windows = [self._text_windows(request.args[0]) for request in requests]
-        scores = iter(self._loglikelihood_tokens([w for text in windows for w in text]))
+        scores = iter(self._score([window for text in windows for window in text]))
         return [sum(next(scores)[0] for _ in text) for text in windows]
 
     def _text_windows(self, text: str) -> list[tuple[Tokens, Tokens]]:
@@ -535,15 +537,19 @@ class _PreparedTask:
                 answers = getattr(lm, kind)(asked)
             except NonFiniteLogits as error:
                 raise self._not_finite(asked[error.row], "logits that are not finite") from error
+            if kind != "generate_until":
+                self._check_finite(asked, answers)
             for request, answer in zip(asked, answers, strict=True):
-                if kind != "generate_until":
-                    value = answer[0] if isinstance(answer, tuple) else answer
-                    if not math.isfinite(value):
-                        raise self._not_finite(
-                            request, f"a log-likelihood of {value}, which is not finite"
-                        )
                 request.resps.append(answer)
         self._filters[self._filter].apply(list(requests))
+
+    def _check_finite(self, requests: Sequence[Any], answers: Sequence[Any]) -> None:
+        values = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
+        if all(map(math.isfinite, values)):
+            return
+        place = next(i for i, value in enumerate(values) if not math.isfinite(value))
+        what = f"a log-likelihood of {values[place]}, which is not finite"
+        raise self._not_finite(requests[place], what)
 
     def _not_finite(self, request: Any, what: str) -> EvaluationError:
         return EvaluationError(

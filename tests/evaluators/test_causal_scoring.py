@@ -77,8 +77,9 @@ def test_a_greedy_continuation_is_recognised():
     ]
 
 
-def test_of_equal_logits_the_first_token_is_the_greedy_one():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_token_is_the_greedy_one(dtype):
+    model = tiny_model("llama").to(dtype)
     model.lm_head.weight.zero_()
     pairs = [((5, 6), (0,)), ((5, 6), (7,))]
     assert [greedy for _, greedy in CausalScorer(64).score(model, pairs, WINDOW)] == [True, False]
@@ -208,3 +209,13 @@ def read_texts(prefix, batch):
         assert seen == sorted(seen, key=lambda i: position[i])
         assert [position[i] for i in seen] == list(range(len(prefix), len(prefix) + len(seen)))
         yield int(owner), (*prefix, *batch.tokens[row, seen].tolist(), int(target))
+
+
+def test_what_several_continuations_begin_with_is_run_once():
+    pairs = [((1, 2, 3), (4, 5, 6)), ((1, 2, 3), (4, 5, 7, 8)), ((1, 2, 3), (9,))]
+    (document,), _ = group_documents(pairs, 16)
+    assert document.size() == len([1, 2, 3, 4, 5, 7])
+    (cluster,) = plan_packed([document], 64, 16)
+    (batch,) = cluster.batches
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 7]]
+    assert batch.n_keep == 4
