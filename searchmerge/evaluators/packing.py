@@ -5,7 +5,8 @@ to the right end of the row, every context's last token and its continuations, w
 are predicted and never read. A mask lets a token see only what stands before it in its own text,
 and positions count from the document's start. So the logits that are wanted are those of the last
 columns, a context is run once for all of its continuations, and so is what several continuations
-begin with. A prefix that many documents share is left out of their rows, and run once before them.
+begin with. A prefix that many documents share is run once for each row; or, where that takes
+longer than one more forward pass, left out of the rows and run once before them.
 """
 
 import heapq
@@ -270,15 +271,24 @@ class _Part:
         self.ends += [end] * len(tokens)
 
 
-def lay_out_packed(rows: Sequence[Sequence[Document]], prefix: int) -> Batch:
-    """Return the batch of packed rows; the documents go on from their first ``prefix`` tokens."""
-    width = max(sum(document.size(prefix) for document in row) for row in rows)
+def lay_out_packed(rows: Sequence[Sequence[Document]], prefix: int, *, inside: bool) -> Batch:
+    """Return the batch of packed rows.
+
+    Args:
+        rows: The documents of each row.
+        prefix: Tokens of every context that are the same.
+        inside: Whether each row begins with them; else they were run before.
+    """
+    shared = rows[0][0].context[: prefix if inside else 0]
+    sizes = [len(shared) + sum(document.size(prefix) for document in row) for row in rows]
+    width = max(sizes)
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
     layout = torch.zeros(3, len(rows), width, dtype=torch.int64)
     layout[1] = -1
     reads = _Reads()
     for number, row in enumerate(rows):
         contexts, tails = _Part(), _Part()
+        contexts.add(shared, 0, 0, sizes[number])
         end = width - sum(1 + document.n_tails for document in row)
         for document in row:
             _lay_out_document(document, prefix, (contexts, tails), (reads, number, end))
@@ -361,7 +371,7 @@ def plan_packed(
         cost: Tokens that running a prefix costs beyond its own.
         row_tokens: Tokens of a row, more or less.
     """
-    budget = _Budget(batch_tokens, max_length, row_tokens)
+    budget = _Budget(batch_tokens, max_length, row_tokens, cost)
     clusters = []
     for prefix, members in share_prefixes(documents, cost):
         kinds: dict[str, list[Document]] = {"plain": [], "long": [], "packed": []}
@@ -377,11 +387,12 @@ def plan_packed(
 
 @dataclass(frozen=True)
 class _Budget:
-    """How many tokens a batch, a sequence and a row may have."""
+    """How many tokens a batch, a sequence and a row may have, and what a forward pass costs."""
 
     batch_tokens: int
     max_length: int
     row_tokens: int
+    cost: int
 
     def kind(self, document: Document) -> str:
         """Return how a document without a shared prefix is best run."""
@@ -394,10 +405,15 @@ class _Budget:
         limit = min(self.batch_tokens, self.max_length - prefix)
         rows = fill_rows(documents, prefix, self.row_tokens, limit)
         sizes = [sum(document.size(prefix) for document in row) for row in rows]
+        longest = max(sizes) + prefix
+        inside = (len(rows) - 1) * prefix <= self.cost and longest <= self.batch_tokens
+        if inside:
+            sizes = [size + prefix for size in sizes]
         order = sorted(range(len(rows)), key=lambda i: -sizes[i])
         batches, start = [], 0
         while start < len(order):
             stop = start + max(1, self.batch_tokens // sizes[order[start]])
-            batches.append(lay_out_packed([rows[i] for i in order[start:stop]], prefix))
+            chosen = [rows[i] for i in order[start:stop]]
+            batches.append(lay_out_packed(chosen, prefix, inside=inside))
             start = stop
-        return Cluster(documents[0].context[:prefix], batches)
+        return Cluster(() if inside else documents[0].context[:prefix], batches)

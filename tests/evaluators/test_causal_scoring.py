@@ -219,3 +219,19 @@ def test_what_several_continuations_begin_with_is_run_once():
     (batch,) = cluster.batches
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 7]]
     assert batch.n_keep == 4
+
+
+@pytest.mark.parametrize(("n_documents", "run_before"), [(2, False), (12, True)])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_prefix_is_run_before_the_rows_or_within_them(architecture, n_documents, run_before):
+    model = tiny_model(architecture)
+    prefix = sequence(1, 40)
+    pairs = [
+        (prefix + sequence(k, 4), sequence(k + choice, 3))
+        for k in range(n_documents)
+        for choice in range(3)
+    ]
+    documents, _ = group_documents(pairs, WINDOW)
+    clusters = plan_packed(documents, 128, WINDOW)
+    assert [cluster.prefix != () for cluster in clusters] == [run_before]
+    assert_same(reference(model, pairs), CausalScorer(128).score(model, pairs, WINDOW))
