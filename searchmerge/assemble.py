@@ -271,8 +271,7 @@ def _lm_harness(
         },
         tokenizer=models.base.tokenizer_dir,
         include_path=study_file.parent / own.include_path if own.include_path else None,
-        batch_tokens=own.batch_tokens
-        or _BATCH_TOKENS.get(device.partition(":")[0], _BATCH_TOKENS["cpu"]),
+        batch_tokens=own.batch_tokens or _for(device, _BATCH_TOKENS),
         max_length=own.max_length,
         fewshot_seed=own.fewshot_seed,
         backend=engine,
@@ -282,7 +281,7 @@ def _lm_harness(
 def _classification(spec: StudySpec, study_file: Path, models: Models, device: str) -> Evaluator:
     from searchmerge.evaluators.classification import Classification, ClassificationTask
 
-    own, kind = spec.classification, device.partition(":")[0]
+    own = spec.classification
     heads = _heads(spec, models)
     tasks = {
         name: ClassificationTask(
@@ -300,8 +299,8 @@ def _classification(spec: StudySpec, study_file: Path, models: Models, device: s
     return Classification(
         tasks,
         model_dir=models.base.tokenizer_dir,
-        batch_tokens=own.batch_tokens or _TEXT_TOKENS.get(kind, _TEXT_TOKENS["cpu"]),
-        batch_images=own.batch_images or _BATCH_IMAGES.get(kind, _BATCH_IMAGES["cpu"]),
+        batch_tokens=own.batch_tokens or _for(device, _TEXT_TOKENS),
+        batch_images=own.batch_images or _for(device, _BATCH_IMAGES),
         max_length=own.max_length,
     )
 
@@ -317,11 +316,15 @@ def _perplexity(spec: StudySpec, study_file: Path, models: Models, device: str) 
             if task.evaluator == "perplexity"
         },
         model_dir=models.base.tokenizer_dir,
-        batch_tokens=own.batch_tokens
-        or _BATCH_TOKENS.get(device.partition(":")[0], _BATCH_TOKENS["cpu"]),
+        batch_tokens=own.batch_tokens or _for(device, _BATCH_TOKENS),
         max_length=own.max_length,
         stride=own.stride,
     )
+
+
+def _for(device: str, sizes: Mapping[str, int]) -> int:
+    """Return the size for a kind of device; that of a CPU where there is none."""
+    return sizes.get(device.partition(":")[0], sizes["cpu"])
 
 
 def _heads(spec: StudySpec, models: Models) -> dict[str, Head]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from searchmerge.evaluators.packing import Tokens
+from searchmerge.evaluators.documents import Tokens
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Prefix:
             return DynamicCache()
         cache = copy(self.cache)
         cache.layers = [copy(layer) for layer in cache.layers]
-        for layer in cache.layers if n_rows > 1 else []:
+        for layer in cache.layers:
             if layer.keys is not None:  # a layer may use those of another
                 layer.keys = layer.keys.expand(n_rows, -1, -1, -1)
                 layer.values = layer.values.expand(n_rows, -1, -1, -1)

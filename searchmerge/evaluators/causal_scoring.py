@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations under a causal language model, every context run once.
 
-The rows that ``packing`` lays out are run by public transformers API: a 4D ``attention_mask``,
+The rows of ``layout`` are run by public transformers API: a 4D ``attention_mask``,
 ``position_ids``, ``past_key_values`` and ``logits_to_keep``. A model that does not honour them
 gets one row per continuation instead, found out once by scoring a few tokens both ways.
 """
@@ -16,21 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from searchmerge.evaluators.causal_model import (
-    Prefix,
-    device_of,
-    run_prefix,
-    takes,
-)
-from searchmerge.evaluators.packing import (
-    Batch,
-    Cluster,
-    Document,
-    Tokens,
-    group_documents,
-    lay_out_plain,
-    plan_packed,
-)
+from searchmerge.evaluators.causal_model import Prefix, device_of, run_prefix, takes
+from searchmerge.evaluators.documents import Document, Tokens, group_documents
+from searchmerge.evaluators.layout import Batch, lay_out_plain
+from searchmerge.evaluators.packing import Cluster, plan_packed
 
 _logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from torch import nn
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal_generation import GenerationOptions, Generator, NonFiniteLogits
 from searchmerge.evaluators.causal_scoring import CausalScorer
+from searchmerge.evaluators.documents import Tokens
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.lm_task_settings import data_files, split_overrides
-from searchmerge.evaluators.packing import Tokens
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
 _logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal_generation import GenerationOptions
 from searchmerge.evaluators.causal_scoring import CausalScorer
-from searchmerge.evaluators.packing import Tokens
+from searchmerge.evaluators.documents import Tokens
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)

@@ -235,7 +235,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=STUDY / "models" / "base")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument(
+        "--batch-tokens", type=int, default=512, help="of a pass; a study's default on a CPU"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--cases", nargs="+", default=[case.task for case in CASES])
     options = parser.parse_args()

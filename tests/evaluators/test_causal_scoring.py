@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchmerge.evaluators.causal_scoring import CausalScorer, honours_packing
-from searchmerge.evaluators.packing import group_documents, plan_packed, share_prefixes
+from searchmerge.evaluators.documents import group_documents
+from searchmerge.evaluators.packing import plan_packed, share_prefixes
 from tests.evaluators.models import tiny_model
 
 WINDOW = 64
