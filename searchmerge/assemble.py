@@ -22,10 +22,10 @@ from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.classifier import SavedHead, class_of, head_files
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
-from searchmerge.evaluators.blocks import Block, make_blocks, make_rounds, split_examples
 from searchmerge.evaluators.evaluator import Evaluator, Part, TaskInfo
 from searchmerge.evaluators.heads import Head, model_head, pooled_head
 from searchmerge.evaluators.rows import DataSource
+from searchmerge.execution.blocks import Block, make_blocks, make_rounds, split_examples
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.worker import Merges, Worker
 from searchmerge.merging.engine import EngineKind
@@ -43,7 +43,7 @@ from searchmerge.search.warm_start import warm_start_params
 from searchmerge.spec import DataSpec, ModelSpec, StudySpec, TaskSpec, make_space
 
 if TYPE_CHECKING:
-    from searchmerge.evaluators.vllm import VllmBackend
+    from searchmerge.evaluators.lm_harness.vllm import VllmBackend
 
 _logger = logging.getLogger(__name__)
 
@@ -179,11 +179,11 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
     targets = {names[name]: view for name, view in views.items()}
     merger: Merges = make_merger(models, vectors, config.engine, targets=targets)
     if spec.scoring == "int8":
-        from searchmerge.evaluators.quantized import Int8Merger
+        from searchmerge.execution.int8_merger import Int8Merger
 
         merger = Int8Merger(merger, model, [targets[n] for n in vectors.weights if n in targets])
     if engine is not None:
-        from searchmerge.evaluators.vllm import FollowedMerger
+        from searchmerge.execution.followed_merger import FollowedMerger
 
         merger = FollowedMerger(merger, model, targets, engine)
     return Worker(model, merger, evaluators)
@@ -193,7 +193,7 @@ def make_engine(spec: StudySpec, models: Models) -> "VllmBackend | None":
     """Return the engine that language models are run by, where it is not transformers."""
     if spec.lm_harness.engine == "transformers":
         return None
-    from searchmerge.evaluators.vllm import VllmBackend, VllmSettings
+    from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
 
     own = spec.lm_harness
     return VllmBackend(
@@ -255,7 +255,8 @@ def _lm_harness(
     device: str,
     engine: "VllmBackend | None",
 ) -> Evaluator:
-    from searchmerge.evaluators.lm_harness import LmHarness, LmTask
+    from searchmerge.evaluators.lm_harness.catalogue import LmTask
+    from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 
     own = spec.lm_harness
     return LmHarness(
@@ -494,7 +495,8 @@ def make_executor(
     if config.executor == "local":
         return InProcessExecutor(make_worker(spec, study_file, models, config))
     try:
-        from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+        from searchmerge.execution.ray.cluster import RaySettings
+        from searchmerge.execution.ray.pool import RayExecutor
     except ModuleNotFoundError as error:
         raise SpecError(
             f"executor: ray needs the package {error.name}: pip install 'searchmerge[ray]'"

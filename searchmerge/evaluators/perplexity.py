@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal_scoring import CausalScorer
-from searchmerge.evaluators.documents import Tokens
+from searchmerge.evaluators.causal.documents import Tokens
+from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
 from searchmerge.evaluators.rows import DataSource, load_rows, text_column
 from searchmerge.evaluators.tokenizer import load_tokenizer

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from searchmerge.errors import EvaluationError
-from searchmerge.evaluators.blocks import Round
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import Round
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
 

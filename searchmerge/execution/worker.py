@@ -10,8 +10,8 @@ from typing import Protocol
 from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
-from searchmerge.evaluators.blocks import BlockScores, Round, n_values
 from searchmerge.evaluators.evaluator import Evaluator, TaskInfo
+from searchmerge.execution.blocks import BlockScores, Round, n_values
 from searchmerge.plan import MergePlan
 
 

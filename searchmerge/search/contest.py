@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from searchmerge.errors import StudyError
-from searchmerge.evaluators.blocks import Round
+from searchmerge.execution.blocks import Round
 from searchmerge.plan import MergePlan
 from searchmerge.search.objective import Objective
 from searchmerge.search.racing import Outlook, Racing, Rival, outlook_of, predict

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from searchmerge.evaluators.blocks import Round
+from searchmerge.execution.blocks import Round
 from searchmerge.execution.executor import Executor, Failed, Finished, Lost, Scored
 from searchmerge.plan import MergePlan
 from searchmerge.search.scores import ScoreStore

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from searchmerge.errors import StudyError
-from searchmerge.evaluators.blocks import Block, BlockScores, Round
 from searchmerge.evaluators.evaluator import Part
+from searchmerge.execution.blocks import Block, BlockScores, Round
 from searchmerge.plan import MergePlan
 
 _SCHEMA = """

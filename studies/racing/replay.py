@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import wilcoxon
 
-from searchmerge.evaluators.blocks import Block, Round, inform, make_blocks, make_rounds
 from searchmerge.evaluators.evaluator import Part, TaskInfo
+from searchmerge.execution.blocks import Block, Round, inform, make_blocks, make_rounds
 from searchmerge.search.contest import Contest
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.racing import Known, Outlook, Racing, Rival

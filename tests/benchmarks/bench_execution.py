@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from searchmerge.evaluators.blocks import BlockScores, Round, make_blocks, make_rounds
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import BlockScores, Round, make_blocks, make_rounds
 from searchmerge.execution.executor import Event, Executor, Finished, Scored
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
@@ -208,7 +208,8 @@ def run(executor: Executor, n_trials: int) -> tuple[Clock, float, float]:
 
 def ray_pool(n_workers: int, mean_s: float) -> Executor:
     """Start Ray actors that sleep; several share a core."""
-    from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+    from searchmerge.execution.ray.cluster import RaySettings
+    from searchmerge.execution.ray.pool import RayExecutor
 
     share = max(0.01, math.floor(90 * (os.cpu_count() or 1) / n_workers) / 100)
     pool = RayExecutor(

@@ -33,7 +33,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from searchmerge.evaluators.lm_harness import LmHarness, LmTask, make_lm
+from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.language_model import make_lm
 
 STUDY = Path(__file__).parents[2] / "studies" / "quickstart"
 BATCH_SIZES = (8, 16, 32, 64)

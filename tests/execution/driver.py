@@ -4,7 +4,8 @@ import functools
 import sys
 from pathlib import Path
 
-from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+from searchmerge.execution.ray.cluster import RaySettings
+from searchmerge.execution.ray.pool import RayExecutor
 from tests.execution import workers
 from tests.search.conftest import Toy
 

@@ -16,7 +16,8 @@ def in_process(request, make):
 
 def on_ray(request, make):
     request.getfixturevalue("cluster")
-    from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+    from searchmerge.execution.ray.cluster import RaySettings
+    from searchmerge.execution.ray.pool import RayExecutor
 
     return RayExecutor(make, RaySettings(workers=1, deadline_s=60.0))
 

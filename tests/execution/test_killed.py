@@ -14,7 +14,7 @@ import pytest
 
 from searchmerge.search.status import read_status
 from tests.execution import workers
-from tests.execution.test_ray_executor import wait_for
+from tests.execution.ray.test_pool import wait_for
 from tests.search.conftest import Toy, toy_schedule
 
 pytestmark = pytest.mark.ray

@@ -5,8 +5,8 @@ import signal
 import time
 from pathlib import Path
 
-from searchmerge.evaluators.blocks import make_blocks, make_rounds
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import make_blocks, make_rounds
 from searchmerge.execution.worker import Worker
 from searchmerge.plan import MergePlan
 from tests.toy import EXPERTS, ToyEvaluator, ToyMerger, ToyModel

@@ -1,7 +1,7 @@
 import pytest
 
-from searchmerge.evaluators.blocks import make_blocks, make_rounds, split_examples
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
 from searchmerge.search.dispatch import Dispatcher

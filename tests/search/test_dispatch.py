@@ -2,7 +2,7 @@
 
 import pytest
 
-from searchmerge.evaluators.blocks import BlockScores
+from searchmerge.execution.blocks import BlockScores
 from searchmerge.execution.executor import Finished, Lost, Scored
 from searchmerge.execution.worker import RoundResult
 from searchmerge.plan import MergePlan

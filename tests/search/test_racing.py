@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchmerge.evaluators.blocks import make_blocks
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import make_blocks
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.racing import Racing, Rival, outlook_of, predict
 

@@ -6,8 +6,8 @@ import pytest
 from optuna.trial import TrialState
 
 from searchmerge.errors import SpecError, StudyError
-from searchmerge.evaluators.blocks import inform, make_blocks, make_rounds
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import inform, make_blocks, make_rounds
 from searchmerge.search.candidates import best_of, candidates, front_of
 from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing

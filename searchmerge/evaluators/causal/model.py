@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from searchmerge.evaluators.documents import Tokens
+from searchmerge.evaluators.causal.documents import Tokens
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.blocks import make_blocks, make_rounds, split_examples
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples
 
 
 @given(st.integers(2, 300), st.integers(0, 5), st.data())

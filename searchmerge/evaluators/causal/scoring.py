@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from searchmerge.evaluators.causal_model import Prefix, device_of, run_prefix, takes
-from searchmerge.evaluators.documents import Document, Tokens, group_documents
-from searchmerge.evaluators.layout import Batch, lay_out_plain
-from searchmerge.evaluators.packing import Cluster, plan_packed
+from searchmerge.evaluators.causal.documents import Document, Tokens, group_documents
+from searchmerge.evaluators.causal.layout import Batch, lay_out_plain
+from searchmerge.evaluators.causal.model import Prefix, device_of, run_prefix, takes
+from searchmerge.evaluators.causal.packing import Cluster, plan_packed
 
 _logger = logging.getLogger(__name__)
 

@@ -15,7 +15,9 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.evaluators.lm_harness import LmHarness, LmTask, make_lm
+from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.language_model import make_lm
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.search.references import reference_plans
 from searchmerge.spec import read_study
@@ -474,7 +476,7 @@ def test_a_generation_longer_than_the_window_is_refused(folder, model):
 
 
 def test_the_package_is_imported_without_lm_eval():
-    source = Path("searchmerge/evaluators/lm_harness.py").read_text(encoding="utf-8")
+    source = Path("searchmerge/evaluators/lm_harness/task.py").read_text(encoding="utf-8")
     assert "\nfrom lm_eval" not in source and "\nimport lm_eval" not in source
 
 

@@ -3,7 +3,8 @@ import json
 import pytest
 import yaml
 
-from searchmerge.evaluators.lm_harness import LmHarness, LmTask
+from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
 TASK = {

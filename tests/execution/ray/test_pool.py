@@ -24,7 +24,8 @@ pytestmark = pytest.mark.ray
 @pytest.fixture
 def pool(cluster):
     """Start executors, and close them at the end."""
-    from searchmerge.execution.ray_executor import RayExecutor, RaySettings
+    from searchmerge.execution.ray.cluster import RaySettings
+    from searchmerge.execution.ray.pool import RayExecutor
 
     executors = []
 
@@ -270,7 +271,7 @@ def test_a_job_whose_node_is_taken_away_is_not_to_blame(pool, cluster, notes):
 def test_a_study_stops_where_ray_itself_dies_on_this_machine():
     code = (
         "import functools, os, signal, subprocess\n"
-        "from searchmerge.execution.ray_executor import RayExecutor, RaySettings\n"
+        "from searchmerge.execution.ray.pool import RayExecutor, RaySettings\n"
         "from tests.execution import workers\n"
         "executor = RayExecutor(workers.make, RaySettings(workers=1, cpus=0.5))\n"
         "executor.tasks()\n"
@@ -291,7 +292,7 @@ def test_a_study_stops_where_ray_itself_dies_on_this_machine():
 
 def test_an_address_where_nothing_listens_is_refused_at_once():
     code = (
-        "from searchmerge.execution.ray_executor import RayExecutor, RaySettings\n"
+        "from searchmerge.execution.ray.pool import RayExecutor, RaySettings\n"
         "RayExecutor(print, RaySettings(address='localhost:1'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

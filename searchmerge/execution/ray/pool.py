@@ -1,46 +1,43 @@
-"""Workers on a Ray cluster: a pool of actors, each with one resident model."""
+"""The executor that runs jobs on a pool of Ray actors, each with one resident model."""
 
-import contextlib
 import logging
 import os
-import signal
-import socket
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
-
-from searchmerge.errors import DeviceFault, EvaluationError, SearchMergeError, StudyError
-from searchmerge.evaluators.blocks import Round
-from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.execution.deadline import Deadline
-from searchmerge.execution.executor import Event, Failed, Finished, Lost, Scored
-from searchmerge.execution.worker import RoundResult, Worker, is_device_fault
-from searchmerge.plan import MergePlan
-
-# Ray reads these when it is imported: no usage report, no raylet messages between our lines
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 
 import ray
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     RayError,
-    RaySystemError,
     RayTaskError,
 )
+
+from searchmerge.errors import EvaluationError, SearchMergeError, StudyError
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import Round
+from searchmerge.execution.deadline import Deadline
+from searchmerge.execution.executor import Event, Failed, Finished, Lost, Scored
+from searchmerge.execution.ray.actor import Begun, Loaded, RayWorker
+from searchmerge.execution.ray.cluster import (
+    RaySettings,
+    amounts,
+    connect,
+    count_room,
+    place,
+    short,
+)
+from searchmerge.execution.worker import RoundResult, Worker, is_device_fault
+from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)
 
 MAX_LOAD_DEATHS = 3
 _TEND_S = 5.0  # how often the pool is compared with the cluster
 _QUIET_S = 60.0  # how long nothing may be ready before a line says so
-_STORE_BYTES = 128 * 2**20  # only plans and scores go through the object store
-_REPORT_S = 0.005  # what a dying process needs to send off its last report: 1 ms, measured
 _PASSED_ON = (
     "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE",
@@ -51,68 +48,8 @@ _PASSED_ON = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RaySettings:
-    """Where the workers are, and what each of them needs.
-
-    Attributes:
-        address: ``local`` starts Ray on this machine for this run, ``auto`` is the cluster that
-            this machine belongs to, ``host:port`` one that is named.
-        workers: How many; ``None`` for as many as the cluster has room for at any time.
-        cpus: CPUs of each, more than 0.
-        gpus: GPUs of each: below 1 several share one, above 1 each has several.
-        deadline_s: Seconds that one round of a job may take; ``None`` to derive them from the
-            rounds seen so far (:class:`Deadline`).
-    """
-
-    address: str = "local"
-    workers: int | None = None
-    cpus: float = 1.0
-    gpus: float = 0.0
-    deadline_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What a worker says once it can work."""
-
-    tasks: dict[str, TaskInfo]
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A worker took up a job: from here on, its death may be the plan's doing."""
-
-
-class _RayWorker:
-    """A worker in a process of its own. Ray keeps it until it is killed."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        os.environ.update(environment)
-        self._worker: Worker | None = None
-
-    def load(self, make_worker: Callable[[], Worker]) -> _Loaded:
-        """Load the model, which takes as long as it takes."""
-        self._worker = make_worker()
-        return _Loaded(dict(self._worker.tasks()), ray.get_runtime_context().get_node_id())
-
-    def score(
-        self, plan: MergePlan, rounds: Sequence[Round]
-    ) -> Iterator[_Begun | RoundResult | DeviceFault]:
-        """Yield that the job is taken up, then each round's scores, or a fault at last."""
-        if self._worker is None:
-            raise RuntimeError("a job was given to a worker that has loaded no model")
-        yield _Begun()
-        time.sleep(_REPORT_S)
-        try:
-            yield from self._worker.score(plan, rounds)
-        except DeviceFault as fault:
-            yield fault
-
-
 @dataclass(slots=True, eq=False)
-class _Slot:
+class Slot:
     """One actor of the pool.
 
     Attributes:
@@ -133,6 +70,7 @@ class _Slot:
 
     @property
     def is_free(self) -> bool:
+        """Whether nothing is waited for."""
         return self.call is None
 
 
@@ -160,16 +98,16 @@ class RayExecutor:
             num_gpus=settings.gpus,
             max_restarts=0,  # a restart is seen a second later, and as two errors
             scheduling_strategy="SPREAD",
-        )(_RayWorker)
-        self._slots: list[_Slot] = []
-        self._ready: deque[tuple[_Slot, Any]] = deque()
+        )(RayWorker)
+        self._slots: list[Slot] = []
+        self._ready: deque[tuple[Slot, Any]] = deque()
         self._tasks: dict[str, TaskInfo] | None = None
         self._load_deaths = 0
         self._spared = 0  # workers that the pool does without
         self._not_before = 0.0
         self._tended = -_TEND_S
         self._heard = time.monotonic()
-        self._owns_ray = _connect(settings.address)
+        self._owns_ray = connect(settings.address)
         try:
             self._check_room()
             self._tend()
@@ -256,7 +194,7 @@ class RayExecutor:
         self._ready.extend((waiting[call], call) for call in ready)
         return bool(self._ready)
 
-    def _advance(self, slot: _Slot) -> Event | None:
+    def _advance(self, slot: Slot) -> Event | None:
         """Take what a slot has to say."""
         self._heard = slot.since = time.monotonic()
         if slot.job is None:
@@ -274,7 +212,7 @@ class RayExecutor:
         except RayError as error:
             return self._lose(slot, *self._autopsy(slot, error))
         match message:
-            case _Begun():
+            case Begun():
                 slot.has_begun = True
                 return None
             case RoundResult():
@@ -282,9 +220,9 @@ class RayExecutor:
                 return Scored(job, message)
         return self._lose(slot, str(message), blameless=False)
 
-    def _finish_loading(self, slot: _Slot) -> None:
+    def _finish_loading(self, slot: Slot) -> None:
         try:
-            loaded: _Loaded = ray.get(slot.call)
+            loaded: Loaded = ray.get(slot.call)
         except RayTaskError as error:
             if not is_device_fault(error.cause):
                 _raise_load_error(error)
@@ -298,7 +236,7 @@ class RayExecutor:
         self._load_deaths = 0
         self._tasks = loaded.tasks
 
-    def _lose_loading(self, slot: _Slot, reason: str, blameless: bool) -> None:  # noqa: FBT001
+    def _lose_loading(self, slot: Slot, reason: str, blameless: bool) -> None:  # noqa: FBT001
         slot.call = None
         self._slots.remove(slot)
         _logger.warning("a worker was lost as it loaded: %s", reason)
@@ -314,13 +252,13 @@ class RayExecutor:
             raise StudyError(f"{MAX_LOAD_DEATHS} workers died as they loaded; the last: {reason}")
         _logger.warning("going on with %d workers", len(self._slots))
 
-    def _lose(self, slot: _Slot, reason: str, blameless: bool) -> Lost | None:  # noqa: FBT001
+    def _lose(self, slot: Slot, reason: str, blameless: bool) -> Lost | None:  # noqa: FBT001
         job, slot.call = slot.job, None
         self._slots.remove(slot)
         ray.kill(slot.actor)
         return None if job is None else Lost(job, reason, blameless, slot.has_begun)
 
-    def _autopsy(self, slot: _Slot, error: RayError) -> tuple[str, bool]:
+    def _autopsy(self, slot: Slot, error: RayError) -> tuple[str, bool]:
         """Return what a worker died of, and whether the job cannot have caused it.
 
         Raises:
@@ -335,7 +273,7 @@ class RayExecutor:
             return "its node was taken away", True
         if isinstance(error, ActorUnavailableError):  # Ray hears of a dead process within a second
             return "its node cannot be reached", True
-        return f"the worker died: {_short(error)}", slot.job is not None and not slot.has_begun
+        return f"the worker died: {short(error)}", slot.job is not None and not slot.has_begun
 
     def _kill_late(self) -> Lost | None:
         """Kill a worker that is past its deadline, however busy the others are."""
@@ -356,7 +294,7 @@ class RayExecutor:
         while len(self._slots) < n_wanted and now >= self._not_before:
             environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
             actor = self._actor_class.remote(environment)
-            self._slots.append(_Slot(actor, actor.load.remote(self._make_worker), now))
+            self._slots.append(Slot(actor, actor.load.remote(self._make_worker), now))
         if any(slot.node for slot in self._slots):
             self._heard = max(self._heard, now - _QUIET_S)
         elif now - self._heard > _QUIET_S:
@@ -365,24 +303,24 @@ class RayExecutor:
                 "no worker is ready yet: %d are asked for, each with %s; the cluster has %s free",
                 len(self._slots),
                 self._needs(),
-                _amounts(ray.available_resources()),
+                amounts(ray.available_resources()),
             )
 
     def _n_wanted(self, now: float) -> int:
         if self._settings.workers is not None:
             return self._settings.workers - self._spared
         if now - self._tended >= _TEND_S:
-            self._tended, self._room = now, _room(self._settings)
+            self._tended, self._room = now, count_room(self._settings)
         return max(1, self._room - self._spared)
 
     def _check_room(self) -> None:
-        room = _room(self._settings)
+        room = count_room(self._settings)
         wanted = self._settings.workers or 1
         if room >= wanted:
             return
         found = (
             f"{wanted} workers of {self._needs()} each were asked for; "
-            f"{_place(self._settings.address)} has {_amounts(ray.cluster_resources())}, "
+            f"{place(self._settings.address)} has {amounts(ray.cluster_resources())}, "
             f"room for {room}"
         )
         if room == 0 or self._settings.address == "local":
@@ -392,98 +330,7 @@ class RayExecutor:
         _logger.warning("%s; the others start when nodes join", found)
 
     def _needs(self) -> str:
-        return _amounts({"CPU": self._settings.cpus, "GPU": self._settings.gpus})
-
-
-def _connect(address: str) -> bool:
-    """Start Ray or join a cluster, unless this process did so already; return whether it did now.
-
-    Raises:
-        StudyError: If there is no cluster at ``address``.
-    """
-    if ray.is_initialized():
-        return False
-    if address not in ("local", "auto"):
-        _check_reachable(address)
-    options: dict[str, Any] = {}
-    if address == "local":
-        options = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it logs before it reads its own option
-    try:
-        with _signals_held():
-            ray.init(
-                address=address,
-                logging_level=logging.ERROR,
-                log_to_driver=_logger.isEnabledFor(logging.INFO),
-                **options,
-            )
-    except (ConnectionError, RaySystemError, ValueError, OSError) as error:
-        raise StudyError(f"ray.address {address}: {_short(error)}") from error
-    except BaseException:
-        ray.shutdown()
-        raise
-    return True
-
-
-def _check_reachable(address: str) -> None:
-    """Refuse at once an address where nothing listens; Ray would try for minutes.
-
-    Raises:
-        StudyError: If nothing listens there.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-    except OSError as error:
-        raise StudyError(
-            f"ray.address {address}: no cluster answers there ({error}); "
-            "`ray start --head` prints the address of one"
-        ) from error
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold back the first SIGINT or SIGTERM: Ray swallows one, and ends the process at the other.
-
-    Ray also leaves a SIGTERM handler of its own behind, which is undone.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    held: list[int] = []
-
-    def restore() -> None:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        if held:
-            restore()
-            signal.raise_signal(number)
-        held.append(number)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    except SystemExit:
-        held.append(signal.SIGTERM)
-    finally:
-        restore()
-    if held:
-        signal.raise_signal(held[0])
-
-
-def _room(settings: RaySettings) -> int:
-    """Return how many workers fit on the nodes there are, if nothing else runs on them."""
-    return sum(
-        min(
-            int(resources.get(name, 0.0) / need + 1e-9)
-            for name, need in (("CPU", settings.cpus), ("GPU", settings.gpus))
-            if need
-        )
-        for resources in (node["Resources"] for node in ray.nodes() if node["Alive"])
-    )
+        return amounts({"CPU": self._settings.cpus, "GPU": self._settings.gpus})
 
 
 def _judge(job: int, error: RayTaskError) -> Failed:
@@ -501,21 +348,3 @@ def _raise_load_error(error: RayTaskError) -> None:
     if isinstance(cause, SearchMergeError):
         raise cause from error
     raise StudyError(f"a worker cannot be loaded; its traceback:\n{error}") from error
-
-
-def _short(error: BaseException) -> str:
-    """Return the line of Ray's message that says what happened, without its advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
-    return last.partition(" Some common causes")[0][:300]
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    named = {name: resources.get(name, 0.0) for name in ("CPU", "GPU")}
-    return (
-        " and ".join(f"{amount:g} {name}s" for name, amount in named.items() if amount) or "none"
-    )
-
-
-def _place(address: str) -> str:
-    return "this machine" if address == "local" else f"the cluster ({address})"

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchmerge.evaluators.causal_scoring import CausalScorer, honours_packing
-from searchmerge.evaluators.documents import group_documents
-from searchmerge.evaluators.packing import plan_packed, share_prefixes
+from searchmerge.evaluators.causal.documents import group_documents
+from searchmerge.evaluators.causal.packing import plan_packed, share_prefixes
+from searchmerge.evaluators.causal.scoring import CausalScorer, honours_packing
 from tests.evaluators.models import tiny_model
 
 WINDOW = 64

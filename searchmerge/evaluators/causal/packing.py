@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from searchmerge.evaluators.documents import Document, Tokens, branches
-from searchmerge.evaluators.layout import Batch, lay_out_packed, lay_out_plain
+from searchmerge.evaluators.causal.documents import Document, Tokens, branches
+from searchmerge.evaluators.causal.layout import Batch, lay_out_packed, lay_out_plain
 
 PREFIX_COST = 64
 """What one more forward pass costs, in tokens: to run a shared prefix before the rows has to save

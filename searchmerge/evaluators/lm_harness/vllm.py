@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal_generation import GenerationOptions
-from searchmerge.evaluators.causal_scoring import CausalScorer
-from searchmerge.evaluators.documents import Tokens
-from searchmerge.plan import MergePlan
+from searchmerge.evaluators.causal.documents import Tokens
+from searchmerge.evaluators.causal.generation import GenerationOptions
+from searchmerge.evaluators.causal.scoring import CausalScorer
 
 _logger = logging.getLogger(__name__)
 
@@ -210,30 +209,6 @@ class VllmBackend:
     ) -> list[list[int]]:
         """Return the new tokens of every prompt."""
         return self.server.generate(prompts, sampling_arguments(options))
-
-
-class FollowedMerger:
-    """Merges as another merger does, and then lets an engine follow the resident model.
-
-    Args:
-        merger: Writes a plan's weights into the model.
-        model: The resident model.
-        weights: Its weights by their names in the checkpoint.
-        backend: What follows.
-    """
-
-    def __init__(
-        self, merger: Any, model: nn.Module, weights: Mapping[str, Tensor], backend: VllmBackend
-    ) -> None:
-        self._merger = merger
-        self._model = model
-        self._weights = weights
-        self._backend = backend
-
-    def apply(self, plan: MergePlan) -> None:
-        """Overwrite the model's merged parameters, and the engine's."""
-        self._merger.apply(plan)
-        self._backend.follow(self._model, self._weights)
 
 
 def named_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

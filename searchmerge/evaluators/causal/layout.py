@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from searchmerge.evaluators.documents import Document, Tokens, branches
+from searchmerge.evaluators.causal.documents import Document, Tokens, branches
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from searchmerge.evaluators.causal_generation import (
+from searchmerge.evaluators.causal.generation import (
     GenerationOptions,
     Generator,
     NonFiniteLogits,

@@ -11,7 +11,7 @@ from torch import nn
 from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.quantized import Int8Merger, linear_weights, round_to_int8
+from searchmerge.execution.int8_merger import Int8Merger, linear_weights, round_to_int8
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
 from searchmerge.spec import read_study

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from searchmerge.evaluators.causal_model import Prefix, device_of, run_prefix, takes
-from searchmerge.evaluators.causal_scoring import honours_packing, packed_window
-from searchmerge.evaluators.documents import Tokens
+from searchmerge.evaluators.causal.documents import Tokens
+from searchmerge.evaluators.causal.model import Prefix, device_of, run_prefix, takes
+from searchmerge.evaluators.causal.scoring import honours_packing, packed_window
 
 _MAX_ROWS = 64
 """Prompts that are generated together at most: more would hardly be faster, and long ones fill a

@@ -12,10 +12,9 @@ from lm_eval.api.instance import Instance
 from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal_generation import GenerationOptions
-from searchmerge.evaluators.lm_harness import make_lm
-from searchmerge.evaluators.vllm import (
-    FollowedMerger,
+from searchmerge.evaluators.causal.generation import GenerationOptions
+from searchmerge.evaluators.lm_harness.language_model import make_lm
+from searchmerge.evaluators.lm_harness.vllm import (
     VllmBackend,
     VllmServer,
     VllmSettings,
@@ -23,6 +22,7 @@ from searchmerge.evaluators.vllm import (
     named_weights,
     sampling_arguments,
 )
+from searchmerge.execution.followed_merger import FollowedMerger
 from searchmerge.spec import read_study
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 from tests.tiny import make_models, make_study

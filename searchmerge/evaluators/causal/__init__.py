@@ -1,0 +1,1 @@
+"""Causal language models: scoring continuations and generating them, with little waste."""

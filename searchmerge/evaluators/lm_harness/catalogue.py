@@ -1,0 +1,166 @@
+"""Finding lm-eval's tasks by name, and loading them for the split that a study scores."""
+
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from searchmerge.errors import SpecError
+from searchmerge.evaluators.lm_harness.settings import data_files, split_overrides
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LmTask:
+    """Which lm-eval task is scored, and how.
+
+    Attributes:
+        name: The task's name in lm-eval.
+        split: The split of its dataset whose examples are scored.
+        metric: One of the task's metrics; its first if ``None``.
+        filter: One of the task's filters of the model's answers; its first if ``None``.
+        num_fewshot: Examples that are shown before the question, 0 or more; what the task says
+            if ``None``, and 0 if it says nothing.
+    """
+
+    name: str
+    split: str
+    metric: str | None = None
+    filter: str | None = None
+    num_fewshot: int | None = None
+
+
+class Catalogue:
+    """Finds lm-eval tasks by name: the user's own first, then the thousands that it brings.
+
+    Args:
+        include_path: Folder of the user's task YAMLs.
+    """
+
+    def __init__(self, include_path: Path | None) -> None:
+        if include_path is not None and not Path(include_path).is_dir():
+            raise SpecError(f"include_path {str(include_path)!r} is not a folder")
+        self._include_path = include_path
+
+    @cached_property
+    def _own(self) -> Any:
+        return self._manager(include_defaults=False)
+
+    @cached_property
+    def _all(self) -> Any:
+        _logger.info("indexing lm-eval's tasks, which takes some seconds")
+        return self._manager(include_defaults=True)
+
+    def _manager(self, *, include_defaults: bool) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        path = None if self._include_path is None else str(self._include_path)
+        return TaskManager(include_path=path, include_defaults=include_defaults)
+
+    def find(self, name: str, where: str) -> tuple[Any, Any]:
+        """Return the task manager that knows ``name``, and the task's entry in its index.
+
+        Args:
+            name: A task.
+            where: Where the study names it, for messages.
+
+        Raises:
+            SpecError: If there is no such task, or it is a group of tasks.
+        """
+        manager = self._own if name in self._own.all_tasks else self._all
+        if name in manager.all_groups or name in manager.all_tags:
+            members = _members(manager, name)
+            raise SpecError(
+                f"{where}: {name!r} is a group of lm-eval tasks; list its tasks: {members}"
+            )
+        if name not in manager.all_subtasks:
+            close = get_close_matches(name, manager.all_subtasks, n=3)
+            hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+            or_own = f" or in {self._include_path}" if self._include_path else ""
+            raise SpecError(f"{where}: no task named {name!r} in lm-eval{or_own}{hint}")
+        return manager, manager.task_index[name]
+
+
+def _members(manager: Any, name: str) -> str:
+    """Return the names of a group's or tag's direct members."""
+    entry = manager.task_index[name]
+    members = sorted(entry.tags) if name in manager.all_tags else (entry.cfg or {}).get("task", [])
+    if isinstance(members, str):
+        members = [members]
+    return ", ".join(
+        str(m.get("task", m.get("group"))) if isinstance(m, dict) else m for m in members
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars of lm-eval and datasets, which cannot be turned off, off stderr."""
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextmanager
+def explained(name: str, what: str) -> Iterator[None]:
+    """Turn what a task's own files got wrong into an error that names the task."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except SpecError:
+        raise
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+        *(TypeError, ValueError, TemplateError, yaml.YAMLError),
+    ) as error:
+        raise SpecError(
+            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_task(name: str, spec: LmTask, catalogue: Catalogue) -> Any:
+    """Return lm-eval's task object, set to score the split that the study names.
+
+    Raises:
+        SpecError: If there is no such task or split, or the task cannot be scored here.
+    """
+    manager, entry = catalogue.find(spec.name, f"tasks.{name}.task")
+    config = dict(entry.cfg or {})
+    overrides = data_files(config, entry.yaml_path)
+    with explained(name, f"load its task {spec.name!r}"), quiet():
+        task = _build(manager, spec.name, overrides)
+        splits = list(task.dataset)
+        if spec.split not in splits:
+            raise SpecError(
+                f"tasks.{name}.split: lm-eval's {spec.name!r} has no split {spec.split!r} "
+                f"(it has: {', '.join(map(str, splits))})"
+            )
+        if more := split_overrides(config, spec.split):
+            task = _build(manager, spec.name, overrides | more)
+    for feature in ("UNSAFE_CODE", "MULTIMODAL"):
+        if getattr(task, feature, False):
+            raise SpecError(
+                f"tasks.{name}: lm-eval marks {spec.name!r} as {feature}, which is not scored here"
+            )
+    if "class" in config and task.eval_docs is not task.dataset[spec.split]:
+        raise SpecError(
+            f"tasks.{name}.split: {spec.name!r} is a Python class that chooses its split itself, "
+            f"and not {spec.split!r}"
+        )
+    shots = spec.num_fewshot if spec.num_fewshot is not None else task.config.num_fewshot
+    task.set_config("num_fewshot", shots or 0)
+    return task
+
+
+def _build(manager: Any, name: str, overrides: Mapping[str, Any]) -> Any:
+    """Return a task with settings of its YAML replaced: a group of one may do so."""
+    member = {"task": name, **overrides}
+    loaded = manager.load({"group": "searchmerge", "task": [member]})
+    return loaded["tasks"][name]

@@ -1,0 +1,285 @@
+"""The resident model as lm-eval sees a language model."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from searchmerge.errors import SpecError
+from searchmerge.evaluators.causal.documents import Tokens
+from searchmerge.evaluators.causal.generation import GenerationOptions, Generator, NonFiniteLogits
+from searchmerge.evaluators.causal.scoring import CausalScorer
+from searchmerge.evaluators.tokenizer import load_tokenizer
+
+_MAX_GEN_TOKENS = 256
+"""Tokens to generate where a task does not say, as in lm-eval."""
+
+
+class Backend(Protocol):
+    """Runs the model: scores continuations, and generates them.
+
+    Attributes:
+        spare: Tokens of the model's window that it cannot use for a prompt.
+    """
+
+    spare: int
+
+    def score(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood, and whether it is the greedy one."""
+        ...
+
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Tokens],
+        options: GenerationOptions,
+    ) -> list[list[int]]:
+        """Return the new tokens of every prompt; what follows a stop sequence is ignored."""
+        ...
+
+
+class TransformersBackend:
+    """Runs the resident model itself.
+
+    Args:
+        batch_tokens: Tokens of one forward pass, 1 or more.
+    """
+
+    spare = 0
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.score = CausalScorer(batch_tokens).score
+        self.generate = Generator(batch_tokens).generate
+
+
+class ResidentLM:
+    """What lm-eval asks of a language model, answered by whatever ``model`` is now.
+
+    ``make_lm`` makes an ``lm_eval.api.model.TemplateLM`` of it.
+
+    Attributes:
+        model: The resident model; set before the first request.
+    """
+
+    backend = "causal"
+    model: nn.Module
+
+    def __init__(self, tokenizer: Any, *, runs: Backend, max_length: int | None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._runs = runs
+        self._max_length = max_length
+        # The choices of a question follow one another and share its text.
+        self._encode = lru_cache(maxsize=16)(self._tokenize)
+        self._pairs: dict[tuple[str, str], tuple[Tokens, Tokens]] = {}
+        self._windows: dict[tuple[str, int], list[tuple[Tokens, Tokens]]] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        """Return the id of the token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Return the id of the token that stands before a text without a context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def max_length(self) -> int:
+        """Return the window in tokens."""
+        from lm_eval.models.utils import resolve_max_length
+
+        whole = self._max_length or int(resolve_max_length(self.model.config, self.tokenizer))
+        return whole - self._runs.spare
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Return the tokenizer's name, which lm-eval asks for with chat templates."""
+        return str(self.tokenizer.name_or_path)
+
+    def chat_arguments(self) -> dict[str, Any]:
+        """Return what makes lm-eval build its prompts with the tokenizer's chat template."""
+        if not self.tokenizer.chat_template:
+            raise SpecError(f"the tokenizer {self.tokenizer_name!r} has no chat template to apply")
+        return {
+            "apply_chat_template": True,
+            "fewshot_as_multiturn": True,
+            "chat_template": self.apply_chat_template,
+            "tokenizer_name": self.tokenizer_name,
+        }
+
+    def apply_chat_template(
+        self,
+        chat_history: list[dict[str, str]],
+        add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - lm-eval's signature
+    ) -> str:
+        """Return the prompt of a conversation."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:  # noqa: FBT001
+        """Return the token ids of a text; one that begins with the prefix token gets no other."""
+        return list(self._encode(string, add_special_tokens))
+
+    def _tokenize(self, text: str, add_special_tokens: bool | None) -> Tokens:  # noqa: FBT001
+        if add_special_tokens is None and text.startswith(self._prefix_text):
+            add_special_tokens = False
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return tuple(self.tokenizer.encode(text, **options))
+
+    @cached_property
+    def _prefix_text(self) -> str:
+        return str(self.tokenizer.decode([self.prefix_token_id]))
+
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is the greedy one."""
+        return self._score([self._pair(*request.args[:2]) for request in requests])
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, ...]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        return self._score([(tuple(request[-2]), tuple(request[-1])) for request in requests])
+
+    def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
+        return self._runs.score(self.model, pairs, self.max_length)
+
+    def _pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
+        """Return the token ids of a request, tokenised when it is first seen."""
+        key = (context, continuation)
+        if key not in self._pairs:
+            encoded = self._encode_request(context, continuation)
+            if not 0 < len(encoded[1]) <= self.max_length:
+                raise SpecError(
+                    f"the continuation {continuation!r} has {len(encoded[1])} tokens; allowed "
+                    f"are 1 to {self.max_length}, the model's window"
+                )
+            self._pairs[key] = encoded
+        return self._pairs[key]
+
+    def _encode_request(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
+        if context:
+            first, second = self._encode_pair(context, continuation)  # type: ignore[attr-defined]
+            return tuple(first), tuple(second)
+        tokens = self._encode(continuation, False)  # noqa: FBT003 - cached by position
+        if tokens[:1] == (self.prefix_token_id,):
+            return tokens[:1], tokens[1:]
+        return (self.prefix_token_id,), tokens
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """Return the log-likelihood of each text, in windows that fill the model's."""
+        windows = [self._text_windows(request.args[0]) for request in requests]
+        scores = iter(self._score([window for text in windows for window in text]))
+        return [sum(next(scores)[0] for _ in text) for text in windows]
+
+    def _text_windows(self, text: str) -> list[tuple[Tokens, Tokens]]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        key = (text, self.max_length)
+        if key not in self._windows:
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            self._windows[key] = [
+                (tuple(context), tuple(tokens))
+                for context, tokens in map(make_disjoint_window, rolling)
+            ]
+        return self._windows[key]
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        """Return each prompt's continuation, up to the first of its stop sequences."""
+        from lm_eval.models.utils import postprocess_generated_text
+
+        texts = [""] * len(requests)
+        for options, members in self._by_options(requests):
+            room = self.max_length - options.max_new_tokens
+            if room < 1:
+                raise SpecError(
+                    f"{options.max_new_tokens} tokens are to be generated; allowed are up to "
+                    f"{self.max_length - 1}, the model's window less one token of the prompt"
+                )
+            prompts = [
+                tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])
+                for i in members
+            ]
+            try:
+                answers = self._runs.generate(self.model, self.tokenizer, prompts, options)
+            except NonFiniteLogits as error:
+                raise NonFiniteLogits(members[error.row]) from error
+            for i, tokens in zip(members, answers, strict=True):
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                texts[i] = postprocess_generated_text(text, list(options.stop), None)
+        return texts
+
+    def _by_options(
+        self, requests: Sequence[Any]
+    ) -> Iterator[tuple[GenerationOptions, list[int]]]:
+        """Yield the different ways of generating among the requests, and which ask for each."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[repr(request.args[1])].append(i)
+        for members in groups.values():
+            yield self._options(requests[members[0]].args[1]), members
+
+    def _options(self, arguments: dict[str, Any]) -> GenerationOptions:
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        rest: dict[str, Any] = dict(normalize_gen_kwargs(arguments, _MAX_GEN_TOKENS))
+        end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        stop = handle_stop_sequences(rest.pop("until", None), eos=end)
+        max_new_tokens = rest.pop("max_gen_toks")
+        if not rest.get("do_sample") and not rest.get("temperature"):
+            rest.pop("temperature", None)
+        return GenerationOptions(tuple(stop), max_new_tokens, rest)
+
+
+def make_lm(
+    tokenizer: Any,
+    *,
+    batch_tokens: int,
+    max_length: int | None = None,
+    backend: Backend | None = None,
+) -> Any:
+    """Return a ``ResidentLM`` that is an ``lm_eval.api.model.LM``.
+
+    Args:
+        tokenizer: A tokenizer, or what ``AutoTokenizer.from_pretrained`` takes.
+        batch_tokens: Tokens of one forward pass, 1 or more.
+        max_length: Window in tokens; the model's own if ``None``.
+        backend: What runs the model; transformers in this process if ``None``.
+    """
+    from lm_eval.api.model import TemplateLM
+
+    class ResidentTemplateLM(ResidentLM, TemplateLM):  # type: ignore[misc]
+        """Our answers under lm-eval's type."""
+
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer = copy(tokenizer)
+        tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id
+    return ResidentTemplateLM(
+        tokenizer, runs=backend or TransformersBackend(batch_tokens), max_length=max_length
+    )

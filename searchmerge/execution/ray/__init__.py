@@ -1,0 +1,7 @@
+"""Workers on a Ray cluster: the cluster, the actors, and the executor that has a pool of them."""
+
+import os
+
+# Ray reads these when it is imported: no usage report, no raylet messages between our lines
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")

@@ -1,0 +1,55 @@
+"""The actor of one worker, and what it says."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from searchmerge.errors import DeviceFault
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import Round
+from searchmerge.execution.worker import RoundResult, Worker
+from searchmerge.plan import MergePlan
+
+_REPORT_S = 0.005  # what a dying process needs to send off its last report: 1 ms, measured
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a worker says once it can work."""
+
+    tasks: dict[str, TaskInfo]
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A worker took up a job: from here on, its death may be the plan's doing."""
+
+
+class RayWorker:
+    """A worker in a process of its own. Ray keeps it until it is killed."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        os.environ.update(environment)
+        self._worker: Worker | None = None
+
+    def load(self, make_worker: Callable[[], Worker]) -> Loaded:
+        """Load the model, which takes as long as it takes."""
+        self._worker = make_worker()
+        return Loaded(dict(self._worker.tasks()), ray.get_runtime_context().get_node_id())
+
+    def score(
+        self, plan: MergePlan, rounds: Sequence[Round]
+    ) -> Iterator[Begun | RoundResult | DeviceFault]:
+        """Yield that the job is taken up, then each round's scores, or a fault at last."""
+        if self._worker is None:
+            raise RuntimeError("a job was given to a worker that has loaded no model")
+        yield Begun()
+        time.sleep(_REPORT_S)
+        try:
+            yield from self._worker.score(plan, rounds)
+        except DeviceFault as fault:
+            yield fault
