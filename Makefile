@@ -1,5 +1,5 @@
 # make quickstart   install into .venv and run the main job end to end
-# make test         install into .venv and run the tests (under 8 minutes on 2 cores)
+# make test         install into .venv and run the tests, two at a time (under 5 minutes on 2 cores)
 # make test-all     the same with the slow tests
 # make bench        merging, scoring, driver and samplers against named alternatives
 # make lint         ruff and mypy
@@ -26,10 +26,10 @@ quickstart: .venv/quickstart
 	$(BIN)/searchmerge run studies/quickstart --config configs/local.yaml
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 bench: .venv/dev
 	$(BIN)/python tests/benchmarks/bench_merging.py

@@ -1,0 +1,42 @@
+"""One thread a process, places of this session's own for all caches, and what runs side by side.
+
+Tests of one file run in one process, and so do all that share the Ray cluster; with ``-n 2``
+other files run beside them.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_CACHES = {
+    "HF_HOME": "huggingface",
+    "SEARCHMERGE_CACHE": "searchmerge",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}
+_LONGEST_FIRST = ("ray", "tests/test_cli.py")
+_is_controller = "PYTEST_XDIST_WORKER" not in os.environ  # or there is one process only
+
+if _is_controller:  # the others inherit its environment
+    _caches = Path(tempfile.mkdtemp(prefix="searchmerge-tests-"))
+    os.environ.update({name: str(_caches / folder) for name, folder in _CACHES.items()})
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_unconfigure():
+    if _is_controller:
+        shutil.rmtree(_caches, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    def group(item):
+        return "ray" if item.get_closest_marker("ray") else item.location[0]
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(group(item), len(order)))
