@@ -14,8 +14,8 @@ import pytest
 
 from searchmerge.search.status import read_status
 from tests.execution import workers
-from tests.execution.ray.test_pool import wait_for
 from tests.search.conftest import Toy, toy_schedule
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
