@@ -6,6 +6,7 @@ other files run beside them.
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,3 +41,22 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(group(item)))
     order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(group(item), len(order)))
+
+
+@pytest.fixture
+def searchmerge(tmp_path, monkeypatch, capsys):
+    """Call the command line in this process; return its exit code, output and errors."""
+    from searchmerge.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for switch in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(switch, "1")  # as the command line itself does
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["searchmerge", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return call

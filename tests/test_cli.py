@@ -15,7 +15,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from searchmerge.cli import main
 from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
 from tests.waiting import wait_for
 
@@ -37,23 +36,6 @@ def study(models, tmp_path):
         (tmp_path / name).symlink_to(models / name)
 
     return lambda **changes: make_study(tmp_path, **changes)
-
-
-@pytest.fixture
-def searchmerge(tmp_path, monkeypatch, capsys):
-    """Call the command line in this process; return its exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    for switch in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(switch, "1")  # as the command line itself does
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["searchmerge", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -280,6 +280,8 @@ def test_a_study_stops_where_ray_itself_dies_on_this_machine():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100
     )
+    assert done.stdout == ""
+    assert done.stderr.startswith("Traceback")  # of Ray itself nothing is heard
     assert "StudyError: Ray died on this machine" in done.stderr
 
 
