@@ -102,7 +102,8 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_trials(drive, cluster, tm
     status = read_status(run_dir)
     assert status["trials"]["running"] >= 1
     known = rows(run_dir, "SELECT number FROM trials WHERE state = 'RUNNING'")
-    assert drive(14, 0.0, cluster.address).wait(timeout=120) == 0, (tmp_path / "driver.log").read_text()
+    resumed = drive(14, 0.0, cluster.address)
+    assert resumed.wait(timeout=120) == 0, (tmp_path / "driver.log").read_text()
     trials = check_all_scores(run_dir, 14)
     assert {number: params(run_dir)[number] for number in before} == before
     assert all(trials[number].values for (number,) in known)

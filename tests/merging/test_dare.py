@@ -13,7 +13,7 @@ from searchmerge.merging.method import default_plan
 from searchmerge.merging.randomness import N_DRAWS, draw, keep_drawn, random_keys
 from searchmerge.merging.task_vectors import TaskVectors
 from tests.merging import oracles
-from tests.merging.test_ties_and_pcb import SHAPES, WHOLE_NUMBERS, drawn, merged, vectors_of
+from tests.merging.test_ties_and_pcb import SHAPES, WHOLE_NUMBERS, drawn, merging
 
 
 def draws_of(n_experts, d, seed):
@@ -29,14 +29,14 @@ def draws_of(n_experts, d, seed):
 @given(hnp.arrays(np.float64, SHAPES, elements=WHOLE_NUMBERS), st.data())
 def test_dare_is_the_papers(deltas, data):
     n, d = deltas.shape
-    merger = Merger(vectors_of(deltas), engine="eager")
+    merged = merging(deltas, engine="eager")
     numbers = {"coefficient": drawn(data, n, -2, 2), "density": drawn(data, n, 0, 1)}
     seed = data.draw(st.integers(0, 2**31 - 1))
     for election in ("none", "ties", "ties"):
         # rescaled by different densities, what cancels would not cancel in both precisions
         rescale = election == "none" and data.draw(st.booleans())
         choices = {"election": election, "rescale": rescale}
-        found = merged(merger, "dare", **numbers, **choices, seed=seed)
+        found = merged("dare", **numbers, **choices, seed=seed)
         expected = oracles.dare(deltas, *numbers.values(), draws_of(n, d, seed), **choices)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -44,7 +44,7 @@ def test_dare_is_the_papers(deltas, data):
 def test_rescaling_comes_before_the_election():
     deltas = np.array([[3.0] * 600, [-4.0] * 600])
     numbers = {"coefficient": [1.0, 1.0], "density": [0.5, 1.0]}
-    found = merged(Merger(vectors_of(deltas)), "dare", election="ties", **numbers)
+    found = merging(deltas)("dare", election="ties", **numbers)
     expected = oracles.dare(deltas, *numbers.values(), draws_of(2, 600, 0), election="ties")
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert set(found.tolist()) == {6.0, -4.0}  # 2 x 3 is more than 4
@@ -52,8 +52,8 @@ def test_rescaling_comes_before_the_election():
 
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.9])
 def test_the_share_that_is_kept_and_the_mean_are_as_told(density):
-    merger = Merger(vectors_of(torch.ones(1, 400_000)))
-    found = merged(merger, "dare", density=density, coefficient=1.0)
+    merged = merging(torch.ones(1, 400_000))
+    found = merged("dare", density=density, coefficient=1.0)
     error = 5 * np.sqrt(density * (1 - density) / found.size)  # 5 standard deviations
     assert abs((found != 0).mean() - density) < error
     assert found.max() == pytest.approx(1 / density, rel=1e-6)
@@ -117,8 +117,8 @@ def test_the_seed_and_the_names_decide_what_is_dropped():
 def test_compiled_code_drops_the_same_entries():
     deltas = torch.randn(3, 5000)
     plan = {"density": [0.2, 0.5, 0.9], "seed": 2, "election": "ties"}
-    found = merged(Merger(vectors_of(deltas), engine="compiled"), "dare", **plan)
-    expected = merged(Merger(vectors_of(deltas), engine="eager"), "dare", **plan)
+    found = merging(deltas, engine="compiled")("dare", **plan)
+    expected = merging(deltas, engine="eager")("dare", **plan)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
