@@ -1,6 +1,7 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -483,9 +484,14 @@ def test_a_generation_longer_than_the_window_is_refused(folder, model):
         evaluator.score(model, "mine", [0])
 
 
-def test_the_package_is_imported_without_lm_eval():
-    source = Path("searchmerge/evaluators/lm_harness/task.py").read_text(encoding="utf-8")
-    assert "\nfrom lm_eval" not in source and "\nimport lm_eval" not in source
+def test_evaluators_are_looked_up_without_the_packages_that_they_run():
+    code = (
+        "import sys; from searchmerge.evaluators.evaluator import EVALUATORS; "
+        "print(EVALUATORS['lm_harness'].keys.__name__, "
+        "*sorted({'lm_eval', 'vllm', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["LmTask"]
 
 
 def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monkeypatch):
