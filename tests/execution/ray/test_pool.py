@@ -15,7 +15,7 @@ from searchmerge.execution.executor import Finished, Lost, Scored
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
 from tests.execution import workers
 from tests.execution.conftest import STORE_BYTES
-from tests.execution.test_executors import until_it_ends
+from tests.execution.test_executor import until_it_ends
 from tests.execution.workers import DEVICE_FAULT, DIES, FINE, HANGS, ROUNDS, STOPS, plan
 from tests.waiting import wait_for
 
