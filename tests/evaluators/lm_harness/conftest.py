@@ -5,7 +5,10 @@ import json
 import pytest
 import yaml
 
-from tests.evaluators.lm_harness.tasks import TASKS, documents
+from tests.evaluators.lm_harness.tasks import (
+    TASKS,
+    documents,
+)
 from tests.evaluators.models import tiny_model
 
 

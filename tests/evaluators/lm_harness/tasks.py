@@ -1,11 +1,13 @@
 """Small lm-eval tasks of every kind, and what lm-eval itself makes of them."""
 
+from pathlib import Path
+
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from tests.evaluators.models import tiny_tokenizer
 
@@ -100,13 +102,13 @@ def documents(split, n):
         yield {"question": f"the {' '.join(words[::-1])} of {split} {i}?", "choices": words}
 
 
-def harness(folder, task, **options):
+def harness(folder, task, tokenizer=None, **keys):
     return LmHarness(
         {"mine": task},
-        tokenizer=tiny_tokenizer(),
+        tokenizer=tokenizer or tiny_tokenizer(),
         backend=TransformersBackend(1024),
-        include_path=folder,
-        **options,
+        section=LmHarnessSection(include_path=() if folder is None else (".",), **keys),
+        folder=folder or Path(),
     )
 
 
@@ -126,3 +128,10 @@ def instances(kind, arguments):
         Instance(kind, {}, each if isinstance(each, tuple) else (each,), i, ("t", i, 1))
         for i, each in enumerate(arguments)
     ]
+
+
+def with_template(tokenizer, template):
+    copy = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    copy.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    copy.chat_template = template
+    return copy

@@ -6,7 +6,10 @@ import yaml
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from tests.evaluators.lm_harness.tasks import harness
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
+from tests.evaluators.lm_harness.tasks import TASKS, harness
+from tests.evaluators.models import tiny_tokenizer
 
 
 @pytest.mark.parametrize(("split", "n"), [("validation", 10), ("test", 7), ("train", 6)])
@@ -87,3 +90,52 @@ def test_a_task_that_cannot_be_loaded_is_named(folder, tmp_path, change, message
     (tmp_path / "mc.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SpecError, match=rf"tasks\.mine: .*'mc'.*{message}"):
         harness(tmp_path, LmTask("mc", "test"))
+
+
+def test_a_later_folder_of_tasks_comes_before_an_earlier(folder, tmp_path, model):
+    config = yaml.safe_load((folder / "mc.yaml").read_text())
+    longer = str(folder / "data" / "validation.jsonl")
+    config["dataset_kwargs"]["data_files"] = {
+        "test": longer,
+        "validation": longer,
+        "train": longer,
+    }
+    (tmp_path / "mc.yaml").write_text(yaml.safe_dump(config))
+    evaluator = LmHarness(
+        {"mc": LmTask(split="test"), "texts": LmTask(split="test")},
+        tokenizer=tiny_tokenizer(),
+        backend=TransformersBackend(1024),
+        section=LmHarnessSection(include_path=(str(folder), str(tmp_path))),
+        folder=tmp_path,
+    )
+    assert {name: info.n_examples for name, info in evaluator.tasks.items()} == {
+        "mc": 10,
+        "texts": 7,
+    }
+
+
+def test_code_of_a_model_runs_only_where_a_study_allows_it(folder, tmp_path):
+    config = yaml.safe_load((folder / "mc.yaml").read_text()) | {"unsafe_code": True}
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {k: str(folder / v) for k, v in files.items()}
+    (tmp_path / "mc.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SpecError, match=r"allow it with lm_harness\.confirm_run_unsafe_code"):
+        harness(tmp_path, LmTask("mc", "test"))
+    allowed = harness(tmp_path, LmTask("mc", "test"), confirm_run_unsafe_code=True)
+    assert allowed.tasks["mine"].n_examples == 7
+
+
+def test_metadata_reach_the_tasks_that_ask_for_it(folder, tmp_path):
+    (tmp_path / "made.py").write_text(
+        "import datasets\n"
+        "def load(lengths=(), **_):\n"
+        "    rows = [{'question': f'q{n}', 'choices': ['a', 'b'], 'answer': 0} for n in lengths]\n"
+        "    return {'test': datasets.Dataset.from_list(rows)}\n"
+    )
+    kept = ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "metric_list")
+    config = {"task": "mc", "test_split": "test", **{key: TASKS["mc"][key] for key in kept}}
+    (tmp_path / "mc.yaml").write_text(
+        yaml.safe_dump(config) + "custom_dataset: !function made.load\n"
+    )
+    evaluator = harness(tmp_path, LmTask("mc", "test"), metadata={"lengths": [1, 2, 3]})
+    assert evaluator.tasks["mine"].n_examples == 3

@@ -9,13 +9,11 @@ from safetensors.torch import load_file, save_file
 from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
-from tests.evaluators.lm_harness.tasks import harness
+from tests.evaluators.lm_harness.tasks import harness, with_template
 from tests.evaluators.models import tiny_tokenizer
 from tests.tiny import make_models, make_study
 
@@ -31,22 +29,11 @@ def test_scores_do_not_depend_on_earlier_calls_or_other_examples(folder, model):
 def test_chat_templates_make_turns_of_the_prompt(folder):
     tokenizer = tiny_tokenizer()
     chat = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    evaluator = LmHarness(
-        {"mine": LmTask("fewshot", "test")},
-        tokenizer=with_template(tokenizer, chat),
-        backend=TransformersBackend(1024),
-        include_path=folder,
-        chat_template=True,
+    evaluator = harness(
+        folder, LmTask("fewshot", "test"), with_template(tokenizer, chat), chat_template=True
     )
     prompt = evaluator.prompts("mine", 0)[0]
     assert prompt.startswith("[user]") and "[assistant]" in prompt
-
-
-def with_template(tokenizer, template):
-    copy = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
-    copy.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    copy.chat_template = template
-    return copy
 
 
 def test_evaluators_are_looked_up_without_the_packages_that_they_run():

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import yaml
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from tests.evaluators.lm_harness.tasks import harness, lm_eval_samples
+from tests.evaluators.lm_harness.tasks import TASKS, harness, lm_eval_samples
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
 
@@ -57,6 +59,50 @@ def test_a_filter_of_the_task_may_be_chosen(folder, model):
     samples, _ = lm_eval_samples(folder, theirs, "generate")
     expected = [s["exact_match"] for s in samples if s["filter"] == "word"]
     assert evaluator.score(model, "mine", range(7)) == tuple(expected)
+
+
+def test_a_metric_may_name_its_filter_as_lm_evals_results_do(folder, model):
+    named = harness(folder, LmTask("generate", "test", metric="exact_match,word"))
+    apart = harness(folder, LmTask("generate", "test", metric="exact_match", filter="word"))
+    assert named.score(model, "mine", range(7)) == apart.score(model, "mine", range(7))
+    with pytest.raises(SpecError, match=r"filter: no 'words' in the task \(it has: first, word"):
+        harness(folder, LmTask("generate", "test", metric="exact_match,words"))
+    with pytest.raises(ValueError, match="names a filter"):
+        LmTask("generate", "test", metric="exact_match,word", filter="first")
+
+
+@pytest.mark.parametrize("task", ["mc", "fewshot"])
+def test_samples_are_those_of_lm_eval(folder, model, task):
+    lm = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    chosen = [1, 4, 5]
+    config = yaml.safe_load((folder / f"{task}.yaml").read_text())
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {k: str(folder / v) for k, v in files.items()}
+    loaded = TaskManager(include_defaults=False).load([config])["tasks"]
+    loaded[task].set_fewshot_seed(1234)
+    results = evaluate(lm, {"tasks": loaded}, bootstrap_iters=0, samples={task: chosen})
+    expected = {s["doc_id"]: s for s in results["samples"][task]}
+    evaluator = harness(folder, LmTask(task, "test", samples=(5, 1, 4)))
+    assert evaluator.tasks["mine"].n_examples == 3
+    scores = evaluator.score(model, "mine", range(3))
+    for example, (document, score) in enumerate(zip((5, 1, 4), scores, strict=True)):
+        prompts = [arguments[0] for arguments in expected[document]["arguments"]]
+        assert list(evaluator.prompts("mine", example)) == prompts
+        assert score == pytest.approx(expected[document]["acc"])
+    with pytest.raises(SpecError, match="samples: there is no position 7; the split 'test' has 7"):
+        harness(folder, LmTask(task, "test", samples=(0, 7)))
+
+
+def test_a_study_may_generate_otherwise_than_the_task_says(folder, model):
+    lm = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    generation = {"max_gen_toks": 3, "until": ["e"]}
+    kwargs = TASKS["generate"]["generation_kwargs"] | generation
+    samples, _ = lm_eval_samples(folder, lm, "generate", generation_kwargs=kwargs)
+    expected = [s["exact_match"] for s in samples if s["filter"] == "first"]
+    evaluator = harness(folder, LmTask("generate", "test", generation=generation))
+    assert list(evaluator.score(model, "mine", range(7))) == pytest.approx(expected)
+    with pytest.raises(SpecError, match=r"tasks\.mine\.generation: nothing is generated in 'mc'"):
+        harness(folder, LmTask("mc", "test", generation=generation))
 
 
 def test_a_metric_of_which_less_is_better_is_negated(folder, model):
