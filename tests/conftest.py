@@ -17,7 +17,8 @@ _CACHES = {
     "SEARCHMERGE_CACHE": "searchmerge",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
 }
-_LONGEST_FIRST = ("ray", "tests/test_cli.py")
+_ON_RAY = "tests/execution/"
+_LONGEST_FIRST = (_ON_RAY, "tests/test_cli.py", "tests/merging/test_engine.py")
 _is_controller = "PYTEST_XDIST_WORKER" not in os.environ  # or there is one process only
 
 if _is_controller:  # the others inherit its environment
@@ -32,15 +33,27 @@ def pytest_unconfigure():
         shutil.rmtree(_caches, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    def group(item):
-        return "ray" if item.get_closest_marker("ray") else item.location[0]
+def group(nodeid):
+    """Return the name of the tests that run in one process, one after the other."""
+    file = nodeid.partition("::")[0]
+    return _ON_RAY if file.startswith(_ON_RAY) else file
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
+    items.sort(key=lambda item: order.get(group(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group(nodeid)
+
+    config.option.loadscopereorder = False  # not by the number of tests: the longest are first
+    return Groups(config, log)
 
 
 @pytest.fixture
