@@ -111,7 +111,7 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
         task = study.spec.tasks[name]
         parts = split_examples(
             name,
-            info.n_examples,
+            info,
             seed=search.seed,
             select=_count(task.select, info.n_examples),
             hold_out=_count(task.hold_out, info.n_examples),

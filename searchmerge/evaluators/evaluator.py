@@ -23,6 +23,21 @@ Aggregate = Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A part of a task's examples that has a score of its own, e.g. a subject of many.
+
+    Attributes:
+        name: What it is called in reports.
+        n_examples: How many of the task's examples, which follow one another, are its.
+        weight: Its part of the task's score, in (0, 1]; those of all members sum to 1.
+    """
+
+    name: str
+    n_examples: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskInfo:
     """What the search must know of a task before anything is scored.
 
@@ -34,12 +49,15 @@ class TaskInfo:
         aggregate: Where the score is no mean, what makes it from one record per example, so
             that the confirmation can resample examples; ``None`` where only the score is known.
             It is sent between processes.
+        members: The parts that its examples are drawn from in proportion to their weights;
+            none where all examples are alike.
     """
 
     n_examples: int
     mean: bool = True
     metric: str = "score"
     aggregate: Aggregate | None = None
+    members: tuple[Member, ...] = ()
 
 
 class Evaluator(Protocol):

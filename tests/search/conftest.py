@@ -43,7 +43,7 @@ def toy_schedule(n_examples=40, mean=True):
     info = TaskInfo(n_examples, mean=mean)
     blocks = {"select": {}, "hold_out": {}}
     for task in EXPERTS:
-        parts = split_examples(task, n_examples, seed=0, select=None, hold_out=None)
+        parts = split_examples(task, TaskInfo(n_examples), seed=0, select=None, hold_out=None)
         for part, examples in parts.items():
             blocks[part][task] = make_blocks(task, part, examples, info, 4)
     rounds = {p: make_rounds(b, round_blocks=3, seed=0) for p, b in blocks.items()}

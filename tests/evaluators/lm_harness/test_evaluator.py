@@ -15,8 +15,8 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.models import open_models
@@ -393,7 +393,7 @@ def test_the_model_keeps_its_mode(folder, model):
         (LmTask("mc", "dev"), r"tasks\.mine\.split.*'dev' \(it has: test, train, validation\)"),
         (LmTask("mc", "test", metric="bleu"), r"tasks\.mine\.metric.*'bleu'.*acc, acc_norm, mcc"),
         (LmTask("mc", "test", filter="best"), r"tasks\.mine\.filter.*'best'.*it has: none"),
-        (LmTask("both", "test"), r"'both' is a group of lm-eval tasks.*mc, texts"),
+        (LmTask("both", "test"), "'bits_per_byte' of 'texts' is no mean over examples"),
     ],
 )
 def test_what_a_task_lacks_is_refused(folder, task, message):
