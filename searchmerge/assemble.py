@@ -32,7 +32,7 @@ from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.groups import assign_groups, depth_positions
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.plan import MergePlan, Setting
+from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import Budget
@@ -464,7 +464,7 @@ def make_racing(spec: StudySpec) -> Racing | None:
     return Racing(racing.p_threshold, racing.min_blocks, racing.collapse_margin)
 
 
-def warm_start(spec: StudySpec, study_file: Path) -> list[dict[str, Setting]]:
+def warm_start(spec: StudySpec, study_file: Path) -> list[dict[str, SettingValue]]:
     """Return the parameters of the earlier studies' best plans, as near as the space comes.
 
     Raises:

@@ -19,7 +19,7 @@ from pydantic import (
 
 from searchmerge.errors import SpecError
 from searchmerge.merging.method import METHODS
-from searchmerge.plan import WHOLE, Groups, Setting
+from searchmerge.plan import WHOLE, Groups, SettingValue
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.search.references import reference_plans
 from searchmerge.search.samplers import SamplerSetting, make_sampler
@@ -112,7 +112,9 @@ class SpaceSpec(BaseModel):
     method: str
     name: str | None = None
     groups: Any = "whole"
-    settings: dict[str, Setting | list[Setting] | RangeSpec] = Field(default_factory=dict)
+    settings: dict[str, SettingValue | list[SettingValue] | RangeSpec] = Field(
+        default_factory=dict
+    )
 
 
 class DataSpec(_Strict):
@@ -431,7 +433,7 @@ def _alternative(spec: SpaceSpec, experts: tuple[str, ...]) -> Alternative:
         step = hyperparameters[name].step if name in hyperparameters else None
         values[name] = _searched(name, searched, experts, groups, step)
     steps = {setting.name: setting.step for setting in METHODS[spec.method].settings}
-    settings: dict[str, tuple[Setting, ...] | Range] = {}
+    settings: dict[str, tuple[SettingValue, ...] | Range] = {}
     for key, choice in spec.settings.items():
         if isinstance(choice, RangeSpec):
             step = choice.step or steps.get(key)

@@ -15,8 +15,7 @@ from torch import Tensor
 from searchmerge.errors import SpecError
 from searchmerge.merging.groups import assign_groups
 from searchmerge.merging.kernels import ChunkFunction
-from searchmerge.plan import WHOLE, Groups, MergePlan
-from searchmerge.plan import Setting as Value
+from searchmerge.plan import WHOLE, Groups, MergePlan, SettingValue
 from searchmerge.registry import Registry
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ class Setting:
     """
 
     name: str
-    default: Value
-    choices: tuple[Value, ...] = ()
+    default: SettingValue
+    choices: tuple[SettingValue, ...] = ()
     low: float = -math.inf
     high: float = math.inf
     step: float | None = None
@@ -146,7 +145,7 @@ class MergeMethod(Protocol):
 METHODS: Registry[type[MergeMethod]] = Registry("merge method")
 
 
-def setting(plan: MergePlan, legal: Setting) -> Value:
+def setting(plan: MergePlan, legal: Setting) -> SettingValue:
     """Return what a plan says about a setting, or the default."""
     return plan.settings.get(legal.name, legal.default)
 
@@ -171,7 +170,7 @@ def default_plan(
     experts: Sequence[str],
     *,
     groups: Groups = WHOLE,
-    **overrides: float | Sequence[float] | Value,
+    **overrides: float | Sequence[float] | SettingValue,
 ) -> MergePlan:
     """Return the plan with the published value of everything that is not overridden.
 
@@ -191,7 +190,7 @@ def default_plan(
         given = overrides.pop(h.name, h.default)
         row = (given,) * len(experts) if isinstance(given, int | float) else given
         values[h.name] = (tuple(float(number) for number in row),) * len(groups)
-    settings: dict[str, Value] = {}
+    settings: dict[str, SettingValue] = {}
     for name, value in overrides.items():
         if not isinstance(value, str | int | float | bool):
             raise SpecError(f"plan: setting {name!r} of method {method!r} is {value!r}")
@@ -202,13 +201,13 @@ def default_plan(
     return plan
 
 
-def with_defaults(method: str, settings: Mapping[str, Value]) -> dict[str, Value]:
+def with_defaults(method: str, settings: Mapping[str, SettingValue]) -> dict[str, SettingValue]:
     """Return settings in the form that is equal for equal merges.
 
     Every setting of the method is named, but a depth slope of 0, which is none.
     """
-    own = METHODS[method].settings
-    full = {**{setting.name: setting.default for setting in own}, **settings}
+    defaults = {setting.name: setting.default for setting in METHODS[method].settings}
+    full = {**defaults, **settings}
     if full.get(DEPTH_SLOPE.name) == DEPTH_SLOPE.default:
         del full[DEPTH_SLOPE.name]
     return full
@@ -235,15 +234,15 @@ def validate_plan(plan: MergePlan) -> None:
         _check_setting(plan.method, settings[name], value)
 
 
-def _check_names(kind: str, method: str, found: Iterable[str], known: Iterable[str]) -> None:
-    for name in found:
-        if name in known:
+def _check_names(kind: str, method: str, names: Iterable[str], legal: Iterable[str]) -> None:
+    for name in names:
+        if name in legal:
             continue
-        close = get_close_matches(name, list(known), n=1)
+        close = get_close_matches(name, list(legal), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise SpecError(
             f"plan: method {method!r} has no {kind} {name!r}{hint} "
-            f"(it has: {', '.join(known) or 'none'})"
+            f"(it has: {', '.join(legal) or 'none'})"
         )
 
 
@@ -256,7 +255,7 @@ def _check_row(plan: MergePlan, legal: Hyperparameter, group: str, row: Sequence
             )
 
 
-def _check_setting(method: str, legal: Setting, value: Value) -> None:
+def _check_setting(method: str, legal: Setting, value: SettingValue) -> None:
     if legal.choices:
         same_kind = [choice for choice in legal.choices if type(choice) is type(value)]
         if value in same_kind:
@@ -272,7 +271,7 @@ def _check_setting(method: str, legal: Setting, value: Value) -> None:
     )
 
 
-def _is_legal(legal: Setting, value: Value) -> bool:
+def _is_legal(legal: Setting, value: SettingValue) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     steps = 0.0 if legal.step is None or not math.isfinite(value) else value / legal.step
