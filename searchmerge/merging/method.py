@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from searchmerge.errors import SpecError
 from searchmerge.merging.groups import assign_groups
-from searchmerge.merging.kernels import ChunkFunction
+from searchmerge.merging.kernels import ChunkFunction, Numbers, pack
 from searchmerge.plan import WHOLE, Groups, MergePlan, SettingValue
 from searchmerge.registry import Registry
 
@@ -151,17 +150,17 @@ def setting(plan: MergePlan, legal: Setting) -> SettingValue:
 
 
 def by_group(
-    plan: MergePlan, names: Sequence[str], rows: Sequence[Sequence[Sequence[float]]]
+    plan: MergePlan, names: Sequence[str], scalars: Sequence[Iterable[Numbers]]
 ) -> Callable[[str], Tensor]:
     """Return the ``scalars`` of a :class:`Pass` that depend on the parameter's group alone.
 
     Args:
         plan: The plan, for its groups.
         names: The names of all parameters.
-        rows: For each group, the rows of scalars, one number per expert that is read.
+        scalars: For each group, a named tuple of numbers per expert that is read.
     """
     group_of = assign_groups(names, plan.groups)
-    tensors = [torch.tensor(group, dtype=torch.float32) for group in rows]
+    tensors = [pack(of_group) for of_group in scalars]
     return lambda name: tensors[group_of[name]]
 
 
