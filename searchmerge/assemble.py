@@ -36,7 +36,7 @@ from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import Budget
-from searchmerge.search.samplers import SamplerSetting, sampler_after
+from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params

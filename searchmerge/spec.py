@@ -22,7 +22,7 @@ from searchmerge.merging.method import METHODS
 from searchmerge.plan import WHOLE, Groups, SettingValue
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.search.references import reference_plans
-from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
 from searchmerge.yaml_file import read_yaml, to_model
 

@@ -32,6 +32,10 @@ class Hyperparameter:
         default: The value that the method's paper publishes.
         search: A good range to search, both ends included; the legal one where none is given.
         step: Distance between values worth telling apart; ``None`` for any value.
+        shared: Whether all experts have one number where it is searched and a study does not
+            say otherwise.
+        complement: What a study may call 1 minus the number, to give that instead; ``None``
+            where it has no such name.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Hyperparameter:
     default: float
     search: tuple[float, float] = (math.nan, math.nan)
     step: float | None = None
+    shared: bool = False
+    complement: str | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.search[0]):
@@ -69,6 +75,11 @@ class Setting:
 
 COEFFICIENT = Hyperparameter("coefficient", -10.0, 10.0, default=1.0, search=(0.0, 2.0))
 """The factor on a task vector; methods take it with their own default and search range."""
+
+DENSITY = Hyperparameter(
+    "density", 0.0, 1.0, default=0.2, step=0.01, shared=True, complement="drop_ratio"
+)
+"""The fraction of entries kept; methods take it with their own default and search range."""
 
 DEPTH_SLOPE = Setting("depth_slope", default=0.0, low=-1.0, high=10.0)
 r"""A setting of every method: the merged task vector grows linearly with depth.
@@ -142,6 +153,17 @@ class MergeMethod(Protocol):
 
 
 METHODS: Registry[type[MergeMethod]] = Registry("merge method")
+
+
+def hyperparameter(method: str, name: str) -> Hyperparameter:
+    """Return what a method declares of a hyper-parameter.
+
+    Raises:
+        SpecError: If there is no such method, or it has no such hyper-parameter.
+    """
+    legal = {h.name: h for h in METHODS[method].hyperparameters}
+    _check_names("hyper-parameter", method, [name], legal)
+    return legal[name]
 
 
 def setting(plan: MergePlan, legal: Setting) -> SettingValue:

@@ -17,6 +17,7 @@ from searchmerge.merging.kernels import (
 )
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     Hyperparameter,
@@ -63,7 +64,7 @@ class Breadcrumbs:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, default=0.3, search=(0.0, 1.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.09, search=(0.05, 0.9), step=0.01),
+        replace(DENSITY, default=0.09, search=(0.05, 0.9)),
         Hyperparameter("outliers", 0.0, 1.0, default=0.01, search=(0.0, 0.05), step=0.001),
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)

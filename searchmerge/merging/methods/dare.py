@@ -10,6 +10,7 @@ from searchmerge.merging.election import Majority, merge_elected, positive_bound
 from searchmerge.merging.kernels import Chunk, Numbers, Row, unpack, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     SEED,
@@ -82,7 +83,7 @@ class Dare:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, default=0.4, search=(0.0, 1.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.8, search=(0.1, 0.9), step=0.01),
+        replace(DENSITY, default=0.8, search=(0.1, 0.9)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (ELECTION, RESCALE, SEED, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "draw"

@@ -11,6 +11,7 @@ from searchmerge.merging.election import Majority, merge_elected, positive_bound
 from searchmerge.merging.kernels import Chunk, ChunkFunction, Numbers, Row, unpack, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     SEED,
@@ -72,7 +73,7 @@ class Della:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, search=(0.0, 2.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.5, search=(0.1, 0.9), step=0.01),
+        replace(DENSITY, default=0.5, search=(0.1, 0.9)),
         Hyperparameter("window", 0.0, 1.0, default=0.2, search=(0.0, 0.4)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (ELECTION, SEED, DEPTH_SLOPE)

@@ -24,6 +24,7 @@ from searchmerge.merging.kernels import (
 )
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     Hyperparameter,
@@ -182,7 +183,7 @@ class Pcb:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, search=(0.5, 3.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.1, search=(0.01, 0.5), step=0.01),
+        replace(DENSITY, default=0.1, search=(0.01, 0.5)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (VARIANT, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"

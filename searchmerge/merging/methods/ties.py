@@ -11,6 +11,7 @@ from searchmerge.merging.election import Majority, merge_elected, positive_bound
 from searchmerge.merging.kernels import Chunk, Numbers, Row, keep_at_least, unpack
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     Hyperparameter,
@@ -63,7 +64,7 @@ class Ties:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, search=(0.0, 2.5)),
-        Hyperparameter("density", 0.0, 1.0, default=0.2, search=(0.05, 0.5), step=0.01),
+        replace(DENSITY, default=0.2, search=(0.05, 0.5)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (AGGREGATE, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
