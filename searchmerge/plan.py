@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,19 @@ class MergePlan:
         """Return 16 hexadecimal digits that are equal for equal plans, in any process."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def reordered(self, experts: tuple[str, ...]) -> "MergePlan":
+        """Return the same plan with its experts in another order.
+
+        Args:
+            experts: The same names, in that order.
+        """
+        order = [self.experts.index(expert) for expert in experts]
+        values = {
+            name: tuple(tuple(row[i] for i in order) for row in rows)
+            for name, rows in self.values.items()
+        }
+        return replace(self, experts=experts, values=values)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "MergePlan":

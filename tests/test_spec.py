@@ -8,7 +8,7 @@ import yaml
 
 from searchmerge.config import read_config
 from searchmerge.errors import SpecError
-from searchmerge.search.space import Fixed, Range, Shares
+from searchmerge.search.searched import Fixed, Range, Shares
 from searchmerge.spec import make_space, read_study
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,8 @@ from optuna.trial import TrialState
 
 from searchmerge.errors import SpecError
 from searchmerge.search.sampler import SAMPLERS, SamplerSetting, make_sampler
-from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
 
 EXPERTS = ("math", "code")
 NUMBERS = Alternative(

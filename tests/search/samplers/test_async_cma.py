@@ -8,7 +8,8 @@ from optuna.trial import TrialState
 from searchmerge.errors import SpecError
 from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.samplers.async_cma import AsyncCmaSampler
-from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
 
 SPACE = {f"x{i}": FloatDistribution(0.0, 2.0) for i in range(4)}
 

@@ -3,7 +3,8 @@ import pytest
 
 from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.samplers.relay import RelaySampler
-from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
 
 EXPERTS = ("math", "code")
 FLAT = SearchSpace(
