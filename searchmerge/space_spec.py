@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from searchmerge.errors import SpecError
+from searchmerge.keys import Strict
 from searchmerge.merging.method import METHODS, Hyperparameter, hyperparameter
 from searchmerge.plan import WHOLE, Groups, SettingValue
 from searchmerge.search.searched import (
@@ -33,11 +34,7 @@ from searchmerge.search.searched import (
 from searchmerge.search.space import Alternative, SearchSpace
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class RangeSpec(_Strict):
+class RangeSpec(Strict):
     """A range to search, both ends included."""
 
     low: float
@@ -47,14 +44,14 @@ class RangeSpec(_Strict):
     log: bool = False
 
 
-class EndsSpec(_Strict):
+class EndsSpec(Strict):
     """A range of real numbers to search, both ends included."""
 
     low: float
     high: float
 
 
-class ScaleSpec(_Strict):
+class ScaleSpec(Strict):
     """One scale for all experts, times each one's share of it."""
 
     scale: EndsSpec
@@ -114,9 +111,7 @@ class SpaceSpec(BaseModel):
     )
 
 
-def make_search_space(
-    experts: Sequence[str], space: SpaceSpec | Sequence[SpaceSpec]
-) -> SearchSpace:
+def make_space(experts: Sequence[str], space: SpaceSpec | Sequence[SpaceSpec]) -> SearchSpace:
     """Return the search space that a study file asks for.
 
     Args:

@@ -6,8 +6,8 @@ import pytest
 
 from searchmerge.errors import SpecError
 from searchmerge.merging.method import METHODS
-from searchmerge.search.searched import Choices, Fixed, Interval, Range
-from searchmerge.spec import make_space, read_study
+from searchmerge.search.searched import Choices, Fixed, Interval, Range, Shares
+from searchmerge.study import read_study
 
 STUDY = """
 base: base
@@ -21,12 +21,51 @@ space:
 def space_of(tmp_path, text):
     file = tmp_path / "study.yaml"
     file.write_text(STUDY + text)
-    return make_space(read_study(file)[0])
+    return read_study(file).space
 
 
 def searched(tmp_path, text):
     [alternative] = space_of(tmp_path, text).alternatives.values()
     return alternative.values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("coefficient", "0.5", Fixed((0.5, 0.5))),
+        ("coefficient", "1e-1", Fixed((0.1, 0.1))),
+        ("coefficient", "{code: 1, math: 2}", Fixed((2.0, 1.0))),
+        ("density", "{low: 0.1, high: 0.5}", Range(0.1, 0.5, "all", 0.01)),
+        ("density", "{low: 0.1, high: 0.5, per: expert, log: true}", Range(0.1, 0.5, log=True)),
+        ("coefficient", "{scale: {low: 0.2, high: 1.0}}", Shares(0.2, 1.0)),
+    ],
+)
+def test_the_forms_of_a_hyperparameter_are_told_apart(tmp_path, key, value, expected):
+    text = f"  {{method: ties, {key}: {value}, settings: {{aggregate: [mean, sum]}}}}"
+    assert searched(tmp_path, text) == {key: expected}
+
+
+@pytest.mark.parametrize(
+    ("value", "density"),
+    [
+        ("0.8", Fixed((0.2, 0.2))),
+        ("{code: 0.8, math: 0.5}", Fixed((0.5, 0.2))),
+        ("{low: 0.5, high: 0.9}", Range(0.1, 0.5, "all", 0.01)),
+    ],
+)
+def test_a_drop_ratio_is_one_minus_the_density(tmp_path, value, density):
+    text = f"  {{method: ties, drop_ratio: {value}, settings: {{aggregate: [mean, sum]}}}}"
+    assert searched(tmp_path, text) == {"density": density}
+
+
+def test_groups_give_coefficients_of_their_own(tmp_path):
+    text = "  {method: ties, groups: {depth: 2}, coefficient: {low: 0, high: 1}}"
+    assert sorted(space_of(tmp_path, text).distributions()) == [
+        "coefficient.depth0.code",
+        "coefficient.depth0.math",
+        "coefficient.depth1.code",
+        "coefficient.depth1.math",
+    ]
 
 
 def test_auto_is_the_range_that_the_method_declares(tmp_path):

@@ -1,7 +1,4 @@
-"""What a merge method is, what it may be told, and the registry of those there are.
-
-Importing this module registers every method of :mod:`searchmerge.merging.methods`.
-"""
+"""What a merge method is, what it may be told, and the registry of those there are."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -152,7 +149,7 @@ class MergeMethod(Protocol):
         ...
 
 
-METHODS: Registry[type[MergeMethod]] = Registry("merge method")
+METHODS: Registry[type[MergeMethod]] = Registry("merge method", "searchmerge.merging.methods")
 
 
 def hyperparameter(method: str, name: str) -> Hyperparameter:
@@ -297,6 +294,3 @@ def _is_legal(legal: Setting, value: SettingValue) -> bool:
         return False
     steps = 0.0 if legal.step is None or not math.isfinite(value) else value / legal.step
     return legal.low <= value <= legal.high and steps == round(steps)
-
-
-import searchmerge.merging.methods  # noqa: E402, F401  (at the end: they import this module)

@@ -38,7 +38,9 @@ class SamplerSetting:
         return (self.seed + 1_000_003 * self.n_before) % 2**32
 
 
-SAMPLERS: Registry[Callable[[SamplerSetting], BaseSampler]] = Registry("sampler")
+SAMPLERS: Registry[Callable[[SamplerSetting], BaseSampler]] = Registry(
+    "sampler", "searchmerge.search.samplers"
+)
 """Name to what makes the sampler of a study; one that cannot search it raises ``SpecError``."""
 
 
@@ -57,6 +59,3 @@ def make_sampler(name: str, setting: SamplerSetting) -> BaseSampler:
 def sampler_after(name: str, setting: SamplerSetting) -> Callable[[int], BaseSampler]:
     """Return what makes the sampler of a study that has a number of trials already."""
     return lambda n_before: make_sampler(name, replace(setting, n_before=n_before))
-
-
-import searchmerge.search.samplers  # noqa: E402, F401  (at the end: they import this module)
