@@ -240,14 +240,7 @@ def _in_order(plan: MergePlan, loaded: tuple[str, ...]) -> MergePlan:
             f"plan: expert {unknown[0]!r} is not loaded (there are: {', '.join(loaded)})"
         )
     experts = tuple(expert for expert in loaded if expert in plan.experts)
-    if experts == plan.experts:
-        return plan
-    order = [plan.experts.index(expert) for expert in experts]
-    values = {
-        name: tuple(tuple(row[i] for i in order) for row in rows)
-        for name, rows in plan.values.items()
-    }
-    return replace(plan, experts=experts, values=values)
+    return plan if experts == plan.experts else plan.reordered(experts)
 
 
 def _revised(work: Pass, tallies: Iterable[Tensor | None]) -> Pass | None:

@@ -13,7 +13,8 @@ from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import RESULT
 from searchmerge.search.schedule import Schedule
-from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
 from searchmerge.search.warm_start import warm_start_params
 from tests.search.conftest import Recorder
 from tests.toy import EXPERTS, ToyEvaluator
