@@ -24,10 +24,10 @@ from searchmerge.execution.worker import Merges, Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
 from searchmerge.models import Models, load_task_vectors, make_merger, open_models
-from searchmerge.plan import Setting
+from searchmerge.plan import SettingValue
 from searchmerge.search.racing import Racing
 from searchmerge.search.runner import Budget
-from searchmerge.search.samplers import SamplerSetting, sampler_after
+from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
@@ -135,7 +135,7 @@ def make_racing(study: Study) -> Racing | None:
     return Racing(racing.p_threshold, racing.min_blocks, racing.collapse_margin)
 
 
-def warm_start(study: Study) -> list[dict[str, Setting]]:
+def warm_start(study: Study) -> list[dict[str, SettingValue]]:
     """Return the parameters of the earlier studies' best plans, as near as the space comes.
 
     Raises:

@@ -13,7 +13,7 @@ from searchmerge.errors import SpecError
 Rows = tuple[tuple[float, ...], ...]
 """One row per group, one number per expert."""
 
-Setting = str | int | float | bool
+SettingValue = str | int | float | bool
 """The value of a method-wide choice."""
 
 
@@ -97,7 +97,7 @@ class MergePlan:
     experts: tuple[str, ...]
     values: Mapping[str, Rows]
     groups: Groups = WHOLE
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    settings: Mapping[str, SettingValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -219,7 +219,7 @@ def _number(data: Any) -> float:
     return float(data)  # YAML 1.1 reads 1e-3 as text
 
 
-def _read_settings(data: Any) -> dict[str, Setting]:
+def _read_settings(data: Any) -> dict[str, SettingValue]:
     if not isinstance(data, Mapping):
         raise SpecError(f"plan: settings is {data!r}; a mapping is needed")
     for name, value in data.items():

@@ -23,7 +23,7 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
 from searchmerge.keys import Strict, declared_keys, hinted, keys_model
 from searchmerge.merging.method import METHODS
-from searchmerge.plan import WHOLE, Groups, Setting
+from searchmerge.plan import WHOLE, Groups, SettingValue
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
 from searchmerge.yaml_file import to_model
@@ -108,7 +108,9 @@ class SpaceSpec(BaseModel):
     method: str
     name: str | None = None
     groups: Any = "whole"
-    settings: dict[str, Setting | list[Setting] | RangeSpec] = Field(default_factory=dict)
+    settings: dict[str, SettingValue | list[SettingValue] | RangeSpec] = Field(
+        default_factory=dict
+    )
 
 
 class TaskSpec(Strict):
@@ -389,7 +391,7 @@ def _alternative(spec: SpaceSpec, experts: tuple[str, ...]) -> Alternative:
         step = hyperparameters[name].step if name in hyperparameters else None
         values[name] = _searched(name, searched, experts, groups, step)
     steps = {setting.name: setting.step for setting in METHODS[spec.method].settings}
-    settings: dict[str, tuple[Setting, ...] | Range] = {}
+    settings: dict[str, tuple[SettingValue, ...] | Range] = {}
     for key, choice in spec.settings.items():
         if isinstance(choice, RangeSpec):
             step = choice.step or steps.get(key)

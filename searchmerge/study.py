@@ -8,7 +8,7 @@ from pathlib import Path
 from searchmerge.errors import SpecError
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import expert_name, reference_plans
-from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.space import SearchSpace
 from searchmerge.spec import StudySpec, make_space, plain_spec, study_model
 from searchmerge.yaml_file import read_yaml

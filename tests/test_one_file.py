@@ -15,7 +15,7 @@ from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind, TaskInfo
 from searchmerge.merging.method import DEPTH_SLOPE, METHODS, Hyperparameter, Pass, by_group
 from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
-from searchmerge.search.samplers import SAMPLERS
+from searchmerge.search.sampler import SAMPLERS
 from searchmerge.study import read_study
 from tests.search.conftest import Recorder
 from tests.tiny import make_models, make_study

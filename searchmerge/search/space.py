@@ -21,7 +21,7 @@ from searchmerge.merging.method import (
     validate_plan,
     with_defaults,
 )
-from searchmerge.plan import WHOLE, Groups, MergePlan, Rows, Setting
+from searchmerge.plan import WHOLE, Groups, MergePlan, Rows, SettingValue
 
 Per = Literal["all", "expert", "group", "expert_and_group"]
 """What a searched hyper-parameter has a number of its own for."""
@@ -90,7 +90,7 @@ class Alternative:
     method: str
     groups: Groups = WHOLE
     values: Mapping[str, Fixed | Range | Shares] = field(default_factory=dict)
-    settings: Mapping[str, tuple[Setting, ...] | Range] = field(default_factory=dict)
+    settings: Mapping[str, tuple[SettingValue, ...] | Range] = field(default_factory=dict)
 
 
 class SearchSpace:
@@ -148,7 +148,7 @@ class SearchSpace:
             _suggest(trial, parameter, distribution)
         return self.plan(trial.params)
 
-    def plan(self, params: Mapping[str, Setting]) -> MergePlan:
+    def plan(self, params: Mapping[str, SettingValue]) -> MergePlan:
         """Turn the parameters of a trial into the plan they stand for."""
         name = str(params.get("method", next(iter(self.alternatives))))
         alternative, prefix = self.alternatives[name], self._prefix(name)
@@ -163,7 +163,7 @@ class SearchSpace:
         settings = with_defaults(alternative.method, settings)
         return MergePlan(alternative.method, self.experts, values, alternative.groups, settings)
 
-    def params(self, plan: MergePlan) -> dict[str, Setting] | None:
+    def params(self, plan: MergePlan) -> dict[str, SettingValue] | None:
         """Turn a plan into parameters, the inverse of :meth:`plan`; ``None`` if it is not in."""
         for name, alternative in self.alternatives.items():
             params = _params_of(alternative, self.experts, self._prefix(name), plan)
@@ -175,7 +175,7 @@ class SearchSpace:
                 return params
         return None
 
-    def nearest(self, plan: MergePlan) -> dict[str, Setting] | None:
+    def nearest(self, plan: MergePlan) -> dict[str, SettingValue] | None:
         """Return the parameters that come nearest to a plan; ``None`` if none are of its kind.
 
         Numbers outside a range are moved to its end, and to the nearest step; what this space
@@ -238,7 +238,7 @@ def _check(alternative: Alternative, experts: tuple[str, ...]) -> None:
         raise SpecError(f"{where}: {str(error).removeprefix('plan: ')}") from error
 
 
-def _check_choices(where: str, choices: tuple[Setting, ...] | Range) -> None:
+def _check_choices(where: str, choices: tuple[SettingValue, ...] | Range) -> None:
     if not isinstance(choices, Range):
         if not choices:
             raise SpecError(f"{where} is an empty list; give one value or more")
@@ -290,7 +290,7 @@ def _probe(alternative: Alternative, experts: tuple[str, ...]) -> MergePlan:
         elif isinstance(searched, Range):
             row = (searched.low,) * len(experts)
         values[h.name] = (row,) * len(alternative.groups)
-    settings: dict[str, Setting] = {}
+    settings: dict[str, SettingValue] = {}
     for name, choices in alternative.settings.items():
         ends = (choices.low, choices.high) if isinstance(choices, Range) else choices
         for choice in ends:
@@ -358,7 +358,7 @@ def _rows(
     alternative: Alternative,
     experts: tuple[str, ...],
     prefix: str,
-    params: Mapping[str, Setting],
+    params: Mapping[str, SettingValue],
 ) -> Rows:
     searched = alternative.values.get(legal.name)
     if isinstance(searched, Range):
@@ -380,8 +380,8 @@ def _rounded(number: float, step: float | None) -> float:
 
 
 def _setting(
-    params: Mapping[str, Setting], name: str, choices: tuple[Setting, ...] | Range
-) -> Setting:
+    params: Mapping[str, SettingValue], name: str, choices: tuple[SettingValue, ...] | Range
+) -> SettingValue:
     if isinstance(choices, Range):
         return _rounded(float(params[name]), choices.step)
     return params[name] if len(choices) > 1 else choices[0]
@@ -413,12 +413,12 @@ def uniform_of(shares: Sequence[float]) -> list[float]:
 
 def _params_of(
     alternative: Alternative, experts: tuple[str, ...], prefix: str, plan: MergePlan
-) -> dict[str, Setting] | None:
+) -> dict[str, SettingValue] | None:
     """Return the parameters that come nearest to ``plan``; ``None`` if it is of another kind."""
     if plan.method != alternative.method or set(plan.experts) != set(experts):
         return None
     plan = _spread(_reordered(plan, experts), alternative.groups)
-    params: dict[str, Setting] = {}
+    params: dict[str, SettingValue] = {}
     for name, searched in alternative.values.items():
         rows = plan.values.get(name)
         if rows is None or len(rows) != len(alternative.groups):
@@ -438,7 +438,9 @@ def _params_of(
     return params | _settings_of(alternative, prefix, plan)
 
 
-def _settings_of(alternative: Alternative, prefix: str, plan: MergePlan) -> dict[str, Setting]:
+def _settings_of(
+    alternative: Alternative, prefix: str, plan: MergePlan
+) -> dict[str, SettingValue]:
     defaults = {s.name: s.default for s in METHODS[alternative.method].settings}
     return {
         f"{prefix}{name}": plan.settings.get(name, defaults.get(name, 0.0))
@@ -464,7 +466,9 @@ def _spread(plan: MergePlan, groups: Groups) -> MergePlan:
     return MergePlan(plan.method, plan.experts, values, groups, plan.settings)
 
 
-def _within(params: Mapping[str, Setting], distributions: Mapping[str, BaseDistribution]) -> bool:
+def _within(
+    params: Mapping[str, SettingValue], distributions: Mapping[str, BaseDistribution]
+) -> bool:
     for name, distribution in distributions.items():
         value = params[name]
         if isinstance(distribution, CategoricalDistribution):
@@ -483,7 +487,7 @@ def _holds(distribution: BaseDistribution, value: float) -> bool:
     return on_step and distribution.low - _CLOSE <= value <= distribution.high + _CLOSE
 
 
-def _moved(distribution: BaseDistribution, value: Setting) -> Setting:
+def _moved(distribution: BaseDistribution, value: SettingValue) -> SettingValue:
     """Return the number of a range that is nearest to ``value``; a choice as it is."""
     if not isinstance(distribution, FloatDistribution):
         return value

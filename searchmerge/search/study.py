@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import StudyError
-from searchmerge.plan import Setting
+from searchmerge.plan import SettingValue
 from searchmerge.search.scores import ScoreStore
 from searchmerge.search.storage import open_storage, prepare_storage, storage_errors
 
@@ -151,7 +151,7 @@ class StudyDirectory:
         """Return the trials in these states, by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def enqueue(self, kind: str, params: Iterable[Mapping[str, Setting]]) -> None:
+    def enqueue(self, kind: str, params: Iterable[Mapping[str, SettingValue]]) -> None:
         """Let trials with these parameters be the next ones, but for those that were before."""
         for one in params:
             self.study.enqueue_trial(dict(one), user_attrs={KIND: kind}, skip_if_exists=True)

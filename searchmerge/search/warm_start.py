@@ -6,7 +6,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import SpecError, StudyError
-from searchmerge.plan import MergePlan, Setting
+from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.runner import PLAN
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.storage import find_study, storage_errors
@@ -34,7 +34,7 @@ def earlier_plans(run_dir: Path, n_plans: int) -> list[MergePlan]:
 
 def warm_start_params(
     run_dirs: list[Path], space: SearchSpace, n_plans: int
-) -> list[dict[str, Setting]]:
+) -> list[dict[str, SettingValue]]:
     """Return the parameters that come nearest to earlier studies' best plans, best first.
 
     Args:

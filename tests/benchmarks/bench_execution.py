@@ -32,7 +32,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.runner import PLAN, RESULT, Budget, StudyRunner, TrialRecord
-from searchmerge.search.samplers import SamplerSetting, sampler_after
+from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import Alternative, Range, SearchSpace
 from searchmerge.search.study import StudyDirectory

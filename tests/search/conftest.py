@@ -8,7 +8,7 @@ from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.references import reference_plans
 from searchmerge.search.runner import Budget, StudyRunner
-from searchmerge.search.samplers import SamplerSetting, sampler_after
+from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.space import Alternative, Range, SearchSpace
 from searchmerge.search.study import StudyDirectory
