@@ -44,15 +44,15 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
         parts = {p: sum(len(b.examples) for b in own[name]) for p, own in schedule.blocks.items()}
         yield (
             f"task {name}: {info.metric}, {info.n_examples} examples, "
-            f"{parts['survey']} to select, {parts['hold_out']} held out"
+            f"{parts['pilot']} to select, {parts['hold_out']} held out"
         )
     worker = assemble.make_worker(study, models, config)
     plan = reference_plans(study.experts)["average"]
-    rounds = [(_first_examples(own[0], _EXAMPLES),) for own in schedule.blocks["survey"].values()]
+    rounds = [(_first_examples(own[0], _EXAMPLES),) for own in schedule.blocks["pilot"].values()]
     start = time.perf_counter()
     results = list(worker.score(plan, rounds))
     seconds = time.perf_counter() - start - results[0].merge_s
-    n_select = sum(len(b.examples) for own in schedule.blocks["survey"].values() for b in own)
+    n_select = sum(len(b.examples) for own in schedule.blocks["pilot"].values() for b in own)
     n_scored = sum(len(block.examples) for r in rounds for block in r)
     trial_s = results[0].merge_s + seconds * n_select / n_scored
     yield (

@@ -18,6 +18,7 @@ from searchmerge.evaluators.lm_harness.catalogue import (
     load_task,
     quiet,
 )
+from searchmerge.evaluators.score_kind import Mean, Whole
 
 
 class PreparedTask:
@@ -54,10 +55,11 @@ class PreparedTask:
         higher = self._task.higher_is_better().get(self._metric, True)
         self._sign = 1.0 if higher else -1.0
         self._aggregate = self._task.aggregation()[self._metric]
+        self._is_mean = _is_mean(self._aggregate)
         self.info = TaskInfo(
             n_examples=len(self._task.eval_docs),
-            mean=_is_mean(self._aggregate),
             metric=self._metric,
+            kind=Mean() if self._is_mean else Whole(),
         )
 
     @cached_property
@@ -84,12 +86,12 @@ class PreparedTask:
         self._answer(lm, [request for group in requests for request in group])
         with explained(self._name, f"compute {self._metric!r} of its task {self._spec.task!r}"):
             values = [self._value(group) for group in requests]
-            if not self.info.mean:
+            if not self._is_mean:
                 values = [self._aggregate(values)]
             scores = [self._sign * float(value) for value in values]
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                which = f"example {examples[place]}" if self.info.mean else "all examples"
+                which = f"example {examples[place]}" if self._is_mean else "all examples"
                 raise EvaluationError(
                     f"task {self._name!r}, {which}: {self._metric} is {score}, not a finite number"
                 )
