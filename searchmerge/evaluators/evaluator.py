@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.evaluators.heads import ExpertHead, HeadUse, Pooling
+from searchmerge.evaluators.score_kind import Mean, ScoreKind
 from searchmerge.registry import Registry
 
 Keys = TypeVar("Keys")
@@ -17,9 +18,6 @@ Section = TypeVar("Section")
 
 HINT = "hint"
 """In the metadata of a key's field: the key must be given, and this says what it is."""
-
-Aggregate = Callable[[Sequence[float]], float]
-"""Makes the score of any examples, drawn twice or not at all, from one record of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +41,15 @@ class TaskInfo:
 
     Attributes:
         n_examples: How many examples the task has, in a fixed order.
-        mean: Whether the task's score is the mean of its examples' scores. Where it is not,
-            the task is scored in one block, whose score is one number.
         metric: Name of the score, for reports: ``"acc"``.
-        aggregate: Where the score is no mean, what makes it from one record per example, so
-            that the confirmation can resample examples; ``None`` where only the score is known.
-            It is sent between processes.
+        kind: How the score comes from what the evaluator gives for examples.
         members: The parts that its examples are drawn from in proportion to their weights;
             none where all examples are alike.
     """
 
     n_examples: int
-    mean: bool = True
     metric: str = "score"
-    aggregate: Aggregate | None = None
+    kind: ScoreKind = field(default_factory=Mean)
     members: tuple[Member, ...] = ()
 
 
@@ -66,10 +59,9 @@ class Evaluator(Protocol):
     tasks: Mapping[str, TaskInfo]
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return one number per example, higher is better.
+        """Return as many numbers as the task's kind of score says, higher is better.
 
-        Of a task whose score is no mean it is one record per example, for the task's
-        ``aggregate`` to make a score from; or one number in all where it has none.
+        ``Mean``: one per example; ``OfRecords``: one record per example; ``Whole``: one in all.
 
         The same weights and the same ``examples`` give the same scores, in any process and
         after any other call.

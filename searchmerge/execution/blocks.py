@@ -11,10 +11,16 @@ from typing import Literal
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Member, TaskInfo
 
-Part = Literal["survey", "select", "hold_out"]
-"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``survey`` is
+Part = Literal["pilot", "select", "hold_out"]
+"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``pilot`` is
 the same examples as ``select``, cut into blocks at random: the references are scored on it first,
 and what they score decides how ``select`` is cut."""
+
+BlockKey = tuple[str, Part, int]
+"""What names a block within its study: task, part and index."""
+
+BlockValues = Mapping[BlockKey, tuple[float, ...]]
+"""Block key to what was scored on the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +40,17 @@ class Block:
     examples: tuple[int, ...]
 
     @property
-    def key(self) -> tuple[str, Part, int]:
+    def key(self) -> BlockKey:
         """Return what names the block within its study."""
         return (self.task, self.part, self.index)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockScores:
-    """What a block's examples scored under one plan: :func:`n_values` numbers."""
+    """What a block scored under one plan: as many numbers as its task's kind of score says."""
 
     block: Block
     values: tuple[float, ...]
-
-
-def n_values(block: Block, info: TaskInfo) -> int:
-    """Return how many numbers are kept of a block: one per example, or the one score of all.
-
-    Records of examples are kept of what is held out, to be resampled; trials need the score.
-    """
-    has_records = info.aggregate is not None and block.part == "hold_out"
-    return len(block.examples) if info.mean or has_records else 1
 
 
 Round = tuple[Block, ...]
@@ -124,8 +121,8 @@ def _shared_out(total: int, members: Sequence[Member]) -> list[int]:
 def make_blocks(
     task: str, part: Part, examples: Sequence[int], info: TaskInfo, size: int
 ) -> tuple[Block, ...]:
-    """Cut ``examples`` into blocks of ``size``; into one block where the score is not a mean."""
-    size = size if info.mean else len(examples)
+    """Cut ``examples`` into blocks of ``size``, or as the task's kind of score asks for."""
+    size = info.kind.block_size(len(examples), size)
     return tuple(
         Block(task, part, index, tuple(examples[start : start + size]))
         for index, start in enumerate(range(0, len(examples), size))
@@ -148,8 +145,8 @@ def make_rounds(
             they are.
     """
     places = []
-    for task, own in blocks.items():
-        order = list(own)
+    for task, task_blocks in blocks.items():
+        order = list(task_blocks)
         if seed is not None:
             random.Random(f"{seed}/{task}/rounds").shuffle(order)
         places += [((i + 0.5) / len(order), task, block) for i, block in enumerate(order)]
@@ -160,7 +157,7 @@ def make_rounds(
     )
 
 
-def inform(
+def telling_first(
     blocks: Sequence[Block], scored: Sequence[Mapping[int, float]], part: Part
 ) -> tuple[Block, ...]:
     """Cut the examples of ``blocks`` anew, those on which plans differ most into the first.
@@ -179,7 +176,7 @@ def inform(
     """
     examples = [example for block in blocks for example in block.examples]
     spread = {
-        e: statistics.pvariance([own[e] for own in scored]) if scored else 0.0 for e in examples
+        e: statistics.pvariance([plan[e] for plan in scored]) if scored else 0.0 for e in examples
     }
     ordered = sorted(examples, key=lambda example: -spread[example])
     cut, start = [], 0

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Member, TaskInfo
-from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples
+from searchmerge.evaluators.score_kind import Whole
+from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples, telling_first
 
 
 @given(st.integers(2, 300), st.integers(0, 5), st.data())
@@ -41,13 +42,26 @@ def test_rounds_hold_every_block_once_and_every_task_in_proportion(n_a, n_b, rou
     for round_ in rounds:
         done.update(block.task for block in round_)
         shares = [done[task] / len(blocks[task]) for task in blocks]
-        slack = (round_blocks + 1) / min(len(own) for own in blocks.values())
+        slack = (round_blocks + 1) / min(map(len, blocks.values()))
         assert abs(shares[0] - shares[1]) <= slack
 
 
 def test_a_score_that_is_no_mean_is_one_block():
-    [block] = make_blocks("t", "select", range(50), TaskInfo(50, mean=False), 8)
+    [block] = make_blocks("t", "select", range(50), TaskInfo(50, kind=Whole()), 8)
     assert block.examples == tuple(range(50))
+
+
+def test_examples_on_which_plans_differ_most_come_first():
+    blocks = make_blocks("t", "pilot", range(10), TaskInfo(10), 4)
+    scored = [{e: float(e in wrong) for e in range(10)} for wrong in ((7, 2), (7,), (7, 2), (9,))]
+    cut = telling_first(blocks, scored, "select")
+    assert [block.examples for block in cut] == [(2, 7, 9, 0), (1, 3, 4, 5), (6, 8)]
+    assert {block.part for block in cut} == {"select"}
+
+
+def test_where_no_plan_was_scored_examples_keep_their_order():
+    blocks = make_blocks("t", "pilot", (3, 1, 2), TaskInfo(3), 2)
+    assert [b.examples for b in telling_first(blocks, [], "select")] == [(3, 1), (2,)]
 
 
 GROUP = TaskInfo(

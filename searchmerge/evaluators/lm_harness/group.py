@@ -9,6 +9,7 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Member, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
 from searchmerge.evaluators.lm_harness.task import PreparedTask, answer
+from searchmerge.evaluators.score_kind import Mean
 
 
 class PreparedGroup:
@@ -38,7 +39,7 @@ class PreparedGroup:
         self._name = name
         self._members = members
         for member in members:
-            if not member.info.mean:
+            if not isinstance(member.info.kind, Mean):
                 raise SpecError(
                     f"tasks.{name}: {member.info.metric!r} of {member.lm_name!r} is no mean over "
                     "examples, so that it cannot be part of a group's score; choose another metric"

@@ -12,6 +12,7 @@ from searchmerge.evaluators.causal.generation import NonFiniteLogits
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet
+from searchmerge.evaluators.score_kind import Mean, Whole
 
 
 class PreparedTask:
@@ -49,10 +50,11 @@ class PreparedTask:
         higher = self._task.higher_is_better().get(self._metric, True)
         self._sign = 1.0 if higher else -1.0
         self._aggregate = self._task.aggregation()[self._metric]
+        self._is_mean = _is_mean(self._aggregate)
         self.info = TaskInfo(
             n_examples=len(self._documents),
-            mean=_is_mean(self._aggregate),
             metric=self._metric,
+            kind=Mean() if self._is_mean else Whole(),
         )
         self._requests: dict[int, list[Any]] = {}
         self._is_rendered = False
@@ -154,12 +156,12 @@ class PreparedTask:
         self._filters[self._filter].apply([request for group in requests for request in group])
         with explained(self._name, f"compute {self._metric!r} of its task {self.lm_name!r}"):
             values = [self._value(group) for group in requests]
-            if not self.info.mean:
+            if not self._is_mean:
                 values = [self._aggregate(values)]
             scores = [self._sign * float(value) for value in values]
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                which = f"example {examples[place]}" if self.info.mean else "all examples"
+                which = f"example {examples[place]}" if self._is_mean else "all examples"
                 raise EvaluationError(
                     f"task {self._name!r}, {which}: {self._metric} is {score}, not a finite number"
                 )
