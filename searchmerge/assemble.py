@@ -18,6 +18,7 @@ from searchmerge.checkpoints.compatibility import check_compatible, private_tens
 from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.renames import aligned, head_names
 from searchmerge.checkpoints.resident import load_resident, writable_views
+from searchmerge.checkpoints.tying import untie_where_needed
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.classifier import SavedHead, class_of, head_files
 from searchmerge.config import RunConfig
@@ -87,6 +88,7 @@ def open_models(spec: StudySpec, study_file: Path) -> Models:
     """
     base = _open(spec.base, study_file, None)
     experts = {name: _open(model, study_file, base) for name, model in spec.experts.items()}
+    base, experts = untie_where_needed(base, experts, spec.resident_class)
     check_compatible(
         base,
         experts,

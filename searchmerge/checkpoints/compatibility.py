@@ -45,7 +45,6 @@ def check_compatible(
     for name, expert in experts.items():
         _check_floating(f"expert {name!r}", expert)
         _check_architecture(name, base, expert)
-        _check_tying(name, base, expert, excluded)
         _check_shapes(name, base, expert, excluded, vocabulary)
         if tokenizers == "same":
             _check_tokenizer(name, base, expert)
@@ -101,20 +100,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(config.get("model_type") or (config.get("architectures") or ["unknown"])[0])
 
 
-def _check_tying(
-    name: str, base: Checkpoint, expert: Checkpoint, excluded: frozenset[str]
-) -> None:
-    """Refuse an expert with an output embedding of its own where the base ties its."""
-    if says_untied(base.config) or not says_untied(expert.config):
-        return
-    for tensor in aliases(expert.headers, base.config):
-        if tensor not in base.headers and tensor not in excluded:
-            raise CheckpointError(
-                f"expert {name!r} ({expert.name}) has a {tensor!r} of its own; the base "
-                f"({base.name}) ties it to its input embedding; leave it out with `exclude:`"
-            )
-
-
 def _check_shapes(
     name: str,
     base: Checkpoint,
@@ -122,9 +107,7 @@ def _check_shapes(
     excluded: frozenset[str],
     vocabulary: Literal["same", "base"],
 ) -> None:
-    once_more = aliases(base.headers, base.config)
-    if says_untied(expert.config):
-        once_more = {}
+    once_more = {} if says_untied(expert.config) else aliases(base.headers, base.config)
     merged = {
         tensor: header
         for tensor, header in base.headers.items()

@@ -60,7 +60,7 @@ def head_names(
         raise CheckpointError(
             f"{model_dir}: cannot be loaded as {auto_class}: {reason}"
         ) from error
-    names = _stored_names(model)
+    names = stored_names(model)
     as_stored = aligned(list(names.values()), stored)
     missing = {
         as_stored[name]: resident
@@ -70,7 +70,7 @@ def head_names(
     return missing, type(model).__name__
 
 
-def _stored_names(model: nn.Module) -> Mapping[str, str]:
+def stored_names(model: nn.Module) -> Mapping[str, str]:
     """Return checkpoint names by resident names, of tensors that have one of their own."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -93,15 +93,55 @@ def resident_names(model_dir: Path) -> dict[str, str]:
     Returns:
         Empty where transformers cannot tell: unknown architectures, code outside transformers.
     """
+    model = _without_data(model_dir)
+    return {} if model is None else dict(stored_names(model))
+
+
+def tied_names(
+    model_dir: Path, stored: Collection[str], auto_class: str | None = None
+) -> dict[str, str]:
+    """Return the matrices that a model has under further names, each with the one that is used.
+
+    Args:
+        model_dir: A directory that transformers can load.
+        stored: The names of the tensors that the checkpoint has.
+        auto_class: The class that the model is loaded as; ``None`` is that which its
+            configuration names.
+
+    Returns:
+        Names as in the checkpoint. Of those that are one, that is used which is stored.
+    """
+    model = _without_data(model_dir, auto_class)
+    resident: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    if model is None or not resident:
+        return {}
+    shapes = {name: tensor.ndim for name, tensor in model.state_dict().items()}
+    names = stored_names(model)
+    as_stored = aligned(list(names.values()), stored)
+    groups: dict[str, list[str]] = {}
+    for alias, used in resident.items():
+        if shapes[alias] == 2 and alias in names and used in names:
+            group = groups.setdefault(used, [as_stored[names[used]]])
+            group.append(as_stored[names[alias]])
+    found: dict[str, str] = {}
+    for group in groups.values():
+        used = next((name for name in group if name in stored), group[0])
+        found.update((name, used) for name in group if name != used)
+    return found
+
+
+def _without_data(model_dir: Path, auto_class: str | None = None) -> Any:
+    """Return a model on the device ``meta``; None where transformers alone cannot make it."""
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError):
-        return {}
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    if architecture is None:
-        return {}
-    with device("meta"):
-        model = architecture(config)
-    return dict(_stored_names(model))
+        name = auto_class or (config.architectures or [""])[0]
+        loader = getattr(transformers, name, None)
+        make = getattr(loader, "from_config", loader)
+        if make is None:
+            return None
+        with device("meta"):
+            return make(config)
+    except (OSError, ValueError, ImportError):
+        return None
