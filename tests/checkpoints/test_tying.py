@@ -114,7 +114,7 @@ def opened_together(base, directories, cache_dir, auto_class):
 def whole_expert(method, name):
     """Return the plan of a method that takes all of one expert's task vector, once."""
     plan = default_plan(method, [name])
-    values = {key: ((1.0,),) for key in plan.values}
+    values = dict.fromkeys(plan.values, ((1.0,),))
     return replace(plan, values=values)
 
 
