@@ -43,6 +43,7 @@ class Checkpoint:
         adapter: What is added to that base; ``None`` where this is a whole model.
         cache_dir: Where fingerprints are remembered.
         renamed: Name here to the name in the file, where they differ.
+        trust_remote_code: Whether Python files of the model may run.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Checkpoint:
     adapter: Adapter | None = field(repr=False)
     cache_dir: Path = field(repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    trust_remote_code: bool = False
 
     @property
     def tokenizer_dir(self) -> Path:
