@@ -95,6 +95,7 @@ def open_models(spec: StudySpec, study_file: Path) -> Models:
         exclude=spec.not_merged,
         vocabulary=spec.vocabulary,
         tokenizers=spec.tokenizers,
+        may_differ=spec.may_differ,
     )
     return Models(base, experts, _DTYPES.get(spec.dtype) or main_dtype(base))
 

@@ -51,6 +51,7 @@ class Checkpoint:
         renamed: Name here to the name in the file, where they differ.
         twins: Name of a tensor to the one that its data is read from: what the configuration ties
             and this study holds apart, such as an output embedding.
+        trust_remote_code: Whether Python files of the model may run.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Checkpoint:
     cache_dir: Path = field(repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
     twins: Mapping[str, str] = field(default_factory=dict, repr=False)
+    trust_remote_code: bool = False
 
     @property
     def tokenizer_dir(self) -> Path:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases, is_vocabulary, says_untied
+from searchmerge.checkpoints.model_config import comparable_config, differences
 from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.checkpoints.tokenizer_files import difference, read_tokenizer
 from searchmerge.errors import CheckpointError
@@ -21,6 +22,7 @@ def check_compatible(
     exclude: Sequence[str] = (),
     vocabulary: Literal["same", "base"] = "same",
     tokenizers: Literal["same", "any"] = "same",
+    may_differ: Sequence[str] = (),
 ) -> None:
     """Refuse experts that cannot be merged on this base; no tensor is read.
 
@@ -35,16 +37,18 @@ def check_compatible(
             may differ or be missing.
         vocabulary: ``base``: embeddings may have another number of rows than the base's.
         tokenizers: ``any``: an expert may have another tokenizer.
+        may_differ: Dotted names of fields of the configuration that change a forward pass, and
+            in which experts may differ from the base.
 
     Raises:
         CheckpointError: For the first that does not fit; it names the models and the tensor,
             what was found, and what the study can say about it.
     """
     excluded = _excluded((base, *experts.values()), exclude)
+    _check_configs(base, experts, may_differ)
     _check_floating("base", base)
     for name, expert in experts.items():
         _check_floating(f"expert {name!r}", expert)
-        _check_architecture(name, base, expert)
         _check_shapes(name, base, expert, excluded, vocabulary)
         if tokenizers == "same":
             _check_tokenizer(name, base, expert)
@@ -86,13 +90,66 @@ def _check_floating(who: str, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_architecture(name: str, base: Checkpoint, expert: Checkpoint) -> None:
-    ours, theirs = (_architecture(checkpoint.config) for checkpoint in (base, expert))
-    if ours != theirs:
+def _check_configs(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], may_differ: Sequence[str]
+) -> None:
+    """Refuse experts that compute something else with the same weights."""
+    unused = dict.fromkeys(may_differ)
+    for name, expert in experts.items():
+        if expert.adapter is not None:  # its configuration is the base's
+            continue
+        found = differences(*_same_kind(name, base, expert))
+        for key in [k for k in unused if any(_names(k, field) for field in found)]:
+            unused.pop(key)
+        left = [field for field in found if not any(_names(k, field) for k in may_differ)]
+        if left:
+            _refuse_config(name, base, expert, {field: found[field] for field in left})
+    if unused:
         raise CheckpointError(
-            f"expert {name!r} ({expert.name}) is a {theirs} model; "
-            f"the base ({base.name}) is a {ours} model"
+            f"may_differ: {next(iter(unused))!r} differs in no expert; give the dotted names of "
+            "fields that do"
         )
+
+
+def _names(key: str, field: str) -> bool:
+    """Return whether a key of ``may_differ`` is a field, or what holds it."""
+    return field == key or field.startswith(f"{key}.")
+
+
+def _same_kind(name: str, base: Checkpoint, expert: Checkpoint) -> tuple[Any, Any]:
+    """Return both configurations; of a model with a language model within, that of the latter.
+
+    Raises:
+        CheckpointError: If they are models of different kinds.
+    """
+    ours, theirs = (_architecture(checkpoint.config) for checkpoint in (base, expert))
+    configs = tuple(
+        comparable_config(c.config, c.path, trust_remote_code=c.trust_remote_code)
+        for c in (base, expert)
+    )
+    if ours == theirs:
+        return configs[0], configs[1]
+    within = [getattr(config, "text_config", None) for config in configs]
+    if within[0] is not None and within[0].model_type == theirs:
+        return within[0], configs[1]
+    if within[1] is not None and within[1].model_type == ours:
+        return configs[0], within[1]
+    raise CheckpointError(
+        f"expert {name!r} ({expert.name}) is a {theirs} model; "
+        f"the base ({base.name}) is a {ours} model"
+    )
+
+
+def _refuse_config(
+    name: str, base: Checkpoint, expert: Checkpoint, found: Mapping[str, tuple[Any, Any]]
+) -> None:
+    (field, (ours, theirs)), *others = found.items()
+    more = f" (also different: {', '.join(other for other, _ in others)})" if others else ""
+    raise CheckpointError(
+        f"expert {name!r} ({expert.name}) has {field} {theirs!r} in its config.json; the base "
+        f"({base.name}) has {ours!r}{more}, and the merged model would run with the base's; "
+        f"accept that with `may_differ: [{', '.join(found)}]`"
+    )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
