@@ -1,11 +1,13 @@
 """What one tensor is called in different places: a checkpoint, another, a loaded model."""
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import device, nn
 
+from searchmerge.checkpoints.files import CONFIG_FILE
 from searchmerge.errors import CheckpointError
 
 
@@ -14,20 +16,36 @@ def aligned(names: Collection[str], reference: Collection[str]) -> dict[str, str
 
     An encoder saved alone has ``embeddings.weight`` where the same encoder under a classifier
     has ``bert.embeddings.weight``. One prefix is found for all names, that which makes most of
-    them names of the reference; a name that it does not make one stays as it is.
+    them names of the reference; a name that it does not make one stays as it is. What older
+    versions of transformers called otherwise is known under both of its names.
     """
-    known = set(reference)
-    prefixes = {name.partition(".")[0] + "." for name in (*names, *reference)}
+    if set(reference).issuperset(names):
+        return {name: name for name in names}
+    modern = _modern({*names, *reference})
+    known = {modern[name]: name for name in reference}
+    given = {modern[name]: name for name in names}
+    prefixes = {name.partition(".")[0] + "." for name in (*given, *known)}
     candidates = [
-        {name: name for name in names},
-        *({name: name.removeprefix(prefix) for name in names} for prefix in sorted(prefixes)),
-        *({name: prefix + name for name in names} for prefix in sorted(prefixes)),
+        {name: name for name in given},
+        *({name: name.removeprefix(prefix) for name in given} for prefix in sorted(prefixes)),
+        *({name: prefix + name for name in given} for prefix in sorted(prefixes)),
     ]
-    best = max(candidates, key=lambda renamed: len(known.intersection(renamed.values())))
-    return {
-        name: new if new in known and (new == name or new not in names) else name
+    best = max(candidates, key=lambda renamed: len(known.keys() & renamed.values()))
+    found = {
+        given[name]: known[new]
         for name, new in best.items()
+        if new in known and (new == name or new not in given)
     }
+    return {name: found.get(name, name) for name in names}
+
+
+def _modern(names: Collection[str]) -> dict[str, str]:
+    """Return each name as transformers has it today, e.g. a norm's ``gamma`` as ``weight``."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import apply_renamings
+
+    legacy = get_checkpoint_conversion_mapping("legacy")
+    return {name: apply_renamings(name, legacy) for name in names}
 
 
 def head_names(
@@ -93,7 +111,7 @@ def resident_names(model_dir: Path) -> dict[str, str]:
     Returns:
         Empty where transformers cannot tell: unknown architectures, code outside transformers.
     """
-    model = _without_data(model_dir)
+    model = without_data(model_dir)
     return {} if model is None else dict(stored_names(model))
 
 
@@ -111,7 +129,7 @@ def tied_names(
     Returns:
         Names as in the checkpoint. Of those that are one, that is used which is stored.
     """
-    model = _without_data(model_dir, auto_class)
+    model = without_data(model_dir, auto_class)
     resident: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     if model is None or not resident:
         return {}
@@ -130,18 +148,41 @@ def tied_names(
     return found
 
 
-def _without_data(model_dir: Path, auto_class: str | None = None) -> Any:
-    """Return a model on the device ``meta``; None where transformers alone cannot make it."""
+def without_data(
+    model_dir: Path,
+    auto_class: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Return a model on the device ``meta``; ``None`` where transformers cannot make it.
+
+    Args:
+        model_dir: A directory that transformers can load.
+        auto_class: The class of transformers; ``None`` is that which the configuration names.
+        trust_remote_code: Whether Python files of the model may run.
+    """
+    stamp = (model_dir / CONFIG_FILE).stat().st_mtime_ns if model_dir.is_dir() else 0
+    return _make_without_data(model_dir, auto_class, trust_remote_code, stamp)
+
+
+@lru_cache(maxsize=8)
+def _make_without_data(
+    model_dir: Path,
+    auto_class: str | None,
+    trust_remote_code: bool,  # noqa: FBT001
+    stamp: int,  # the same folder may come to hold another model
+) -> Any:
     import transformers
 
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, **trust)
         name = auto_class or (config.architectures or [""])[0]
         loader = getattr(transformers, name, None)
-        make = getattr(loader, "from_config", loader)
-        if make is None:
+        if loader is None:
             return None
         with device("meta"):
-            return make(config)
+            is_auto = hasattr(loader, "from_config")
+            return loader.from_config(config, **trust) if is_auto else loader(config)
     except (OSError, ValueError, ImportError):
         return None

@@ -49,7 +49,7 @@ def load_resident(
             "ignore_mismatched_sizes": True,  # the base's own head may have other classes
         }
     try:
-        with _quiet():
+        with quiet():
             model, found = loader.from_pretrained(
                 checkpoint.path, output_loading_info=True, **options
             )
@@ -193,7 +193,7 @@ def _write_over(adapter: Adapter, weights: Mapping[str, Tensor], model: nn.Modul
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from reporting on the terminal what it loads."""
     from transformers.utils import logging
 

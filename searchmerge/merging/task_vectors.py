@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -77,7 +77,7 @@ class TaskVectors:
         apart = {name for own in experts.values() for name in _held_apart(own, further)}
         aliases = {name: used for name, used in further.items() if name not in apart}
         base = {**base, **{name: base[further[name]] for name in sorted(apart - base.keys())}}
-        excluded = _excluded(exclude, base)
+        excluded = _excluded(exclude, [n for own in (base, *experts.values()) for n in own])
         weights = {
             name: tuple(
                 _matching(_find(name, further, expert, own), weight, (name, expert, vocabulary))
@@ -87,7 +87,7 @@ class TaskVectors:
             if weight.is_floating_point() and name not in excluded and name not in aliases
         }
         heads = {
-            expert: {n: t for n, t in own.items() if n not in base and n not in aliases}
+            expert: {n: own[n] for n in own if n not in base and n not in {*aliases, *excluded}}
             for expert, own in experts.items()
         }
         found = cls(tuple(experts), base, weights, aliases, heads)
@@ -201,15 +201,15 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
-def _excluded(patterns: Sequence[str], base: Weights) -> set[str]:
+def _excluded(patterns: Sequence[str], names: Collection[str]) -> set[str]:
     excluded: set[str] = set()
     for pattern in patterns:
         try:
-            found = {name for name in base if re.search(pattern, name)}
+            found = {name for name in names if re.search(pattern, name)}
         except re.error as error:
             raise SpecError(f"exclude: {pattern!r} is no regular expression: {error}") from error
         if not found:
-            raise SpecError(f"exclude: {pattern!r} matches no tensor of the base")
+            raise SpecError(f"exclude: {pattern!r} matches no tensor")
         excluded |= found
     return excluded
 

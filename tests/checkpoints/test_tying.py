@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint, tied
-from searchmerge.checkpoints.compatibility import check_compatible, private_tensors
+from searchmerge.checkpoints.compatibility import check_compatible
+from searchmerge.checkpoints.heads import private_tensors
 from searchmerge.checkpoints.renames import aligned
 from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.checkpoints.tying import untie_where_needed
