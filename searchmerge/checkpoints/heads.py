@@ -70,30 +70,27 @@ def beyond_base(base: Checkpoint, expert: Checkpoint, auto_class: str | None = N
     """
     further = _further(expert, base.headers)
     use = _layout(base, [*base.headers, *further], auto_class)
-    unused = {n for n in base.headers if use is not None and n not in use.roles}
+    unused = set() if use is None else base.headers.keys() - use.roles.keys()
     candidates = _further(expert, base.headers.keys() - unused)
     if not candidates:
         return Beyond()
     own = _layout(expert, candidates, _class_of(expert))
-    head = {n for n in candidates if own is not None and n in own.heads}
-    accounted = set(head) if own is None else set(own.roles)
-    if use is not None:
-        accounted |= use.roles.keys()
-        head |= set() if use.is_bare else use.roles.keys() & candidates.keys()
-    rest = {name: h for name, h in candidates.items() if name not in accounted}
+    head = set() if own is None else set(own.heads)
+    accounted = set() if own is None else set(own.roles)
+    used = {} if use is None else use.roles
+    head |= set() if use is None or use.is_bare else used.keys() & candidates.keys()
+    rest = _unknown(
+        expert, {n: h for n, h in candidates.items() if n not in accounted | used.keys()}
+    )
     if (use is None or use.is_bare) and _is_linear(rest, base.headers):
         head |= rest.keys()
         rest = {}
-    of_model = [
-        name
-        for name in further
-        if own is not None and own.roles.get(name) == "model" and name not in head
-        if use is None or name not in use.roles
-    ]
+    there = _layout(expert, further, auto_class) or own  # of the expert's own layers and sizes
+    of_model = [] if there is None else [n for n, role in there.roles.items() if role == "model"]
     return Beyond(
         tuple(name for name in expert.headers if name in head),
-        tuple(of_model),
-        _unknown(expert, {name: h for name, h in rest.items() if name in further}),
+        tuple(n for n in of_model if n in further and n not in head and n not in used),
+        tuple(name for name in rest if name in further),
     )
 
 
@@ -159,17 +156,17 @@ def _is_linear(tensors: Mapping[str, TensorHeader], base: Collection[str]) -> bo
     return [len(shape) for shape in shapes] in ([2], [1, 2]) and shapes[0][0] == shapes[-1][0]
 
 
-def _unknown(expert: Checkpoint, rest: Mapping[str, TensorHeader]) -> tuple[str, ...]:
+def _unknown(expert: Checkpoint, rest: Mapping[str, TensorHeader]) -> Mapping[str, TensorHeader]:
     """Return those tensors that transformers does not pass over by itself."""
     if not rest:
-        return ()
+        return rest
     passed_over = ignored_when_loaded(
         expert.path, rest, trust_remote_code=expert.trust_remote_code
     )
     pretrained = _layout(expert, rest, "AutoModelForPreTraining")
     if pretrained is not None:
         passed_over |= {name for name, role in pretrained.roles.items() if role == "head"}
-    return tuple(name for name in rest if name not in passed_over)
+    return {name: header for name, header in rest.items() if name not in passed_over}
 
 
 def refuse_foreign(name: str, base: Checkpoint, expert: Checkpoint, found: Beyond) -> None:
