@@ -16,7 +16,13 @@ import torch
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
 from searchmerge.checkpoints.compatibility import check_compatible
 from searchmerge.checkpoints.files import default_cache_dir
-from searchmerge.checkpoints.heads import exclude_patterns, private_tensors, unused_tensors
+from searchmerge.checkpoints.heads import (
+    exclude_patterns,
+    label_config,
+    private_tensors,
+    trained_class,
+    unused_tensors,
+)
 from searchmerge.checkpoints.renames import aligned, head_names
 from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.checkpoints.tying import untie_where_needed
@@ -25,7 +31,7 @@ from searchmerge.classifier import SavedHead, class_of, head_files
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.evaluators.evaluator import Evaluator, Part, TaskInfo
-from searchmerge.evaluators.heads import Head, model_head, pooled_head
+from searchmerge.evaluators.heads import Head, model_head, n_logits, pooled_head
 from searchmerge.evaluators.rows import DataSource
 from searchmerge.execution.blocks import Block, make_blocks, make_rounds, split_examples
 from searchmerge.execution.executor import Executor, InProcessExecutor
@@ -395,15 +401,19 @@ def saved_heads(spec: StudySpec, models: Models) -> dict[str, SavedHead]:
     classified = {n: t for n, t in spec.tasks.items() if t.evaluator == "classification"}
     for expert, checkpoint in models.experts.items():
         tensors, config = _own_tensors(spec, models, expert), checkpoint.config
-        model_class = spec.resident_class if classified else class_of(config)
+        own_class = trained_class(checkpoint) or class_of(config)
+        model_class = spec.resident_class if classified else own_class
         is_other = not classified and model_class and not model_class.endswith("Classification")
         if not tensors or is_other:  # a language model's untied output embedding is no head
             continue
         named = [t.labels for t in classified.values() if t.expert == expert and t.labels]
-        sizes = [len(t) for t in tensors.values() if t.ndim == 2]
         pooled = spec.classification.pooling if classified else None
-        n = sizes[0] if pooled and len(sizes) == 1 else n_classes(config)
-        candidates = [*named, class_names(config), tuple(f"LABEL_{i}" for i in range(n))]
+        n = _n_saved_classes(spec, models, tensors, None if pooled else model_class)
+        candidates = [
+            *named,
+            class_names(label_config(checkpoint)),
+            tuple(f"LABEL_{i}" for i in range(n)),
+        ]
         found[expert] = SavedHead(
             tensors,
             model_class,
@@ -411,6 +421,19 @@ def saved_heads(spec: StudySpec, models: Models) -> dict[str, SavedHead]:
             next(labels for labels in candidates if len(labels) == n),
         )
     return found
+
+
+def _n_saved_classes(
+    spec: StudySpec,
+    models: Models,
+    tensors: Mapping[str, torch.Tensor],
+    model_class: str | None,
+) -> int:
+    if model_class is None:  # a linear layer
+        return len(max(tensors.values(), key=lambda tensor: tensor.ndim))
+    shared = [name for name in models.base.headers if not _is_head(spec, name)]
+    needed, _ = head_names(models.base.path, shared, model_class)
+    return n_logits(tensors, [name for name in needed if name in tensors] or tensors)
 
 
 def n_classes(config: Mapping[str, Any]) -> int:
@@ -428,7 +451,7 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _class_names(models: Models, expert: str, heads: Mapping[str, Head]) -> tuple[str, ...]:
     """Return the names of a head's classes; none where the configuration speaks of others."""
-    names = class_names(models.experts[expert].config)
+    names = class_names(label_config(models.experts[expert]))
     return names if len(names) == heads[expert].n_classes else ()
 
 

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases
-from searchmerge.checkpoints.files import read_json
+from searchmerge.checkpoints.files import CONFIG_FILE, read_json
 from searchmerge.checkpoints.layout import Layout, ignored_when_loaded, is_buffer, layout
 from searchmerge.checkpoints.lora import ADAPTER_CONFIG
 from searchmerge.checkpoints.tensor_files import TensorHeader
@@ -39,6 +39,12 @@ def private_tensors(
 ) -> tuple[str, ...]:
     """Return the tensors of an expert's own head, in order; see :func:`beyond_base`."""
     return beyond_base(base, expert, auto_class).head
+
+
+def label_config(expert: Checkpoint) -> Mapping[str, Any]:
+    """Return the configuration that names an expert's classes: an adapter's own, if it has one."""
+    file = expert.source_dir / CONFIG_FILE
+    return read_json(file) if expert.adapter is not None and file.exists() else expert.config
 
 
 def unused_tensors(base: Checkpoint, auto_class: str | None = None) -> tuple[str, ...]:
@@ -74,7 +80,7 @@ def beyond_base(base: Checkpoint, expert: Checkpoint, auto_class: str | None = N
     candidates = _further(expert, base.headers.keys() - unused)
     if not candidates:
         return Beyond()
-    own = _layout(expert, candidates, _class_of(expert))
+    own = _layout(expert, candidates, trained_class(expert))
     head = set() if own is None else set(own.heads)
     accounted = set() if own is None else set(own.roles)
     used = {} if use is None else use.roles
@@ -92,6 +98,12 @@ def beyond_base(base: Checkpoint, expert: Checkpoint, auto_class: str | None = N
         tuple(n for n in of_model if n in further and n not in head and n not in used),
         tuple(name for name in rest if name in further),
     )
+
+
+def advice(names: Iterable[str], others: Collection[str]) -> str:
+    """Return what a study says to exclude these names, and none of the others, in YAML."""
+    patterns = ", ".join(f"'{pattern}'" for pattern in exclude_patterns(names, others))
+    return f"`exclude: [{patterns}]`"
 
 
 def exclude_patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
@@ -136,8 +148,8 @@ def _layout(model: Checkpoint, names: Collection[str], auto_class: str | None) -
     return layout(model.path, names, auto_class, trust_remote_code=model.trust_remote_code)
 
 
-def _class_of(expert: Checkpoint) -> str | None:
-    """Return the class that an adapter was trained on; ``None`` is the configuration's."""
+def trained_class(expert: Checkpoint) -> str | None:
+    """Return the class that an adapter was trained on; ``None`` is the configuration's own."""
     if expert.adapter is None:
         return None
     config = read_json(expert.source_dir / ADAPTER_CONFIG)
@@ -182,11 +194,11 @@ def refuse_foreign(name: str, base: Checkpoint, expert: Checkpoint, found: Beyon
             "the base that it was trained from"
         )
     if found.unknown:
-        patterns = exclude_patterns(found.unknown, {*base.headers, *expert.headers})
+        way_out = advice(found.unknown, {*base.headers, *expert.headers})
         raise CheckpointError(
             f"expert {name!r} ({expert.name}) has {_first(found.unknown)}, which the base "
             f"({base.name}) does not have, and which is no head of a class of transformers; "
-            f"leave it out with `exclude: {patterns}`"
+            f"leave it out with {way_out}"
         )
 
 
