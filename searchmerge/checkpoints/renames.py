@@ -93,15 +93,38 @@ def resident_names(model_dir: Path) -> dict[str, str]:
     Returns:
         Empty where transformers cannot tell: unknown architectures, code outside transformers.
     """
+    model = _without_data(model_dir)
+    return {} if model is None else dict(_stored_names(model))
+
+
+def transposed_weights(model_dir: Path) -> set[str] | None:
+    """Return the weights that a model stores as ``(n_in, n_out)``, by their resident names.
+
+    Args:
+        model_dir: A directory that transformers can load.
+
+    Returns:
+        ``None`` where transformers cannot tell: unknown architectures, code outside transformers.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    model = _without_data(model_dir)
+    if model is None:
+        return None
+    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+    return {f"{name}.weight" for name, module in modules.items() if isinstance(module, Conv1D)}
+
+
+def _without_data(model_dir: Path) -> Any:
+    """Return a model on the device ``meta``; None where transformers alone cannot make it."""
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError):
-        return {}
+        return None
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if architecture is None:
-        return {}
+        return None
     with device("meta"):
-        model = architecture(config)
-    return dict(_stored_names(model))
+        return architecture(config)
