@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
-from searchmerge.checkpoints.compatibility import check_compatible, doubts, private_tensors
+from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.checkpoints.files import default_cache_dir
+from searchmerge.checkpoints.heads import exclude_patterns, private_tensors, unused_tensors
 from searchmerge.checkpoints.renames import aligned, head_names
 from searchmerge.checkpoints.resident import load_resident, writable_views
+from searchmerge.checkpoints.tying import untie_where_needed
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.classifier import SavedHead, class_of, head_files
 from searchmerge.config import RunConfig
@@ -62,11 +64,17 @@ class Models:
         base: The base model.
         experts: Expert name to checkpoint, in the study's order.
         dtype: Of the resident model, and of the saved one.
+        auto_class: The class of transformers that they are merged as; ``None`` is that which
+            the base's configuration names.
+        not_merged: Patterns of the tensors that stay the base's: as the study says, and what
+            the class has no use for.
     """
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     dtype: torch.dtype
+    auto_class: str | None = None
+    not_merged: tuple[str, ...] = ()
 
     @property
     def sources(self) -> dict[str, str]:
@@ -83,14 +91,21 @@ class Models:
         return {name: checkpoint.fingerprint()[:16] for name, checkpoint in named.items()}
 
 
-def open_models(spec: StudySpec, study_file: Path) -> Models:
+def open_models(spec: StudySpec, study_file: Path, *, resident: bool = True) -> Models:
     """Open the study's checkpoints and check by their headers that they can be merged.
+
+    Args:
+        spec: The study.
+        study_file: What paths are relative to.
+        resident: Whether a model will be loaded, which has to be of the class that tasks need.
 
     Raises:
         CheckpointError: If one cannot be opened, or they do not fit together.
     """
+    auto_class = spec.resident_class if resident else spec.model_class
     base = _open(spec.base, study_file, None)
     experts = {name: _open(model, study_file, base) for name, model in spec.experts.items()}
+    base, experts = untie_where_needed(base, experts, auto_class)
     check_compatible(
         base,
         experts,
@@ -98,8 +113,11 @@ def open_models(spec: StudySpec, study_file: Path) -> Models:
         vocabulary=spec.vocabulary,
         tokenizers=spec.tokenizers,
         may_differ=spec.may_differ,
+        auto_class=auto_class,
     )
-    return Models(base, experts, _DTYPES.get(spec.dtype) or main_dtype(base))
+    unused = exclude_patterns(unused_tensors(base, auto_class), base.headers)
+    dtype = _DTYPES.get(spec.dtype) or main_dtype(base)
+    return Models(base, experts, dtype, auto_class, (*spec.not_merged, *unused))
 
 
 def warn_of_doubts(models: Models) -> None:
@@ -128,7 +146,7 @@ def check_groups(spec: StudySpec, models: Models) -> None:
         for name, header in models.base.headers.items()
         if header.dtype.is_floating_point
         and name not in aliases
-        and not any(re.search(pattern, name) for pattern in spec.exclude)
+        and not any(re.search(pattern, name) for pattern in models.not_merged)
     ]
     if not names:
         raise SpecError(f"exclude: {spec.exclude} leaves no parameter to be merged")
@@ -150,7 +168,7 @@ def load_task_vectors(models: Models, spec: StudySpec) -> TaskVectors:
     return TaskVectors.from_weights(
         models.base.weights(),
         {name: checkpoint.weights() for name, checkpoint in models.experts.items()},
-        exclude=spec.not_merged,
+        exclude=models.not_merged,
         vocabulary=spec.vocabulary,
         tied=tied(models.base),
     )
@@ -374,7 +392,10 @@ def _is_head(spec: StudySpec, name: str) -> bool:
 def _own_tensors(spec: StudySpec, models: Models, expert: str) -> dict[str, torch.Tensor]:
     """Return what is an expert's alone: what the base does not have, and its heads."""
     checkpoint = models.experts[expert]
-    weights, private = checkpoint.weights(), private_tensors(models.base, checkpoint)
+    weights, private = (
+        checkpoint.weights(),
+        private_tensors(models.base, checkpoint, models.auto_class),
+    )
     return {n: weights[n] for n in checkpoint.headers if n in private or _is_head(spec, n)}
 
 

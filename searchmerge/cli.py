@@ -157,7 +157,7 @@ def merge(
         raise SpecError(f"{plan}: merges expert {missing[0]!r}; give --expert {missing[0]}=PATH")
     named = {name: experts[name] for name in what.experts}
     spec = plain_study(base, named, _read_overrides(set_))
-    models = open_models(spec, Path())
+    models = open_models(spec, Path(), resident=False)
     warn_of_doubts(models)
     vectors, heads = load_task_vectors(models, spec), saved_heads(spec, models)
     save_merge(models, vectors, what, out, heads=heads)

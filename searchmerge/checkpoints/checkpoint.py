@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from searchmerge.checkpoints.embeddings import aliases
+from searchmerge.checkpoints.embeddings import aliases, untied_config
 from searchmerge.checkpoints.files import CONFIG_FILE, default_cache_dir, read_json
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.hub import fetch, is_hub_id
-from searchmerge.checkpoints.lora import ADAPTER_CONFIG, Adapter, materialise, read_adapter
-from searchmerge.checkpoints.renames import aligned
+from searchmerge.checkpoints.lora import (
+    ADAPTER_CONFIG,
+    Adapter,
+    materialise,
+    read_adapter,
+    touches_embeddings,
+)
+from searchmerge.checkpoints.renames import aligned, tied_names
 from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader
 from searchmerge.checkpoints.weight_files import read_model
 from searchmerge.errors import CheckpointError
@@ -38,6 +44,8 @@ class Checkpoint:
         adapter: What is added to that base; ``None`` where this is a whole model.
         cache_dir: Where fingerprints are remembered.
         renamed: Name here to the name in the file, where they differ.
+        twins: Name of a tensor to the one that its data is read from: what the configuration ties
+            and this study holds apart, such as an output embedding.
         trust_remote_code: Whether Python files of the model may run.
     """
 
@@ -51,6 +59,7 @@ class Checkpoint:
     adapter: Adapter | None = field(repr=False)
     cache_dir: Path = field(repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    twins: Mapping[str, str] = field(default_factory=dict, repr=False)
     trust_remote_code: bool = False
 
     @property
@@ -66,15 +75,16 @@ class Checkpoint:
         Raises:
             CheckpointError: If an adapter cannot be added to its base.
         """
-        if self.base is None or self.adapter is None:
-            return self.own_files
-        changed = materialise(
-            self.adapter,
-            base_weights=self.base.weights(),
-            base_fingerprint=self.base.fingerprint(),
-            cache_dir=self.cache_dir,
-        )
-        return {**self.base.files, **dict.fromkeys(self.adapter.headers, changed)}
+        files = dict(self.own_files)
+        if self.base is not None and self.adapter is not None:
+            changed = materialise(
+                self.adapter,
+                base_weights=self.base.weights(),
+                base_fingerprint=self.base.fingerprint(),
+                cache_dir=self.cache_dir,
+            )
+            files = {**self.base.files, **dict.fromkeys(self.adapter.headers, changed)}
+        return {**files, **{name: files[read] for name, read in self.twins.items()}}
 
     @property
     def size_bytes(self) -> int:
@@ -88,7 +98,27 @@ class Checkpoint:
         reads the same file. What is written to one never reaches the file, and is seen by
         those who hold this mapping; another call makes another mapping.
         """
-        return MappedTensors(self.files, self.renamed)
+        return MappedTensors(self.files, self._names_in_files())
+
+    def _names_in_files(self) -> dict[str, str]:
+        names = dict(self.renamed)
+        if self.base is not None and self.adapter is not None:
+            inherited = self.base._names_in_files()
+            names |= {n: i for n, i in inherited.items() if n not in self.adapter.headers}
+        return names | {name: names.get(read, read) for name, read in self.twins.items()}
+
+    def untied(self, twins: Mapping[str, str]) -> "Checkpoint":
+        """Return the same model with tensors of their own in place of further names.
+
+        Args:
+            twins: Name to the tensor that it has been another name of, and that it is equal to.
+        """
+        return replace(
+            self,
+            config=untied_config(self.config),
+            headers={**self.headers, **{n: self.headers[read] for n, read in twins.items()}},
+            twins={**self.twins, **twins},
+        )
 
     def named_as(self, other: "Checkpoint") -> "Checkpoint":
         """Return the same model with the names of another, where only a prefix tells them apart.
@@ -180,15 +210,32 @@ def tied(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the names that store another tensor once more, each with the name that is used.
 
     These are the embeddings that the configuration ties, where both are stored and their data
-    are equal; where they differ they count as two tensors. Reads those tensors.
+    are equal; where they differ, or are held apart, they count as two. Reads those tensors.
     """
     found = {}
     weights = checkpoint.weights()
     for alias, canonical in aliases(checkpoint.headers, checkpoint.config).items():
+        if alias in checkpoint.twins:
+            continue
         same_form = checkpoint.headers[alias] == checkpoint.headers[canonical]
         if same_form and torch.equal(weights[alias], weights[canonical]):
             found[alias] = canonical
     return found
+
+
+def equal_twins(checkpoint: Checkpoint, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Return those of these pairs that are one tensor: stored once, or twice and equal."""
+    weights = checkpoint.weights()
+    return {
+        name: used
+        for name, used in pairs.items()
+        if used in weights
+        and (name not in weights or name in checkpoint.twins or _equal(weights, name, used))
+    }
+
+
+def _equal(weights: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return weights[one].shape == weights[other].shape and torch.equal(weights[one], weights[other])
 
 
 def _locate(name: str, revision: str | None) -> Path:
@@ -226,6 +273,9 @@ def _open_adapter(
 ) -> Checkpoint:
     if base is None:
         raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
+    if touches_embeddings(directory):  # PEFT's layers are apart, whatever the model ties
+        pairs = tied_names(base.path, base.headers)
+        base = base.untied(equal_twins(base, pairs)) if pairs else base
     adapter = read_adapter(directory, base.headers, base.path)
     return Checkpoint(
         name=name,

@@ -9,6 +9,13 @@ import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases, is_vocabulary, says_untied
+from searchmerge.checkpoints.heads import (
+    Beyond,
+    beyond_base,
+    exclude_patterns,
+    refuse_foreign,
+    unused_tensors,
+)
 from searchmerge.checkpoints.model_config import comparable_config, differences
 from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.checkpoints.tokenizer_files import difference, read_tokenizer
@@ -18,7 +25,7 @@ _HEAD = re.compile(r"(classifier|classification_head|score|head)(?=\.)")
 """How classifiers of transformers name their heads."""
 
 
-def check_compatible(
+def check_compatible(  # noqa: PLR0913
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     *,
@@ -26,11 +33,12 @@ def check_compatible(
     vocabulary: Literal["same", "base"] = "same",
     tokenizers: Literal["same", "any"] = "same",
     may_differ: Sequence[str] = (),
+    auto_class: str | None = None,
 ) -> None:
     """Refuse experts that cannot be merged on this base; no tensor is read.
 
-    Task heads may differ: a tensor that only an expert has is its private head
-    (:func:`private_tensors`). Tensors that are not floating come from the base, and need not be
+    Task heads may differ (:func:`searchmerge.checkpoints.heads.beyond_base`). Tensors that are
+    not floating, or that the models' class has no use for, come from the base, and need not be
     in an expert.
 
     Args:
@@ -42,28 +50,28 @@ def check_compatible(
         tokenizers: ``any``: an expert may have another tokenizer.
         may_differ: Dotted names of fields of the configuration that change a forward pass, and
             in which experts may differ from the base.
+        auto_class: The class that models are loaded as; ``None`` is that which the base's
+            configuration names.
 
     Raises:
         CheckpointError: For the first that does not fit; it names the models and the tensor,
             what was found, and what the study can say about it.
     """
     excluded = _excluded((base, *experts.values()), exclude)
+    unused = unused_tensors(base, auto_class)
+    names = {name for checkpoint in (base, *experts.values()) for name in checkpoint.headers}
     _check_configs(base, experts, may_differ)
     _check_floating("base", base)
     for name, expert in experts.items():
         _check_floating(f"expert {name!r}", expert)
-        _check_tying(name, base, expert, excluded)
-        _check_shapes(name, base, expert, excluded, vocabulary)
+        refuse_foreign(
+            name, base, expert, _without(beyond_base(base, expert, auto_class), excluded)
+        )
+        merged = _merged(base, expert, excluded.union(unused))
+        _check_complete(name, base, expert, merged, names)
+        _check_shapes(name, expert, merged, vocabulary)
         if tokenizers == "same":
             _check_tokenizer(name, base, expert)
-
-
-def private_tensors(base: Checkpoint, expert: Checkpoint) -> tuple[str, ...]:
-    """Return the tensors that only the expert has, e.g. its classification head, in order."""
-    once_more = aliases(expert.headers, expert.config)
-    return tuple(
-        name for name in expert.headers if name not in base.headers and name not in once_more
-    )
 
 
 def doubts(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Iterator[str]:
@@ -215,45 +223,47 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(config.get("model_type") or (config.get("architectures") or ["unknown"])[0])
 
 
-def _check_tying(
-    name: str, base: Checkpoint, expert: Checkpoint, excluded: frozenset[str]
+def _without(found: Beyond, excluded: frozenset[str]) -> Beyond:
+    return Beyond(*(tuple(n for n in names if n not in excluded) for names in found))
+
+
+def _merged(base: Checkpoint, expert: Checkpoint, left: frozenset[str]) -> dict[str, TensorHeader]:
+    """Return the base's tensors that an expert must have, with their headers in the base."""
+    once_more = {} if says_untied(expert.config) else aliases(base.headers, base.config)
+    return {
+        tensor: header
+        for tensor, header in base.headers.items()
+        if tensor not in left and header.dtype.is_floating_point
+        if tensor in expert.headers or tensor not in once_more
+    }
+
+
+def _check_complete(
+    name: str,
+    base: Checkpoint,
+    expert: Checkpoint,
+    merged: Mapping[str, TensorHeader],
+    names: set[str],
 ) -> None:
-    """Refuse an expert with an output embedding of its own where the base ties its."""
-    if says_untied(base.config) or not says_untied(expert.config):
-        return
-    for tensor in aliases(expert.headers, base.config):
-        if tensor not in base.headers and tensor not in excluded:
-            raise CheckpointError(
-                f"expert {name!r} ({expert.name}) has a {tensor!r} of its own; the base "
-                f"({base.name}) ties it to its input embedding; leave it out with `exclude:`"
-            )
+    missing = [tensor for tensor in merged if tensor not in expert.headers]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        patterns = exclude_patterns(missing, names)
+        raise CheckpointError(
+            f"expert {name!r} ({expert.name}) does not have {missing[0]!r}{others}, which the "
+            f"base ({base.name}) has; leave it as in the base with `exclude: {patterns}`"
+        )
 
 
 def _check_shapes(
     name: str,
-    base: Checkpoint,
     expert: Checkpoint,
-    excluded: frozenset[str],
+    merged: Mapping[str, TensorHeader],
     vocabulary: Literal["same", "base"],
 ) -> None:
-    once_more = aliases(base.headers, base.config)
-    if says_untied(expert.config):
-        once_more = {}
-    merged = {
-        tensor: header
-        for tensor, header in base.headers.items()
-        if tensor not in excluded and header.dtype.is_floating_point
-    }
-    missing = [t for t in merged if t not in expert.headers and t not in once_more]
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"expert {name!r} ({expert.name}) does not have {missing[0]!r}{others}, which the "
-            f"base ({base.name}) has; leave it as in the base with `exclude:`"
-        )
     for tensor, header in merged.items():
-        found = expert.headers.get(tensor)
-        if found is None or found.shape == header.shape:
+        found = expert.headers[tensor]
+        if found.shape == header.shape:
             continue
         by_rows = is_vocabulary(tensor) and found.shape[1:] == header.shape[1:]
         if not (vocabulary == "base" and by_rows):
@@ -263,9 +273,9 @@ def _check_shapes(
 def _refuse_shape(
     name: str, tensor: str, found: TensorHeader, header: TensorHeader, *, by_rows: bool
 ) -> None:
-    way_out = "`vocabulary: base`" if by_rows else "`exclude:`"
+    way_out = "`vocabulary: base`" if by_rows else f"`exclude: [^{re.escape(tensor)}$]`"
     if head := _HEAD.match(tensor):
-        way_out += f", or each expert's own with `classification.heads: [^{head[0]}]`"
+        way_out += f", or each expert's own with `classification.heads: ['^{head[0]}\\.']`"
     raise CheckpointError(
         f"{tensor!r} has shape {list(found.shape)} in expert {name!r} and {list(header.shape)} "
         f"in the base; keep the base's with {way_out}"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from searchmerge.checkpoints.embeddings import is_vocabulary
 from searchmerge.checkpoints.files import (
     MODEL_FILE,
     check_free_space,
@@ -90,6 +91,20 @@ class Adapter:
         updates = [(name, *astuple(update)) for name, update in sorted(self.updates.items())]
         identity = json.dumps((base_fingerprint, own, updates))
         return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def touches_embeddings(directory: Path) -> bool:
+    """Return whether an adapter has layers of its own in place of input or output embeddings.
+
+    Trainable tokens are none: PEFT keeps those of tied embeddings together.
+    """
+    plain = (
+        key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        for key in read_headers(_adapter_file(directory))
+        if "trainable_tokens" not in key
+    )
+    matches = ((name, _FACTOR.match(name)) for name in plain)
+    return any(is_vocabulary(f"{m['module']}.weight" if m else name) for name, m in matches)
 
 
 def read_adapter(

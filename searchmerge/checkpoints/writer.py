@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def save_model(
     ):
         check_free_space(directory, headers, out)
         _write_weights(weights, directory, headers, like, max_shard_bytes)
-        _copy_companions(like.path, directory, dtype)
+        _copy_companions(like, directory, dtype)
         for name, content in (extra_files or {}).items():
             file = directory / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -219,15 +220,17 @@ def _write_index(
     write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def _copy_companions(source: Path, directory: Path, dtype: torch.dtype | None) -> None:
-    """Copy what belongs to a model besides its weights; its configuration says the new dtype."""
+def _copy_companions(like: Checkpoint, directory: Path, dtype: torch.dtype | None) -> None:
+    """Copy what belongs to a model besides its weights; its configuration says what changed."""
     for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
+        for file in sorted(like.path.glob(pattern)):
             if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES:
                 _copy(file, directory / file.name)
+    stored = read_json(like.path / CONFIG_FILE)
+    config = deepcopy(dict(like.config))
     if dtype is not None:
-        config = read_json(source / CONFIG_FILE)
         _set_dtype(config, str(dtype).removeprefix("torch."))
+    if config != stored:
         write_text(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
-from searchmerge.checkpoints.compatibility import check_compatible, doubts, private_tensors
+from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.errors import CheckpointError
 
 
@@ -79,7 +79,10 @@ def test_a_missing_tensor_is_refused_unless_excluded(edit, opened):
 
 def test_another_shape_is_refused_unless_excluded(edit, opened):
     expert = edit(tensors=_with(_NORM, lambda tensor: tensor[:8].clone()))
-    message = rf"'{_NORM}' has shape \[8\] in expert 'a' and \[16\] in the base; .* `exclude:`"
+    message = (
+        rf"'{_NORM}' has shape \[8\] in expert 'a' and \[16\] in the base; "
+        r".* `exclude: \[.*norm\\.weight\$\]`"
+    )
     with pytest.raises(CheckpointError, match=message):
         check_compatible(opened("llama"), {"a": expert})
     with pytest.raises(CheckpointError, match=message):
@@ -97,7 +100,7 @@ def test_another_number_of_tokens_is_refused_unless_the_bases_are_used(edit, ope
         check_compatible(opened("llama"), {"a": expert})
     check_compatible(opened("llama"), {"a": expert}, vocabulary="base")
     wider = edit(tensors=_with(_EMBED, lambda tensor: tensor.repeat(1, 2)))
-    with pytest.raises(CheckpointError, match=r"\[64, 32\] in expert 'a' .* `exclude:`"):
+    with pytest.raises(CheckpointError, match=r"\[64, 32\] in expert 'a' .* `exclude: "):
         check_compatible(opened("llama"), {"a": wider}, vocabulary="base")
 
 
@@ -111,31 +114,6 @@ def test_a_tied_tensor_may_be_stored_once_or_twice(edit, opened):
     once = opened("llama_tied", 1)
     check_compatible(twice, {"a": once})
     check_compatible(once, {"a": twice})
-    assert private_tensors(once, twice) == ()
-
-
-def test_an_expert_with_a_head_of_its_own_on_a_tied_base_is_refused(edit, opened):
-    untied = edit(
-        "llama_tied",
-        tensors=lambda t: {**t, "lm_head.weight": t[_EMBED] + 1},
-        config={"tie_word_embeddings": False},
-    )
-    with pytest.raises(
-        CheckpointError, match=r"'a' .* has a 'lm_head.weight' of its own; the base"
-    ):
-        check_compatible(opened("llama_tied"), {"a": untied})
-    check_compatible(opened("llama_tied"), {"a": untied}, exclude=["lm_head"])
-    with pytest.raises(CheckpointError, match=r"'a' .* does not have 'lm_head.weight'"):
-        check_compatible(untied, {"a": opened("llama_tied", config={"tie_word_embeddings": 0})})
-
-
-def test_tensors_that_only_an_expert_has_are_its_private_head(edit, opened):
-    expert = edit(
-        tensors=lambda t: {**t, "score.weight": torch.ones(3), "score.bias": torch.ones(3)}
-    )
-    check_compatible(opened("llama"), {"a": expert})
-    assert private_tensors(opened("llama"), expert) == ("score.bias", "score.weight")
-    assert private_tensors(opened("llama"), opened("llama", 1)) == ()
 
 
 def test_an_exclude_pattern_that_matches_nothing_is_refused(opened):

@@ -208,9 +208,9 @@ def test_square_weights_of_a_transposed_model_are_recognised_by_the_others(
     assert torch.equal(expert.weights()[name], merged(model)[name])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_an_embedding_is_changed_by_its_own_factors(name, opened, tmp_path, cache_dir):
-    expected = merged(train(name, tmp_path, target_modules=["embed_tokens", "wte"]))
+def test_an_embedding_is_changed_by_its_own_factors(opened, tmp_path, cache_dir):
+    name = "llama"
+    expected = merged(train(name, tmp_path, target_modules=["embed_tokens"]))
     weights = open_checkpoint(tmp_path, base=opened(name), cache_dir=cache_dir).weights()
     assert all(torch.equal(weights[n], expected[n]) for n in weights)
 
@@ -355,12 +355,6 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
 def test_an_adapter_that_does_not_fit_is_refused(retensor, message, edit, opened, cache_dir):
     with pytest.raises(CheckpointError, match=rf"adapter_model\.safetensors: .*{message}"):
         open_checkpoint(edit(retensor=retensor), base=opened("llama"), cache_dir=cache_dir)
-
-
-def test_a_change_to_a_tied_head_is_refused(tmp_path, opened, cache_dir):
-    train("llama_tied", tmp_path, target_modules=["lm_head"])
-    with pytest.raises(CheckpointError, match=r"changes 'lm_head\.weight', which the base does n"):
-        open_checkpoint(tmp_path, base=opened("llama_tied"), cache_dir=cache_dir)
 
 
 def test_an_adapter_needs_a_base(edit):
