@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
-from searchmerge.checkpoints.compatibility import check_compatible
+from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.heads import (
     exclude_patterns,
@@ -87,6 +87,10 @@ class Models:
         """Return each model's name as the user wrote it."""
         return {name: checkpoint.name for name, checkpoint in self.experts.items()}
 
+    def doubts(self) -> list[str]:
+        """Return what is probably not meant, one line each: an expert that equals another, ..."""
+        return list(doubts(self.base, self.experts))
+
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of each model's content."""
         named = {"base": self.base, **self.experts}
@@ -120,6 +124,12 @@ def open_models(spec: StudySpec, study_file: Path, *, resident: bool = True) -> 
     unused = exclude_patterns(unused_tensors(base, auto_class), base.headers)
     dtype = _DTYPES.get(spec.dtype) or main_dtype(base)
     return Models(base, experts, dtype, auto_class, (*spec.not_merged, *unused))
+
+
+def warn_of_doubts(models: Models) -> None:
+    """Log what is probably not meant in a choice of models."""
+    for line in models.doubts():
+        _logger.warning("%s", line)
 
 
 def _open(model: ModelSpec, study_file: Path, base: Checkpoint | None) -> Checkpoint:

@@ -21,8 +21,11 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     """
     models = assemble.open_models(spec, study_file)
     assemble.check_groups(spec, models)
-    names = ", ".join(models.experts)
-    yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
+    yield (
+        f"models: {len(models.experts)} experts ({', '.join(models.experts)}) fit the base "
+        f"{models.base.name}"
+    )
+    yield from (f"doubtful: {line}" for line in models.doubts())
     n_parameters = sum(_numel(header.shape) for header in models.base.headers.values())
     resident = n_parameters * models.dtype.itemsize
     stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())

@@ -141,7 +141,13 @@ def merge(
     ] = None,
 ) -> None:
     """Merge once, as a plan says, and write the model."""
-    from searchmerge.assemble import load_task_vectors, open_models, save_merge, saved_heads
+    from searchmerge.assemble import (
+        load_task_vectors,
+        open_models,
+        save_merge,
+        saved_heads,
+        warn_of_doubts,
+    )
     from searchmerge.plan import MergePlan
     from searchmerge.spec import plain_study
 
@@ -152,6 +158,7 @@ def merge(
     named = {name: experts[name] for name in what.experts}
     spec = plain_study(base, named, _read_overrides(set_))
     models = open_models(spec, Path(), resident=False)
+    warn_of_doubts(models)
     vectors, heads = load_task_vectors(models, spec), saved_heads(spec, models)
     save_merge(models, vectors, what, out, heads=heads)
     _out.print(f"Written: {out}", highlight=False, soft_wrap=True)

@@ -50,6 +50,7 @@ def run_study(
         stack.enter_context(storage_errors(run_dir))
         models = assemble.open_models(spec, study_file)
         assemble.check_groups(spec, models)
+        assemble.warn_of_doubts(models)
         directory = stack.enter_context(
             contextlib.closing(assemble.open_directory(spec, study_file, models, config, run_dir))
         )

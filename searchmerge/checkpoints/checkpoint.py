@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import aliases, untied_config
-from searchmerge.checkpoints.files import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    MODEL_FILE,
-    default_cache_dir,
-    read_json,
-)
+from searchmerge.checkpoints.files import CONFIG_FILE, default_cache_dir, read_json
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.hub import fetch, is_hub_id
 from searchmerge.checkpoints.lora import (
@@ -26,7 +20,8 @@ from searchmerge.checkpoints.lora import (
     touches_embeddings,
 )
 from searchmerge.checkpoints.renames import aligned, tied_names
-from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader, read_headers
+from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader
+from searchmerge.checkpoints.weight_files import read_model
 from searchmerge.errors import CheckpointError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -43,7 +38,7 @@ class Checkpoint:
         source_dir: The local directory it was opened from; for an adapter the adapter's own.
         config: What ``config.json`` says; an adapter has its base's.
         headers: Dtype and shape of every tensor, by its name in the checkpoint.
-        own_files: The safetensors file of each tensor; empty for an adapter, whose file is not
+        own_files: The file of each tensor; empty for an adapter, whose file is not
             made before it is needed (:attr:`files`).
         base: The model that an adapter was trained on; ``None`` where this is a whole model.
         adapter: What is added to that base; ``None`` where this is a whole model.
@@ -75,7 +70,7 @@ class Checkpoint:
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """Return the safetensors file that holds each tensor; an adapter's is made first.
+        """Return the file that holds each tensor; an adapter's is made first.
 
         Raises:
             CheckpointError: If an adapter cannot be added to its base.
@@ -170,8 +165,9 @@ def open_checkpoint(
     from the base's own files.
 
     Args:
-        source: A directory with a Hugging Face model in safetensors, in one file or many; a
-            directory with a LoRA adapter; or ``organisation/name`` of either on the hub.
+        source: A directory with a Hugging Face model, in one file or many, of safetensors or of
+            PyTorch; a directory with a LoRA adapter, or with one folder that holds one; or
+            ``organisation/name`` of either on the hub.
         revision: Branch, tag or commit; only for a model on the hub.
         base: What an adapter is added to; not used for a whole model.
         cache_dir: Where to keep what is worked out once. ``None`` is ``$SEARCHMERGE_CACHE``, or
@@ -183,15 +179,16 @@ def open_checkpoint(
     """
     name = str(source)
     cache_dir = cache_dir or default_cache_dir()
-    directory = _locate(name, revision)
+    directory = _adapter_within(_locate(name, revision))
     if (directory / ADAPTER_CONFIG).exists():
         return _open_adapter(name, directory, base, cache_dir)
-    files, headers = _read_model(directory)
+    config = read_json(directory / CONFIG_FILE)
+    files, headers = read_model(directory, config)
     return Checkpoint(
         name=name,
         path=directory,
         source_dir=directory,
-        config=read_json(directory / CONFIG_FILE),
+        config=config,
         headers=headers,
         own_files=files,
         base=None,
@@ -260,6 +257,17 @@ def _locate(name: str, revision: str | None) -> Path:
     return fetch(name, revision)
 
 
+def _adapter_within(directory: Path) -> Path:
+    """Return the folder of an adapter that PEFT saved under a name, else the directory itself."""
+    if (directory / CONFIG_FILE).exists() or (directory / ADAPTER_CONFIG).exists():
+        return directory
+    within = sorted(file.parent for file in directory.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(within) > 1:
+        names = ", ".join(folder.name for folder in within)
+        raise CheckpointError(f"{directory}: holds several adapters ({names}); name one of them")
+    return within[0] if within else directory
+
+
 def _open_adapter(
     name: str, directory: Path, base: Checkpoint | None, cache_dir: Path
 ) -> Checkpoint:
@@ -280,50 +288,3 @@ def _open_adapter(
         adapter=adapter,
         cache_dir=cache_dir,
     )
-
-
-def _read_model(directory: Path) -> tuple[dict[str, Path], dict[str, TensorHeader]]:
-    """Return the file and the header of every tensor of a model."""
-    files: dict[str, Path] = {}
-    headers: dict[str, TensorHeader] = {}
-    for shard in _shards(directory):
-        for name, header in read_headers(shard).items():
-            if name in files:
-                raise CheckpointError(f"{shard}: {name!r} is also in {files[name].name}")
-            files[name], headers[name] = shard, header
-    _check_index(directory, files)
-    return files, headers
-
-
-def _shards(directory: Path) -> list[Path]:
-    if (single := directory / MODEL_FILE).exists():
-        return [single]
-    if (index := directory / INDEX_FILE).exists():
-        names = _weight_map(index).values()
-        return [directory / name for name in sorted(set(names))]
-    if shards := sorted(directory.glob("*.safetensors")):
-        return shards
-    if old := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
-        raise CheckpointError(
-            f"{directory}: has {old[0].name} but no .safetensors file; convert it: load it with "
-            "transformers and call save_pretrained"
-        )
-    raise CheckpointError(f"{directory}: has no .safetensors file")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise CheckpointError(f"{index}: weight_map is missing")
-    return {str(name): str(file) for name, file in names.items()}
-
-
-def _check_index(directory: Path, files: Mapping[str, Path]) -> None:
-    """Refuse a sharded model whose index names a tensor that its shards do not have."""
-    if (directory / MODEL_FILE).exists() or not (directory / INDEX_FILE).exists():
-        return
-    for name, shard in _weight_map(directory / INDEX_FILE).items():
-        if name not in files:
-            raise CheckpointError(
-                f"{directory / shard}: {name!r} is missing, which {INDEX_FILE} says it holds"
-            )

@@ -1,8 +1,11 @@
 """Whether experts can be merged with their base, by configurations, headers and tokenizers."""
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
+
+import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases, is_vocabulary, says_untied
@@ -69,6 +72,60 @@ def check_compatible(  # noqa: PLR0913
         _check_shapes(name, expert, merged, names, vocabulary)
         if tokenizers == "same":
             _check_tokenizer(name, base, expert)
+
+
+def doubts(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Yield what can be merged and yet is probably not meant, one line each.
+
+    These are an adapter that was trained on another base, an expert that equals the base, and
+    two that equal one another. Reads tensors up to the first that differs.
+
+    Args:
+        base: The model the experts were trained from.
+        experts: The experts, by the names the study gives them.
+    """
+    for name, expert in experts.items():
+        if expert.adapter is not None and not _names_base(expert.adapter.base_name, base):
+            yield (
+                f"expert {name!r} ({expert.name}) is an adapter of "
+                f"{expert.adapter.base_name!r}; the base is {base.name}"
+            )
+        if _equal(base, expert):
+            yield (
+                f"expert {name!r} ({expert.name}) equals the base ({base.name}) in all tensors "
+                "that both have"
+            )
+    for (one, first), (other, second) in itertools.combinations(experts.items(), 2):
+        if _equal(first, second):
+            yield (
+                f"experts {one!r} ({first.name}) and {other!r} ({second.name}) are equal in all "
+                "tensors that both have"
+            )
+
+
+def _names_base(told: str, base: Checkpoint) -> bool:
+    """Return whether what an adapter calls its base may be this base, wherever that is."""
+    names = (base.name, str(base.path), str(base.config.get("_name_or_path") or ""))
+    return not told or _last_part(told) in {_last_part(name) for name in names if name}
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+
+
+def _equal(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether two models have the same values in all tensors that both have."""
+    first, second = one.weights(), other.weights()
+    files, others = one.files, other.files
+    return all(
+        (files[name] == others[name] and one.renamed.get(name) == other.renamed.get(name))
+        or (
+            first[name].shape == second[name].shape
+            and torch.equal(first[name].float(), second[name].float())
+        )
+        for name in one.headers
+        if name in other.headers
+    )
 
 
 def _excluded(checkpoints: Iterable[Checkpoint], patterns: Sequence[str]) -> frozenset[str]:

@@ -1,13 +1,16 @@
 """Models of the Hugging Face hub, fetched into its own cache."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from searchmerge.checkpoints.files import COMPANIONS
 from searchmerge.errors import CheckpointError
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-_DUPLICATES = ("consolidated*", "original/*", "onnx/*", "openvino/*")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*adapter_config.json")
+_TORCH_WEIGHTS = ("*.bin", "*.bin.index.json")
+"""Fetched only where there are no others."""
+_DUPLICATES = ("consolidated*", "original/*", "onnx/*", "openvino/*", "training_args.bin")
 """The same weights once more, in formats that are not read here."""
 
 
@@ -45,10 +48,21 @@ def fetch(source: str, revision: str | None) -> Path:
         XetDownloadError,
     )
     wanted = [*COMPANIONS, *_WEIGHTS]
-    try:
-        directory = snapshot_download(
-            source, revision=revision, allow_patterns=wanted, ignore_patterns=list(_DUPLICATES)
+
+    def download(patterns: Sequence[str]) -> Path:
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_DUPLICATES),
+            )
         )
+
+    try:
+        directory = download(wanted)
+        if not any(directory.rglob("*.safetensors")):
+            directory = download([*wanted, *_TORCH_WEIGHTS])
     except failures as error:
         at = f" at revision {revision!r}" if revision else ""
         reason = " ".join(str(error).split())
@@ -56,4 +70,4 @@ def fetch(source: str, revision: str | None) -> Path:
             f"{source!r}{at} is no local directory, and could not be fetched from the "
             f"Hugging Face hub: {reason}"
         ) from error
-    return Path(directory)
+    return directory

@@ -148,6 +148,24 @@ def tied_names(
     return found
 
 
+def transposed_weights(model_dir: Path) -> set[str] | None:
+    """Return the weights that a model stores as ``(n_in, n_out)``, by their resident names.
+
+    Args:
+        model_dir: A directory that transformers can load.
+
+    Returns:
+        ``None`` where transformers cannot tell: unknown architectures, code outside transformers.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    model = without_data(model_dir)
+    if model is None:
+        return None
+    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+    return {f"{name}.weight" for name, module in modules.items() if isinstance(module, Conv1D)}
+
+
 def without_data(
     model_dir: Path,
     auto_class: str | None = None,
@@ -172,6 +190,7 @@ def _make_without_data(
     trust_remote_code: bool,  # noqa: FBT001
     stamp: int,  # the same folder may come to hold another model
 ) -> Any:
+    """Make the model; see :func:`without_data`."""
     import transformers
 
     trust = {"trust_remote_code": trust_remote_code}

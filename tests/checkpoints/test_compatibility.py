@@ -1,14 +1,17 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
-from searchmerge.checkpoints.compatibility import check_compatible
+from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.errors import CheckpointError
 
 
@@ -183,3 +186,38 @@ def test_a_tokenizer_that_cannot_be_read_is_named(edit):
     expert = edit(files={"tokenizer.json": "{"})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not valid JSON"):
         check_compatible(edit(files=_fast(_AB)), {"a": expert})
+
+
+def test_equal_models_are_doubted(edit, opened):
+    base = opened("llama")
+    assert list(doubts(base, {"a": opened("llama", 1), "b": opened("llama", 2)})) == []
+    head = edit(tensors=_with("score.weight", lambda _: torch.ones(3)))
+    wide = edit(tensors=lambda t: {name: tensor.double() for name, tensor in t.items()})
+    (one,) = doubts(base, {"a": head, "b": opened("llama", 1)})
+    assert re.match(r"expert 'a' \(.*\) equals the base \(.*\) in all tensors that both have", one)
+    three = list(doubts(opened("llama", 1), {"a": head, "b": opened("llama", 2), "c": wide}))
+    assert len(three) == 1
+    assert re.match(r"experts 'a' \(.*\) and 'c' \(.*\) are equal in all tensors", three[0])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_of_another_base_is_doubted(opened, tmp_path, cache_dir):
+    base = replace(opened("llama"), name="org/Llama-3")
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base.path),
+        peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+
+    def found(named):
+        file.write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        return list(doubts(base, {"a": open_checkpoint(tmp_path, base=base, cache_dir=cache_dir)}))
+
+    assert found("/somewhere/llama-3/") == found("other/Llama-3") == found(None) == []
+    assert found(str(base.path)) == []
+    (line,) = found("org/Llama-2")
+    assert re.match(
+        r"expert 'a' \(.*\) is an adapter of 'org/Llama-2'; the base is org/Llama-3$", line
+    )
