@@ -108,9 +108,9 @@ def open_models(spec: StudySpec, study_file: Path, *, resident: bool = True) -> 
     Raises:
         CheckpointError: If one cannot be opened, or they do not fit together.
     """
-    auto_class = spec.resident_class if resident else spec.model_class
     base = _open(spec.base, study_file, None)
     experts = {name: _open(model, study_file, base) for name, model in spec.experts.items()}
+    auto_class = spec.resident_class if resident else spec.model_class or _trained_as(experts)
     base, experts = untie_where_needed(base, experts, auto_class)
     check_compatible(
         base,
@@ -130,6 +130,13 @@ def warn_of_doubts(models: Models) -> None:
     """Log what is probably not meant in a choice of models."""
     for line in models.doubts():
         _logger.warning("%s", line)
+
+
+def _trained_as(experts: Mapping[str, Checkpoint]) -> str | None:
+    """Return the class of classifiers that all experts are; ``None`` is the base's own."""
+    kinds = {trained_class(expert) or class_of(expert.config) for expert in experts.values()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind if kind is not None and kind.endswith("Classification") else None
 
 
 def _open(model: ModelSpec, study_file: Path, base: Checkpoint | None) -> Checkpoint:

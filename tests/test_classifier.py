@@ -162,3 +162,19 @@ def test_the_names_of_classes_are_the_adapters_own_where_they_are_as_many(made, 
     named = {e: load_classifier(tmp_path / "out", e).config.id2label for e in COUNTS}
     assert named["first"] == dict(enumerate(NAMES))
     assert named["second"] == {i: f"LABEL_{i}" for i in range(3)}
+
+
+def test_whole_classifiers_are_merged_on_a_pretrained_language_model(made, tmp_path):
+    root, _ = made("pretrained")
+    shutil.copytree(root / "base", tmp_path / "base")
+    for expert, count in COUNTS.items():
+        model = load(root, count)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        model.save_pretrained(tmp_path / expert)
+    for expert in COUNTS:
+        merge(tmp_path, tmp_path / "out", expert)
+        trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / expert)
+        found = logits(load_classifier(tmp_path / "out", expert), tmp_path / "base")
+        torch.testing.assert_close(found, logits(trained, tmp_path / "base"), atol=5e-5, rtol=0)
