@@ -24,8 +24,9 @@ from searchmerge import assemble
 from searchmerge.classifier import load_classifier
 from searchmerge.cli import app
 from searchmerge.config import RunConfig
+from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.evaluators.classifiers import BERT, save_tokenizer, text_tasks, texts, write_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -122,10 +123,10 @@ def settings(kind):
 @pytest.mark.parametrize("kind", BASES)
 def test_each_adapter_is_scored_with_its_own_classes(kind, made):
     root, expected = made(kind)
-    spec, file = read_study(write_study(root, text_tasks(), classification=settings(kind)))
-    models = assemble.open_models(spec, file)
-    worker = assemble.make_worker(spec, file, models, RunConfig(engine="eager", device="cpu"))
-    schedule = assemble.make_schedule(spec, worker.tasks())
+    study = read_study(write_study(root, text_tasks(), classification=settings(kind)))
+    models = open_models(study)
+    worker = assemble.make_worker(study, models, RunConfig(engine="eager", device="cpu"))
+    schedule = assemble.make_schedule(study, worker.tasks())
     for expert, count in COUNTS.items():
         plan = reference_plans(tuple(COUNTS))[f"expert {expert}"]
         blocks = schedule.blocks["survey"][expert]
