@@ -48,6 +48,7 @@ def _models(study: Study, models: Models) -> Iterator[str]:
     """Yield how many models there are, and what they need of memory and disk."""
     names = ", ".join(models.experts)
     yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
+    yield from (f"doubtful: {line}" for line in models.doubts())
     n_parameters = sum(math.prod(header.shape) for header in models.base.headers.values())
     resident = n_parameters * models.dtype.itemsize
     stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())

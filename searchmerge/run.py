@@ -12,7 +12,14 @@ from searchmerge.errors import SpecError, StudyError
 from searchmerge.execution.executor import Executor
 from searchmerge.fingerprint import versions
 from searchmerge.heads import saved_heads
-from searchmerge.models import Models, check_groups, load_task_vectors, open_models, save_merge
+from searchmerge.models import (
+    Models,
+    check_groups,
+    load_task_vectors,
+    open_models,
+    save_merge,
+    warn_of_doubts,
+)
 from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
 from searchmerge.report.front import save_front
@@ -55,6 +62,7 @@ def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer
         stack.enter_context(storage_errors(run_dir))
         models = open_models(study)
         check_groups(study, models)
+        warn_of_doubts(models)
         directory = stack.enter_context(
             contextlib.closing(assemble.open_directory(study, models, config, run_dir))
         )
