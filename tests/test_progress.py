@@ -1,81 +1,65 @@
-"""What a person sees of a run."""
+"""A person sees one line for every phase, reference and trial."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
 from searchmerge.progress import ProgressView
-from searchmerge.search.runner import TrialRecord
+from searchmerge.search.objective import Goal, Objective
+from searchmerge.search.trials import TrialRecord
+from tests.search.test_trials import plan
 
 
 @pytest.fixture
 def shown():
-    """Return a view outside of a terminal, and a function for the lines that it printed."""
-    out = io.StringIO()
+    """Return a view and a function that returns its lines, without the time before each."""
+    file = io.StringIO()
+    view = ProgressView(Console(file=file, width=200))
 
     def lines():
-        return [line.rstrip() for line in out.getvalue().splitlines()]
+        texts = file.getvalue().splitlines()
+        assert all(re.match(r" *\d+:\d\d ", text) for text in texts)
+        return [re.sub(r"^ *\d+:\d\d ", "", text) for text in texts]
 
-    with ProgressView(Console(file=out, width=40)) as view:
+    with view:
         yield view, lines
 
 
-def test_a_phase_says_how_much_there_is_and_was_done_before(shown):
+def test_a_phase_says_how_much_there_is_and_how_much_was_done_before(shown):
     view, lines = shown
     view.phase("references", 7)
-    view.phase("search", 100, done=12)
-    view.phase("search", None, done=3)
-    view.phase("search", None)
-    assert lines() == [
-        "  0:00 references (7)",
-        "  0:00 search (100, 12 done before)",
-        "  0:00 search, 3 done before",
-        "  0:00 search",
-    ]
+    view.phase("search", 40, 12)
+    view.phase("saving the model", None)
+    assert lines() == ["references (7)", "search (40, 12 done before)", "saving the model"]
 
 
-def test_a_step_shows_its_scores_on_one_line_however_narrow_the_terminal_is(shown):
+def test_a_reference_is_shown_with_its_scores(shown):
     view, lines = shown
-    view.step("expert math", {"math": 0.5, "code": 0.25, "a task with a long name": 1.0})
-    assert lines() == [
-        "  0:00   expert math              math 0.500  code 0.250  a task with a long name 1.000"
-    ]
+    view.step("task arithmetic", {"math": 0.25, "code": 1 / 3})
+    assert lines() == ["  task arithmetic          math 0.250  code 0.333"]
 
 
 @pytest.mark.parametrize(
-    ("record", "line"),
+    ("fields", "is_best", "marks"),
     [
-        (
-            TrialRecord(3, 0.5, {"math": 0.5}, seconds=12.34, is_best=True),
-            "  0:00   trial 3    0.5000  math 0.500   12.3 s  best so far",
-        ),
-        (
-            TrialRecord(4, 0.25, {"math": 0.25}, seconds=1.0, partial=2),
-            "  0:00   trial 4    0.2500  math 0.250    1.0 s  stopped after 2 blocks",
-        ),
-        (
-            TrialRecord(0, 0.25, {"math": 0.25}, seconds=1.0, note="base"),
-            "  0:00   trial 0    0.2500  math 0.250    1.0 s  base",
-        ),
-        (
-            TrialRecord(5, None, note="task 'math': [red]NaN[/red]"),
-            "  0:00   trial 5    failed: task 'math': [red]NaN[/red]",
-        ),
+        ({}, False, ""),
+        ({}, True, "best so far"),
+        ({"kind": "TIES"}, True, "TIES, best so far"),
+        ({"stopped_after": 6}, False, "stopped after 6 blocks"),
     ],
-    ids=["best", "stopped", "reference", "failed"],
 )
-def test_a_trial_is_one_line(shown, record, line):
+def test_a_trial_is_shown_with_value_scores_time_and_what_is_special(
+    shown, fields, is_best, marks
+):
     view, lines = shown
-    view.trial(record)
-    assert lines() == [line]
+    record = TrialRecord(12, plan(0), merge_s=0.5, score_s=1.0, **fields)
+    view.trial(record.judged(Objective("mean", {"math": Goal()}), {"math": 0.75}), is_best=is_best)
+    assert lines() == [f"  trial 12   0.7500  math 0.750    1.5 s  {marks}".rstrip()]
 
 
-def test_in_a_terminal_a_bar_stands_below_the_lines_and_is_gone_in_the_end():
-    out = io.StringIO()
-    with ProgressView(Console(file=out, force_terminal=True, width=80)) as view:
-        view.phase("search", 2)
-        view.trial(TrialRecord(0, 0.5, seconds=1.0))
-    text = out.getvalue()
-    assert "1/2" in text
-    assert text.rstrip().endswith("\x1b[2K")  # the bar's line is erased
+def test_a_failed_trial_is_shown_with_its_reason(shown):
+    view, lines = shown
+    view.trial(TrialRecord(3, plan(0), failure="NaN logits"), is_best=False)
+    assert lines() == ["  trial 3    failed: NaN logits"]

@@ -115,11 +115,6 @@ def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp(request.param.__name__))
 
 
-def n_values(case, examples):
-    """Return how many values a call gives: one per example, or one in all."""
-    return 1 if not case.info.mean and case.info.aggregate is None else len(examples)
-
-
 def test_every_task_of_the_study_has_its_examples_and_a_metric(case):
     assert case.evaluators.keys() == case.study.spec.tasks.keys()
     for task, evaluator in case.evaluators.items():
@@ -131,7 +126,7 @@ def test_every_task_of_the_study_has_its_examples_and_a_metric(case):
 def test_there_is_a_finite_number_for_each_example_or_one_in_all(case, examples):
     found = case.score(examples)
     assert isinstance(found, tuple)
-    assert len(found) == n_values(case, examples)
+    assert len(found) == case.info.kind.n_values(len(examples))
     assert all(isinstance(value, float) and math.isfinite(value) for value in found)
 
 
@@ -194,17 +189,10 @@ def test_what_cannot_be_scored_is_said_by_task_and_example(case):
 
 def test_what_the_search_is_told_of_a_task_can_be_sent_to_another_process(case):
     sent = pickle.loads(pickle.dumps(case.info))
-    assert (sent.n_examples, sent.mean, sent.metric) == (
-        case.info.n_examples,
-        case.info.mean,
-        case.info.metric,
-    )
-    if case.info.aggregate is None:
-        assert sent.aggregate is None
-        return
-    records = case.score(range(10))
-    assert sent.aggregate(records) == case.info.aggregate(records)
-    assert sent.aggregate(records[::-1] + records) == pytest.approx(sent.aggregate(records))
+    assert (sent.n_examples, sent.metric) == (case.info.n_examples, case.info.metric)
+    values = case.score(range(10))
+    assert sent.kind.score(values) == case.info.kind.score(values)
+    assert sent.kind.observations(values) == case.info.kind.observations(values)
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])

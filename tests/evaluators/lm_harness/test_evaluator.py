@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from searchmerge import assemble
 from searchmerge.config import RunConfig
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
@@ -56,7 +56,7 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     config = RunConfig(engine="eager", device="cpu")
     worker = assemble.make_worker(study, open_models(study), config)
     executor = InProcessExecutor(worker)
-    rounds = assemble.make_schedule(study, worker.tasks()).rounds["survey"][:1]
+    rounds = assemble.make_schedule(study, worker.tasks()).rounds["pilot"][:1]
     good = reference_plans(study.experts)["task arithmetic"]
     broken = replace(good, values={"coefficient": ((0.4, 10.0),)})
     events = []

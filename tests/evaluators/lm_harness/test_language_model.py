@@ -5,7 +5,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from tests.evaluators.lm_harness.tasks import TASKS, harness, instances, lm_eval_samples
 from tests.evaluators.models import tiny_model, tiny_tokenizer

@@ -7,7 +7,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.keys import LmTask
 from tests.evaluators.lm_harness.tasks import harness, with_template
 from tests.evaluators.models import tiny_tokenizer
 

@@ -9,7 +9,8 @@ from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.keys import LmTask
+from searchmerge.evaluators.score_kind import Whole
 from tests.evaluators.lm_harness.tasks import TASKS, harness, lm_eval_samples
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
@@ -34,7 +35,7 @@ def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task,
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     _, results = lm_eval_samples(folder, theirs, task)
     evaluator = harness(folder, LmTask(task, "test", metric=metric))
-    assert evaluator.tasks == {"mine": TaskInfo(7, mean=False, metric=metric)}
+    assert evaluator.tasks == {"mine": TaskInfo(7, metric, Whole())}
     (score,) = evaluator.score(model, "mine", range(7))
     assert score == pytest.approx(sign * results[f"{metric},none"], rel=1e-5)
 
