@@ -154,6 +154,7 @@ class StudySpec(Strict):
     exclude: list[str] = Field(default_factory=list)
     vocabulary: Literal["same", "base"] = "same"
     tokenizers: Literal["same", "any"] = "same"
+    may_differ: list[str] = Field(default_factory=list)
     space: SpaceSpec | list[SpaceSpec]
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     objective: Kind = "normalised"
@@ -318,7 +319,7 @@ def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, st
 def merge_overrides(spec: StudySpec) -> dict[str, str]:
     """Return the overrides with which :func:`plain_spec` merges as a study does."""
     said = spec.model_dump(mode="json", exclude_unset=True)
-    keys = ("dtype", "exclude", "vocabulary", "tokenizers")
+    keys = ("dtype", "exclude", "vocabulary", "tokenizers", "may_differ")
     found = {key: said[key] for key in keys if key in said}
     for name, kind in EVALUATORS.items():
         if kind.private_key and (patterns := getattr(spec.section(name), kind.private_key)):

@@ -212,7 +212,22 @@ def _find_targets(
             _check_target(each, target, vectors.base[name])
             own.setdefault((target.device, target.data_ptr(), target.stride()), target)
         found[name] = tuple(own.values())
+    _check_apart(found)
     return found
+
+
+def _check_apart(targets: Mapping[str, tuple[Tensor, ...]]) -> None:
+    """Refuse a resident model that ties what an expert has apart."""
+    seen: dict[object, str] = {}
+    for name, own in targets.items():
+        for target in own:
+            place = (target.device, target.data_ptr(), target.stride())
+            other = seen.setdefault(place, name)
+            if other != name and target.numel():
+                raise SpecError(
+                    f"merger: the resident model ties {name!r} to {other!r}, which an expert "
+                    "has apart; untie it"
+                )
 
 
 def _check_target(name: str, target: Tensor, base: Tensor) -> None:

@@ -11,15 +11,15 @@ import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from searchmerge.errors import SpecError
 from searchmerge.search.sampler import SAMPLERS, SamplerSetting
+from searchmerge.search.trials import FINISHED, by_completion, standing_of
 
 _SEED_STRIDE = 1_000_003
 _INC_POPSIZE = 2  # IPOP: each restart doubles the population
 _STAGNATION = 30  # generations without a better value, plus a term in d and the population size
-_FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 
 Vector = npt.NDArray[np.float64]
 Loss = tuple[float, float]
@@ -127,10 +127,10 @@ class AsyncCmaSampler(BaseSampler):
         """Tell the trials that have finished since the last one was asked."""
         finished = [
             trial
-            for trial in study.get_trials(deepcopy=False, states=_FINISHED)
+            for trial in study.get_trials(deepcopy=False, states=FINISHED)
             if trial.number not in self._told and self._axes.keys() <= trial.params.keys()
         ]
-        for trial in sorted(finished, key=lambda t: (t.datetime_complete, t.number)):
+        for trial in by_completion(finished):
             self._told.add(trial.number)
             units = [axis.unit(trial.params[name]) for name, axis in self._axes.items()]
             if self._descent.tell(np.array(units), _loss(trial)):
@@ -226,9 +226,8 @@ class _Axis:
 
 def _loss(trial: FrozenTrial) -> Loss:
     """Return what trials are ordered by; a failed one comes last."""
-    if trial.state == TrialState.FAIL or not trial.values or math.isnan(trial.values[0]):
-        return (math.inf, math.inf)
-    return (sum(max(0.0, v) for v in trial.constraints.values()), -trial.values[0])
+    standing = standing_of(trial)
+    return (-standing.kept, -standing.value)
 
 
 @SAMPLERS.register("cma_es")
