@@ -272,7 +272,7 @@ def _lm_harness(
         },
         tokenizer=models.base.tokenizer_dir,
         include_path=study_file.parent / own.include_path if own.include_path else None,
-        batch_tokens=own.batch_tokens or _for(device, _BATCH_TOKENS),
+        batch_tokens=own.batch_tokens or batch_tokens_for(device),
         max_length=own.max_length,
         fewshot_seed=own.fewshot_seed,
         backend=engine,
@@ -317,10 +317,15 @@ def _perplexity(spec: StudySpec, study_file: Path, models: Models, device: str) 
             if task.evaluator == "perplexity"
         },
         model_dir=models.base.tokenizer_dir,
-        batch_tokens=own.batch_tokens or _for(device, _BATCH_TOKENS),
+        batch_tokens=own.batch_tokens or batch_tokens_for(device),
         max_length=own.max_length,
         stride=own.stride,
     )
+
+
+def batch_tokens_for(device: str) -> int:
+    """Return the tokens of a language model's forward pass where a study says nothing."""
+    return _for(device, _BATCH_TOKENS)
 
 
 def _for(device: str, sizes: Mapping[str, int]) -> int:

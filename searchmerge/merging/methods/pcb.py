@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.kernels import GRID, Chunk, add_scaled, add_up, signed
+from searchmerge.merging.kernels import GRID, Chunk, add_scaled, add_up, clamp_between, signed
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -275,7 +275,7 @@ def balances(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
     """
     low, high, distance = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2]
     scaled = [
-        own.abs().clamp_(low[i], high[i]).sub_(low[i]).div_(distance[i])
+        clamp_between(own.abs(), low[i], high[i]).sub_(low[i]).div_(distance[i])
         for i, own in enumerate(chunk.deltas)
     ]
     inter = VARIANTS[variant].inter(chunk.deltas, scaled)
@@ -292,7 +292,9 @@ def _weigh(chunk: Chunk, *, raises: bool) -> tuple[list[Tensor], Tensor]:
     kept = [(own - lightest[i]).relu_().mul_(factor[i]) for i, own in enumerate(chunk.kept)]
     total = add_up(kept).clamp_min_(1e-12)
     clamped = (
-        signed(own.abs().clamp_(low[i], high[i]), own) if raises else own.clamp_(-high[i], high[i])
+        signed(clamp_between(own.abs(), low[i], high[i]), own)
+        if raises
+        else clamp_between(own, -high[i], high[i])
         for i, own in enumerate(chunk.deltas)
     )
     return [own.mul_(share) for own, share in zip(clamped, kept, strict=True)], total
