@@ -521,8 +521,7 @@ def load_worker(spec: StudySpec, study_file: Path, config: RunConfig) -> Worker:
     Raises:
         SearchMergeError: If it cannot be loaded here.
     """
-    threads = config.threads or max(1, int(config.workers.cpus_per_worker))
-    config = config.model_copy(update={"threads": threads})
+    config = config.model_copy(update={"threads": config.worker_threads()})
     return make_worker(spec, study_file, open_models(spec, study_file), config)
 
 

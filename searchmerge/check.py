@@ -21,17 +21,9 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     """
     models = assemble.open_models(spec, study_file)
     assemble.check_groups(spec, models)
-    names = ", ".join(models.experts)
-    yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
-    n_parameters = sum(_numel(header.shape) for header in models.base.headers.values())
-    resident = n_parameters * models.dtype.itemsize
-    stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())
-    yield (
-        f"memory: {_gib(resident)} for the resident model in {models.dtype}, and "
-        f"{_gib(stored)} of mapped files that are read in every merge"
-    )
-    free = shutil.disk_usage(study_file.parent).free
-    yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
+    yield from _describe_models(models, study_file)
+    if crowded := config.crowding():
+        yield f"machine: {crowded}: other processes use it too, and every trial takes longer"
     yield f"space: {_describe_space(spec)}"
     if spec.search.warm_start:
         n_plans = len(assemble.warm_start(spec, study_file))
@@ -60,6 +52,20 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
         f"cost: merging {results[0].merge_s:.2f} s; {n_scored} examples took {seconds:.2f} s, "
         f"so a trial of {n_select} takes about {trial_s:.0f} s or less"
     )
+
+
+def _describe_models(models: assemble.Models, study_file: Path) -> Iterator[str]:
+    names = ", ".join(models.experts)
+    yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
+    n_parameters = sum(_numel(header.shape) for header in models.base.headers.values())
+    resident = n_parameters * models.dtype.itemsize
+    stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())
+    yield (
+        f"memory: {_gib(resident)} for the resident model in {models.dtype}, and "
+        f"{_gib(stored)} of mapped files that are read in every merge"
+    )
+    free = shutil.disk_usage(study_file.parent).free
+    yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
 
 
 def _numel(shape: tuple[int, ...]) -> int:

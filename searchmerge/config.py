@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from searchmerge.machine import available_cores, crowding
 from searchmerge.merging.engine import EngineKind
 from searchmerge.spec import Duration
 from searchmerge.yaml_file import read_yaml
@@ -62,6 +63,18 @@ class RunConfig(BaseModel):
     def workers(self) -> RayConfig:
         """Return where the Ray workers are; what is left out has its default."""
         return self.ray or RayConfig()
+
+    def crowding(self) -> str:
+        """Return a few words where others use the processors of the workers' machine too.
+
+        Nothing where the workers are elsewhere.
+        """
+        is_here = self.executor == "local" or self.workers.address == "local"
+        return crowding() if is_here else ""
+
+    def worker_threads(self) -> int:
+        """Return how many threads a Ray worker has: a whole one per CPU that it may use."""
+        return self.threads or min(max(1, int(self.workers.cpus_per_worker)), available_cores())
 
 
 def read_config(path: Path | None) -> RunConfig:
