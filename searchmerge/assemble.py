@@ -172,6 +172,7 @@ def make_worker(spec: StudySpec, study_file: Path, models: Models, config: RunCo
         models.base,
         dtype=models.dtype,
         device=pick_device(config),
+        n_devices=config.devices_per_worker,
         auto_class=spec.resident_class,
     )
     views = writable_views(model)

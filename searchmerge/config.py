@@ -64,6 +64,11 @@ class RunConfig(BaseModel):
         """Return where the Ray workers are; what is left out has its default."""
         return self.ray or RayConfig()
 
+    @property
+    def devices_per_worker(self) -> int:
+        """Return how many devices a worker's model is spread over."""
+        return max(1, int(self.workers.gpus_per_worker)) if self.executor == "ray" else 1
+
     def crowding(self) -> str:
         """Return a few words where others use the processors of the workers' machine too.
 

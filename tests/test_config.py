@@ -78,3 +78,10 @@ def test_a_ray_worker_has_no_more_threads_than_it_may_use(config):
 
 def test_the_load_of_this_machine_is_of_no_meaning_for_workers_elsewhere(config):
     assert config(executor="ray", ray={"address": "head:6379"}).crowding() == ""
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 1), (0.5, 1), (1, 1), (4, 4)])
+def test_a_worker_has_a_model_spread_over_all_of_its_gpus(config, gpus, expected):
+    workers = config(executor="ray", ray={"gpus_per_worker": gpus})
+    assert workers.devices_per_worker == expected
+    assert config().devices_per_worker == 1

@@ -147,8 +147,8 @@ class Generator:
         if is_greedy(model, options) and self._takes_masks(model, longest):
             return self._greedy(model, tokenizer, prompts, options)
         results: list[list[int]] = [[]] * len(prompts)
-        device = device_of(model)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        devices = {own.device for own in model.parameters() if own.device.type == "cuda"}
+        with torch.random.fork_rng(sorted(devices, key=str)):
             torch.manual_seed(_SAMPLING_SEED)
             for rows in self._batches(prompts, options):
                 new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
@@ -282,7 +282,7 @@ class _GreedyBatch:
             inputs, positions = chosen[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             if len(left) <= _LEAVE * len(rows):
-                kept = torch.tensor(left, device=device)
+                kept = torch.tensor(left)  # on the CPU: a model's layers may lie on many devices
                 cache.batch_select_indices(kept)
                 inputs, positions, mask = inputs[kept], positions[kept], mask[kept]
                 rows = [rows[place] for place in left]

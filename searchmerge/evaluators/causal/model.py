@@ -54,7 +54,11 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the model is."""
+    """Return where a model takes its inputs: where its first parameter, the embedding, lies.
+
+    A model that is spread over several devices moves what goes from one to the next itself; its
+    logits come out on the device of its head.
+    """
     return next(model.parameters()).device
 
 
