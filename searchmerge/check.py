@@ -1,12 +1,13 @@
 """Checking a study before its weights are loaded, and estimating what it will cost."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from searchmerge import assemble
 from searchmerge.config import RunConfig
+from searchmerge.errors import SpecError
+from searchmerge.estimate import describe, needs, refusal, room
 from searchmerge.search.references import reference_plans
 from searchmerge.spec import StudySpec, make_space
 
@@ -21,7 +22,7 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     """
     models = assemble.open_models(spec, study_file)
     assemble.check_groups(spec, models)
-    yield from _describe_models(models, study_file)
+    yield from _describe_models(spec, models, study_file, config)
     if crowded := config.crowding():
         yield f"machine: {crowded}: other processes use it too, and every trial takes longer"
     yield f"space: {_describe_space(spec)}"
@@ -54,29 +55,22 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     )
 
 
-def _describe_models(models: assemble.Models, study_file: Path) -> Iterator[str]:
+def _describe_models(
+    spec: StudySpec, models: assemble.Models, study_file: Path, config: RunConfig
+) -> Iterator[str]:
+    """Yield what the models are, what a worker needs, and refuse what cannot fit."""
     names = ", ".join(models.experts)
     yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
-    n_parameters = sum(_numel(header.shape) for header in models.base.headers.values())
-    resident = n_parameters * models.dtype.itemsize
-    stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())
-    yield (
-        f"memory: {_gib(resident)} for the resident model in {models.dtype}, and "
-        f"{_gib(stored)} of mapped files that are read in every merge"
-    )
-    free = shutil.disk_usage(study_file.parent).free
-    yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
+    device = assemble.pick_device(config)
+    n_tokens = spec.lm_harness.batch_tokens or assemble.batch_tokens_for(device)
+    need = needs(models.base, tuple(models.experts.values()), models.dtype, n_tokens)
+    have = None
+    if config.is_here:
+        share = config.workers.gpus_per_worker
+        have = room(device, share, config.n_workers_here, study_file.parent)
+    yield from describe(need, have)
+    if have is not None and (why := refusal(need, have)):
+        raise SpecError(f"{study_file}: this machine cannot run it: {why}")
 
 
 def _describe_space(spec: StudySpec) -> str:

@@ -69,13 +69,25 @@ class RunConfig(BaseModel):
         """Return how many devices a worker's model is spread over."""
         return max(1, int(self.workers.gpus_per_worker)) if self.executor == "ray" else 1
 
+    @property
+    def is_here(self) -> bool:
+        """Return whether the workers are on this machine."""
+        return self.executor == "local" or self.workers.address == "local"
+
+    @property
+    def n_workers_here(self) -> int:
+        """Return how many workers this machine has; 1 where its GPUs decide."""
+        if self.executor == "local":
+            return 1
+        fitting = int(available_cores() / self.workers.cpus_per_worker)
+        return self.workers.workers or (1 if self.workers.gpus_per_worker else max(1, fitting))
+
     def crowding(self) -> str:
         """Return a few words where others use the processors of the workers' machine too.
 
         Nothing where the workers are elsewhere.
         """
-        is_here = self.executor == "local" or self.workers.address == "local"
-        return crowding() if is_here else ""
+        return crowding() if self.is_here else ""
 
     def worker_threads(self) -> int:
         """Return how many threads a Ray worker has: a whole one per CPU that it may use."""

@@ -85,3 +85,10 @@ def test_a_worker_has_a_model_spread_over_all_of_its_gpus(config, gpus, expected
     workers = config(executor="ray", ray={"gpus_per_worker": gpus})
     assert workers.devices_per_worker == expected
     assert config().devices_per_worker == 1
+
+
+def test_where_nothing_is_said_there_are_as_many_workers_here_as_there_are_processors(config):
+    assert config().n_workers_here == 1
+    assert config(executor="ray").n_workers_here == available_cores()
+    assert config(executor="ray", ray={"workers": 3}).n_workers_here == 3
+    assert config(executor="ray", ray={"gpus_per_worker": 1}).n_workers_here == 1

@@ -16,7 +16,7 @@ LAYERS = [
     {"search"},
     {"spec", "config"},
     {"report"},
-    {"classifier"},
+    {"classifier", "estimate"},
     {"assemble"},
     {"run", "check", "progress", "interrupts"},
     {"cli"},
