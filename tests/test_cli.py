@@ -191,6 +191,8 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "a trial of 48 takes about" in out
     assert re.search(r"memory: 0\.00 GiB for the resident model, .* for 512 tokens at once", out)
     assert "GiB of base and experts are read in every merge" in out
+    assert out.count("  | w") == 4  # two prompts of each task
+    assert "chat template" not in out
 
 
 BAD = {

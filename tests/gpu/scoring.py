@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from searchmerge.assemble import batch_tokens_for
+from searchmerge.evaluators.causal.model import BATCH_TOKENS
 from tests.benchmarks.bench_merging import SHAPES, Shape
 from tests.benchmarks.bench_scoring import Case, Contest, Timer
 from tests.gpu.report import Figures, Step, Wrong
@@ -66,7 +66,7 @@ class Scoring:
                 tokenizer,
                 self.folder,
                 Timer(cpu_time=False),
-                batch_tokens=batch_tokens_for(self.device),
+                batch_tokens=BATCH_TOKENS[self.device.partition(":")[0]],
                 cases=CASES,
                 batch_sizes=_BATCH_SIZES[:2] if self.small else _BATCH_SIZES,
             )

@@ -20,7 +20,7 @@ from searchmerge.config import RunConfig
 from searchmerge.merging.engine import EngineKind
 from searchmerge.run import MODEL_DIR, run_study
 from searchmerge.search.runner import RESULT, TrialRecord
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.benchmarks.bench_merging import SHAPES, synchronize
 from tests.gpu.report import Figures, Step, Wrong
 from tests.gpu.scoring import llama_config, write_tasks
@@ -71,12 +71,12 @@ class Study:
             noise=0.01,
             **{name: shape[name] for name in _SHAPE},
         )
-        spec, file = read_study(self._write())
+        study = read_study(self._write())
         yield {"what": "making models", "seconds": time.perf_counter() - begun}
         config = RunConfig(device=self.device, engine=self.engine)
         view, begun = _View(), time.perf_counter()
         with forward_passes(self.device) as passes:
-            run_study(spec, file, config, self.folder / "run", view)
+            run_study(study, config, self.folder / "run", view)
         yield {"what": "whole run", "seconds": time.perf_counter() - begun, **view.phases()}
         yield self._shares(passes.seconds(*view.search), view)
         if not (self.folder / "run" / MODEL_DIR / "config.json").exists():
