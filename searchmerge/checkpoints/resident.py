@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.lora import Adapter
+from searchmerge.checkpoints.renames import aligned, stored_names
 from searchmerge.errors import CheckpointError
 
 
@@ -60,7 +61,7 @@ def load_resident(
             "ignore_mismatched_sizes": True,  # the base's own head may have other classes
         }
     try:
-        with _quiet():
+        with quiet():
             model, found = loader.from_pretrained(
                 checkpoint.path, output_loading_info=True, **options
             )
@@ -74,6 +75,8 @@ def load_resident(
             f"{checkpoint.name}: cannot be loaded as {auto_class}: {reason}"
         ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
+    twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
+    _untie(model, checkpoint, twins)
     check_spread(checkpoint.name, model, device)
     resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
     if checkpoint.adapter is not None:
@@ -190,11 +193,33 @@ def _check_aliasing(
         )
 
 
+def _untie(model: Any, checkpoint: Checkpoint, twins: Mapping[str, str]) -> None:
+    """Give the model tensors of their own under names that the checkpoint holds apart."""
+    if not twins:
+        return
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = stored_names(model)
+    as_stored = aligned(list(stored.values()), checkpoint.headers)
+    names = {as_stored[name]: resident for resident, name in stored.items()}
+    for twin in twins:
+        resident = names[twin]
+        module, _, attribute = resident.rpartition(".")
+        shared = model.get_parameter(resident)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(shared.detach().clone()))
+        tied.pop(resident, None)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        model.config.tie_word_embeddings = False
+
+
 def _check_loaded(
     checkpoint: Checkpoint, model: nn.Module, missing: set[str], auto_class: str
 ) -> None:
+    """Refuse a model that lacks a weight of its own; a head for a task may be an expert's."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    inner = sorted(name for name in missing if name.startswith(prefix))
+    find = getattr(model, "get_output_embeddings", None)
+    output = getattr(find(), "weight", None) if find is not None else None
+    needed = {name for name, weight in model.named_parameters() if weight is output}
+    inner = sorted(name for name in missing if name.startswith(prefix) or name in needed)
     if inner:
         raise CheckpointError(
             f"{checkpoint.name}: has no weights for {inner[0]!r} of {type(model).__name__} "
@@ -211,7 +236,7 @@ def _write_over(adapter: Adapter, weights: Mapping[str, Tensor], model: nn.Modul
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from reporting on the terminal what it loads."""
     from transformers.utils import logging
 

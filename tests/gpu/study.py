@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
 import torch
 import yaml
 from torch.nn.modules.module import (
@@ -19,7 +18,7 @@ from transformers import LlamaForCausalLM
 from searchmerge.config import RunConfig
 from searchmerge.merging.engine import EngineKind
 from searchmerge.run import MODEL_DIR, run_study
-from searchmerge.search.runner import RESULT, TrialRecord
+from searchmerge.search.trials import TrialRecord
 from searchmerge.study import read_study
 from tests.benchmarks.bench_merging import SHAPES, synchronize
 from tests.gpu.report import Figures, Step, Wrong
@@ -117,13 +116,10 @@ class Study:
 
     def _shares(self, forward_s: float, view: "_View") -> dict[str, Any]:
         """Return where the time went from the search's beginning to its last trial."""
-        storage = f"sqlite:///{self.folder / 'run' / 'study.db'}"
-        trials = optuna.load_study(study_name=None, storage=storage).trials
-        results = [trial.user_attrs[RESULT] for trial in trials if RESULT in trial.user_attrs]
-        if len(results) != self.n_trials:
-            raise Wrong(f"{len(results)} of {self.n_trials} trials ended with a score")
+        if len(view.merge_s) != self.n_trials:
+            raise Wrong(f"{len(view.merge_s)} of {self.n_trials} trials ended with a score")
         whole_s = view.search[1] - view.search[0]
-        merge_s = sum(result["merge_s"] for result in results)
+        merge_s = sum(view.merge_s)
         return {
             "what": "share of a trial outside forward passes",
             "value": 1 - forward_s / whole_s,
@@ -136,9 +132,14 @@ class Study:
 
 
 class _View:
-    """Notes when phases begin and the last trial ends."""
+    """Notes when phases begin and the last trial ends, and how long trials merged.
+
+    Attributes:
+        merge_s: Of each trial that ended with a score.
+    """
 
     def __init__(self) -> None:
+        self.merge_s: list[float] = []
         self._began: list[tuple[str, float]] = []
         self._last_trial = 0.0
 
@@ -153,8 +154,10 @@ class _View:
     def step(self, name: str, scores: Mapping[str, float]) -> None:
         pass
 
-    def trial(self, record: TrialRecord) -> None:
+    def trial(self, record: TrialRecord, *, is_best: bool) -> None:
         self._last_trial = time.perf_counter()
+        if not record.failure:
+            self.merge_s.append(record.merge_s)
 
     def phases(self) -> dict[str, float]:
         """Return the seconds of each phase."""
