@@ -170,11 +170,17 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "2 experts (first, second) fit the base" in out
     assert "task first: acc, 48 examples, 24 to select, 24 held out" in out
     assert "a trial of 48 takes about" in out
+    assert re.search(r"memory: 0\.00 GiB for the resident model, .* for 512 tokens at once", out)
+    assert "GiB of base and experts are read in every merge" in out
     assert out.count("  | w") == 4  # two prompts of each task
     assert "chat template" not in out
 
 
 BAD = {
+    "more memory than any machine has": (
+        {"lm_harness": {"include_path": "tasks", "batch_tokens": 10**13}},
+        r"study.yaml: this machine cannot run it: the resident model and a batch need \d+",
+    ),
     "unknown key": (
         {"objektive": "mean"},
         r"study.yaml:\d+: objektive: unknown key; did you mean",

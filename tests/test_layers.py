@@ -10,7 +10,7 @@ import searchmerge
 ROOT = Path(searchmerge.__file__).parent
 LAYERS = [
     {"errors"},
-    {"registry", "plan", "yaml_file"},
+    {"registry", "plan", "yaml_file", "machine"},
     {"checkpoints", "merging", "evaluators"},
     {"execution"},
     {"search"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"spec", "config"},
     {"study"},
     {"report"},
-    {"classifier"},
+    {"classifier", "estimate"},
     {"models"},
     {"heads", "fingerprint"},
     {"assemble"},

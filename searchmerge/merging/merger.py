@@ -96,6 +96,9 @@ class Merger:
                 for other in others:
                     other.copy_(first)
             work = _revised(work, tallies)
+        for device in dict.fromkeys(self._devices.values()):
+            if device.type == "cuda":  # what fails or takes long here is not a score's doing
+                torch.cuda.synchronize(device)
 
     @torch.no_grad()
     def merged(
@@ -142,7 +145,7 @@ class Merger:
 
     def _measure(self, vectors: TaskVectors) -> Measure:
         everyone = None if vectors is self._vectors else self._everyone
-        return Measure(vectors, self._engine, self._budget, self._cache, everyone)
+        return Measure(vectors, self._engine, self._budget, self._cache, everyone, self._devices)
 
     def _inputs(
         self, vectors: TaskVectors, work: Pass

@@ -14,7 +14,8 @@ def documents(*pairs):
 def read(batch):
     """Return the token, target and owner of everything that is read."""
     width = batch.tokens.shape[1]
-    rows, columns = batch.at // batch.n_keep, width - batch.n_keep + batch.at % batch.n_keep
+    places = batch.kept[batch.at]
+    rows, columns = places // batch.n_keep, width - batch.n_keep + places % batch.n_keep
     tokens = batch.tokens[rows, columns]
     return list(zip(tokens.tolist(), batch.targets.tolist(), batch.owners.tolist(), strict=True))
 

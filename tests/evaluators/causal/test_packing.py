@@ -52,7 +52,9 @@ def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens
 def read_texts(prefix, batch):
     """Yield what each read of packed rows sees, in the order of positions, and its target."""
     first = batch.tokens.shape[1] - batch.n_keep
-    for at, target, owner in zip(batch.at.tolist(), batch.targets, batch.owners, strict=True):
+    for at, target, owner in zip(
+        batch.kept[batch.at].tolist(), batch.targets, batch.owners, strict=True
+    ):
         row, column = at // batch.n_keep, first + at % batch.n_keep
         position, order, end = batch.layout[:, row].tolist()
         seen = [i for i in range(len(order)) if order[i] <= order[column] < end[i]]
