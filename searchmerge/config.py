@@ -16,7 +16,7 @@ _ADDRESS = re.compile(r"local|auto|[^/\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 class RayConfig(BaseModel):
     """Where a Ray study's workers are, and what each of them needs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     address: str = "local"
     workers: int | None = Field(default=None, ge=1)
@@ -42,7 +42,7 @@ class RayConfig(BaseModel):
 class RunConfig(BaseModel):
     """A file in ``configs/``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     executor: Literal["local", "ray"] = "local"
     ray: RayConfig | None = None
@@ -50,7 +50,7 @@ class RunConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     engine: EngineKind = "auto"
     runs_dir: str = "runs"
-    storage: str | None = None
+    storage: str | None = Field(default=None, repr=False)  # may hold a password
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":

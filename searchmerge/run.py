@@ -47,7 +47,7 @@ def run_study(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(run_dir))
-        stack.enter_context(storage_errors(run_dir))
+        stack.enter_context(storage_errors(run_dir, config.storage))
         models = assemble.open_models(spec, study_file)
         assemble.check_groups(spec, models)
         directory = stack.enter_context(

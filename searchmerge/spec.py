@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,6 +24,7 @@ from searchmerge.search.references import reference_plans
 from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
 from searchmerge.yaml_file import read_yaml, to_model
+from searchmerge.yaml_text import dump_yaml
 
 STUDY_FILE = "study.yaml"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -514,5 +514,5 @@ def merge_overrides(spec: StudySpec) -> dict[str, str]:
 
 
 def _in_one_line(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    text = dump_yaml(value, flow=True, width=float("inf"))
     return text.removesuffix("...\n").strip()

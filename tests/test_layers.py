@@ -10,6 +10,7 @@ import searchmerge
 ROOT = Path(searchmerge.__file__).parent
 LAYERS = [
     {"errors"},
+    {"durable", "yaml_text"},
     {"registry", "plan", "yaml_file"},
     {"checkpoints", "merging", "evaluators"},
     {"execution"},
@@ -27,6 +28,7 @@ ONLY_HERE = {
     "lm_eval": {"evaluators/lm_harness"},
     "vllm": {"evaluators/lm_harness"},
     "pydantic": {"spec.py", "config.py", "yaml_file.py"},
+    "yaml": {"yaml_text.py", "plan.py", "spec.py", "report", "evaluators/lm_harness"},
     "typer": {"cli.py"},
     "rich": {"cli.py", "progress.py"},
     "transformers": {"checkpoints", "evaluators"},

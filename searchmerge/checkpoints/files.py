@@ -1,4 +1,4 @@
-"""Paths, free space, and files that are either whole or absent."""
+"""Paths, free space, and the JSON files of a model."""
 
 import json
 import os
@@ -59,41 +59,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk itself.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    write_bytes(file, text.encode())
-
-
-def write_bytes(file: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk itself.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    with file.open("wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, never a part.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        write_text(part, text)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def check_free_space(directory: Path, headers: Mapping[str, TensorHeader], target: Path) -> None:
     """Refuse to start writing tensors that cannot fit.
 
@@ -123,17 +88,6 @@ def describe_write_error(target: Path, headers: Mapping[str, TensorHeader], erro
 
 def _size(headers: Mapping[str, TensorHeader]) -> int:
     return sum(header.size_bytes for header in headers.values())
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable, where the system can (not on Windows)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def in_words(size_bytes: float) -> str:

@@ -1,11 +1,11 @@
 """The results of a study, as data and as the written report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from searchmerge.durable import read_checked, with_checksum, write_atomically
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
 
@@ -109,11 +109,8 @@ class Results:
             StudyError: If they cannot be written.
         """
         try:
-            data = json.dumps(asdict(self), indent=1)
-            for file, text in ((RESULTS_FILE, data), (REPORT_FILE, self.markdown())):
-                unfinished = run_dir / f".{file}"
-                unfinished.write_text(text, encoding="utf-8")
-                unfinished.replace(run_dir / file)
+            write_atomically(run_dir / REPORT_FILE, self.markdown())
+            write_atomically(run_dir / RESULTS_FILE, with_checksum(asdict(self)))
         except OSError as error:
             raise StudyError(f"{run_dir}: cannot be written: {error.strerror}") from error
 
@@ -122,14 +119,20 @@ class Results:
         """Read what :meth:`save` wrote.
 
         Raises:
-            StudyError: If there are no results in ``run_dir``.
+            StudyError: If there are no results in ``run_dir``, or they are damaged.
         """
         file = run_dir / RESULTS_FILE
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = read_checked(file)
+        except FileNotFoundError as error:
             raise StudyError(
                 f"{run_dir}: no results yet; the study writes {RESULTS_FILE} once it is confirmed"
+            ) from error
+        except OSError as error:
+            raise StudyError(f"{file}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise StudyError(
+                f"{file}: {error}; `searchmerge run` with the same study writes it again"
             ) from error
         data["rows"] = [
             Row(**{**row, "objective": tuple(row["objective"])}) for row in data["rows"]

@@ -1,5 +1,6 @@
 """How far a study is, read beside a running driver or after its end."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.search.runner import RESULT
-from searchmerge.search.storage import find_study, storage_errors
+from searchmerge.search.storage import close_storage, find_study, storage_errors
 from searchmerge.search.study import ELAPSED, quiet_optuna
 
 
@@ -23,9 +24,11 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """
     quiet_optuna()
     name, opened = find_study(run_dir, storage)
-    with storage_errors(run_dir):
+    with storage_errors(run_dir, storage), contextlib.ExitStack() as stack:
+        stack.callback(close_storage, opened)
         study = optuna.load_study(study_name=name, storage=opened)
-    trials = study.get_trials(deepcopy=False)
+        trials = study.get_trials(deepcopy=False)
+        elapsed_s = float(study.user_attrs.get(ELAPSED, 0.0))
     full = [trial for trial in trials if _is_full(trial)]
     ranked = sorted(full, key=lambda trial: -sum(trial.values or ()))
     return {
@@ -35,7 +38,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
             for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
         },
         "stopped_early": sum(t.state == TrialState.COMPLETE for t in trials) - len(full),
-        "elapsed_s": float(study.user_attrs.get(ELAPSED, 0.0)),
+        "elapsed_s": elapsed_s,
         "best": [
             {"trial": t.number, "values": t.values, "scores": t.user_attrs[RESULT]["scores"]}
             for t in ranked[:5]

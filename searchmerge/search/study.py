@@ -15,7 +15,13 @@ from optuna.trial import FrozenTrial, TrialState
 from searchmerge.errors import StudyError
 from searchmerge.plan import Setting
 from searchmerge.search.scores import ScoreStore
-from searchmerge.search.storage import open_storage, prepare_storage, storage_errors
+from searchmerge.search.storage import (
+    claim_study,
+    close_storage,
+    open_storage,
+    prepare_storage,
+    storage_errors,
+)
 
 SCORES_FILE = "scores.db"
 _LOCK_FILE = ".lock"
@@ -83,15 +89,18 @@ class StudyDirectory:
     ) -> None:
         self.run_dir = run_dir
         quiet_optuna()
-        with storage_errors(run_dir):
+        with contextlib.ExitStack() as opened, storage_errors(run_dir, storage):
             is_new = not (run_dir / SCORES_FILE).exists()
-            prepare_storage(run_dir, storage, name)
+            prepare_storage(run_dir, storage)
+            trials = open_storage(run_dir, storage)
+            opened.callback(close_storage, trials)
             self.study = optuna.create_study(
-                storage=open_storage(run_dir, storage),
+                storage=trials,
                 study_name=name,
                 directions=["maximize"] * n_objectives,
                 load_if_exists=True,
             )
+            claim_study(run_dir, storage, self.study)
             if sampler is not None:
                 self.study.sampler = sampler(len(self.trials()))
             self._guard(spec)
@@ -103,6 +112,8 @@ class StudyDirectory:
                 )
             self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
             self.scores = ScoreStore(run_dir / SCORES_FILE)
+            opened.callback(self.scores.close)
+            self._opened = opened.pop_all()
 
     def _guard(self, spec: Mapping[str, Any]) -> None:
         text = json.dumps(spec, sort_keys=True)
@@ -157,8 +168,8 @@ class StudyDirectory:
             self.study.enqueue_trial(dict(one), user_attrs={KIND: kind}, skip_if_exists=True)
 
     def close(self) -> None:
-        """Close the score cache."""
-        self.scores.close()
+        """Close the score cache and the storage."""
+        self._opened.close()
 
 
 def quiet_optuna() -> None:
