@@ -69,6 +69,34 @@ class PooledHead:
 Head = ModelHead | PooledHead
 
 
+@dataclass(frozen=True)
+class HeadUse:
+    """How tasks use an expert's head.
+
+    Attributes:
+        pooling: Of the output that the head, a linear layer, is put on; ``None`` where it is
+            the model class's own.
+        labels: The names of its classes; none where no task names them.
+    """
+
+    pooling: Pooling | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertHead:
+    """An expert's own head, and what its classes are called.
+
+    Attributes:
+        head: Gives one logit per class.
+        labels: The name of each class, in the order of the logits; none where the expert's
+            configuration does not name as many.
+    """
+
+    head: Head
+    labels: tuple[str, ...] = ()
+
+
 class PooledClassifier(nn.Module):
     """An encoder with a linear head, called as a classifier of transformers is.
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import StudyError
-from searchmerge.evaluators.evaluator import Part
-from searchmerge.execution.blocks import Block, BlockScores, Round
+from searchmerge.execution.blocks import Block, BlockScores, Part, Round
 from searchmerge.plan import MergePlan
 
 _SCHEMA = """

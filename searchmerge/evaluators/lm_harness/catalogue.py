@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import Ge
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import needed
 from searchmerge.evaluators.lm_harness.settings import data_files, split_overrides
 
 _logger = logging.getLogger(__name__)
@@ -20,10 +22,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LmTask:
-    """Which lm-eval task is scored, and how.
+    """Which lm-eval task is scored, and how: the keys of a task of a study.
 
     Attributes:
-        name: The task's name in lm-eval.
+        task: The task's name in lm-eval; the study's name of the task if ``None``.
         split: The split of its dataset whose examples are scored.
         metric: One of the task's metrics; its first if ``None``.
         filter: One of the task's filters of the model's answers; its first if ``None``.
@@ -31,11 +33,11 @@ class LmTask:
             if ``None``, and 0 if it says nothing.
     """
 
-    name: str
-    split: str
+    task: str | None = None
+    split: str = needed("name the dataset split that is scored")
     metric: str | None = None
     filter: str | None = None
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, Ge(0)] | None = None
 
 
 class Catalogue:
@@ -47,7 +49,7 @@ class Catalogue:
 
     def __init__(self, include_path: Path | None) -> None:
         if include_path is not None and not Path(include_path).is_dir():
-            raise SpecError(f"include_path {str(include_path)!r} is not a folder")
+            raise SpecError(f"lm_harness.include_path: no folder {include_path}")
         self._include_path = include_path
 
     @cached_property
@@ -131,27 +133,28 @@ def load_task(name: str, spec: LmTask, catalogue: Catalogue) -> Any:
     Raises:
         SpecError: If there is no such task or split, or the task cannot be scored here.
     """
-    manager, entry = catalogue.find(spec.name, f"tasks.{name}.task")
+    lm_name = spec.task or name
+    manager, entry = catalogue.find(lm_name, f"tasks.{name}.task")
     config = dict(entry.cfg or {})
     overrides = data_files(config, entry.yaml_path)
-    with explained(name, f"load its task {spec.name!r}"), quiet():
-        task = _build(manager, spec.name, overrides)
+    with explained(name, f"load its task {lm_name!r}"), quiet():
+        task = _build(manager, lm_name, overrides)
         splits = list(task.dataset)
         if spec.split not in splits:
             raise SpecError(
-                f"tasks.{name}.split: lm-eval's {spec.name!r} has no split {spec.split!r} "
+                f"tasks.{name}.split: lm-eval's {lm_name!r} has no split {spec.split!r} "
                 f"(it has: {', '.join(map(str, splits))})"
             )
         if more := split_overrides(config, spec.split):
-            task = _build(manager, spec.name, overrides | more)
+            task = _build(manager, lm_name, overrides | more)
     for feature in ("UNSAFE_CODE", "MULTIMODAL"):
         if getattr(task, feature, False):
             raise SpecError(
-                f"tasks.{name}: lm-eval marks {spec.name!r} as {feature}, which is not scored here"
+                f"tasks.{name}: lm-eval marks {lm_name!r} as {feature}, which is not scored here"
             )
     if "class" in config and task.eval_docs is not task.dataset[spec.split]:
         raise SpecError(
-            f"tasks.{name}.split: {spec.name!r} is a Python class that chooses its split itself, "
+            f"tasks.{name}.split: {lm_name!r} is a Python class that chooses its split itself, "
             f"and not {spec.split!r}"
         )
     shots = spec.num_fewshot if spec.num_fewshot is not None else task.config.num_fewshot

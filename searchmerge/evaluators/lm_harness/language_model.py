@@ -1,14 +1,14 @@
 """The resident model as lm-eval sees a language model."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.documents import Tokens
@@ -45,6 +45,10 @@ class Backend(Protocol):
         """Return the new tokens of every prompt; what follows a stop sequence is ignored."""
         ...
 
+    def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Take over the weights that a merge has left in the model, by checkpoint names."""
+        ...
+
 
 class TransformersBackend:
     """Runs the resident model itself.
@@ -58,6 +62,9 @@ class TransformersBackend:
     def __init__(self, batch_tokens: int) -> None:
         self.score = CausalScorer(batch_tokens).score
         self.generate = Generator(batch_tokens).generate
+
+    def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Do nothing: the weights are those of the model that is run."""
 
 
 class ResidentLM:
@@ -255,20 +262,13 @@ class ResidentLM:
         return GenerationOptions(tuple(stop), max_new_tokens, rest)
 
 
-def make_lm(
-    tokenizer: Any,
-    *,
-    batch_tokens: int,
-    max_length: int | None = None,
-    backend: Backend | None = None,
-) -> Any:
+def make_lm(tokenizer: Any, backend: Backend, *, max_length: int | None = None) -> Any:
     """Return a ``ResidentLM`` that is an ``lm_eval.api.model.LM``.
 
     Args:
         tokenizer: A tokenizer, or what ``AutoTokenizer.from_pretrained`` takes.
-        batch_tokens: Tokens of one forward pass, 1 or more.
+        backend: What runs the model.
         max_length: Window in tokens; the model's own if ``None``.
-        backend: What runs the model; transformers in this process if ``None``.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -280,6 +280,4 @@ def make_lm(
     if tokenizer.pad_token_id is None:
         tokenizer = copy(tokenizer)
         tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id
-    return ResidentTemplateLM(
-        tokenizer, runs=backend or TransformersBackend(batch_tokens), max_length=max_length
-    )
+    return ResidentTemplateLM(tokenizer, runs=backend, max_length=max_length)

@@ -65,7 +65,7 @@ class PreparedTask:
         """The requests of every example, made at first use: few-shot draws are in order."""
         task = self._task
         task.set_fewshot_seed(self._seed)
-        with explained(self._name, f"make prompts of its task {self._spec.name!r}"), quiet():
+        with explained(self._name, f"make prompts of its task {self._spec.task!r}"), quiet():
             task.build_all_requests(limit=None, rank=0, world_size=1, **self._chat)
         requests: list[list[Any]] = [[] for _ in range(self.info.n_examples)]
         for request in sorted(task.instances, key=lambda request: request.idx):
@@ -82,7 +82,7 @@ class PreparedTask:
         """Return one score per example, or one in all, higher is better."""
         requests = [self._requests[example] for example in examples]
         self._answer(lm, [request for group in requests for request in group])
-        with explained(self._name, f"compute {self._metric!r} of its task {self._spec.name!r}"):
+        with explained(self._name, f"compute {self._metric!r} of its task {self._spec.task!r}"):
             values = [self._value(group) for group in requests]
             if not self.info.mean:
                 values = [self._aggregate(values)]
@@ -131,7 +131,7 @@ class PreparedTask:
         metrics = self._task.process_results(requests[0].doc, answers)
         if self._metric not in metrics:
             raise SpecError(
-                f"tasks.{self._name}: lm-eval's {self._spec.name!r} gave no metric "
+                f"tasks.{self._name}: lm-eval's {self._spec.task!r} gave no metric "
                 f"{self._metric!r} for an example (it gave: {', '.join(metrics)})"
             )
         return metrics[self._metric]

@@ -17,10 +17,11 @@ from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
-from searchmerge.evaluators.lm_harness.language_model import make_lm
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from searchmerge.execution.executor import InProcessExecutor
+from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 from tests.tiny import make_models, make_study
 
@@ -139,7 +140,13 @@ def model():
 
 
 def harness(folder, task, **options):
-    return LmHarness({"mine": task}, tokenizer=tiny_tokenizer(), include_path=folder, **options)
+    return LmHarness(
+        {"mine": task},
+        tokenizer=tiny_tokenizer(),
+        backend=TransformersBackend(1024),
+        include_path=folder,
+        **options,
+    )
 
 
 def lm_eval_samples(folder, lm, task, split="test", **overrides):
@@ -194,7 +201,7 @@ def both(request):
     theirs = HFLM(
         model, tokenizer=tiny_tokenizer(), batch_size=3, max_length=64, logits_cache=False
     )
-    ours = make_lm(tiny_tokenizer(), batch_tokens=96, max_length=64)
+    ours = make_lm(tiny_tokenizer(), TransformersBackend(96), max_length=64)
     ours.model = model
     return ours, theirs
 
@@ -263,7 +270,7 @@ def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task,
 
 
 def test_our_model_serves_lm_eval_itself(folder, model):
-    ours = make_lm(tiny_tokenizer(), batch_tokens=96)
+    ours = make_lm(tiny_tokenizer(), TransformersBackend(96))
     ours.model = model
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     assert lm_eval_samples(folder, ours, "mc")[1] == pytest.approx(
@@ -283,7 +290,7 @@ def test_scores_do_not_depend_on_earlier_calls_or_other_examples(folder, model):
 
 
 def test_sampling_is_repeatable(folder, model):
-    lm = make_lm(tiny_tokenizer(), batch_tokens=96)
+    lm = make_lm(tiny_tokenizer(), TransformersBackend(96))
     lm.model = model
     arguments = TASKS["sampled"]["generation_kwargs"]
     requests = instances("generate_until", [("the dog", arguments), ("a fox", arguments)])
@@ -345,8 +352,9 @@ def test_chat_templates_make_turns_of_the_prompt(folder):
     evaluator = LmHarness(
         {"mine": LmTask("fewshot", "test")},
         tokenizer=with_template(tokenizer, chat),
+        backend=TransformersBackend(1024),
         include_path=folder,
-        apply_chat_template=True,
+        chat_template=True,
     )
     prompt = evaluator.prompts("mine", 0)[0]
     assert prompt.startswith("[user]") and "[assistant]" in prompt
@@ -432,7 +440,7 @@ def test_a_task_that_cannot_be_loaded_is_named(folder, tmp_path, change, message
 
 def test_a_tokenizer_without_a_chat_template_is_refused(folder):
     with pytest.raises(SpecError, match="no chat template"):
-        harness(folder, LmTask("mc", "test"), apply_chat_template=True)
+        harness(folder, LmTask("mc", "test"), chat_template=True)
 
 
 @pytest.mark.parametrize("task", ["mc", "texts", "generate"])
@@ -486,12 +494,12 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     weights = load_file(tmp_path / "second" / "model.safetensors")
     weights["model.norm.weight"][0] = 1e38  # ten times that is infinite
     save_file(weights, tmp_path / "second" / "model.safetensors", metadata={"format": "pt"})
-    spec, file = read_study(make_study(tmp_path))
+    study = read_study(make_study(tmp_path))
     config = RunConfig(engine="eager", device="cpu")
-    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), config)
+    worker = assemble.make_worker(study, open_models(study), config)
     executor = InProcessExecutor(worker)
-    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["survey"][:1]
-    good = reference_plans(tuple(spec.experts))["task arithmetic"]
+    rounds = assemble.make_schedule(study, worker.tasks()).rounds["survey"][:1]
+    good = reference_plans(study.experts)["task arithmetic"]
     broken = replace(good, values={"coefficient": ((0.4, 10.0),)})
     events = []
     for job, plan in enumerate((good, broken, good)):
