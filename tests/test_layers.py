@@ -32,7 +32,7 @@ ONLY_HERE = {
     "lm_eval": {"evaluators/lm_harness"},
     "vllm": {"evaluators/lm_harness"},
     "pydantic": {"spec.py", "keys.py", "config.py", "yaml_file.py"},
-    "yaml": {"yaml_text.py", "plan.py", "spec.py", "report", "evaluators/lm_harness"},
+    "yaml": {"yaml_text.py", "report", "evaluators/lm_harness"},
     "typer": {"cli.py"},
     "rich": {"cli.py", "progress.py"},
     "transformers": {"checkpoints", "evaluators", "execution/int8_merger.py"},

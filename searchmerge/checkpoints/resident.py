@@ -59,6 +59,8 @@ def load_resident(
         ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
     resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
+    if dtype == torch.float16:
+        _check_range(checkpoint, resident)
     if checkpoint.adapter is not None:
         _write_over(checkpoint.adapter, checkpoint.weights(), resident)
     return resident
@@ -161,6 +163,16 @@ def _check_loaded(
             f"{checkpoint.name}: has no weights for {inner[0]!r} of {type(model).__name__} "
             f"({len(inner)} missing), so it cannot be loaded as {auto_class}"
         )
+
+
+def _check_range(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse weights that float16, which ends at 65504, does not hold."""
+    for name, tensor in model.named_parameters():
+        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+            raise CheckpointError(
+                f"{checkpoint.name}: {name!r} is not finite in {tensor.dtype}; "
+                "use dtype: bfloat16 or float32"
+            )
 
 
 @torch.no_grad()

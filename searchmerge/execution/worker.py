@@ -81,7 +81,12 @@ class Worker:
             own = list(group)
             info = self._evaluators[task].tasks[task]
             examples = [example for block in own for example in block.examples]
-            found = self._evaluators[task].score(self._model, task, examples)
+            try:
+                found = self._evaluators[task].score(self._model, task, examples)
+            except SystemExit as error:  # it would end the run as if all had gone well
+                raise EvaluationError(
+                    f"task {task!r}: what it is scored by called sys.exit({error.code!r})"
+                ) from error
             if info.aggregate is not None and n_values(own[0], info) == 1:
                 found = (info.aggregate(found),)
             values = iter(found)

@@ -1,6 +1,9 @@
+import shutil
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
 from searchmerge.checkpoints.resident import load_resident, writable_views
@@ -113,3 +116,17 @@ def test_a_model_whose_weights_are_permuted_is_refused(opened):
         CheckpointError, match=r"LlamaForCausalLM cannot be written in place: 'mod"
     ):
         writable_views(model)
+
+
+def test_weights_that_float16_does_not_hold_are_refused_by_name(save, tmp_path, cache_dir):
+    shutil.copytree(save("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "model", cache_dir=cache_dir)
+    load_resident(checkpoint, dtype=torch.bfloat16, device="cpu")
+    with pytest.raises(
+        CheckpointError, match=r"'model\.norm\.weight' is not finite in torch\.flo"
+    ):
+        load_resident(checkpoint, dtype=torch.float16, device="cpu")

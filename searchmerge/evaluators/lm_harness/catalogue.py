@@ -120,10 +120,11 @@ def explained(name: str, what: str) -> Iterator[None]:
         raise
     except (
         *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
-        *(TypeError, ValueError, TemplateError, yaml.YAMLError),
+        *(TypeError, ValueError, TemplateError, yaml.YAMLError, RecursionError, SystemExit),
     ) as error:
+        reason = " ".join(str(error).split())
         raise SpecError(
-            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {error})"
+            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -136,8 +137,8 @@ def load_task(name: str, spec: LmTask, catalogue: Catalogue) -> Any:
     lm_name = spec.task or name
     manager, entry = catalogue.find(lm_name, f"tasks.{name}.task")
     config = dict(entry.cfg or {})
-    overrides = data_files(config, entry.yaml_path)
     with explained(name, f"load its task {lm_name!r}"), quiet():
+        overrides = data_files(config, entry.yaml_path)
         task = _build(manager, lm_name, overrides)
         splits = list(task.dataset)
         if spec.split not in splits:
