@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.errors import CheckpointError
@@ -13,6 +13,7 @@ from searchmerge.errors import CheckpointError
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_MAX_SHOWN = 100  # characters of a value that is not allowed
 
 COMPANIONS = (
     CONFIG_FILE,
@@ -40,22 +41,98 @@ def default_cache_dir() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "searchmerge"
 
 
-def read_json(file: Path) -> dict[str, Any]:
+class Kind(NamedTuple):
+    """What a key of a JSON file may hold.
+
+    Attributes:
+        words: It, for messages.
+        allows: Returns whether a value is of this kind.
+    """
+
+    words: str
+    allows: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+TEXT = Kind("text", _is_text)
+TEXTS = Kind("a list of texts", lambda v: isinstance(v, list) and all(map(_is_text, v)))
+SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
+NUMBER = Kind("a number", _is_number)
+COUNT = Kind("a whole number from 0", lambda v: type(v) is int and 0 <= v < 2**31)
+OBJECT = Kind("an object", lambda v: isinstance(v, dict))
+NUMBERS = Kind(
+    "an object of numbers", lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))
+)
+LABELS = Kind(
+    "an object of texts by whole numbers",
+    lambda v: isinstance(v, dict) and all(k.isdecimal() and _is_text(v[k]) for k in v),
+)
+FILES = Kind(
+    "an object of names of files in this folder",
+    lambda v: isinstance(v, dict) and all(map(_is_inside, v.values())),
+)
+
+CONFIG_KEYS = {
+    "model_type": TEXT,
+    "architectures": TEXTS,
+    "id2label": LABELS,
+    "num_labels": COUNT,
+    "tie_word_embeddings": SWITCH,
+    "text_config": OBJECT,
+    "vision_config": OBJECT,
+    "quantization_config": OBJECT,
+}
+"""What is read of a model's configuration here; transformers reads the rest."""
+
+
+def _is_inside(name: Any) -> bool:
+    """Return whether a name leads to a file within the folder, whatever links it may have."""
+    if not _is_text(name) or not name.isprintable():
+        return False
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def read_json(file: Path, keys: Mapping[str, Kind] | None = None) -> dict[str, Any]:
     """Return the JSON object that a file holds.
 
+    Args:
+        file: The file.
+        keys: Key to what it must hold, where it is there and not null.
+
     Raises:
-        CheckpointError: If the file is missing or does not hold a JSON object; it names the file.
+        CheckpointError: If the file is missing or does not hold such an object; it names the
+            file, and the line or the key.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode("utf-8")
+        data = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: not valid JSON: it is nested too deep") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: holds a {type(data).__name__}; an object is needed")
+    for key, kind in (keys or {}).items():
+        value = data.get(key)
+        if value is not None and not kind.allows(value):
+            shown = (
+                repr(value) if len(repr(value)) <= _MAX_SHOWN else f"{repr(value)[:_MAX_SHOWN]}..."
+            )
+            raise CheckpointError(f"{file}: {key} is {shown}; {kind.words} is needed")
     return data
 
 
