@@ -113,8 +113,8 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
             name,
             info.n_examples,
             seed=search.seed,
-            select=task.select,
-            hold_out=task.hold_out,
+            select=_count(task.select, info.n_examples),
+            hold_out=_count(task.hold_out, info.n_examples),
         )
         for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
             blocks[part][name] = make_blocks(name, part, examples, info, search.block_size)
@@ -125,6 +125,13 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
     metrics = {name: info.metric for name, info in tasks.items()}
     aggregates = {n: info.aggregate for n, info in tasks.items() if info.aggregate is not None}
     return Schedule(blocks, rounds, search.round_blocks, metrics, aggregates)
+
+
+def _count(share: float | None, n_examples: int) -> int | None:
+    """Return how many examples are meant: as many, or a part of all, and 1 at least."""
+    if share is None or isinstance(share, int):
+        return share
+    return max(1, round(share * n_examples))
 
 
 def make_racing(study: Study) -> Racing | None:

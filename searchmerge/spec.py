@@ -111,6 +111,10 @@ class SpaceSpec(BaseModel):
     settings: dict[str, Setting | list[Setting] | RangeSpec] = Field(default_factory=dict)
 
 
+Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+"""A number of examples, or a part of all that a task has."""
+
+
 class TaskSpec(Strict):
     """A task, how it is scored and what it counts for.
 
@@ -118,8 +122,8 @@ class TaskSpec(Strict):
     """
 
     evaluator: str = "lm_harness"
-    select: int | None = Field(default=None, ge=1)
-    hold_out: int | None = Field(default=None, ge=1)
+    select: Share | None = None
+    hold_out: Share | None = None
     weight: float = Field(default=1.0, gt=0)
     expert: str | None = None
     _keys: Any = PrivateAttr(default=None)

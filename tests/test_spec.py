@@ -246,3 +246,13 @@ def test_a_key_given_twice_and_a_file_that_is_no_mapping_are_refused(tmp_path):
         read_study(file)
     with pytest.raises(SpecError, match=r"nowhere\.yaml: cannot be read: No such file"):
         read_study(tmp_path / "nowhere.yaml")
+
+
+def test_a_part_of_the_examples_may_be_a_fraction(tmp_path):
+    task = {"split": "train", "select": 0.25, "hold_out": 0.1}
+    study = read(tmp_path, tasks={"t": task})
+    assert (study.tasks["t"].select, study.tasks["t"].hold_out) == (0.25, 0.1)
+    with pytest.raises(SpecError, match=r"tasks\.t\.select"):
+        read(tmp_path, tasks={"t": task | {"select": 1.5}})
+    with pytest.raises(SpecError, match=r"tasks\.t\.select"):
+        read(tmp_path, tasks={"t": task | {"select": 0}})

@@ -111,9 +111,21 @@ def read_json(file: Path, keys: Mapping[str, Kind] | None = None) -> dict[str, A
         CheckpointError: If the file is missing or does not hold such an object; it names the
             file, and the line or the key.
     """
+    data = _parsed(file)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: holds a {type(data).__name__}; an object is needed")
+    for key, kind in (keys or {}).items():
+        value = data.get(key)
+        if value is not None and not kind.allows(value):
+            shown = repr(value)
+            shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
+            raise CheckpointError(f"{file}: {key} is {shown}; {kind.words} is needed")
+    return data
+
+
+def _parsed(file: Path) -> Any:
     try:
-        text = file.read_bytes().decode("utf-8")
-        data = json.loads(text)
+        return json.loads(file.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except OSError as error:
@@ -124,16 +136,6 @@ def read_json(file: Path, keys: Mapping[str, Kind] | None = None) -> dict[str, A
         raise CheckpointError(f"{file}: not valid JSON: {error}") from error
     except RecursionError as error:
         raise CheckpointError(f"{file}: not valid JSON: it is nested too deep") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: holds a {type(data).__name__}; an object is needed")
-    for key, kind in (keys or {}).items():
-        value = data.get(key)
-        if value is not None and not kind.allows(value):
-            shown = (
-                repr(value) if len(repr(value)) <= _MAX_SHOWN else f"{repr(value)[:_MAX_SHOWN]}..."
-            )
-            raise CheckpointError(f"{file}: {key} is {shown}; {kind.words} is needed")
-    return data
 
 
 def check_free_space(directory: Path, headers: Mapping[str, TensorHeader], target: Path) -> None:

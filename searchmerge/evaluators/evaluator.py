@@ -85,6 +85,19 @@ class Follower(Protocol):
         ...
 
 
+@runtime_checkable
+class Prompting(Protocol):
+    """An evaluator that shows a person what the model is given."""
+
+    def shown(self, task: str, example: int) -> str:
+        """Return what the model reads first for an example, special tokens as text."""
+        ...
+
+    def doubts(self, task: str) -> Sequence[str]:
+        """Return what a person may not have meant, a sentence each."""
+        ...
+
+
 @dataclass(frozen=True)
 class EvaluationContext:
     """What evaluators are built from, beside what the study says to them.

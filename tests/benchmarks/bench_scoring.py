@@ -34,7 +34,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 
 STUDY = Path(__file__).parents[2] / "studies" / "quickstart"
@@ -134,7 +134,13 @@ class Contest:
         self._tokenizer = tokenizer
         tasks = {case.task: LmTask(case.task, "validation") for case in CASES}
         backend = TransformersBackend(batch_tokens)
-        self._harness = LmHarness(tasks, tokenizer=tokenizer, backend=backend, include_path=folder)
+        self._harness = LmHarness(
+            tasks,
+            tokenizer=tokenizer,
+            backend=backend,
+            section=LmHarnessSection(include_path=(".",)),
+            folder=folder,
+        )
         self._lm = make_lm(tokenizer, backend)
         self._lm.model = model
         self._manager = TaskManager(include_path=str(folder), include_defaults=False)

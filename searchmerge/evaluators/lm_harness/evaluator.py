@@ -1,7 +1,7 @@
 """The ``lm_harness`` evaluator: any task of lm-eval, scored fast on the resident model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,29 +22,34 @@ from searchmerge.evaluators.lm_harness.language_model import (
     TransformersBackend,
     make_lm,
 )
+from searchmerge.evaluators.lm_harness.prompting import PromptKeys, prompted, request_arguments
 from searchmerge.evaluators.lm_harness.task import PreparedTask
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
 
 
 @dataclass(frozen=True)
-class LmHarnessSection:
+class LmHarnessSection(PromptKeys):
     """How lm-eval tasks are scored.
 
     Attributes:
-        include_path: Folder of the user's own task YAMLs, from the study's folder on.
+        include_path: Folders of the user's own task YAMLs, from the study's folder on. They come
+            before lm-eval's tasks of the same name; ``data_files`` in them are relative to the
+            YAML's folder.
         batch_tokens: Tokens of one forward pass; by the device if ``None``.
         max_length: Window in tokens; the model's own if ``None``.
         fewshot_seed: Seed of the choice of few-shot examples.
-        chat_template: Whether prompts are turns of the tokenizer's chat template.
+        metadata: What lm-eval hands to tasks that ask for it, e.g. RULER's lengths.
+        confirm_run_unsafe_code: Whether tasks are scored that run what a model has written.
         engine: What runs the model.
         vllm_memory: The part of the GPU's memory that vLLM may take.
     """
 
-    include_path: str | None = None
+    include_path: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Ge(64)] | None = None
     max_length: Annotated[int, Ge(2)] | None = None
     fewshot_seed: int = 1234
-    chat_template: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    confirm_run_unsafe_code: bool = False
     engine: Literal["transformers", "vllm"] = "transformers"
     vllm_memory: Annotated[float, Gt(0), Lt(1)] = 0.5
 
@@ -58,38 +63,37 @@ class LmHarness:
     Args:
         tasks: The study's name of each task, and what it is.
         tokenizer: A tokenizer, or what ``AutoTokenizer.from_pretrained`` takes.
-        include_path: Folder of the user's own task YAMLs. They come before lm-eval's tasks of
-            the same name; ``data_files`` in them are relative to the YAML's folder.
         backend: What runs the model.
-        max_length: Window in tokens; the model's own if ``None``.
-        fewshot_seed: Seed of the choice of few-shot examples.
-        chat_template: Whether prompts are turns of the tokenizer's chat template.
+        section: How tasks are scored.
+        folder: What ``section.include_path`` is relative to.
 
     Raises:
-        SpecError: If there is no such task, split, metric or filter.
+        SpecError: If there is no such task, split, metric, filter or chat template.
     """
 
-    def __init__(  # noqa: PLR0913 - what a study may say of its evaluator
+    def __init__(
         self,
         tasks: Mapping[str, LmTask],
         *,
         tokenizer: Any,
         backend: Backend,
-        include_path: Path | None = None,
-        max_length: int | None = None,
-        fewshot_seed: int = 1234,
-        chat_template: bool = False,
+        section: LmHarnessSection,
+        folder: Path,
     ) -> None:
         self._backend = backend
-        self._lm = make_lm(tokenizer, backend, max_length=max_length)
-        chat = self._lm.chat_arguments() if chat_template else {}
-        catalogue = Catalogue(include_path)
-        self._tasks = {
-            name: PreparedTask(
-                name, replace(task, task=task.task or name), catalogue, fewshot_seed, chat
+        self._lm = make_lm(tokenizer, backend, max_length=section.max_length)
+        catalogue = Catalogue(
+            [folder / name for name in section.include_path],
+            metadata=section.metadata,
+            allow_unsafe_code=section.confirm_run_unsafe_code,
+        )
+        self._tasks = {}
+        for name, task in tasks.items():
+            task = prompted(replace(task, task=task.task or name), section)
+            prompting = request_arguments(task, self._lm, f"tasks.{name}")
+            self._tasks[name] = PreparedTask(
+                name, task, catalogue, section.fewshot_seed, prompting
             )
-            for name, task in tasks.items()
-        }
         self.tasks: Mapping[str, TaskInfo] = {
             name: task.info for name, task in self._tasks.items()
         }
@@ -101,6 +105,19 @@ class LmHarness:
     def prompts(self, task: str, example: int) -> tuple[str, ...]:
         """Return what the model is given for an example: one text for each of its requests."""
         return self._tasks[task].prompts(example)
+
+    def shown(self, task: str, example: int) -> str:
+        """Return the example's first prompt as the model reads it, special tokens as text."""
+        return str(self._lm.as_read(self.prompts(task, example)[0]))
+
+    def doubts(self, task: str) -> list[str]:
+        """Return that a chat template is not used, where the tokenizer has one."""
+        if self._tasks[task].is_chat or not self._lm.tokenizer.chat_template:
+            return []
+        return [
+            "the base's tokenizer has a chat template, which is not used; models tuned for chats "
+            "score as deployed with lm_harness.chat_template: on"
+        ]
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one number per example, higher is better (one in all if not a mean).
@@ -124,10 +141,8 @@ def _build(
         tasks,
         tokenizer=context.model_dir,
         backend=_backend(section, context),
-        include_path=context.folder / section.include_path if section.include_path else None,
-        max_length=section.max_length,
-        fewshot_seed=section.fewshot_seed,
-        chat_template=section.chat_template,
+        section=section,
+        folder=context.folder,
     )
     return dict.fromkeys(tasks, evaluator)
 
@@ -146,7 +161,7 @@ EVALUATORS.register("lm_harness")(
         section=LmHarnessSection,
         build=_build,
         model_classes=lambda tasks, section: (MODEL_CLASS,),
-        places=lambda tasks, section: [section.include_path] if section.include_path else [],
+        places=lambda tasks, section: section.include_path,
         packages=lambda section: ["lm-eval"] + ["vllm"] * (section.engine == "vllm"),
         cost_keys=("vllm_memory",),
     )

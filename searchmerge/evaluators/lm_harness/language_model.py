@@ -1,5 +1,6 @@
 """The resident model as lm-eval sees a language model."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
@@ -15,6 +16,8 @@ from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.generation import GenerationOptions, Generator, NonFiniteLogits
 from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.tokenizer import load_tokenizer
+
+_logger = logging.getLogger(__name__)
 
 _MAX_GEN_TOKENS = 256
 """Tokens to generate where a task does not say, as in lm-eval."""
@@ -84,6 +87,7 @@ class ResidentLM:
         self.tokenizer = tokenizer
         self._runs = runs
         self._max_length = max_length
+        self._warned = False
         # The choices of a question follow one another and share its text.
         self._encode = lru_cache(maxsize=16)(self._tokenize)
         self._pairs: dict[tuple[str, str], tuple[Tokens, Tokens]] = {}
@@ -118,35 +122,51 @@ class ResidentLM:
         """Return the tokenizer's name, which lm-eval asks for with chat templates."""
         return str(self.tokenizer.name_or_path)
 
-    def chat_arguments(self) -> dict[str, Any]:
-        """Return what makes lm-eval build its prompts with the tokenizer's chat template."""
-        if not self.tokenizer.chat_template:
-            raise SpecError(f"the tokenizer {self.tokenizer_name!r} has no chat template to apply")
-        return {
-            "apply_chat_template": True,
-            "fewshot_as_multiturn": True,
-            "chat_template": self.apply_chat_template,
-            "tokenizer_name": self.tokenizer_name,
-        }
-
     def apply_chat_template(
         self,
         chat_history: list[dict[str, str]],
         add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - lm-eval's signature
+        *,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the prompt of a conversation."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        """Return the prompt of a conversation.
+
+        A template that refuses a system's turn is given the others alone, as lm-eval does.
+
+        Args:
+            chat_history: The turns, each with ``role`` and ``content``.
+            add_generation_prompt: Whether the assistant's turn begins; else the last turn goes on.
+            template: Text of the template; the tokenizer's own if ``None``.
+            arguments: What else the template is given.
+        """
+        from jinja2 import TemplateError
+
+        options = {
+            "chat_template": template,
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+            **(arguments or {}),
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, **options))
+        except TemplateError:
+            others = [turn for turn in chat_history if turn["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            if not self._warned:
+                _logger.warning("the chat template refuses a system's turn, which is left out")
+                self._warned = True
+            return str(self.tokenizer.apply_chat_template(others, **options))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:  # noqa: FBT001
         """Return the token ids of a text; one that begins with the prefix token gets no other."""
         return list(self._encode(string, add_special_tokens))
+
+    def as_read(self, text: str) -> str:
+        """Return a prompt as the model reads it, special tokens as text."""
+        return str(self.tokenizer.decode(self.tok_encode(text), skip_special_tokens=False))
 
     def _tokenize(self, text: str, add_special_tokens: bool | None) -> Tokens:  # noqa: FBT001
         if add_special_tokens is None and text.startswith(self._prefix_text):
@@ -224,8 +244,9 @@ class ResidentLM:
             room = self.max_length - options.max_new_tokens
             if room < 1:
                 raise SpecError(
-                    f"{options.max_new_tokens} tokens are to be generated; allowed are up to "
-                    f"{self.max_length - 1}, the model's window less one token of the prompt"
+                    f"generation.max_gen_toks: {options.max_new_tokens} tokens are to be "
+                    f"generated; allowed are up to {self.max_length - 1}, the model's window "
+                    "less one token of the prompt"
                 )
             prompts = [
                 tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])

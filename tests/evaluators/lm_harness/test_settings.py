@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
@@ -40,7 +40,8 @@ def test_data_files_are_relative_to_what_they_belong_to(tmp_path, monkeypatch, w
         {"own": LmTask("own", "validation")},
         tokenizer=tiny_tokenizer(),
         backend=TransformersBackend(1024),
-        include_path=tmp_path / "tasks",
+        section=LmHarnessSection(include_path=("tasks",)),
+        folder=tmp_path,
     )
     assert harness.tasks["own"].n_examples == (3 if beside else 5)
 
@@ -64,6 +65,7 @@ def test_an_empty_prompt_is_the_token_that_begins_a_text(tmp_path):
         {"own": LmTask("own", "validation")},
         tokenizer=tiny_tokenizer(),
         backend=TransformersBackend(1024),
-        include_path=tmp_path / "tasks",
+        section=LmHarnessSection(include_path=("tasks",)),
+        folder=tmp_path,
     )
     assert harness.score(tiny_model("llama"), "own", [0, 1]) == (0.0, 0.0)
