@@ -11,7 +11,7 @@ import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
 from searchmerge.checkpoints.compatibility import check_compatible
-from searchmerge.checkpoints.files import default_cache_dir
+from searchmerge.checkpoints.files import CONFIG_FILE, check_config, default_cache_dir
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.classifier import SavedHead, head_files
 from searchmerge.errors import SpecError
@@ -73,6 +73,8 @@ def open_models(study: Study) -> Models:
 
 def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint:
     checkpoint = open_checkpoint(study.resolve(model.path), revision=model.revision, base=base)
+    if checkpoint.adapter is None:
+        check_config(checkpoint.path / CONFIG_FILE, checkpoint.config)
     return checkpoint if base is None else checkpoint.named_as(base)
 
 

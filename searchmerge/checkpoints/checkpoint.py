@@ -11,6 +11,8 @@ from torch import Tensor
 from searchmerge.checkpoints.embeddings import aliases
 from searchmerge.checkpoints.files import (
     CONFIG_FILE,
+    CONFIG_KEYS,
+    FILES,
     INDEX_FILE,
     MODEL_FILE,
     default_cache_dir,
@@ -159,7 +161,7 @@ def open_checkpoint(
         name=name,
         path=directory,
         source_dir=directory,
-        config=read_json(directory / CONFIG_FILE),
+        config=read_json(directory / CONFIG_FILE, CONFIG_KEYS),
         headers=headers,
         own_files=files,
         base=None,
@@ -260,10 +262,10 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
+    names = read_json(index, {"weight_map": FILES}).get("weight_map")
+    if not names:
         raise CheckpointError(f"{index}: weight_map is missing")
-    return {str(name): str(file) for name, file in names.items()}
+    return dict(names)
 
 
 def _check_index(directory: Path, files: Mapping[str, Path]) -> None:

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -57,6 +59,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -65,10 +71,13 @@ TEXT = Kind("text", _is_text)
 TEXTS = Kind("a list of texts", lambda v: isinstance(v, list) and all(map(_is_text, v)))
 SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
 NUMBER = Kind("a number", _is_number)
-COUNT = Kind("a whole number from 0", lambda v: type(v) is int and 0 <= v < 2**31)
+COUNT = Kind("a whole number from 0", _is_count)
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 NUMBERS = Kind(
     "an object of numbers", lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))
+)
+TOKENS = Kind(
+    "an object of ids by token", lambda v: isinstance(v, dict) and all(map(_is_count, v.values()))
 )
 LABELS = Kind(
     "an object of texts by whole numbers",
@@ -114,13 +123,59 @@ def read_json(file: Path, keys: Mapping[str, Kind] | None = None) -> dict[str, A
     data = _parsed(file)
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: holds a {type(data).__name__}; an object is needed")
-    for key, kind in (keys or {}).items():
+    check_keys(file, data, keys or {})
+    return data
+
+
+def check_config(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration with values that its architecture does not take.
+
+    Args:
+        file: The ``config.json``, to be named in the error.
+        config: What it says; a kind of model that transformers does not have is not checked.
+
+    Raises:
+        CheckpointError: If transformers cannot read it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") in CONFIG_MAPPING:
+        with library_errors(f"{file}: transformers cannot read it"):
+            CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Raise ``CheckpointError`` in place of whatever a library raises over a user's file.
+
+    Odd values lead transformers to errors of any kind, and tokenizers raises bare ``Exception``.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{what}: {reason}") from error
+
+
+def check_keys(file: Path, data: Mapping[str, Any], keys: Mapping[str, Kind]) -> None:
+    """Refuse values of other kinds than their keys may hold; what is missing or null is not.
+
+    Args:
+        file: What to name in the error.
+        data: An object of the file.
+        keys: Key to what it must hold.
+
+    Raises:
+        CheckpointError: For the first that is wrong; it names the file and the key.
+    """
+    for key, kind in keys.items():
         value = data.get(key)
         if value is not None and not kind.allows(value):
             shown = repr(value)
             shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
             raise CheckpointError(f"{file}: {key} is {shown}; {kind.words} is needed")
-    return data
 
 
 def _parsed(file: Path) -> Any:

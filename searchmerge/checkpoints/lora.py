@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.files import (
+    COUNT,
     MODEL_FILE,
+    NUMBER,
+    NUMBERS,
+    SWITCH,
+    TEXT,
     check_free_space,
     describe_write_error,
     read_json,
@@ -59,6 +64,15 @@ _NEEDED = {
     "arrow_config": ({},),
 }
 """Settings under which an adapter is more, or something else, than ``scaling * B @ A``."""
+_KEYS = {
+    "peft_type": TEXT,
+    "r": COUNT,
+    "lora_alpha": NUMBER,
+    "rank_pattern": NUMBERS,
+    "alpha_pattern": NUMBERS,
+    "use_rslora": SWITCH,
+    "fan_in_fan_out": SWITCH,
+}
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "orthogonal", "mica")
 """Initialisations whose adapters are trained on a base that they have changed."""
 
@@ -126,7 +140,7 @@ def read_adapter(
         CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
             fit the base.
     """
-    config = read_json(directory / ADAPTER_CONFIG)
+    config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
     headers = read_headers(file)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import device, nn
 
+from searchmerge.checkpoints.files import library_errors
 from searchmerge.errors import CheckpointError
 
 
@@ -51,15 +52,10 @@ def head_names(
     loader: Any = getattr(transformers, auto_class, None)
     if not hasattr(loader, "from_config"):
         raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
-    try:
+    with library_errors(f"{model_dir}: cannot be loaded as {auto_class}"):
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
         with device("meta"):
             model: nn.Module = loader.from_config(config)
-    except (ValueError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{model_dir}: cannot be loaded as {auto_class}: {reason}"
-        ) from error
     names = _stored_names(model)
     as_stored = aligned(list(names.values()), stored)
     missing = {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
+from searchmerge.checkpoints.files import library_errors
 from searchmerge.checkpoints.lora import Adapter
 from searchmerge.errors import CheckpointError
 
@@ -47,16 +48,8 @@ def load_resident(
             "label2id": {label: i for i, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,  # the base's own head may have other classes
         }
-    try:
-        with _quiet():
-            model, found = loader.from_pretrained(
-                checkpoint.path, output_loading_info=True, **options
-            )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{checkpoint.name}: cannot be loaded as {auto_class}: {reason}"
-        ) from error
+    with _quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
+        model, found = loader.from_pretrained(checkpoint.path, output_loading_info=True, **options)
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
     resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
     if dtype == torch.float16:
