@@ -171,7 +171,7 @@ def _results(  # noqa: PLR0913
     )
     winner = by_name[confirmation.winner]
     sources = {"base": models.base.name, **models.sources}
-    made_of = {n: f"`{sources[n]}`, {mark}" for n, mark in models.fingerprints().items()}
+    made_of = {n: f"{sources[n]}, {mark}" for n, mark in models.fingerprints().items()}
     return Results(
         study=study.name,
         tasks={task: schedule.metrics[task] for task in study.spec.tasks},

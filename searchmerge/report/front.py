@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from searchmerge.durable import write_atomically
 from searchmerge.errors import StudyError
+from searchmerge.report.escape import html_text
 from searchmerge.report.results import Point, PointKind
 
 FRONT_FILE = "front.html"
@@ -39,7 +41,7 @@ def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) 
             figure.add_scatter(
                 x=[p.values[names[0]] for p in own],
                 y=[p.values[names[1]] for p in own],
-                text=[p.name for p in own],
+                text=[html_text(p.name) for p in own],
                 mode="lines+markers" if kind == "front" else "markers",
                 line={"shape": "vh", "width": 1.5},
                 marker={"color": colour, "symbol": symbol, "size": 9},
@@ -48,9 +50,9 @@ def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) 
         else:
             for index, point in enumerate(own):
                 figure.add_scatter(
-                    x=names,
+                    x=[html_text(name) for name in names],
                     y=list(point.values.values()),
-                    text=[point.name] * len(names),
+                    text=[html_text(point.name)] * len(names),
                     mode="lines+markers",
                     line={"color": colour, "width": 2.5 if kind == "front" else 1},
                     name=label,
@@ -62,20 +64,22 @@ def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) 
         figure.add_scatter(
             x=[picked[0].values[names[0]]],
             y=[picked[0].values[names[1]]],
-            text=[winner],
+            text=[html_text(winner)],
             mode="markers",
             marker={"symbol": "circle-open", "size": 18, "color": "#d73a49", "line": {"width": 2}},
-            name=f"saved: {winner}",
+            name=html_text(f"saved: {winner}"),
         )
     figure.update_layout(
-        title=title,
+        title=html_text(title),
         template="plotly_white",
-        xaxis_title=f"{names[0]}, over its own expert" if len(names) == 2 else None,
-        yaxis_title=f"{names[1]}, over its own expert" if len(names) == 2 else "over own expert",
+        xaxis_title=f"{html_text(names[0])}, over its own expert" if len(names) == 2 else None,
+        yaxis_title=(
+            f"{html_text(names[1])}, over its own expert" if len(names) == 2 else "over own expert"
+        ),
     )
     path = run_dir / FRONT_FILE
     try:
-        path.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
+        write_atomically(path, figure.to_html(include_plotlyjs=True))
     except OSError as error:
         raise StudyError(f"{path}: cannot be written: {error.strerror}") from error
     return path

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from searchmerge.durable import read_checked, with_checksum, write_atomically
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
+from searchmerge.report.escape import code_block, code_cell, markdown
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.md"
@@ -157,13 +158,15 @@ class Results:
     def markdown(self) -> str:
         """Return the report."""
         header, cells = self.table()
-        metrics = ", ".join(f"{task}: {metric}" for task, metric in self.tasks.items())
+        metrics = ", ".join(markdown(f"{task}: {name}") for task, name in self.tasks.items())
         counts = ", ".join(f"{name} {number:g}" for name, number in self.counts.items())
-        sources = "\n".join(f"| {name} | {source} |" for name, source in self.made_of.items())
+        sources = "\n".join(
+            f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
+        )
         more = "".join(part + "\n\n" for part in (self._bounds_text(), self._front_text()) if part)
-        return f"""# {self.study}
+        return f"""# {markdown(self.study)}
 
-**{self.verdict}**
+**{markdown(self.verdict)}**
 
 Scores times 100, as select / held out. The trials saw the select examples only; the held-out
 ones were scored after the search. Objective: {self.objective}; metrics: {metrics}. In brackets
@@ -176,8 +179,7 @@ corrected for having chosen the winner among the candidates.
 
 ## The winner's plan
 
-```yaml
-{self.merge_plan.to_yaml()}```
+{code_block(self.merge_plan.to_yaml(), "yaml")}
 
 ## Made of
 
@@ -213,9 +215,11 @@ corrected for having chosen the winner among the candidates.
 
 
 def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]], bold: str = "") -> str:
-    """Return a Markdown table; the row whose first cell is ``bold`` stands out."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    """Return plain text as a Markdown table; the row whose first cell is ``bold`` stands out."""
+    lines = ["| " + " | ".join(map(markdown, header)) + " |", "|" + "---|" * len(header)]
     for row in cells:
-        shown = [f"**{cell}**" for cell in row] if row[0] == bold else row
+        shown = list(map(markdown, row))
+        if row[0] == bold:
+            shown = [f"**{cell}**" for cell in shown]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
