@@ -38,9 +38,9 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
         parts = {p: sum(len(b.examples) for b in own[name]) for p, own in schedule.blocks.items()}
         yield (
             f"task {name}: {info.metric}, {info.n_examples} examples, "
-            f"{parts['survey']} to select, {parts['hold_out']} held out"
+            f"{parts['pilot']} to select, {parts['hold_out']} held out"
         )
-        yield from _prompts(evaluators[name], name, schedule.blocks["survey"][name][0])
+        yield from _prompts(evaluators[name], name, schedule.blocks["pilot"][name][0])
     yield from _cost(study, assemble.make_worker(study, models, config), schedule)
 
 
@@ -48,6 +48,7 @@ def _models(study: Study, models: Models) -> Iterator[str]:
     """Yield how many models there are, and what they need of memory and disk."""
     names = ", ".join(models.experts)
     yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
+    yield from (f"doubtful: {line}" for line in models.doubts())
     n_parameters = sum(math.prod(header.shape) for header in models.base.headers.values())
     resident = n_parameters * models.dtype.itemsize
     stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())
@@ -61,7 +62,7 @@ def _models(study: Study, models: Models) -> Iterator[str]:
 
 def _cost(study: Study, worker: Worker, schedule: Schedule) -> Iterator[str]:
     """Yield what a trial costs, by scoring a few examples of each task."""
-    blocks = schedule.blocks["survey"].values()
+    blocks = schedule.blocks["pilot"].values()
     rounds = [(_first_examples(of_task[0], _EXAMPLES),) for of_task in blocks]
     start = time.perf_counter()
     results = list(worker.score(reference_plans(study.experts)["average"], rounds))

@@ -141,7 +141,7 @@ def merge(
 ) -> None:
     """Merge once, as a plan says, and write the model."""
     from searchmerge.heads import saved_heads
-    from searchmerge.models import load_task_vectors, open_models, save_merge
+    from searchmerge.models import load_task_vectors, open_models, save_merge, warn_of_doubts
     from searchmerge.plan import MergePlan
     from searchmerge.study import plain_study
 
@@ -151,7 +151,8 @@ def merge(
         raise SpecError(f"{plan}: merges expert {missing[0]!r}; give --expert {missing[0]}=PATH")
     named = {name: experts[name] for name in what.experts}
     study = plain_study(base, named, _read_overrides(set_))
-    models = open_models(study)
+    models = open_models(study, resident=False)
+    warn_of_doubts(models)
     vectors, heads = load_task_vectors(study, models), saved_heads(study, models)
     save_merge(models, vectors, what, out, heads=heads)
     _out.print(f"Written: {out}", soft_wrap=True)

@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 
-from searchmerge.checkpoints.compatibility import private_tensors
+from searchmerge.checkpoints.heads import label_config, private_tensors, trained_class
 from searchmerge.checkpoints.renames import head_names
 from searchmerge.classifier import SavedHead, class_of
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.heads import ExpertHead, HeadUse, Pooling, model_head, pooled_head
+from searchmerge.evaluators.heads import (
+    ExpertHead,
+    HeadUse,
+    Pooling,
+    model_head,
+    n_logits,
+    pooled_head,
+)
 from searchmerge.models import Models
 from searchmerge.study import Study
 
@@ -27,9 +34,7 @@ def expert_head(study: Study, models: Models, expert: str, pooling: Pooling | No
     Raises:
         SpecError: If the expert has no head, or the base no pooled output.
     """
-    private = study.spec.private
-    shared = [name for name in models.base.headers if not _matches(private, name)]
-    needed, _ = head_names(models.base.path, shared, study.spec.resident_class)
+    needed = _needed(study, models, study.spec.resident_class)
     if needed and pooling == "pooler":
         raise SpecError(
             f"classification.pooling: {models.base.name} has no {next(iter(needed))!r}, which "
@@ -43,14 +48,15 @@ def expert_head(study: Study, models: Models, expert: str, pooling: Pooling | No
         if pooling
         else model_head(tensors, needed, n_classes(checkpoint.config), where)
     )
-    labels = class_names(checkpoint.config)
+    labels = class_names(label_config(checkpoint))
     return ExpertHead(head, labels if len(labels) == head.n_classes else ())
 
 
 def head_tensors(study: Study, models: Models, expert: str) -> dict[str, torch.Tensor]:
     """Return what is an expert's alone: what the base does not have, and its heads."""
     checkpoint, patterns = models.experts[expert], study.spec.private
-    weights, private = checkpoint.weights(), private_tensors(models.base, checkpoint)
+    weights = checkpoint.weights()
+    private = private_tensors(models.base, checkpoint, models.auto_class)
     return {n: weights[n] for n in checkpoint.headers if n in private or _matches(patterns, n)}
 
 
@@ -64,26 +70,31 @@ def saved_heads(study: Study, models: Models) -> dict[str, SavedHead]:
     heads = {}
     for expert, checkpoint in models.experts.items():
         tensors = head_tensors(study, models, expert)
-        model_class = study.spec.resident_class if uses else class_of(checkpoint.config)
+        own_class = trained_class(checkpoint) or class_of(checkpoint.config)
+        model_class = study.spec.resident_class if uses else own_class
         is_other = not uses and model_class and not model_class.endswith("Classification")
         if tensors and not is_other:  # a language model's untied output embedding is no head
             use = uses.get(expert) or next(iter(uses.values()), HeadUse())
             use = use if expert in uses else HeadUse(use.pooling)
-            heads[expert] = _saved(tensors, checkpoint.config, model_class, use)
+            alone = model_class is None or use.pooling is not None  # one linear layer
+            names = [] if alone else _needed(study, models, str(model_class))
+            n = n_logits(tensors, [name for name in names if name in tensors])
+            labels = class_names(label_config(checkpoint))
+            heads[expert] = SavedHead(tensors, model_class, use.pooling, _named(n, use, labels))
     return heads
 
 
-def _saved(
-    tensors: Mapping[str, torch.Tensor],
-    config: Mapping[str, Any],
-    model_class: str | None,
-    use: HeadUse,
-) -> SavedHead:
-    sizes = [len(tensor) for tensor in tensors.values() if tensor.ndim == 2]
-    n = sizes[0] if use.pooling and len(sizes) == 1 else n_classes(config)
-    candidates = [use.labels, class_names(config), tuple(f"LABEL_{i}" for i in range(n))]
-    labels = next(labels for labels in candidates if len(labels) == n)
-    return SavedHead(tensors, model_class, use.pooling, labels)
+def _needed(study: Study, models: Models, model_class: str) -> dict[str, str]:
+    """Return what a class needs beyond what is merged, by names in a checkpoint and loaded."""
+    private = study.spec.private
+    shared = [name for name in models.base.headers if not _matches(private, name)]
+    return head_names(models.base.path, shared, model_class)[0]
+
+
+def _named(n: int, use: HeadUse, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a name for each of so many classes: the first that are as many, else numbers."""
+    candidates = [use.labels, labels, tuple(f"LABEL_{i}" for i in range(n))]
+    return next(names for names in candidates if len(names) == n)
 
 
 def n_classes(config: Mapping[str, Any]) -> int:

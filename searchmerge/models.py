@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from pathlib import Path
 import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
-from searchmerge.checkpoints.compatibility import check_compatible
+from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.checkpoints.files import CONFIG_FILE, check_config, default_cache_dir
+from searchmerge.checkpoints.heads import exclude_patterns, trained_class, unused_tensors
+from searchmerge.checkpoints.tying import untie_where_needed
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
-from searchmerge.classifier import SavedHead, head_files
+from searchmerge.classifier import SavedHead, class_of, head_files
 from searchmerge.errors import SpecError
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.groups import assign_groups, depth_positions
@@ -23,6 +26,8 @@ from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
 from searchmerge.spec import ModelSpec
 from searchmerge.study import Study
+
+_logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,16 +40,26 @@ class Models:
         base: The base model.
         experts: Expert name to checkpoint, in the study's order.
         dtype: Of the resident model, and of the saved one.
+        auto_class: The class of transformers that they are merged as; ``None`` is that which
+            the base's configuration names.
+        not_merged: Patterns of the tensors that stay the base's: as the study says, and what
+            the class has no use for.
     """
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     dtype: torch.dtype
+    auto_class: str | None = None
+    not_merged: tuple[str, ...] = ()
 
     @property
     def sources(self) -> dict[str, str]:
         """Return each model's name as the user wrote it."""
         return {name: checkpoint.name for name, checkpoint in self.experts.items()}
+
+    def doubts(self) -> list[str]:
+        """Return what is probably not meant, one line each: an expert that equals another, ..."""
+        return list(doubts(self.base, self.experts))
 
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of each model's content."""
@@ -52,8 +67,12 @@ class Models:
         return {name: checkpoint.fingerprint()[:16] for name, checkpoint in named.items()}
 
 
-def open_models(study: Study) -> Models:
+def open_models(study: Study, *, resident: bool = True) -> Models:
     """Open the study's checkpoints and check by their headers that they can be merged.
+
+    Args:
+        study: The study.
+        resident: Whether a model will be loaded, which has to be of the class that tasks need.
 
     Raises:
         CheckpointError: If one cannot be opened, or they do not fit together.
@@ -61,14 +80,33 @@ def open_models(study: Study) -> Models:
     spec = study.spec
     base = _open(study, spec.base, None)
     experts = {name: _open(study, model, base) for name, model in spec.experts.items()}
+    auto_class = spec.resident_class if resident else spec.model_class or _trained_as(experts)
+    base, experts = untie_where_needed(base, experts, auto_class)
     check_compatible(
         base,
         experts,
         exclude=spec.not_merged,
         vocabulary=spec.vocabulary,
         tokenizers=spec.tokenizers,
+        may_differ=spec.may_differ,
+        auto_class=auto_class,
     )
-    return Models(base, experts, _DTYPES.get(spec.dtype) or main_dtype(base))
+    unused = exclude_patterns(unused_tensors(base, auto_class), base.headers)
+    dtype = _DTYPES.get(spec.dtype) or main_dtype(base)
+    return Models(base, experts, dtype, auto_class, (*spec.not_merged, *unused))
+
+
+def warn_of_doubts(models: Models) -> None:
+    """Log what is probably not meant in a choice of models."""
+    for line in models.doubts():
+        _logger.warning("%s", line)
+
+
+def _trained_as(experts: Mapping[str, Checkpoint]) -> str | None:
+    """Return the class of classifiers that all experts are; ``None`` is the base's own."""
+    kinds = {trained_class(expert) or class_of(expert.config) for expert in experts.values()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind if kind is not None and kind.endswith("Classification") else None
 
 
 def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint:
@@ -85,16 +123,16 @@ def check_groups(study: Study, models: Models) -> None:
         SpecError: If a pattern overlaps another or matches nothing, or there are fewer layers
             than blocks.
     """
-    aliases, exclude = tied(models.base), study.spec.exclude
+    aliases = tied(models.base)
     names = [
         name
         for name, header in models.base.headers.items()
         if header.dtype.is_floating_point
         and name not in aliases
-        and not any(re.search(pattern, name) for pattern in exclude)
+        and not any(re.search(pattern, name) for pattern in models.not_merged)
     ]
     if not names:
-        raise SpecError(f"exclude: {exclude} leaves no parameter to be merged")
+        raise SpecError(f"exclude: {study.spec.exclude} leaves no parameter to be merged")
     for alternative in study.space.alternatives.values():
         try:
             assign_groups(names, alternative.groups)
@@ -113,7 +151,7 @@ def load_task_vectors(study: Study, models: Models) -> TaskVectors:
     return TaskVectors.from_weights(
         models.base.weights(),
         {name: checkpoint.weights() for name, checkpoint in models.experts.items()},
-        exclude=study.spec.not_merged,
+        exclude=models.not_merged,
         vocabulary=study.spec.vocabulary,
         tied=tied(models.base),
     )

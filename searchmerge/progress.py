@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from searchmerge.errors import printable
-from searchmerge.search.runner import TrialRecord
+from searchmerge.search.trials import TrialRecord
 
 
 class ProgressView:
@@ -56,17 +56,17 @@ class ProgressView:
         self._line(f"  {name:24} {_scores(scores)}")
         self._bar.advance(self._task)
 
-    def trial(self, record: TrialRecord) -> None:
+    def trial(self, record: TrialRecord, *, is_best: bool) -> None:
         """Show what became of a trial."""
         self._bar.advance(self._task)
-        name = f"  trial {record.number}"
+        name = f"  {record.name}"
         if record.value is None:
-            self._line(f"{name:12} failed: {record.note}")
+            self._line(f"{name:12} failed: {record.failure}")
             return
-        marks = [record.note] if record.note else []
-        if record.partial is not None:
-            marks.append(f"stopped after {record.partial} blocks")
-        if record.is_best:
+        marks = [record.kind] if record.kind else []
+        if record.stopped_after is not None:
+            marks.append(f"stopped after {record.stopped_after} blocks")
+        if is_best:
             marks.append("best so far")
         line = f"{name:12} {record.value:.4f}  {_scores(record.scores)}  {record.seconds:5.1f} s"
         self._line(f"{line}  {', '.join(marks)}".rstrip())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from optuna.samplers import RandomSampler
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind, TaskInfo, needed
+from searchmerge.merging.kernels import Numbers, unpack
 from searchmerge.merging.method import DEPTH_SLOPE, METHODS, Hyperparameter, Pass, by_group
 from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
-from searchmerge.search.samplers import SAMPLERS
+from searchmerge.search.sampler import SAMPLERS
 from searchmerge.study import read_study
 from tests.search.conftest import Recorder
 from tests.tiny import make_models, make_study
@@ -60,6 +61,12 @@ EVALUATORS.register("small_norm")(
 )
 
 
+class FirstScalars(NamedTuple):
+    """What the arithmetic reads of each expert."""
+
+    fractions: Numbers
+
+
 @METHODS.register("first_only")
 class FirstOnly:
     """Merge a fraction of the first expert."""
@@ -72,12 +79,12 @@ class FirstOnly:
         self._names = measure.names
 
     def bind(self, plan: MergePlan) -> Pass:
-        rows = [[row] for row in plan.values["fraction"]]
-        return Pass(scaled_first, by_group(plan, self._names, rows))
+        scalars = [FirstScalars(row) for row in plan.values["fraction"]]
+        return Pass(scaled_first, by_group(plan, self._names, scalars))
 
 
 def scaled_first(chunk):
-    return (chunk.deltas[0].mul_(chunk.scalars[0, 0]),)
+    return (chunk.deltas[0].mul_(unpack(FirstScalars, chunk).fractions[0]),)
 
 
 @SAMPLERS.register("fair_dice")

@@ -110,3 +110,10 @@ def test_names_that_look_like_something_else_are_read_back_as_they_are(tmp_path,
     plan.to_yaml(tmp_path / "plan.yaml")
     assert MergePlan.from_yaml(tmp_path / "plan.yaml") == plan
     assert MergePlan.from_dict(yaml.safe_load(plan.to_yaml())) == plan
+
+
+def test_a_plan_in_another_order_of_experts_keeps_each_ones_numbers():
+    plan = MergePlan.from_dict(DATA).reordered(("code", "math"))
+    assert plan.experts == ("code", "math")
+    assert plan.values == {"coefficient": ((0.9, 0.7),), "density": ((0.3, 0.2),)}
+    assert plan.reordered(("math", "code")) == MergePlan.from_dict(DATA)

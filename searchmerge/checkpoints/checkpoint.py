@@ -8,21 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from searchmerge.checkpoints.embeddings import aliases
+from searchmerge.checkpoints.embeddings import aliases, untied_config
 from searchmerge.checkpoints.files import (
     CONFIG_FILE,
     CONFIG_KEYS,
-    FILES,
-    INDEX_FILE,
-    MODEL_FILE,
     default_cache_dir,
     read_json,
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.hub import fetch, is_hub_id
-from searchmerge.checkpoints.lora import ADAPTER_CONFIG, Adapter, materialise, read_adapter
-from searchmerge.checkpoints.renames import aligned
-from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader, read_headers
+from searchmerge.checkpoints.lora import (
+    ADAPTER_CONFIG,
+    Adapter,
+    materialise,
+    read_adapter,
+    touches_embeddings,
+)
+from searchmerge.checkpoints.renames import aligned, tied_names
+from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader
+from searchmerge.checkpoints.weight_files import read_model
 from searchmerge.errors import CheckpointError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -39,12 +43,15 @@ class Checkpoint:
         source_dir: The local directory it was opened from; for an adapter the adapter's own.
         config: What ``config.json`` says; an adapter has its base's.
         headers: Dtype and shape of every tensor, by its name in the checkpoint.
-        own_files: The safetensors file of each tensor; empty for an adapter, whose file is not
+        own_files: The file of each tensor; empty for an adapter, whose file is not
             made before it is needed (:attr:`files`).
         base: The model that an adapter was trained on; ``None`` where this is a whole model.
         adapter: What is added to that base; ``None`` where this is a whole model.
         cache_dir: Where fingerprints are remembered.
         renamed: Name here to the name in the file, where they differ.
+        twins: Name of a tensor to the one that its data is read from: what the configuration ties
+            and this study holds apart, such as an output embedding.
+        trust_remote_code: Whether Python files of the model may run.
     """
 
     name: str
@@ -57,6 +64,8 @@ class Checkpoint:
     adapter: Adapter | None = field(repr=False)
     cache_dir: Path = field(repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    twins: Mapping[str, str] = field(default_factory=dict, repr=False)
+    trust_remote_code: bool = False
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -66,20 +75,21 @@ class Checkpoint:
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """Return the safetensors file that holds each tensor; an adapter's is made first.
+        """Return the file that holds each tensor; an adapter's is made first.
 
         Raises:
             CheckpointError: If an adapter cannot be added to its base.
         """
-        if self.base is None or self.adapter is None:
-            return self.own_files
-        changed = materialise(
-            self.adapter,
-            base_weights=self.base.weights(),
-            base_fingerprint=self.base.fingerprint(),
-            cache_dir=self.cache_dir,
-        )
-        return {**self.base.files, **dict.fromkeys(self.adapter.headers, changed)}
+        files = dict(self.own_files)
+        if self.base is not None and self.adapter is not None:
+            changed = materialise(
+                self.adapter,
+                base_weights=self.base.weights(),
+                base_fingerprint=self.base.fingerprint(),
+                cache_dir=self.cache_dir,
+            )
+            files = {**self.base.files, **dict.fromkeys(self.adapter.headers, changed)}
+        return {**files, **{name: files[read] for name, read in self.twins.items()}}
 
     @property
     def size_bytes(self) -> int:
@@ -93,7 +103,27 @@ class Checkpoint:
         reads the same file. What is written to one never reaches the file, and is seen by
         those who hold this mapping; another call makes another mapping.
         """
-        return MappedTensors(self.files, self.renamed)
+        return MappedTensors(self.files, self._names_in_files())
+
+    def _names_in_files(self) -> dict[str, str]:
+        names = dict(self.renamed)
+        if self.base is not None and self.adapter is not None:
+            inherited = self.base._names_in_files()
+            names |= {n: i for n, i in inherited.items() if n not in self.adapter.headers}
+        return names | {name: names.get(read, read) for name, read in self.twins.items()}
+
+    def untied(self, twins: Mapping[str, str]) -> "Checkpoint":
+        """Return the same model with tensors of their own in place of further names.
+
+        Args:
+            twins: Name to the tensor that it has been another name of, and that it is equal to.
+        """
+        return replace(
+            self,
+            config=untied_config(self.config),
+            headers={**self.headers, **{n: self.headers[read] for n, read in twins.items()}},
+            twins={**self.twins, **twins},
+        )
 
     def named_as(self, other: "Checkpoint") -> "Checkpoint":
         """Return the same model with the names of another, where only a prefix tells them apart.
@@ -140,8 +170,9 @@ def open_checkpoint(
     from the base's own files.
 
     Args:
-        source: A directory with a Hugging Face model in safetensors, in one file or many; a
-            directory with a LoRA adapter; or ``organisation/name`` of either on the hub.
+        source: A directory with a Hugging Face model, in one file or many, of safetensors or of
+            PyTorch; a directory with a LoRA adapter, or with one folder that holds one; or
+            ``organisation/name`` of either on the hub.
         revision: Branch, tag or commit; only for a model on the hub.
         base: What an adapter is added to; not used for a whole model.
         cache_dir: Where to keep what is worked out once. ``None`` is ``$SEARCHMERGE_CACHE``, or
@@ -153,15 +184,16 @@ def open_checkpoint(
     """
     name = str(source)
     cache_dir = cache_dir or default_cache_dir()
-    directory = _locate(name, revision)
+    directory = _adapter_within(_locate(name, revision))
     if (directory / ADAPTER_CONFIG).exists():
         return _open_adapter(name, directory, base, cache_dir)
-    files, headers = _read_model(directory)
+    config = read_json(directory / CONFIG_FILE, CONFIG_KEYS)
+    files, headers = read_model(directory, config)
     return Checkpoint(
         name=name,
         path=directory,
         source_dir=directory,
-        config=read_json(directory / CONFIG_FILE, CONFIG_KEYS),
+        config=config,
         headers=headers,
         own_files=files,
         base=None,
@@ -183,15 +215,32 @@ def tied(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the names that store another tensor once more, each with the name that is used.
 
     These are the embeddings that the configuration ties, where both are stored and their data
-    are equal; where they differ they count as two tensors. Reads those tensors.
+    are equal; where they differ, or are held apart, they count as two. Reads those tensors.
     """
     found = {}
     weights = checkpoint.weights()
     for alias, canonical in aliases(checkpoint.headers, checkpoint.config).items():
+        if alias in checkpoint.twins:
+            continue
         same_form = checkpoint.headers[alias] == checkpoint.headers[canonical]
         if same_form and torch.equal(weights[alias], weights[canonical]):
             found[alias] = canonical
     return found
+
+
+def equal_twins(checkpoint: Checkpoint, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Return those of these pairs that are one tensor: stored once, or twice and equal."""
+    weights = checkpoint.weights()
+    return {
+        name: used
+        for name, used in pairs.items()
+        if used in weights
+        and (name not in weights or name in checkpoint.twins or _equal(weights, name, used))
+    }
+
+
+def _equal(weights: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return weights[one].shape == weights[other].shape and torch.equal(weights[one], weights[other])
 
 
 def _locate(name: str, revision: str | None) -> Path:
@@ -213,11 +262,25 @@ def _locate(name: str, revision: str | None) -> Path:
     return fetch(name, revision)
 
 
+def _adapter_within(directory: Path) -> Path:
+    """Return the folder of an adapter that PEFT saved under a name, else the directory itself."""
+    if (directory / CONFIG_FILE).exists() or (directory / ADAPTER_CONFIG).exists():
+        return directory
+    within = sorted(file.parent for file in directory.glob(f"*/{ADAPTER_CONFIG}"))
+    if len(within) > 1:
+        names = ", ".join(folder.name for folder in within)
+        raise CheckpointError(f"{directory}: holds several adapters ({names}); name one of them")
+    return within[0] if within else directory
+
+
 def _open_adapter(
     name: str, directory: Path, base: Checkpoint | None, cache_dir: Path
 ) -> Checkpoint:
     if base is None:
         raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
+    if touches_embeddings(directory):  # PEFT's layers are apart, whatever the model ties
+        pairs = tied_names(base.path, base.headers)
+        base = base.untied(equal_twins(base, pairs)) if pairs else base
     adapter = read_adapter(directory, base.headers, base.path)
     return Checkpoint(
         name=name,
@@ -230,50 +293,3 @@ def _open_adapter(
         adapter=adapter,
         cache_dir=cache_dir,
     )
-
-
-def _read_model(directory: Path) -> tuple[dict[str, Path], dict[str, TensorHeader]]:
-    """Return the file and the header of every tensor of a model."""
-    files: dict[str, Path] = {}
-    headers: dict[str, TensorHeader] = {}
-    for shard in _shards(directory):
-        for name, header in read_headers(shard).items():
-            if name in files:
-                raise CheckpointError(f"{shard}: {name!r} is also in {files[name].name}")
-            files[name], headers[name] = shard, header
-    _check_index(directory, files)
-    return files, headers
-
-
-def _shards(directory: Path) -> list[Path]:
-    if (single := directory / MODEL_FILE).exists():
-        return [single]
-    if (index := directory / INDEX_FILE).exists():
-        names = _weight_map(index).values()
-        return [directory / name for name in sorted(set(names))]
-    if shards := sorted(directory.glob("*.safetensors")):
-        return shards
-    if old := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
-        raise CheckpointError(
-            f"{directory}: has {old[0].name} but no .safetensors file; convert it: load it with "
-            "transformers and call save_pretrained"
-        )
-    raise CheckpointError(f"{directory}: has no .safetensors file")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    names = read_json(index, {"weight_map": FILES}).get("weight_map")
-    if not names:
-        raise CheckpointError(f"{index}: weight_map is missing")
-    return dict(names)
-
-
-def _check_index(directory: Path, files: Mapping[str, Path]) -> None:
-    """Refuse a sharded model whose index names a tensor that its shards do not have."""
-    if (directory / MODEL_FILE).exists() or not (directory / INDEX_FILE).exists():
-        return
-    for name, shard in _weight_map(directory / INDEX_FILE).items():
-        if name not in files:
-            raise CheckpointError(
-                f"{directory / shard}: {name!r} is missing, which {INDEX_FILE} says it holds"
-            )

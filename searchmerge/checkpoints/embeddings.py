@@ -26,6 +26,23 @@ def says_untied(config: Mapping[str, Any]) -> bool:
     return any(place.get("tie_word_embeddings") is False for place in places)
 
 
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says that output and input embeddings differ.
+
+    An encoder-decoder's says the same of the embeddings of its halves, and how outputs are
+    scaled: it stays, as transformers ties no tensors that are both stored and differ.
+    """
+    if config.get("is_encoder_decoder"):
+        return dict(config)
+    key = "tie_word_embeddings"
+    parts = {
+        name: {**part, key: False}
+        for name, part in config.items()
+        if isinstance(part, dict) and key in part
+    }
+    return {**config, **parts, key: False}
+
+
 def aliases(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """Return, by names alone, which tensors are another name of an embedding.
 

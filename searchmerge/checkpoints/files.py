@@ -29,6 +29,10 @@ COMPANIONS = (
     "*.tiktoken",
     "*.jinja",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
     "*processor_config.json",
     "*.py",
     "LICENSE*",
@@ -83,6 +87,7 @@ LABELS = Kind(
     "an object of texts by whole numbers",
     lambda v: isinstance(v, dict) and all(k.isdecimal() and _is_text(v[k]) for k in v),
 )
+FILE = Kind("the name of a file in this folder", lambda v: _is_inside(v))
 FILES = Kind(
     "an object of names of files in this folder",
     lambda v: isinstance(v, dict) and all(map(_is_inside, v.values())),
@@ -90,6 +95,7 @@ FILES = Kind(
 
 CONFIG_KEYS = {
     "model_type": TEXT,
+    "transformers_weights": FILE,
     "architectures": TEXTS,
     "id2label": LABELS,
     "num_labels": COUNT,

@@ -1,13 +1,17 @@
 """Models of the Hugging Face hub, fetched into its own cache."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from searchmerge.checkpoints.companions import module_folders
 from searchmerge.checkpoints.files import COMPANIONS
 from searchmerge.errors import CheckpointError
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-_DUPLICATES = ("consolidated*", "original/*", "onnx/*", "openvino/*")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*adapter_config.json")
+_TORCH_WEIGHTS = ("*.bin", "*.bin.index.json")
+"""Fetched only where there are no others."""
+_DUPLICATES = ("consolidated*", "original/*", "onnx/*", "openvino/*", "training_args.bin")
 """The same weights once more, in formats that are not read here."""
 
 
@@ -45,10 +49,23 @@ def fetch(source: str, revision: str | None) -> Path:
         XetDownloadError,
     )
     wanted = [*COMPANIONS, *_WEIGHTS]
-    try:
-        directory = snapshot_download(
-            source, revision=revision, allow_patterns=wanted, ignore_patterns=list(_DUPLICATES)
+
+    def download(patterns: Sequence[str]) -> Path:
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_DUPLICATES),
+            )
         )
+
+    try:
+        directory = download(wanted)
+        if not any(directory.rglob("*.safetensors")):
+            directory = download([*wanted, *_TORCH_WEIGHTS])
+        if folders := module_folders(directory):
+            directory = download([f"{folder}/*" for folder in folders])
     except failures as error:
         at = f" at revision {revision!r}" if revision else ""
         reason = " ".join(str(error).split())
@@ -56,4 +73,4 @@ def fetch(source: str, revision: str | None) -> Path:
             f"{source!r}{at} is no local directory, and could not be fetched from the "
             f"Hugging Face hub: {reason}"
         ) from error
-    return Path(directory)
+    return directory

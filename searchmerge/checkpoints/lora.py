@@ -1,8 +1,6 @@
 """LoRA adapters: added to their base once, exactly, and kept as the tensors that they change.
 
-The update of a weight is ``scaling * B @ A`` (Hu et al., 2021, arXiv:2106.09685), with a scaling
-of ``alpha / r``, or ``alpha / sqrt(r)`` where the adapter is rank-stabilised (Kalajdzievski, 2023,
-arXiv:2312.03732). Files and configuration are those of the PEFT library.
+Files and configuration are those of the PEFT library.
 """
 
 import hashlib
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from searchmerge.checkpoints.embeddings import is_vocabulary
 from searchmerge.checkpoints.files import (
     COUNT,
     MODEL_FILE,
@@ -30,7 +29,8 @@ from searchmerge.checkpoints.files import (
     read_json,
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
-from searchmerge.checkpoints.renames import resident_names
+from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
+from searchmerge.checkpoints.renames import resident_names, transposed_weights
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
     TensorFileWriter,
@@ -43,27 +43,30 @@ from searchmerge.errors import CheckpointError
 _logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""In the order in which PEFT looks for them."""
 _CONTENT_FILE = "content.json"  # beside a cached adapter: its fingerprint
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
-_SUPPORTED = "supported are LoRA adapters of linear and embedding layers, without bias or DoRA"
+_PARTS = {
+    "magnitude": re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(\.weight)?$"),
+    "addend": re.compile(r"^(?P<module>.+)\.lora_B\.bias$"),
+    "rows": re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$"),
+}
+"""What an adapter may hold of a module beside its two factors."""
+_SUPPORTED = "supported are LoRA and DoRA adapters of linear and embedding layers"
 _NEEDED = {
-    "use_dora": (False,),
-    "bias": ("none",),
-    "lora_bias": (False,),
     "use_qalora": (False,),
     "use_bdlora": (False,),
     "layer_replication": ([],),
     "target_parameters": ([],),
-    "trainable_token_indices": ([], {}),
     "alora_invocation_tokens": ([],),
     "kasa_config": ({},),
     "monteclora_config": ({},),
     "velora_config": ({},),
     "arrow_config": ({},),
 }
-"""Settings under which an adapter is more, or something else, than ``scaling * B @ A``."""
+"""Settings under which an adapter is something else."""
 _KEYS = {
     "peft_type": TEXT,
     "r": COUNT,
@@ -71,9 +74,11 @@ _KEYS = {
     "rank_pattern": NUMBERS,
     "alpha_pattern": NUMBERS,
     "use_rslora": SWITCH,
+    "use_dora": SWITCH,
+    "lora_bias": SWITCH,
     "fan_in_fan_out": SWITCH,
 }
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "orthogonal", "mica")
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
 
 
@@ -81,36 +86,19 @@ _Find = Callable[[str], str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Update:
-    """How one tensor of the base is changed.
-
-    Attributes:
-        factors: Names of A ``(r, n_in)`` and B ``(n_out, r)`` in the adapter's file; ``None``
-            where the tensor is only replaced.
-        replacement: Name of the tensor that takes the place of the base's, before the factors
-            are added; ``None`` where the base's own stays.
-        scaling: What ``B @ A`` is multiplied by.
-        transposed: Whether the base stores this weight as ``(n_in, n_out)``.
-    """
-
-    factors: tuple[str, str] | None = None
-    replacement: str | None = None
-    scaling: float = 1.0
-    transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter that fits its base, read by its headers alone.
 
     Attributes:
-        file: Its safetensors file.
+        file: Its file of weights.
+        base_name: The model that it says it was trained on, as whoever trained it wrote it.
         updates: What it does to each tensor that it changes, by the name in the base.
         headers: What these tensors become.
     """
 
     file: Path
-    updates: Mapping[str, _Update]
+    base_name: str
+    updates: Mapping[str, Update]
     headers: Mapping[str, TensorHeader]
 
     def fingerprint(self, base_fingerprint: str, cache_dir: Path) -> str:
@@ -125,13 +113,27 @@ class Adapter:
         return hashlib.sha256(identity.encode()).hexdigest()
 
 
+def touches_embeddings(directory: Path) -> bool:
+    """Return whether an adapter has layers of its own in place of input or output embeddings.
+
+    Trainable tokens are none: PEFT keeps those of tied embeddings together.
+    """
+    plain = (
+        key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        for key in read_headers(_adapter_file(directory))
+        if "trainable_tokens" not in key
+    )
+    matches = ((name, _FACTOR.match(name)) for name in plain)
+    return any(is_vocabulary(f"{m['module']}.weight" if m else name) for name, m in matches)
+
+
 def read_adapter(
     directory: Path, base_headers: Mapping[str, TensorHeader], base_dir: Path
 ) -> Adapter:
     """Return what an adapter does to its base; no tensor is read.
 
     Args:
-        directory: The adapter: its configuration and safetensors file.
+        directory: The adapter: its configuration and file of weights.
         base_headers: Dtype and shape of the base's tensors, by their names in its checkpoint.
         base_dir: Where transformers can load the base from; it is asked for names that the
             checkpoint does not have.
@@ -146,9 +148,12 @@ def read_adapter(
     headers = read_headers(file)
     find = _finder(headers, base_headers, base_dir)
     updates = _plan(file, config, headers, find)
-    updates = _orient(file, config, updates, headers, base_headers)
+    updates = _orient(file, updates, headers, base_headers, _Conv1D(config, base_dir))
+    for name, update in updates.items():
+        _check_parts(file, name, update, headers, base_headers)
     results = {name: _header(name, updates[name], headers, base_headers) for name in updates}
-    return Adapter(file, updates, results)
+    base_name = str(config.get("base_model_name_or_path") or "")
+    return Adapter(file, base_name, updates, results)
 
 
 def materialise(
@@ -160,9 +165,9 @@ def materialise(
 ) -> Path:
     """Add an adapter to its base and return the file with the tensors that it changes.
 
-    Each is exactly ``base.float() + scaling * B @ A``, computed and stored in float32; modules
-    that were trained whole are stored as they are. The file is made once for this base and
-    adapter: two processes that ask for it at once make it once.
+    What factors change is computed and stored in float32 (:func:`updated`); modules that were
+    trained whole are stored as they are. The file is made once for this base and adapter: two
+    processes that ask for it at once make it once.
 
     Args:
         adapter: What :func:`read_adapter` returned.
@@ -217,20 +222,20 @@ def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
         found = config.get(key)
         if found is not None and found not in allowed:
             raise CheckpointError(f"{file}: {key} is {found!r}; {_SUPPORTED}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE) and start not in REPEATABLE_STARTS:
         raise CheckpointError(
-            f"{file}: init_lora_weights is {start!r}, so the adapter belongs to a changed base; "
-            "convert it to a plain LoRA when saving it with PEFT"
+            f"{file}: init_lora_weights is {start!r}, so the adapter belongs to a base that its "
+            "training has changed, in a way that cannot be repeated; convert it to a plain LoRA "
+            "when saving it with PEFT (path_initial_model_for_weight_conversion)"
         )
 
 
 def _adapter_file(directory: Path) -> Path:
-    if (file := directory / _ADAPTER_FILE).exists():
-        return file
-    if (old := directory / "adapter_model.bin").exists():
-        raise CheckpointError(f"{old}: convert the adapter to {_ADAPTER_FILE}")
-    raise CheckpointError(f"{file}: no such file")
+    for name in _ADAPTER_FILES:
+        if (file := directory / name).exists():
+            return file
+    raise CheckpointError(f"{directory}: has no {' or '.join(_ADAPTER_FILES)}")
 
 
 def _plan(
@@ -238,50 +243,90 @@ def _plan(
     config: Mapping[str, Any],
     headers: Mapping[str, TensorHeader],
     find: _Find,
-) -> dict[str, _Update]:
+) -> dict[str, Update]:
     """Return, by name in the base, what the adapter does to each tensor it changes."""
-    updates: dict[str, _Update] = {}
-    factors: dict[str, dict[str, str]] = {}
+    if not headers:
+        raise CheckpointError(f"{file}: holds no tensor")
+    updates: dict[str, Update] = {}
+    modules: dict[str, dict[str, str]] = {}
     for key in headers:
-        name = key.removeprefix(_PREFIX)
-        if match := _FACTOR.match(name):
-            factors.setdefault(match["module"], {})[match["side"]] = key
+        name = _plain(key)
+        if (part := _part(name)) is not None:
+            modules.setdefault(part[0], {})[part[1]] = key
         elif ".lora_" in name or "trainable_tokens" in name:
             raise CheckpointError(f"{file}: {key!r} is not understood; {_SUPPORTED}")
         else:
-            plain = name.replace(".base_layer.", ".")
-            updates[find(plain) or plain] = _Update(replacement=key)
-    if not headers:
-        raise CheckpointError(f"{file}: holds no tensor")
-    for module, sides in factors.items():
-        name, update = _low_rank(file, config, module, sides, find)
-        earlier = updates.get(name, _Update())
-        updates[name] = replace(update, replacement=earlier.replacement)
+            updates[find(name) or name] = Update(replacement=key)
+    for module, parts in modules.items():
+        for suffix, update in _of_module(file, config, module, parts).items():
+            changed = find(f"{module}.{suffix}")
+            if changed is None:
+                raise CheckpointError(
+                    f"{file}: changes {module + '.' + suffix!r}, which the base does not have"
+                )
+            earlier = updates.get(changed, Update())
+            updates[changed] = replace(update, replacement=earlier.replacement)
     return updates
 
 
-def _low_rank(
-    file: Path,
-    config: Mapping[str, Any],
-    module: str,
-    sides: Mapping[str, str],
-    find: _Find,
-) -> tuple[str, _Update]:
-    """Return the base's name of a module's weight, and its update, shapes not yet checked."""
-    module = module.replace(".base_layer", "")
-    name = find(f"{module}.weight")
-    if name is None:
+def _plain(key: str) -> str:
+    """Return the name of a tensor as it is without PEFT's layers around the model's."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _part(name: str) -> tuple[str, str] | None:
+    """Return the module that a tensor of an adapter belongs to, and what it is of it."""
+    if match := _FACTOR.match(name):
+        return match["module"], match["side"]
+    for part, pattern in _PARTS.items():
+        if found := pattern.match(name):
+            return found["module"], part
+    return None
+
+
+def _of_module(
+    file: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, str]
+) -> dict[str, Update]:
+    """Return what is done to the weight and the bias of a module, shapes not yet checked."""
+    if "rows" in parts:
+        tokens = _tokens(file, config, module)
+        return {"weight": Update(rows=parts["rows"], tokens=tokens)}
+    if missing := sorted({"A", "B"} - parts.keys()):
+        raise CheckpointError(f"{file}: lora_{missing[0]} of {module!r} is missing")
+    if bool(config.get("use_dora")) != ("magnitude" in parts):
+        there = "holds a" if "magnitude" in parts else "has no"
         raise CheckpointError(
-            f"{file}: changes {module + '.weight'!r}, which the base does not have"
+            f"{file}: {there} lora_magnitude_vector of {module!r}; use_dora is "
+            f"{config.get('use_dora')!r} in {ADAPTER_CONFIG}"
         )
-    if missing := {"A", "B"} - sides.keys():
-        raise CheckpointError(f"{file}: lora_{missing.pop()} of {module!r} is missing")
     rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if not rank or alpha is None:
         raise CheckpointError(f"{file.parent / ADAPTER_CONFIG}: r or lora_alpha is missing")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return name, _Update(factors=(sides["A"], sides["B"]), scaling=scaling)
+    start = str(config.get("init_lora_weights")).lower()
+    weight = Update(
+        factors=(parts["A"], parts["B"]),
+        scaling=scaling,
+        magnitude=parts.get("magnitude"),
+        start=start if start in REPEATABLE_STARTS else None,
+        rank=rank,
+    )
+    if "addend" not in parts:
+        return {"weight": weight}
+    return {"weight": weight, "bias": Update(addend=parts["addend"], scaling=scaling)}
+
+
+def _tokens(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    """Return the tokens whose rows of a module's weight were trained."""
+    said = config.get("trainable_token_indices")
+    tokens = _pattern(said, module, None) if isinstance(said, Mapping) else said
+    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+        raise CheckpointError(
+            f"{file.parent / ADAPTER_CONFIG}: trainable_token_indices does not name the tokens of "
+            f"{module!r}, whose rows the adapter holds"
+        )
+    return tuple(tokens)
 
 
 def _finder(
@@ -291,8 +336,8 @@ def _finder(
 
     Transformers is asked for other names only where an adapter needs them.
     """
-    plain = (key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in headers)
-    wanted = {f"{match['module']}.weight" for key in plain if (match := _FACTOR.match(key))}
+    parts = (_part(_plain(key)) for key in headers)
+    wanted = {f"{part[0]}.weight" for part in parts if part is not None}
     renames: Mapping[str, str] = {}
     if any(_find(name, base) is None for name in wanted):
         known = resident_names(base_dir)
@@ -318,7 +363,7 @@ def _find(name: str, base: Mapping[str, Any]) -> str | None:
     return longer[0] if len(longer) == 1 else None
 
 
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: Any) -> Any:
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first pattern that ends the module's name, as PEFT matches it."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -326,57 +371,103 @@ def _pattern(patterns: Mapping[str, float] | None, module: str, default: Any) ->
     return default
 
 
+@dataclass(frozen=True)
+class _Conv1D:
+    """Which weights of a base are stored as ``(n_in, n_out)``, where no shape tells."""
+
+    config: Mapping[str, Any]
+    base_dir: Path
+
+    def holds(self, name: str) -> bool:
+        """Return what the model says; where it cannot be made, what the adapter says."""
+        transposed = transposed_weights(self.base_dir)
+        if transposed is None:
+            return bool(self.config.get("fan_in_fan_out"))
+        return _find(name, dict.fromkeys(transposed)) is not None
+
+
 def _orient(
     file: Path,
-    config: Mapping[str, Any],
-    updates: Mapping[str, _Update],
+    updates: Mapping[str, Update],
     headers: Mapping[str, TensorHeader],
     base: Mapping[str, TensorHeader],
-) -> dict[str, _Update]:
+    conv1d: _Conv1D,
+) -> dict[str, Update]:
     """Settle which weights are stored transposed, and refuse those that do not fit.
 
-    A shape that is not square answers for itself. A square one is as the configuration says, or
-    as the other weights are: PEFT writes one setting for layers of both kinds.
+    A shape that is not square answers for itself. A square one is as the other weights are;
+    where there are none, the model is asked: PEFT may write one setting for layers of both kinds.
     """
-    shapes = {name: _shapes(file, name, update, headers, base) for name, update in updates.items()}
-    any_transposed = bool(config.get("fan_in_fan_out")) or any(
-        found != made and found == made[::-1] and not _is_embedding(updates[name])
+    shapes = {
+        name: _shapes(file, name, update, headers, base)
+        for name, update in updates.items()
+        if update.factors
+    }
+    others = [
+        found != made
         for name, (found, made) in shapes.items()
-        if made
-    )
-    oriented = {}
+        if len(set(made)) > 1 and not _is_embedding(updates[name])
+    ]
+    oriented = dict(updates)
     for name, (found, made) in shapes.items():
-        update = updates[name]
-        if update.factors is None:
-            oriented[name] = update
-            continue
-        square = len(set(made)) == 1
-        flip = (_is_embedding(update) or any_transposed) if square else found != made
+        if _is_embedding(updates[name]):
+            flip = True
+        elif len(set(made)) > 1:
+            flip = found != made
+        else:
+            flip = any(others) if others else conv1d.holds(name)
         if found != (made[::-1] if flip else made):
             raise CheckpointError(
                 f"{file}: the update of {name!r} has shape {list(made)}; "
                 f"the base's tensor has shape {list(found)}"
             )
-        oriented[name] = replace(update, transposed=flip)
+        if flip and updates[name].start == "olora":
+            raise CheckpointError(f"{file}: olora of {name!r}, which is stored transposed")
+        oriented[name] = replace(updates[name], transposed=flip)
     return oriented
 
 
-def _is_embedding(update: _Update) -> bool:
+def _check_parts(
+    file: Path,
+    name: str,
+    update: Update,
+    headers: Mapping[str, TensorHeader],
+    base: Mapping[str, TensorHeader],
+) -> None:
+    """Refuse magnitudes, biases and rows that do not fit the base's tensor."""
+    if not (update.magnitude or update.addend or update.rows):
+        return
+    found = (headers[update.replacement] if update.replacement else base[name]).shape
+    if update.rows:
+        outside = [token for token in update.tokens if not 0 <= token < found[0]]
+        if outside:
+            raise CheckpointError(
+                f"{file}: trains token {outside[0]} of {name!r}, which has {found[0]} rows"
+            )
+    key = str(update.magnitude or update.addend or update.rows)
+    n_out = found[-1] if update.transposed else found[0]
+    needed = (len(update.tokens), *found[1:]) if update.rows else (n_out,)
+    if headers[key].shape != needed:
+        raise CheckpointError(
+            f"{file}: {key!r} has shape {list(headers[key].shape)}; {list(needed)} is needed for "
+            f"{name!r}"
+        )
+
+
+def _is_embedding(update: Update) -> bool:
     return update.factors is not None and ".lora_embedding_" in update.factors[0]
 
 
 def _shapes(
     file: Path,
     name: str,
-    update: _Update,
+    update: Update,
     headers: Mapping[str, TensorHeader],
     base: Mapping[str, TensorHeader],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of the tensor that is changed, and of ``B @ A``; () where only replaced."""
+    """Return the shape of the tensor that is changed, and of ``B @ A``."""
     found = (headers[update.replacement] if update.replacement else base[name]).shape
-    if update.factors is None:
-        return found, ()
-    first, second = (headers[key].shape for key in update.factors)
+    first, second = (headers[key].shape for key in update.factors or ())
     if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
         raise CheckpointError(
             f"{file}: lora_A and lora_B of {name!r} have shapes {list(first)} and "
@@ -387,12 +478,14 @@ def _shapes(
 
 def _header(
     name: str,
-    update: _Update,
+    update: Update,
     headers: Mapping[str, TensorHeader],
     base: Mapping[str, TensorHeader],
 ) -> TensorHeader:
     start = headers[update.replacement] if update.replacement else base[name]
-    return start if update.factors is None else replace(start, dtype=torch.float32)
+    if update.rows:
+        return replace(start, dtype=torch.promote_types(start.dtype, headers[update.rows].dtype))
+    return replace(start, dtype=torch.float32) if update.factors or update.addend else start
 
 
 def _write(
@@ -412,7 +505,7 @@ def _write(
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the changed tensors, one at a time: float32 where factors are added.
+    """Yield the changed tensors, one at a time.
 
     A tensor holds its values until the next one is asked for: all are computed in one buffer.
     """
@@ -422,10 +515,4 @@ def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str
     buffer = torch.empty(max(sizes, default=0))
     for name, update in adapter.updates.items():
         start = own[update.replacement] if update.replacement else base[name]
-        if update.factors is None:
-            yield name, start
-            continue
-        first, second = (own[key].float() for key in update.factors)
-        product = buffer[: start.numel()].view(len(second), -1)  # (n_out, n_in)
-        torch.mm(second, first, out=product).mul_(update.scaling)
-        yield name, (product.T if update.transposed else product).add_(start)
+        yield name, updated(update, start, own, buffer)

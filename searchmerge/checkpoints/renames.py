@@ -1,12 +1,13 @@
 """What one tensor is called in different places: a checkpoint, another, a loaded model."""
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import device, nn
 
-from searchmerge.checkpoints.files import library_errors
+from searchmerge.checkpoints.files import CONFIG_FILE, library_errors
 from searchmerge.errors import CheckpointError
 
 
@@ -15,20 +16,36 @@ def aligned(names: Collection[str], reference: Collection[str]) -> dict[str, str
 
     An encoder saved alone has ``embeddings.weight`` where the same encoder under a classifier
     has ``bert.embeddings.weight``. One prefix is found for all names, that which makes most of
-    them names of the reference; a name that it does not make one stays as it is.
+    them names of the reference; a name that it does not make one stays as it is. What older
+    versions of transformers called otherwise is known under both of its names.
     """
-    known = set(reference)
-    prefixes = {name.partition(".")[0] + "." for name in (*names, *reference)}
+    if set(reference).issuperset(names):
+        return {name: name for name in names}
+    modern = _modern({*names, *reference})
+    known = {modern[name]: name for name in reference}
+    given = {modern[name]: name for name in names}
+    prefixes = {name.partition(".")[0] + "." for name in (*given, *known)}
     candidates = [
-        {name: name for name in names},
-        *({name: name.removeprefix(prefix) for name in names} for prefix in sorted(prefixes)),
-        *({name: prefix + name for name in names} for prefix in sorted(prefixes)),
+        {name: name for name in given},
+        *({name: name.removeprefix(prefix) for name in given} for prefix in sorted(prefixes)),
+        *({name: prefix + name for name in given} for prefix in sorted(prefixes)),
     ]
-    best = max(candidates, key=lambda renamed: len(known.intersection(renamed.values())))
-    return {
-        name: new if new in known and (new == name or new not in names) else name
+    best = max(candidates, key=lambda renamed: len(known.keys() & renamed.values()))
+    found = {
+        given[name]: known[new]
         for name, new in best.items()
+        if new in known and (new == name or new not in given)
     }
+    return {name: found.get(name, name) for name in names}
+
+
+def _modern(names: Collection[str]) -> dict[str, str]:
+    """Return each name as transformers has it today, e.g. a norm's ``gamma`` as ``weight``."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import apply_renamings
+
+    legacy = get_checkpoint_conversion_mapping("legacy")
+    return {name: apply_renamings(name, legacy) for name in names}
 
 
 def head_names(
@@ -56,7 +73,7 @@ def head_names(
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
         with device("meta"):
             model: nn.Module = loader.from_config(config)
-    names = _stored_names(model)
+    names = stored_names(model)
     as_stored = aligned(list(names.values()), stored)
     missing = {
         as_stored[name]: resident
@@ -66,7 +83,7 @@ def head_names(
     return missing, type(model).__name__
 
 
-def _stored_names(model: nn.Module) -> Mapping[str, str]:
+def stored_names(model: nn.Module) -> Mapping[str, str]:
     """Return checkpoint names by resident names, of tensors that have one of their own."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -89,15 +106,102 @@ def resident_names(model_dir: Path) -> dict[str, str]:
     Returns:
         Empty where transformers cannot tell: unknown architectures, code outside transformers.
     """
+    model = without_data(model_dir)
+    return {} if model is None else dict(stored_names(model))
+
+
+def tied_names(
+    model_dir: Path, stored: Collection[str], auto_class: str | None = None
+) -> dict[str, str]:
+    """Return the matrices that a model has under further names, each with the one that is used.
+
+    Args:
+        model_dir: A directory that transformers can load.
+        stored: The names of the tensors that the checkpoint has.
+        auto_class: The class that the model is loaded as; ``None`` is that which its
+            configuration names.
+
+    Returns:
+        Names as in the checkpoint. Of those that are one, that is used which is stored.
+    """
+    model = without_data(model_dir, auto_class)
+    resident: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    if model is None or not resident:
+        return {}
+    shapes = {name: tensor.ndim for name, tensor in model.state_dict().items()}
+    names = stored_names(model)
+    as_stored = aligned(list(names.values()), stored)
+    groups: dict[str, list[str]] = {}
+    for alias, used in resident.items():
+        if shapes[alias] == 2 and alias in names and used in names:
+            group = groups.setdefault(used, [as_stored[names[used]]])
+            group.append(as_stored[names[alias]])
+    found: dict[str, str] = {}
+    for group in groups.values():
+        used = next((name for name in group if name in stored), group[0])
+        found.update((name, used) for name in group if name != used)
+    return found
+
+
+def transposed_weights(model_dir: Path) -> set[str] | None:
+    """Return the weights that a model stores as ``(n_in, n_out)``, by their resident names.
+
+    Args:
+        model_dir: A directory that transformers can load.
+
+    Returns:
+        ``None`` where transformers cannot tell: unknown architectures, code outside transformers.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    model = without_data(model_dir)
+    if model is None:
+        return None
+    modules: Mapping[str, nn.Module] = dict(model.named_modules())
+    return {f"{name}.weight" for name, module in modules.items() if isinstance(module, Conv1D)}
+
+
+def without_data(
+    model_dir: Path,
+    auto_class: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Return a model on the device ``meta``; ``None`` where transformers cannot make it.
+
+    Args:
+        model_dir: A directory that transformers can load.
+        auto_class: The class of transformers; ``None`` is that which the configuration names.
+        trust_remote_code: Whether Python files of the model may run.
+    """
+    stamp = (model_dir / CONFIG_FILE).stat().st_mtime_ns if model_dir.is_dir() else 0
+    return _make_without_data(model_dir, auto_class, trust_remote_code, stamp)
+
+
+@lru_cache(maxsize=8)
+def _make_without_data(
+    model_dir: Path,
+    auto_class: str | None,
+    trust_remote_code: bool,  # noqa: FBT001
+    stamp: int,  # the same folder may come to hold another model
+) -> Any:
+    """Make the model; see :func:`without_data`."""
     import transformers
 
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError):
-        return {}
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    if architecture is None:
-        return {}
-    with device("meta"):
-        model = architecture(config)
-    return dict(_stored_names(model))
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, **trust)
+        name = auto_class or (config.architectures or [""])[0]
+        loader = getattr(transformers, name, None)
+        if loader is None:
+            return None
+        with device("meta"):
+            is_auto = hasattr(loader, "from_config")
+            return loader.from_config(config, **trust) if is_auto else loader(config)
+    except (OSError, ValueError, ImportError):
+        return None
+    except Exception as error:  # odd values lead transformers to errors of any kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{model_dir / CONFIG_FILE}: no model can be made of it: {reason}"
+        ) from error

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.files import library_errors
 from searchmerge.checkpoints.lora import Adapter
+from searchmerge.checkpoints.renames import aligned, stored_names
 from searchmerge.errors import CheckpointError
 
 
@@ -48,9 +49,11 @@ def load_resident(
             "label2id": {label: i for i, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,  # the base's own head may have other classes
         }
-    with _quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
+    with quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
         model, found = loader.from_pretrained(checkpoint.path, output_loading_info=True, **options)
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
+    twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
+    _untie(model, checkpoint, twins)
     resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
     if dtype == torch.float16:
         _check_range(checkpoint, resident)
@@ -146,11 +149,33 @@ def _check_aliasing(
         )
 
 
+def _untie(model: Any, checkpoint: Checkpoint, twins: Mapping[str, str]) -> None:
+    """Give the model tensors of their own under names that the checkpoint holds apart."""
+    if not twins:
+        return
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = stored_names(model)
+    as_stored = aligned(list(stored.values()), checkpoint.headers)
+    names = {as_stored[name]: resident for resident, name in stored.items()}
+    for twin in twins:
+        resident = names[twin]
+        module, _, attribute = resident.rpartition(".")
+        shared = model.get_parameter(resident)
+        setattr(model.get_submodule(module), attribute, nn.Parameter(shared.detach().clone()))
+        tied.pop(resident, None)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        model.config.tie_word_embeddings = False
+
+
 def _check_loaded(
     checkpoint: Checkpoint, model: nn.Module, missing: set[str], auto_class: str
 ) -> None:
+    """Refuse a model that lacks a weight of its own; a head for a task may be an expert's."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    inner = sorted(name for name in missing if name.startswith(prefix))
+    find = getattr(model, "get_output_embeddings", None)
+    output = getattr(find(), "weight", None) if find is not None else None
+    needed = {name for name, weight in model.named_parameters() if weight is output}
+    inner = sorted(name for name in missing if name.startswith(prefix) or name in needed)
     if inner:
         raise CheckpointError(
             f"{checkpoint.name}: has no weights for {inner[0]!r} of {type(model).__name__} "
@@ -177,7 +202,7 @@ def _write_over(adapter: Adapter, weights: Mapping[str, Tensor], model: nn.Modul
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from reporting on the terminal what it loads."""
     from transformers.utils import logging
 

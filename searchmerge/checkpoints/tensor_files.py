@@ -1,9 +1,9 @@
-"""Safetensors files: headers without data, tensors without copies, writing one at a time."""
+"""Files of weights: headers without data, tensors without copies, writing one at a time."""
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from searchmerge.checkpoints.torch_files import is_torch_file, load_torch_file
 from searchmerge.errors import CheckpointError
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -54,14 +55,19 @@ class TensorHeader:
 
 
 def read_headers(file: Path) -> dict[str, TensorHeader]:
-    """Return the header of every tensor of a safetensors file, in the order of their data.
+    """Return the header of every tensor of a file, in the order of their data.
 
-    Only the start of the file is read, and nothing is mapped, so a file larger than the memory
-    can be looked at.
+    Only the start of a safetensors file is read, and nothing is mapped, so a file larger than
+    the memory can be looked at. Of a file of PyTorch no data is read.
 
     Raises:
-        CheckpointError: If the file is missing, truncated, or not a safetensors file.
+        CheckpointError: If the file is missing, truncated, or of no such format.
     """
+    if is_torch_file(file):
+        return {
+            name: TensorHeader(_stored_dtype(file, name, tensor), tuple(tensor.shape))
+            for name, tensor in load_torch_file(file, device="meta").items()
+        }
     try:
         with file.open("rb") as opened:
             start = opened.read(8)
@@ -100,7 +106,7 @@ class MappedTensors(Mapping[str, Tensor]):
     ) -> None:
         self._files = files
         self._renamed = renamed or {}
-        self._handles: dict[Path, Any] = {}
+        self._handles: dict[Path, Callable[[str], Tensor]] = {}
         self._tensors: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -108,10 +114,7 @@ class MappedTensors(Mapping[str, Tensor]):
             file = self._files[name]
             if file not in self._handles:
                 self._handles[file] = _open(file)
-            try:
-                self._tensors[name] = self._handles[file].get_tensor(self._renamed.get(name, name))
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
+            self._tensors[name] = self._handles[file](self._renamed.get(name, name))
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -222,13 +225,31 @@ def _header(file: Path, name: str, entry: Mapping[str, Any]) -> TensorHeader:
     return TensorHeader(_DTYPES[code], tuple(int(length) for length in entry["shape"]))
 
 
-def _open(file: Path) -> Any:
+def _stored_dtype(file: Path, name: str, tensor: Tensor) -> torch.dtype:
+    if tensor.dtype not in _CODES:
+        known = ", ".join(str(dtype) for dtype in _CODES)
+        raise CheckpointError(f"{file}: {name!r} is stored as {tensor.dtype} (known: {known})")
+    return tensor.dtype
+
+
+def _open(file: Path) -> Callable[[str], Tensor]:
+    """Map a file and return the function that gives a tensor of it."""
+    if is_torch_file(file):
+        return load_torch_file(file).__getitem__
     try:
-        return safe_open(file, framework="pt")
+        opened: Any = safe_open(file, framework="pt")
     except OSError as error:
         raise CheckpointError(f"{file}: {_system_error(error)}") from error
     except (SafetensorError, RuntimeError) as error:  # RuntimeError: it cannot be mapped
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
+
+    def tensor(name: str) -> Tensor:
+        try:
+            return opened.get_tensor(name)  # type: ignore[no-any-return]
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
+
+    return tensor
 
 
 def _system_error(error: OSError) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, tied
+from searchmerge.checkpoints.companions import companions
 from searchmerge.checkpoints.files import (
-    COMPANIONS,
     CONFIG_FILE,
     INDEX_FILE,
     MODEL_FILE,
@@ -28,8 +29,6 @@ from searchmerge.errors import CheckpointError
 
 PLAN_FILE = "merge_plan.yaml"
 """The file by which a model that was saved here is known; nothing else is ever replaced."""
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def save_model(
@@ -45,7 +44,8 @@ def save_model(
 
     What is not in ``weights`` is taken from ``like``: tensors that are not floating, buffers,
     whatever was not merged. An embedding that ``like`` stores under two names is written under
-    both. Configuration, tokenizer, chat template and code are copied.
+    both. Configuration, tokenizer, chat template, code and the modules of a sentence encoder are
+    copied.
 
     Args:
         weights: Names in the checkpoint and tensors, in any order, one at a time; any device.
@@ -70,7 +70,7 @@ def save_model(
     ):
         check_free_space(directory, headers, out)
         _write_weights(weights, directory, headers, like, max_shard_bytes)
-        _copy_companions(like.path, directory, dtype)
+        _copy_companions(like, directory, dtype)
         for name, content in (extra_files or {}).items():
             file = directory / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -217,15 +217,17 @@ def _write_index(
     write_text(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def _copy_companions(source: Path, directory: Path, dtype: torch.dtype | None) -> None:
-    """Copy what belongs to a model besides its weights; its configuration says the new dtype."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES:
-                _copy(file, directory / file.name)
+def _copy_companions(like: Checkpoint, directory: Path, dtype: torch.dtype | None) -> None:
+    """Copy what belongs to a model besides its weights; its configuration says what changed."""
+    for file in companions(like.path):
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        _copy(like.path / file, directory / file)
+        sync_directory((directory / file).parent)
+    stored = read_json(like.path / CONFIG_FILE)
+    config = deepcopy(dict(like.config))
     if dtype is not None:
-        config = read_json(source / CONFIG_FILE)
         _set_dtype(config, str(dtype).removeprefix("torch."))
+    if config != stored:
         write_text(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 

@@ -243,7 +243,22 @@ def _find_targets(
             _check_target(each, target, vectors.base[name])
             own.setdefault((target.device, target.data_ptr(), target.stride()), target)
         found[name] = tuple(own.values())
+    _check_apart(found)
     return found
+
+
+def _check_apart(targets: Mapping[str, tuple[Tensor, ...]]) -> None:
+    """Refuse a resident model that ties what an expert has apart."""
+    seen: dict[object, str] = {}
+    for name, own in targets.items():
+        for target in own:
+            place = (target.device, target.data_ptr(), target.stride())
+            other = seen.setdefault(place, name)
+            if other != name and target.numel():
+                raise SpecError(
+                    f"merger: the resident model ties {name!r} to {other!r}, which an expert "
+                    "has apart; untie it"
+                )
 
 
 def _check_target(name: str, target: Tensor, base: Tensor) -> None:
@@ -271,14 +286,7 @@ def _in_order(plan: MergePlan, loaded: tuple[str, ...]) -> MergePlan:
             f"plan: expert {unknown[0]!r} is not loaded (there are: {', '.join(loaded)})"
         )
     experts = tuple(expert for expert in loaded if expert in plan.experts)
-    if experts == plan.experts:
-        return plan
-    order = [plan.experts.index(expert) for expert in experts]
-    values = {
-        name: tuple(tuple(row[i] for i in order) for row in rows)
-        for name, rows in plan.values.items()
-    }
-    return replace(plan, experts=experts, values=values)
+    return plan if experts == plan.experts else plan.reordered(experts)
 
 
 def _revised(work: Pass, tallies: Iterable[Tensor | None]) -> Pass | None:

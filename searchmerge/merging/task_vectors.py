@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -56,35 +56,38 @@ class TaskVectors:
 
         Args:
             base: The base model's tensors by name. Those that are not floating point stay as
-                they are; those that share all their storage are one parameter.
+                they are.
             experts: Each expert's tensors by name.
             exclude: Regular expressions searched in names; what matches stays the base's.
             vocabulary: Whether tensors that differ in their number of rows alone, as embeddings
                 do where tokens were added, are an error (``same``), or merged in the rows that
                 base and expert share (``base``); a row that an expert lacks has no task vector.
-            tied: Further names that stand for the same parameter, alias to name used.
+            tied: Further names that stand for the same parameter, alias to name used; ``None``
+                is those that share all their storage. One that an expert has apart is a
+                parameter to itself, which other models have from the name used.
 
         Raises:
-            CheckpointError: If an expert lacks a parameter, or has it in another shape, or
-                unties what is tied in the base; or if a tensor holds NaN or inf.
+            CheckpointError: If an expert lacks a parameter, or has it in another shape; or if a
+                tensor holds NaN or inf.
             SpecError: If a pattern of ``exclude`` is no regular expression or matches nothing.
         """
         if not experts:
             raise CheckpointError("there is no expert to merge; give one or more")
-        aliases = _resolve({**_sharing_storage(base), **(tied or {})}, base)
-        excluded = _excluded(exclude, base)
+        further = _resolve(_sharing_storage(base) if tied is None else tied, base)
+        apart = {name for own in experts.values() for name in _held_apart(own, further)}
+        aliases = {name: used for name, used in further.items() if name not in apart}
+        base = {**base, **{name: base[further[name]] for name in sorted(apart - base.keys())}}
+        excluded = _excluded(exclude, [n for own in (base, *experts.values()) for n in own])
         weights = {
             name: tuple(
-                _matching(_find(name, aliases, expert, own), weight, (name, expert, vocabulary))
+                _matching(_find(name, further, expert, own), weight, (name, expert, vocabulary))
                 for expert, own in experts.items()
             )
             for name, weight in base.items()
             if weight.is_floating_point() and name not in excluded and name not in aliases
         }
-        for expert, own in experts.items():
-            _check_tied(expert, own, aliases, excluded)
         heads = {
-            expert: {n: t for n, t in own.items() if n not in base and n not in aliases}
+            expert: {n: own[n] for n in own if n not in base and n not in {*aliases, *excluded}}
             for expert, own in experts.items()
         }
         found = cls(tuple(experts), base, weights, aliases, heads)
@@ -183,22 +186,38 @@ def _resolve(tied: Mapping[str, str], base: Weights) -> dict[str, str]:
     return aliases
 
 
-def _excluded(patterns: Sequence[str], base: Weights) -> set[str]:
+def _held_apart(own: Weights, aliases: Mapping[str, str]) -> list[str]:
+    """Return the further names under which an expert has something else."""
+    return [
+        name
+        for name, used in aliases.items()
+        if name in own and used in own and not _is_same(own[name], own[used])
+    ]
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def _excluded(patterns: Sequence[str], names: Collection[str]) -> set[str]:
     excluded: set[str] = set()
     for pattern in patterns:
         try:
-            found = {name for name in base if re.search(pattern, name)}
+            found = {name for name in names if re.search(pattern, name)}
         except re.error as error:
             raise SpecError(f"exclude: {pattern!r} is no regular expression: {error}") from error
         if not found:
-            raise SpecError(f"exclude: {pattern!r} matches no tensor of the base")
+            raise SpecError(f"exclude: {pattern!r} matches no tensor")
         excluded |= found
     return excluded
 
 
 def _find(name: str, aliases: Mapping[str, str], expert: str, own: Weights) -> Tensor:
     """Return an expert's tensor, which may have it under another of its names."""
-    names: Iterable[str] = (name, *(alias for alias, used in aliases.items() if used == name))
+    used = aliases.get(name, name)
+    names: Iterable[str] = (name, used, *(n for n, other in aliases.items() if other == used))
     for candidate in names:
         if candidate in own:
             return own[candidate]
@@ -235,15 +254,3 @@ def _matching(found: Tensor, weight: Tensor, where: tuple[str, str, str]) -> Ten
         f"{tuple(weight.shape)} in the base; to keep the base's, exclude it"
         + (", or set vocabulary: base" if rows_differ else "")
     )
-
-
-def _check_tied(expert: str, own: Weights, aliases: Mapping[str, str], excluded: set[str]) -> None:
-    for alias, used in aliases.items():
-        one, other = own.get(alias), own.get(used)
-        if one is None or other is None or used in excluded:
-            continue
-        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
-            raise CheckpointError(
-                f"tensors {alias!r} and {used!r} are one in the base, but differ in expert "
-                f"{expert!r}; exclude {used!r} to keep the base's"
-            )

@@ -6,12 +6,12 @@ import json
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import StudyError
-from searchmerge.execution.blocks import Block, BlockScores, Part, Round
+from searchmerge.execution.blocks import Block, BlockKey, BlockScores, BlockValues, Round
 from searchmerge.plan import MergePlan
 
 _SCHEMA = """
@@ -22,10 +22,7 @@ CREATE TABLE IF NOT EXISTS scores (
 );
 """
 
-_MAX_KNOWN = 256  # plans kept in memory; more than there are workers
-
-BlockValues = dict[tuple[str, Part, int], tuple[float, ...]]
-"""Block key to what its examples scored."""
+_MAX_CACHED = 256  # plans kept in memory; more than there are workers
 
 
 class ScoreStore:
@@ -53,7 +50,7 @@ class ScoreStore:
         except StudyError:
             self._connection.close()
             raise
-        self._known: OrderedDict[str, BlockValues] = OrderedDict()
+        self._cached: OrderedDict[str, dict[BlockKey, tuple[float, ...]]] = OrderedDict()
 
     def put(self, plan: MergePlan, scores: Iterable[BlockScores]) -> None:
         """Keep a round's scores, all of them or none.
@@ -61,7 +58,7 @@ class ScoreStore:
         Raises:
             StudyError: If the file cannot be written, e.g. because the disk is full.
         """
-        rows = [
+        entries = [
             _signed(plan.digest, s.block.task, s.block.part, s.block.index, json.dumps(s.values))
             for s in scores
         ]
@@ -72,7 +69,7 @@ class ScoreStore:
                 (plan.digest, json.dumps(plan.to_dict())),
             )
             self._connection.executemany(
-                "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?,?)", rows
+                "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?,?)", entries
             )
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -80,17 +77,17 @@ class ScoreStore:
                 self._connection.execute("ROLLBACK")
             raise StudyError(f"{self._path}: scores cannot be written: {error}") from error
         self._of(plan.digest).update(
-            {(task, part, block): tuple(json.loads(v)) for _, task, part, block, v, _ in rows}
+            {(task, part, block): tuple(json.loads(v)) for _, task, part, block, v, _ in entries}
         )
 
-    def get(self, plan: MergePlan) -> Mapping[tuple[str, Part, int], tuple[float, ...]]:
+    def get(self, plan: MergePlan) -> BlockValues:
         """Return all that is known of ``plan``: block key to its values."""
         return self._of(plan.digest)
 
     def missing(self, plan: MergePlan, rounds: Sequence[Round]) -> tuple[Round, ...]:
         """Return the rounds that still have to be scored, whole, in order."""
-        known = self._of(plan.digest)
-        return tuple(r for r in rounds if any(block.key not in known for block in r))
+        scored = self._of(plan.digest)
+        return tuple(r for r in rounds if any(block.key not in scored for block in r))
 
     def task_values(self, plan: MergePlan, blocks: Sequence[Block]) -> tuple[float, ...]:
         """Return the values of one task's blocks, one after the other.
@@ -98,8 +95,8 @@ class ScoreStore:
         Raises:
             KeyError: If a block was not scored.
         """
-        known = self._of(plan.digest)
-        return tuple(value for block in blocks for value in known[block.key])
+        scored = self._of(plan.digest)
+        return tuple(value for block in blocks for value in scored[block.key])
 
     def flush(self) -> None:
         """Make what was put outlive a power cut, so that no finished trial is without scores.
@@ -120,23 +117,23 @@ class ScoreStore:
         """Close the file."""
         self._connection.close()
 
-    def _of(self, digest: str) -> BlockValues:
-        if digest in self._known:
-            self._known.move_to_end(digest)
-            return self._known[digest]
+    def _of(self, digest: str) -> dict[BlockKey, tuple[float, ...]]:
+        if digest in self._cached:
+            self._cached.move_to_end(digest)
+            return self._cached[digest]
         with self._read_errors():
-            rows = self._connection.execute(
+            entries = self._connection.execute(
                 "SELECT digest, task, part, block, vals, checksum FROM scores WHERE digest = ?",
                 (digest,),
             ).fetchall()
-        self._known[digest] = {row[1:4]: self._values(row) for row in rows}
-        if len(self._known) > _MAX_KNOWN:
-            self._known.popitem(last=False)
-        return self._known[digest]
+        self._cached[digest] = {entry[1:4]: self._values(entry) for entry in entries}
+        if len(self._cached) > _MAX_CACHED:
+            self._cached.popitem(last=False)
+        return self._cached[digest]
 
-    def _values(self, row: tuple[Any, ...]) -> tuple[float, ...]:
-        _, task, part, block, values, _ = row
-        if row != _signed(*row[:5]):
+    def _values(self, entry: tuple[Any, ...]) -> tuple[float, ...]:
+        _, task, part, block, values, _ = entry
+        if entry != _signed(*entry[:5]):
             raise StudyError(
                 f"{self._path}: damaged: the scores of block {block} of task {task!r} ({part}) "
                 "are not as they were written; put back a copy of the file, or begin the study "

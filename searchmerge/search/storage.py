@@ -20,7 +20,7 @@ from searchmerge.errors import SpecError, StudyError
 
 _logger = logging.getLogger(__name__)
 
-STUDY_FILE = "study.db"
+DATABASE_FILE = "study.db"
 _NOTE_FILE = "storage.json"
 _OWNER_FILE = ".owner"
 _OWNER = "owner:"  # begins the user attribute of a run directory that goes on with the study
@@ -34,8 +34,8 @@ _SHOWN_PARAMETERS = (
 """What is shown of a URL's query; any other parameter may be a password in some driver."""
 
 
-def open_storage(run_dir: Path, storage: str | None) -> str | BaseStorage:
-    """Return what Optuna takes as a storage, without changing what is in it.
+def open_storage(run_dir: Path, storage: str | None) -> BaseStorage:
+    """Return the storage, without changing what is in it.
 
     Args:
         run_dir: The study's run directory.
@@ -46,7 +46,7 @@ def open_storage(run_dir: Path, storage: str | None) -> str | BaseStorage:
         StudyError: If the database's driver is not installed, or a journal is damaged.
     """
     if storage is None:
-        return f"sqlite:///{(run_dir / STUDY_FILE).resolve()}"
+        return RDBStorage(f"sqlite:///{(run_dir / DATABASE_FILE).resolve()}")
     if storage.startswith(_JOURNAL):
         path = _journal(run_dir, storage)
         _check_journal(path)
@@ -82,15 +82,15 @@ def prepare_storage(run_dir: Path, storage: str | None) -> None:
         StudyError: If the study was begun with another storage, or a journal's file is something
             else.
     """
-    own = _shown(storage)
+    shown = _shown(storage)
     begun = _noted(run_dir)
-    if begun is not None and begun[0] != own:
+    if begun is not None and begun[0] != shown:
         raise StudyError(
-            f"{run_dir}: the study was begun with storage {begun[0]}, and the config says {own}; "
-            "change it back, or give the study another name or run directory"
+            f"{run_dir}: the study was begun with storage {begun[0]}, and the config says "
+            f"{shown}; change it back, or give the study another name or run directory"
         )
     if storage is None:
-        with contextlib.closing(sqlite3.connect(run_dir / STUDY_FILE)) as connection:
+        with contextlib.closing(sqlite3.connect(run_dir / DATABASE_FILE)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     elif storage.startswith(_JOURNAL):
         _journal(run_dir, storage).parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _owner(run_dir: Path) -> str:
     return owner
 
 
-def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, str | BaseStorage]:
+def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, BaseStorage]:
     """Return the name and the storage of the study that was begun in ``run_dir``.
 
     Args:
@@ -160,7 +160,7 @@ def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, str | Ba
     """
     begun = _noted(run_dir)
     if begun is None:
-        raise StudyError(f"{run_dir}: no study here; a run directory holds {STUDY_FILE}")
+        raise StudyError(f"{run_dir}: no study here; a run directory holds {DATABASE_FILE}")
     shown, study = begun
     if storage is None and shown != "sqlite":
         storage = shown
@@ -278,7 +278,7 @@ def _noted(run_dir: Path) -> tuple[str, str] | None:
         data = read_checked(note)
         return str(data["storage"]), str(data["study"])
     except FileNotFoundError:
-        return ("sqlite", "") if (run_dir / STUDY_FILE).exists() else None
+        return ("sqlite", "") if (run_dir / DATABASE_FILE).exists() else None
     except OSError as error:
         raise StudyError(f"{note}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError) as error:

@@ -33,8 +33,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 
 STUDY = Path(__file__).parents[2] / "studies" / "quickstart"

@@ -40,6 +40,8 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "llama": Architecture(transformers.LlamaConfig(**_DECODER)),
     "llama_tied": Architecture(transformers.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
+    "qwen2_tied": Architecture(transformers.Qwen2Config(**_DECODER, tie_word_embeddings=True)),
+    "gemma": Architecture(transformers.GemmaConfig(**_DECODER, head_dim=8)),
     "gpt2": Architecture(
         transformers.GPT2Config(
             vocab_size=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1

@@ -1,14 +1,17 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
-from searchmerge.checkpoints.compatibility import check_compatible, private_tensors
+from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.errors import CheckpointError
 
 
@@ -76,7 +79,10 @@ def test_a_missing_tensor_is_refused_unless_excluded(edit, opened):
 
 def test_another_shape_is_refused_unless_excluded(edit, opened):
     expert = edit(tensors=_with(_NORM, lambda tensor: tensor[:8].clone()))
-    message = rf"'{_NORM}' has shape \[8\] in expert 'a' and \[16\] in the base; .* `exclude:`"
+    message = (
+        rf"'{_NORM}' has shape \[8\] in expert 'a' and \[16\] in the base; "
+        r".* `exclude: \['\^.*norm\\.'\]`"
+    )
     with pytest.raises(CheckpointError, match=message):
         check_compatible(opened("llama"), {"a": expert})
     with pytest.raises(CheckpointError, match=message):
@@ -94,7 +100,7 @@ def test_another_number_of_tokens_is_refused_unless_the_bases_are_used(edit, ope
         check_compatible(opened("llama"), {"a": expert})
     check_compatible(opened("llama"), {"a": expert}, vocabulary="base")
     wider = edit(tensors=_with(_EMBED, lambda tensor: tensor.repeat(1, 2)))
-    with pytest.raises(CheckpointError, match=r"\[64, 32\] in expert 'a' .* `exclude:`"):
+    with pytest.raises(CheckpointError, match=r"\[64, 32\] in expert 'a' .* `exclude: "):
         check_compatible(opened("llama"), {"a": wider}, vocabulary="base")
 
 
@@ -108,31 +114,6 @@ def test_a_tied_tensor_may_be_stored_once_or_twice(edit, opened):
     once = opened("llama_tied", 1)
     check_compatible(twice, {"a": once})
     check_compatible(once, {"a": twice})
-    assert private_tensors(once, twice) == ()
-
-
-def test_an_expert_with_a_head_of_its_own_on_a_tied_base_is_refused(edit, opened):
-    untied = edit(
-        "llama_tied",
-        tensors=lambda t: {**t, "lm_head.weight": t[_EMBED] + 1},
-        config={"tie_word_embeddings": False},
-    )
-    with pytest.raises(
-        CheckpointError, match=r"'a' .* has a 'lm_head.weight' of its own; the base"
-    ):
-        check_compatible(opened("llama_tied"), {"a": untied})
-    check_compatible(opened("llama_tied"), {"a": untied}, exclude=["lm_head"])
-    with pytest.raises(CheckpointError, match=r"'a' .* does not have 'lm_head.weight'"):
-        check_compatible(untied, {"a": opened("llama_tied", config={"tie_word_embeddings": 0})})
-
-
-def test_tensors_that_only_an_expert_has_are_its_private_head(edit, opened):
-    expert = edit(
-        tensors=lambda t: {**t, "score.weight": torch.ones(3), "score.bias": torch.ones(3)}
-    )
-    check_compatible(opened("llama"), {"a": expert})
-    assert private_tensors(opened("llama"), expert) == ("score.bias", "score.weight")
-    assert private_tensors(opened("llama"), opened("llama", 1)) == ()
 
 
 def test_an_exclude_pattern_that_matches_nothing_is_refused(opened):
@@ -205,3 +186,38 @@ def test_a_tokenizer_that_cannot_be_read_is_named(edit):
     expert = edit(files={"tokenizer.json": "{"})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not valid JSON"):
         check_compatible(edit(files=_fast(_AB)), {"a": expert})
+
+
+def test_equal_models_are_doubted(edit, opened):
+    base = opened("llama")
+    assert list(doubts(base, {"a": opened("llama", 1), "b": opened("llama", 2)})) == []
+    head = edit(tensors=_with("score.weight", lambda _: torch.ones(3)))
+    wide = edit(tensors=lambda t: {name: tensor.double() for name, tensor in t.items()})
+    (one,) = doubts(base, {"a": head, "b": opened("llama", 1)})
+    assert re.match(r"expert 'a' \(.*\) equals the base \(.*\) in all tensors that both have", one)
+    three = list(doubts(opened("llama", 1), {"a": head, "b": opened("llama", 2), "c": wide}))
+    assert len(three) == 1
+    assert re.match(r"experts 'a' \(.*\) and 'c' \(.*\) are equal in all tensors", three[0])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_of_another_base_is_doubted(opened, tmp_path, cache_dir):
+    base = replace(opened("llama"), name="org/Llama-3")
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base.path),
+        peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+
+    def found(named):
+        file.write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        return list(doubts(base, {"a": open_checkpoint(tmp_path, base=base, cache_dir=cache_dir)}))
+
+    assert found("/somewhere/llama-3/") == found("other/Llama-3") == found(None) == []
+    assert found(str(base.path)) == []
+    (line,) = found("org/Llama-2")
+    assert re.match(
+        r"expert 'a' \(.*\) is an adapter of 'org/Llama-2'; the base is org/Llama-3$", line
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
@@ -19,22 +20,25 @@ from tests.checkpoints.conftest import ARCHITECTURES
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'.* LoRA tensor.s. have invalid shape"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
 _LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 
-def train(name, directory, *, dtype=torch.float32, **settings):
-    """Save a LoRA adapter with random factors; return the model that PEFT merges it into."""
+def train(name, directory, *, dtype=torch.float32, spread=None, **settings):
+    """Save a LoRA adapter with random factors, or moved by ``spread``; return it in PEFT."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": _LINEAR} | settings
     base = ARCHITECTURES[name].make().to(dtype)
     model = peft.get_peft_model(base, peft.LoraConfig(**settings))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and spread is None:
                 parameter.normal_()
+            elif parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=spread)
     model.save_pretrained(directory)
     return model
 
@@ -75,6 +79,20 @@ _CASES = {
     "encoder_decoder": ("t5", {"target_modules": ["q", "v", "wo"]}),
     "renamed": ("vit", {"target_modules": ["q_proj", "v_proj", "fc1"]}),
     "untied_head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    "square_in_conv1d": ("gpt2", {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
+    "square_in_linear": ("llama", {"target_modules": ["q_proj", "o_proj"]}),
+    "some_layers": (
+        "llama",
+        {"layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["v_proj"]},
+    ),
+    "biases_of_its_layers": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True},
+    ),
+    "all_biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
+    "bias_of_b": ("bert", {"target_modules": ["query", "output.dense"], "lora_bias": True}),
+    "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
+    "minor_components": ("llama", {"init_lora_weights": "mica"}),
 }  # fmt: skip
 
 
@@ -90,6 +108,65 @@ def test_an_adapter_is_merged_exactly_as_peft_does(case, opened, tmp_path, cache
     assert changed
     assert all(torch.equal(weights[n], expected[n]) for n in weights)
     assert {n for n in weights if expert.files[n] != base.files[n]} == changed
+
+
+_LENGTHS_AND_STARTS = {
+    "dora": ("llama", {"use_dora": True}),
+    "dora_of_conv1d": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
+    ),
+    "dora_of_an_embedding": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "dora_rank_stabilised": (
+        "llama",
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    ),
+    "dora_with_bias": (
+        "bert",
+        {"target_modules": ["value", "output.dense"], "use_dora": True, "bias": "lora_only"},
+    ),
+    "pissa": ("llama", {"init_lora_weights": "pissa"}),
+    "pissa_of_conv1d": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "fan_in_fan_out": True},
+    ),
+    "olora": ("llama", {"init_lora_weights": "olora", "use_rslora": True}),
+    "tokens": ("llama", {"trainable_token_indices": [3, 7]}),
+    "tokens_of_conv1d": (
+        "gpt2",
+        {
+            "target_modules": ["c_attn"],
+            "trainable_token_indices": {"wte": [9, 2]},
+            "fan_in_fan_out": True,
+        },
+    ),
+    "tokens_of_a_tied_model": ("llama_tied", {"trainable_token_indices": [3, 7]}),
+}
+
+
+@pytest.mark.parametrize("case", _LENGTHS_AND_STARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_an_adapter_computes_what_it_does_in_peft(case, dtype, opened, tmp_path, cache_dir):
+    name, settings = _LENGTHS_AND_STARTS[case]
+    base = opened(name, dtype=str(dtype).removeprefix("torch."))
+    train(name, tmp_path, dtype=dtype, spread=0.3, **settings)
+    expert = open_checkpoint(tmp_path, base=base, cache_dir=cache_dir)
+    tokens = torch.arange(12).unsqueeze(0)
+
+    def logits(checkpoint):
+        auto_class = ARCHITECTURES[name].auto_class
+        resident = load_resident(
+            checkpoint, dtype=torch.float32, device="cpu", auto_class=auto_class
+        )
+        return resident(tokens).logits
+
+    auto_class = getattr(transformers, ARCHITECTURES[name].auto_class)
+    start = auto_class.from_pretrained(base.path, dtype=dtype)
+    peft_model = peft.PeftModel.from_pretrained(start, tmp_path).eval().float()
+    expected = peft_model(tokens).logits
+    assert (logits(expert) - expected).abs().max() < 1e-5
+    assert (logits(base) - expected).abs().max() > 1e-3
 
 
 def test_an_adapter_is_opened_and_told_apart_without_being_materialised(opened, edit, tmp_path):
@@ -132,9 +209,9 @@ def test_square_weights_of_a_transposed_model_are_recognised_by_the_others(
     assert torch.equal(expert.weights()[name], merged(model)[name])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_an_embedding_is_changed_by_its_own_factors(name, opened, tmp_path, cache_dir):
-    expected = merged(train(name, tmp_path, target_modules=["embed_tokens", "wte"]))
+def test_an_embedding_is_changed_by_its_own_factors(opened, tmp_path, cache_dir):
+    name = "llama"
+    expected = merged(train(name, tmp_path, target_modules=["embed_tokens"]))
     weights = open_checkpoint(tmp_path, base=opened(name), cache_dir=cache_dir).weights()
     assert all(torch.equal(weights[n], expected[n]) for n in weights)
 
@@ -215,12 +292,22 @@ def test_the_tokenizer_is_the_adapters_own_where_it_has_one(opened, tmp_path, ca
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora is True; supported are LoRA adapters"),
-        ({"bias": "all"}, "bias is 'all'; supported are LoRA adapters of linear and embedding"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; supported are"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; supported are LoRA and DoRA adapters of lin"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; supported are"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; supported are"),
+        ({"use_qalora": True}, "use_qalora is True; supported are"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters is"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', so the"),
+        (
+            {"init_lora_weights": "corda"},
+            "init_lora_weights is 'corda', so the adapter belongs to",
+        ),
+        (
+            {"init_lora_weights": "loftq"},
+            "init_lora_weights is 'loftq', so the adapter belongs to",
+        ),
+        ({"init_lora_weights": "lora_ga"}, ".* cannot be repeated; convert it to a plain LoRA"),
         ({"r": None}, "r or lora_alpha is missing"),
     ],
 )
@@ -254,7 +341,15 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ),
         (
             lambda t: {**t, f"{_Q}.lora_magnitude_vector": torch.ones(3)},
-            r"lora_magnitude_vector' is not understood; supported are",
+            r"holds a lora_magnitude_vector of 'model.layers.0.*q_proj'; use_dora is False in",
+        ),
+        (
+            lambda t: {**t, f"{_Q}.lora_router": torch.ones(3)},
+            r"lora_router' is not understood; supported are",
+        ),
+        (
+            lambda t: {**t, f"{_Q}.lora_B.bias": torch.ones(16)},
+            r"changes 'model\.layers\.0\.self_attn\.q_proj\.bias', which the base does not have",
         ),
         (lambda t: {}, "holds no tensor"),
     ],
@@ -264,26 +359,78 @@ def test_an_adapter_that_does_not_fit_is_refused(retensor, message, edit, opened
         open_checkpoint(edit(retensor=retensor), base=opened("llama"), cache_dir=cache_dir)
 
 
-def test_a_change_to_a_tied_head_is_refused(tmp_path, opened, cache_dir):
-    train("llama_tied", tmp_path, target_modules=["lm_head"])
-    with pytest.raises(CheckpointError, match=r"changes 'lm_head\.weight', which the base does n"):
-        open_checkpoint(tmp_path, base=opened("llama_tied"), cache_dir=cache_dir)
-
-
 def test_an_adapter_needs_a_base(edit):
     with pytest.raises(CheckpointError, match=r"adapter: is an adapter .*; it needs a base model"):
         open_checkpoint(edit())
 
 
-def test_an_adapter_must_be_in_safetensors(edit, opened, cache_dir):
+def test_an_adapter_in_pytorchs_format_is_the_same(edit, opened, cache_dir):
     directory = edit()
+    expected = open_checkpoint(directory, base=opened("llama"), cache_dir=cache_dir).weights()
     file = directory / "adapter_model.safetensors"
-    file.rename(directory / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.bin: convert the adapter to adapt"):
-        open_checkpoint(directory, base=opened("llama"), cache_dir=cache_dir)
+    torch.save(load_file(file), directory / "adapter_model.bin")
+    file.unlink()
+    expert = open_checkpoint(directory, base=opened("llama"), cache_dir=cache_dir)
+    assert all(torch.equal(expert.weights()[name], tensor) for name, tensor in expected.items())
     (directory / "adapter_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no such file"):
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors or adapter_mod"):
         open_checkpoint(directory, base=opened("llama"), cache_dir=cache_dir)
+
+
+def test_the_adapter_in_a_folder_of_its_name_is_found(opened, tmp_path, cache_dir):
+    train("llama", tmp_path / "run" / "math")
+    base = opened("llama")
+    one = open_checkpoint(tmp_path / "run", base=base, cache_dir=cache_dir)
+    assert one.source_dir == tmp_path / "run" / "math"
+    train("llama", tmp_path / "run" / "code")
+    with pytest.raises(CheckpointError, match=r"run: holds several adapters \(code, math\); name"):
+        open_checkpoint(tmp_path / "run", base=base, cache_dir=cache_dir)
+
+
+@pytest.mark.parametrize(("name", "target"), [("llama", "o_proj"), ("gpt2", "attn.c_proj")])
+def test_a_square_weight_is_as_the_model_has_it_whatever_the_adapter_says(
+    name, target, opened, tmp_path, cache_dir
+):
+    expected = merged(
+        train(name, tmp_path, target_modules=[target], fan_in_fan_out=name == "gpt2")
+    )
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": name != "gpt2"}))
+    weights = open_checkpoint(tmp_path, base=opened(name), cache_dir=cache_dir).weights()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_lengths_and_tokens_that_are_missing_or_do_not_fit_are_refused(
+    opened, tmp_path, cache_dir
+):
+    train("llama", tmp_path, use_dora=True, trainable_token_indices=[3, 7])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+
+    def refused(message, change=None, retensor=lambda tensors: tensors):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | (change or {})))
+        save_file(retensor(dict(tensors)), tmp_path / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path, base=opened("llama"), cache_dir=cache_dir)
+
+    magnitude = f"{_Q}.lora_magnitude_vector"
+    refused(
+        r"has no lora_magnitude_vector of '.*q_proj'; use_dora is True in adapter_config",
+        retensor=lambda t: {name: tensor for name, tensor in t.items() if name != magnitude},
+    )
+    refused(
+        r"lora_magnitude_vector' has shape \[3\]; \[16\] is needed for 'model\.layers\.0",
+        retensor=lambda t: {**t, magnitude: torch.ones(3)},
+    )
+    refused(
+        r"trains token 64 of 'model\.embed_tokens\.weight', which has 64 rows",
+        {"trainable_token_indices": [3, 64]},
+    )
+    refused(r"has shape \[2, 16\]; \[1, 16\] is needed", {"trainable_token_indices": [3]})
+    refused(
+        r"trainable_token_indices does not name the tokens of 'model\.embed_tokens'",
+        {"trainable_token_indices": {"lm_head": [3]}},
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_named(edit, opened, tmp_path):

@@ -206,7 +206,7 @@ def test_a_disk_that_fills_while_writing_leaves_the_former_model_whole(opened, t
 
 def test_a_model_that_cannot_fit_is_refused_before_writing(tmp_path, cache_dir, save):
     directory = Path(shutil.copytree(save("llama"), tmp_path / "base"))
-    with (directory / "more.safetensors").open("wb") as file:
+    with (directory / "model-00001-of-00001.safetensors").open("wb") as file:
         size = 1 << 42
         entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
         header = json.dumps({"large": entry}).encode()

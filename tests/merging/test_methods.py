@@ -13,6 +13,7 @@ from searchmerge.merging.method import (
     DEPTH_SLOPE,
     METHODS,
     default_plan,
+    hyperparameter,
     validate_plan,
 )
 from searchmerge.merging.task_vectors import TaskVectors
@@ -256,6 +257,12 @@ def test_a_missing_or_unknown_hyperparameter_is_refused():
         validate_plan(MergePlan("ties", ("a",), values))
     with pytest.raises(SpecError, match=r"no hyper-parameter 'densty'; did you mean 'density'"):
         validate_plan(MergePlan("ties", ("a",), {**values, "densty": ((1.0,),)}))
+
+
+def test_a_hyperparameter_is_looked_up_by_name():
+    assert hyperparameter("ties", "density") == METHODS["ties"].hyperparameters[1]
+    with pytest.raises(SpecError, match=r"'linear' has no hyper-parameter 'density' \(it has"):
+        hyperparameter("linear", "density")
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,28 @@ def test_an_expert_may_hold_a_tied_tensor_under_its_other_name():
     assert vectors.heads == {"a": {}}
 
 
-def test_an_expert_that_unties_what_the_base_ties_is_refused():
+def test_what_an_expert_has_apart_is_a_parameter_to_itself():
+    own = expert(**{"lm_head.weight": torch.full((4, 3), 9.0)})
+    experts = {"a": own, "tied": expert()}
+    vectors = TaskVectors.from_weights(tied_base(), experts)
+    assert vectors.tied == {}
+    assert vectors.n_parameters == 33
+    for name, plain in (("a", own["lm_head.weight"]), ("tied", base()["embed.weight"] + 1)):
+        merged = merge_weights(tied_base(), experts, default_plan("linear", [name]))
+        assert torch.equal(merged["lm_head.weight"], plain)
+        assert torch.equal(merged["embed.weight"], base()["embed.weight"] + 1)
+    named = {"lm_head.weight": "embed.weight"}
+    assert set(TaskVectors.from_weights(base(), experts, tied=named).weights) == set(
+        vectors.weights
+    )
+
+
+def test_a_resident_model_that_ties_what_is_apart_is_refused():
     own = expert(**{"lm_head.weight": torch.zeros(4, 3)})
-    with pytest.raises(CheckpointError, match="are one in the base, but differ in expert 'a'"):
-        TaskVectors.from_weights(tied_base(), {"a": own})
-    TaskVectors.from_weights(tied_base(), {"a": own}, exclude=["embed", "lm_head"])
+    vectors = TaskVectors.from_weights(tied_base(), {"a": own})
+    targets = {name: tensor.clone() for name, tensor in base().items()}
+    with pytest.raises(SpecError, match=r"ties 'lm_head\.weight' to 'embed\.weight', which an"):
+        Merger(vectors, targets=targets | {"lm_head.weight": targets["embed.weight"]})
 
 
 def test_an_unknown_expert_is_refused():

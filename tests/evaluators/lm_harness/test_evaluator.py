@@ -15,9 +15,10 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
+from searchmerge.evaluators.score_kind import Mean, Whole
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
@@ -264,7 +265,7 @@ def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task,
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     _, results = lm_eval_samples(folder, theirs, task)
     evaluator = harness(folder, LmTask(task, "test", metric=metric))
-    assert evaluator.tasks == {"mine": TaskInfo(7, mean=False, metric=metric)}
+    assert evaluator.tasks == {"mine": TaskInfo(7, metric, Whole())}
     (score,) = evaluator.score(model, "mine", range(7))
     assert score == pytest.approx(sign * results[f"{metric},none"], rel=1e-5)
 
@@ -302,7 +303,7 @@ def test_sampling_is_repeatable(folder, model):
 @pytest.mark.parametrize(("split", "n"), [("validation", 10), ("test", 7), ("train", 6)])
 def test_the_split_that_the_study_names_is_scored(folder, model, split, n):
     evaluator = harness(folder, LmTask("mc", split))
-    assert evaluator.tasks == {"mine": TaskInfo(n, mean=True, metric="acc")}
+    assert evaluator.tasks == {"mine": TaskInfo(n, "acc", Mean())}
     assert len(evaluator.score(model, "mine", range(n))) == n
     assert f"of {split} " in evaluator.prompts("mine", 0)[0]
 
@@ -393,7 +394,7 @@ def test_the_model_keeps_its_mode(folder, model):
         (LmTask("mc", "dev"), r"tasks\.mine\.split.*'dev' \(it has: test, train, validation\)"),
         (LmTask("mc", "test", metric="bleu"), r"tasks\.mine\.metric.*'bleu'.*acc, acc_norm, mcc"),
         (LmTask("mc", "test", filter="best"), r"tasks\.mine\.filter.*'best'.*it has: none"),
-        (LmTask("both", "test"), r"'both' is a group of lm-eval tasks.*mc, texts"),
+        (LmTask("both", "test"), "'bits_per_byte' of 'texts' is no mean over examples"),
     ],
 )
 def test_what_a_task_lacks_is_refused(folder, task, message):
@@ -494,7 +495,7 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     config = RunConfig(engine="eager", device="cpu")
     worker = assemble.make_worker(study, open_models(study), config)
     executor = InProcessExecutor(worker)
-    rounds = assemble.make_schedule(study, worker.tasks()).rounds["survey"][:1]
+    rounds = assemble.make_schedule(study, worker.tasks()).rounds["pilot"][:1]
     good = reference_plans(study.experts)["task arithmetic"]
     broken = replace(good, values={"coefficient": ((0.4, 3.3),)})
     events = []

@@ -7,7 +7,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.lm_harness.catalogue import LmTask
+from searchmerge.evaluators.lm_harness.keys import LmTask
 from tests.evaluators.lm_harness.test_evaluator import (  # noqa: F401
     folder,
     harness,

@@ -1,0 +1,243 @@
+"""Configurations of models: read without running their code, and told apart by what they do."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from searchmerge.errors import CheckpointError
+
+_COMPARED_ELSEWHERE = {
+    "model_type",
+    "vocab_size",  # by the shapes of the embeddings
+    "tie_word_embeddings",  # by the tensors that are stored
+    "tie_encoder_decoder",
+    "quantization_config",  # is refused
+}
+_OF_A_HEAD = {
+    "architectures",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "finetuning_task",
+    "task_specific_params",
+}
+_OF_GENERATION = {
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "unk_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "begin_suppress_tokens",
+    "suppress_tokens",
+    "prefix",
+}
+_OF_A_PROGRAM = {
+    "transformers_version",
+    "name_or_path",
+    "auto_map",
+    "custom_pipelines",
+    "dtype",
+    "torch_dtype",
+    "torchscript",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "chunk_size_feed_forward",  # the same values, in less memory
+    "pretraining_tp",
+    "gradient_checkpointing",
+    "apply_spec_augment",
+}
+_FREE = _COMPARED_ELSEWHERE | _OF_A_HEAD | _OF_GENERATION | _OF_A_PROGRAM
+"""Fields that may differ: no output of a merged model depends on them."""
+
+_FREE_KINDS = re.compile(
+    r"^_"  # what a library notes for itself
+    r"|drop(out|_path|_rate)|pdrop$|layerdrop"
+    r"|(^|_)init(ializer)?(_|$)"
+    r"|(^|_)loss(_|$)|jitter|^mask_(time|feature)_"
+)
+"""Fields that only training reads."""
+
+_IN_LAYER_TYPES = {"use_sliding_window", "max_window_layers"}
+"""What transformers turns into ``sliding_window`` and ``layer_types``, which are compared."""
+
+_LENGTH = "max_position_embeddings"
+_LENGTH_MATTERS = ("dynamic", "yarn", "longrope")
+"""The kinds of rotary embedding whose angles may depend on the longest sequence."""
+
+_ROPE_DEFAULTS = {
+    "partial_rotary_factor": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
+
+
+def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the configuration that transformers reads in a directory.
+
+    Args:
+        model_dir: A model's directory.
+        trust_remote_code: Whether Python files of the model may run.
+
+    Raises:
+        CheckpointError: If it cannot be read, or needs code that may not run.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, TypeError, KeyError, OSError, ImportError, StrictDataclassError) as error:
+        raise CheckpointError(f"{model_dir}: config.json: {in_one_line(error)}") from error
+
+
+def comparable_config(
+    values: Mapping[str, Any], model_dir: Path, *, trust_remote_code: bool = False
+) -> Any:
+    """Return a configuration in the form in which :func:`differences` compares it.
+
+    Args:
+        values: What ``config.json`` says.
+        model_dir: The directory of that file.
+        trust_remote_code: Whether Python files of the model may run.
+
+    Returns:
+        What transformers makes of it, or the bare values of a model that transformers does not
+        have.
+
+    Raises:
+        CheckpointError: If transformers finds a value that it does not accept.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if values.get("model_type") in CONFIG_MAPPING or trust_remote_code:
+        return load_config(model_dir, trust_remote_code=trust_remote_code)
+    return SimpleNamespace(**values)
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return " ".join(str(error).split())
+
+
+def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that change a forward pass and differ, with both values.
+
+    Defaults are filled in, and older spellings count as the newer ones, as transformers has it.
+
+    Args:
+        base: What :func:`comparable_config` returned.
+        expert: The same of another model of this kind.
+
+    Returns:
+        Dotted name, e.g. ``rope_parameters.rope_theta``, to the base's value and the expert's;
+        ``None`` where one does not have the field.
+    """
+    ours, theirs = (dict(_compared(config)) for config in (base, expert))
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in dict.fromkeys((*ours, *theirs))
+        if not _equal(ours.get(name), theirs.get(name))
+    }
+
+
+def _compared(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the fields that change a forward pass, those of a configuration within too."""
+    from transformers import PretrainedConfig
+
+    values = {key: value for key, value in vars(config).items() if not _is_free(key, config)}
+    heads, width = (getattr(config, key, None) for key in ("num_attention_heads", "hidden_size"))
+    if values.get("head_dim") is None and isinstance(heads, int) and isinstance(width, int):
+        values["head_dim"] = width // heads if heads else None
+    for key, value in values.items():
+        if isinstance(value, PretrainedConfig):
+            yield from _compared(value, f"{prefix}{key}.")
+        elif key == "rope_parameters":
+            yield from _flat(_plain_rope(value or {}), f"{prefix}{key}")
+        else:
+            yield from _flat(value, f"{prefix}{key}")
+
+
+def _is_free(key: str, config: Any) -> bool:
+    if key in _FREE or _FREE_KINDS.search(key):
+        return True
+    if key in _IN_LAYER_TYPES:
+        return hasattr(config, "layer_types") or hasattr(config, "sliding_window")
+    if key == _LENGTH:
+        return not _kinds_of_rope(getattr(config, "rope_parameters", None)) & {*_LENGTH_MATTERS}
+    return not (_is_declared(key, config) or _is_read(key, config))
+
+
+def _is_declared(key: str, config: Any) -> bool:
+    if isinstance(config, SimpleNamespace):  # nobody says what its code reads
+        return True
+    return key in getattr(type(config), "__dataclass_fields__", {})
+
+
+def _is_read(key: str, config: Any) -> bool:
+    """Return whether the model's code names a field that its configuration class does not.
+
+    Programs that train note things of their own in a configuration; only what the model's code
+    names can change what it computes.
+    """
+    import inspect
+
+    folder = Path(inspect.getfile(type(config))).parent
+    mention = re.compile(rf"""(config\.|["']){re.escape(key)}\b""")
+    return any(
+        mention.search(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("modeling_*.py"))
+    )
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def _plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rotary parameters with defaults filled in, and no field under an older name."""
+    plain = {
+        key: _plain_rope(value) if isinstance(value, Mapping) else deepcopy(value)
+        for key, value in parameters.items()
+        if value is not None and not (key == "type" and "rope_type" in parameters)
+    }
+    return {**_ROPE_DEFAULTS, **plain} if "rope_type" in plain else plain
+
+
+def _kinds_of_rope(parameters: Mapping[str, Any] | None) -> set[str]:
+    found: set[str] = set()
+    for key, value in (parameters or {}).items():
+        if isinstance(value, Mapping):
+            found |= _kinds_of_rope(value)
+        elif key == "rope_type":
+            found.add(str(value))
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two values are the same; numbers that were written in float32 are."""
+    numbers = (int, float)
+    if isinstance(one, numbers) and isinstance(other, numbers):
+        return math.isclose(one, other, rel_tol=1e-6)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
