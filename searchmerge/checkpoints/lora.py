@@ -5,6 +5,7 @@ Files and configuration are those of the PEFT library.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,11 +18,15 @@ from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
 from searchmerge.checkpoints.files import (
+    COUNT,
     MODEL_FILE,
+    NUMBER,
+    NUMBERS,
+    SWITCH,
+    TEXT,
     check_free_space,
     describe_write_error,
     read_json,
-    sync_directory,
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
@@ -32,11 +37,15 @@ from searchmerge.checkpoints.tensor_files import (
     TensorHeader,
     read_headers,
 )
+from searchmerge.durable import read_checked, sync_directory, with_checksum, write_atomically
 from searchmerge.errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which PEFT looks for them."""
+_CONTENT_FILE = "content.json"  # beside a cached adapter: its fingerprint
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
 _PARTS = {
@@ -58,6 +67,17 @@ _NEEDED = {
     "arrow_config": ({},),
 }
 """Settings under which an adapter is something else."""
+_KEYS = {
+    "peft_type": TEXT,
+    "r": COUNT,
+    "lora_alpha": NUMBER,
+    "rank_pattern": NUMBERS,
+    "alpha_pattern": NUMBERS,
+    "use_rslora": SWITCH,
+    "use_dora": SWITCH,
+    "lora_bias": SWITCH,
+    "fan_in_fan_out": SWITCH,
+}
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
 
@@ -122,7 +142,7 @@ def read_adapter(
         CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
             fit the base.
     """
-    config = read_json(directory / ADAPTER_CONFIG)
+    config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
     headers = read_headers(file)
@@ -162,16 +182,35 @@ def materialise(
 
     digest = adapter.fingerprint(base_fingerprint, cache_dir)[:32]
     target = cache_dir / "adapters" / digest / MODEL_FILE
-    if target.exists():
-        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / "lock"):
-            if not target.exists():
+            if not _is_whole(target, cache_dir):
                 _write(target, adapter.headers, _results(adapter, base_weights))
+                content = {"fingerprint": _content(target, cache_dir)}
+                write_atomically(target.with_name(_CONTENT_FILE), with_checksum(content))
     except OSError as error:
         raise CheckpointError(describe_write_error(target, adapter.headers, error)) from error
     return target
+
+
+def _content(file: Path, cache_dir: Path) -> str:
+    return fingerprint(dict.fromkeys(read_headers(file), file), cache_dir)
+
+
+def _is_whole(file: Path, cache_dir: Path) -> bool:
+    """Return whether a file was made before and is as it was written."""
+    if not file.exists():
+        return False
+    try:
+        noted = read_checked(file.with_name(_CONTENT_FILE))
+        if noted.get("fingerprint") == _content(file, cache_dir):
+            return True
+        reason = "it is not as it was written"
+    except (OSError, ValueError) as error:  # a CheckpointError is a ValueError
+        reason = str(error)
+    _logger.warning("%s: damaged, and made again: %s", file, reason)
+    return False
 
 
 def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import device, nn
 
-from searchmerge.checkpoints.files import CONFIG_FILE
+from searchmerge.checkpoints.files import CONFIG_FILE, library_errors
 from searchmerge.errors import CheckpointError
 
 
@@ -69,15 +69,10 @@ def head_names(
     loader: Any = getattr(transformers, auto_class, None)
     if not hasattr(loader, "from_config"):
         raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
-    try:
+    with library_errors(f"{model_dir}: cannot be loaded as {auto_class}"):
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
         with device("meta"):
             model: nn.Module = loader.from_config(config)
-    except (ValueError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{model_dir}: cannot be loaded as {auto_class}: {reason}"
-        ) from error
     names = stored_names(model)
     as_stored = aligned(list(names.values()), stored)
     missing = {
@@ -205,3 +200,8 @@ def _make_without_data(
             return loader.from_config(config, **trust) if is_auto else loader(config)
     except (OSError, ValueError, ImportError):
         return None
+    except Exception as error:  # odd values lead transformers to errors of any kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{model_dir / CONFIG_FILE}: no model can be made of it: {reason}"
+        ) from error
