@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
-from searchmerge.keys import Strict, declared_keys, hinted, keys_model
+from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model
@@ -79,9 +79,9 @@ class TaskSpec(Strict):
         if not isinstance(data, Mapping):
             return data
         for key in data:
-            for kind in EVALUATORS:
-                if key not in cls.model_fields and key in EVALUATORS[kind].keys.__annotations__:
-                    raise ValueError(f"{key} belongs to evaluator {kind}")
+            kinds = [kind for kind in EVALUATORS if has_key(EVALUATORS[kind].keys, key)]
+            if key not in cls.model_fields and kinds:
+                raise ValueError(f"{key} belongs to evaluator {' or '.join(sorted(kinds))}")
         for key, hint in hinted(cls.declared).items():
             if data.get(key) is None:
                 raise ValueError(f"{key} is missing: {hint}")

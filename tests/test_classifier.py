@@ -129,7 +129,7 @@ def test_each_adapter_is_scored_with_its_own_classes(kind, made):
     schedule = assemble.make_schedule(study, worker.tasks())
     for expert, count in COUNTS.items():
         plan = reference_plans(tuple(COUNTS))[f"expert {expert}"]
-        blocks = schedule.blocks["survey"][expert]
+        blocks = schedule.blocks["pilot"][expert]
         [result] = list(worker.score(plan, [tuple(blocks)]))
         found = [value for scores in result.scores for value in scores.values]
         order = [example for block in blocks for example in block.examples]

@@ -101,7 +101,10 @@ def test_overrides_replace_values_of_the_file(tmp_path):
         ({"space": {"method": "ties", "drop_ratio": {"low": -1, "high": 0}}}, "is not within"),
         ({"tasks": {}}, r"tasks: .*at least 1"),
         ({"tasks": {"t": {}}}, "split is missing"),
-        ({"tasks": {"t": {"split": "train", "n_examples": 4}}}, "belongs to evaluator function"),
+        (
+            {"tasks": {"t": {"split": "train", "n_examples": 4}}},
+            "n_examples belongs to evaluator function",
+        ),
         (
             {"tasks": {"t": {"evaluator": "function"}}},
             "function is missing: name your function",

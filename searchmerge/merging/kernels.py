@@ -16,7 +16,7 @@ GRID = 100
 
 
 Row = TypeVar("Row")
-"""What a method's scalars hold of each kind: when bound :data:`Numbers`, in a chunk a tensor."""
+"""A row of a method's scalars: :data:`Numbers` where it is packed, a tensor where it is read."""
 
 Numbers = Tensor | Sequence[float] | float
 """One number per expert, or one number for all of them."""

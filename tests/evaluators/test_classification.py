@@ -67,7 +67,7 @@ class Silent:
     def step(self, name, scores):
         pass
 
-    def trial(self, record):
+    def trial(self, record, *, is_best):
         self.trials.append(record)
 
 
@@ -537,7 +537,7 @@ def test_a_trial_whose_logits_are_not_finite_fails_and_the_study_goes_on(write, 
     failed = [record for record in seen.trials if record.value is None]
     assert any(record.value is not None for record in seen.trials[failed[0].number + 1 :])
     for record in failed:
-        assert re.match(r"task '\w+', example \d+: .* logits that are not finite", record.note)
+        assert re.match(r"task '\w+', example \d+: .* logits that are not finite", record.failure)
 
 
 def test_a_head_that_the_base_has_too_stays_each_experts_own(write, made, tmp_path):

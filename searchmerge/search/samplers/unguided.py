@@ -7,7 +7,7 @@ from searchmerge.search.sampler import SAMPLERS, SamplerSetting
 
 @SAMPLERS.register("qmc")
 def qmc(setting: SamplerSetting) -> BaseSampler:
-    """Fill the space evenly, by a scrambled sequence of which trials know their place."""
+    """Fill the space evenly, by a scrambled Sobol sequence that a resumed study continues."""
     return QMCSampler(seed=setting.seed, scramble=True)
 
 
