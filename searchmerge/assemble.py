@@ -103,8 +103,11 @@ def open_models(spec: StudySpec, study_file: Path, *, resident: bool = True) -> 
         CheckpointError: If one cannot be opened, or they do not fit together.
     """
     auto_class = spec.resident_class if resident else spec.model_class
-    base = _open(spec.base, study_file, None)
-    experts = {name: _open(model, study_file, base) for name, model in spec.experts.items()}
+    trust = spec.trust_remote_code
+    base = _open(spec.base, study_file, None, trust=trust)
+    experts = {
+        name: _open(model, study_file, base, trust=trust) for name, model in spec.experts.items()
+    }
     base, experts = untie_where_needed(base, experts, auto_class)
     check_compatible(
         base,
@@ -126,10 +129,12 @@ def warn_of_doubts(models: Models) -> None:
         _logger.warning("%s", line)
 
 
-def _open(model: ModelSpec, study_file: Path, base: Checkpoint | None) -> Checkpoint:
+def _open(
+    model: ModelSpec, study_file: Path, base: Checkpoint | None, *, trust: bool
+) -> Checkpoint:
     beside = study_file.parent / Path(model.path).expanduser()
     source: str | Path = beside if beside.exists() else model.path
-    found = open_checkpoint(source, revision=model.revision, base=base)
+    found = open_checkpoint(source, revision=model.revision, base=base, trust_remote_code=trust)
     return found if base is None else found.named_as(base)
 
 
@@ -226,7 +231,13 @@ def make_engine(spec: StudySpec, models: Models) -> "VllmBackend | None":
 
     own = spec.lm_harness
     return VllmBackend(
-        VllmSettings(models.base.path, models.dtype, own.max_length, own.vllm_memory)
+        VllmSettings(
+            models.base.path,
+            models.dtype,
+            own.max_length,
+            own.vllm_memory,
+            models.base.trust_remote_code,
+        )
     )
 
 
@@ -286,6 +297,7 @@ def _lm_harness(
 ) -> Evaluator:
     from searchmerge.evaluators.lm_harness.catalogue import LmTask
     from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+    from searchmerge.evaluators.tokenizer import load_tokenizer
 
     own = spec.lm_harness
     return LmHarness(
@@ -299,7 +311,9 @@ def _lm_harness(
             for name, task in spec.tasks.items()
             if task.evaluator == "lm_harness"
         },
-        tokenizer=models.base.tokenizer_dir,
+        tokenizer=load_tokenizer(
+            models.base.tokenizer_dir, trust_remote_code=spec.trust_remote_code
+        ),
         include_path=study_file.parent / own.include_path if own.include_path else None,
         batch_tokens=own.batch_tokens or _for(device, _BATCH_TOKENS),
         max_length=own.max_length,
@@ -329,6 +343,7 @@ def _classification(spec: StudySpec, study_file: Path, models: Models, device: s
     return Classification(
         tasks,
         model_dir=models.base.tokenizer_dir,
+        trust_remote_code=spec.trust_remote_code,
         batch_tokens=own.batch_tokens or _for(device, _TEXT_TOKENS),
         batch_images=own.batch_images or _for(device, _BATCH_IMAGES),
         max_length=own.max_length,
@@ -346,6 +361,7 @@ def _perplexity(spec: StudySpec, study_file: Path, models: Models, device: str) 
             if task.evaluator == "perplexity"
         },
         model_dir=models.base.tokenizer_dir,
+        trust_remote_code=spec.trust_remote_code,
         batch_tokens=own.batch_tokens or _for(device, _BATCH_TOKENS),
         max_length=own.max_length,
         stride=own.stride,
@@ -365,7 +381,12 @@ def _heads(spec: StudySpec, models: Models) -> dict[str, Head]:
     """
     own = spec.classification
     shared = [name for name in models.base.headers if not _is_head(spec, name)]
-    needed, _ = head_names(models.base.path, shared, spec.resident_class)
+    needed, _ = head_names(
+        models.base.path,
+        shared,
+        spec.resident_class,
+        trust_remote_code=spec.trust_remote_code,
+    )
     if needed and own.pooling == "pooler":
         raise SpecError(
             f"classification.pooling: {models.base.name} has no {next(iter(needed))!r}, which "

@@ -287,6 +287,7 @@ class StudySpec(_Strict):
     vocabulary: Literal["same", "base"] = "same"
     tokenizers: Literal["same", "any"] = "same"
     may_differ: list[str] = Field(default_factory=list)
+    trust_remote_code: bool = False
     space: SpaceSpec | list[SpaceSpec]
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     objective: Kind = "normalised"
@@ -505,7 +506,7 @@ def plain_study(base: str, experts: Mapping[str, str], overrides: Mapping[str, s
 def merge_overrides(spec: StudySpec) -> dict[str, str]:
     """Return the overrides with which :func:`plain_study` merges as a study does."""
     said = spec.model_dump(mode="json", exclude_unset=True)
-    keys = ("dtype", "exclude", "vocabulary", "tokenizers", "may_differ")
+    keys = ("dtype", "exclude", "vocabulary", "tokenizers", "may_differ", "trust_remote_code")
     found = {key: said[key] for key in keys if key in said}
     if heads := spec.classification.heads:
         found["classification.heads"] = heads

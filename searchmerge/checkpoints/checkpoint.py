@@ -157,6 +157,7 @@ def open_checkpoint(
     revision: str | None = None,
     base: Checkpoint | None = None,
     cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a model: its configuration and the headers of its weights, nothing more.
 
@@ -172,6 +173,7 @@ def open_checkpoint(
         base: What an adapter is added to; not used for a whole model.
         cache_dir: Where to keep what is worked out once. ``None`` is ``$SEARCHMERGE_CACHE``, or
             ``~/.cache/searchmerge``.
+        trust_remote_code: Whether Python files of the model may run, wherever it is loaded.
 
     Raises:
         CheckpointError: If there is no such model, or it cannot be read or used; the message
@@ -194,6 +196,7 @@ def open_checkpoint(
         base=None,
         adapter=None,
         cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -274,9 +277,11 @@ def _open_adapter(
     if base is None:
         raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
     if touches_embeddings(directory):  # PEFT's layers are apart, whatever the model ties
-        pairs = tied_names(base.path, base.headers)
+        pairs = tied_names(base.path, base.headers, trust_remote_code=base.trust_remote_code)
         base = base.untied(equal_twins(base, pairs)) if pairs else base
-    adapter = read_adapter(directory, base.headers, base.path)
+    adapter = read_adapter(
+        directory, base.headers, base.path, trust_remote_code=base.trust_remote_code
+    )
     return Checkpoint(
         name=name,
         path=base.path,
@@ -287,4 +292,5 @@ def _open_adapter(
         base=base,
         adapter=adapter,
         cache_dir=cache_dir,
+        trust_remote_code=base.trust_remote_code,
     )

@@ -108,7 +108,11 @@ def touches_embeddings(directory: Path) -> bool:
 
 
 def read_adapter(
-    directory: Path, base_headers: Mapping[str, TensorHeader], base_dir: Path
+    directory: Path,
+    base_headers: Mapping[str, TensorHeader],
+    base_dir: Path,
+    *,
+    trust_remote_code: bool = False,
 ) -> Adapter:
     """Return what an adapter does to its base; no tensor is read.
 
@@ -117,6 +121,7 @@ def read_adapter(
         base_headers: Dtype and shape of the base's tensors, by their names in its checkpoint.
         base_dir: Where transformers can load the base from; it is asked for names that the
             checkpoint does not have.
+        trust_remote_code: Whether Python files of the base may run.
 
     Raises:
         CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
@@ -126,9 +131,10 @@ def read_adapter(
     _check_supported(directory, config)
     file = _adapter_file(directory)
     headers = read_headers(file)
-    find = _finder(headers, base_headers, base_dir)
+    layers = _Layers(config, base_dir, trust_remote_code)
+    find = _finder(headers, base_headers, layers)
     updates = _plan(file, config, headers, find)
-    updates = _orient(file, updates, headers, base_headers, _Conv1D(config, base_dir))
+    updates = _orient(file, updates, headers, base_headers, layers)
     for name, update in updates.items():
         _check_parts(file, name, update, headers, base_headers)
     results = {name: _header(name, updates[name], headers, base_headers) for name in updates}
@@ -291,7 +297,7 @@ def _tokens(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, ..
 
 
 def _finder(
-    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], base_dir: Path
+    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], layers: "_Layers"
 ) -> _Find:
     """Return the function that gives the base's name of a tensor, None where it has none.
 
@@ -301,7 +307,7 @@ def _finder(
     wanted = {f"{part[0]}.weight" for part in parts if part is not None}
     renames: Mapping[str, str] = {}
     if any(_find(name, base) is None for name in wanted):
-        known = resident_names(base_dir)
+        known = layers.names()
         renames = {name: stored for name, stored in known.items() if stored in base}
 
     def find(name: str) -> str | None:
@@ -333,15 +339,23 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 @dataclass(frozen=True)
-class _Conv1D:
-    """Which weights of a base are stored as ``(n_in, n_out)``, where no shape tells."""
+class _Layers:
+    """What is asked of the base's layers, where neither names nor shapes tell."""
 
     config: Mapping[str, Any]
     base_dir: Path
+    trust_remote_code: bool
 
-    def holds(self, name: str) -> bool:
-        """Return what the model says; where it cannot be made, what the adapter says."""
-        transposed = transposed_weights(self.base_dir)
+    def names(self) -> Mapping[str, str]:
+        """Return names in the base's checkpoint by names in the loaded model."""
+        return resident_names(self.base_dir, trust_remote_code=self.trust_remote_code)
+
+    def are_transposed(self, name: str) -> bool:
+        """Return whether the model stores a weight as ``(n_in, n_out)``.
+
+        Where the model cannot be made, that is as the adapter says.
+        """
+        transposed = transposed_weights(self.base_dir, trust_remote_code=self.trust_remote_code)
         if transposed is None:
             return bool(self.config.get("fan_in_fan_out"))
         return _find(name, dict.fromkeys(transposed)) is not None
@@ -352,7 +366,7 @@ def _orient(
     updates: Mapping[str, Update],
     headers: Mapping[str, TensorHeader],
     base: Mapping[str, TensorHeader],
-    conv1d: _Conv1D,
+    layers: _Layers,
 ) -> dict[str, Update]:
     """Settle which weights are stored transposed, and refuse those that do not fit.
 
@@ -376,7 +390,7 @@ def _orient(
         elif len(set(made)) > 1:
             flip = found != made
         else:
-            flip = any(others) if others else conv1d.holds(name)
+            flip = any(others) if others else layers.are_transposed(name)
         if found != (made[::-1] if flip else made):
             raise CheckpointError(
                 f"{file}: the update of {name!r} has shape {list(made)}; "

@@ -73,6 +73,11 @@ _FREE_KINDS = re.compile(
 _IN_LAYER_TYPES = {"use_sliding_window", "max_window_layers"}
 """What transformers turns into ``sliding_window`` and ``layer_types``, which are compared."""
 
+_LISTS = re.compile(
+    r"(model type should be one of|should contain one of|,? or contain one of the following).*",
+    re.IGNORECASE,
+)
+
 _LENGTH = "max_position_embeddings"
 _LENGTH_MATTERS = ("dynamic", "yarn", "longrope")
 """The kinds of rotary embedding whose angles may depend on the longest sequence."""
@@ -131,8 +136,14 @@ def comparable_config(
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split())
+    """Return what an error of transformers says, in one line, without the lists of all it has."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code that comes with it, which is not run; allow that with "
+            "`trust_remote_code: true`, if you trust whoever wrote it"
+        )
+    return _LISTS.sub("", text).strip(" ,.")
 
 
 def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:

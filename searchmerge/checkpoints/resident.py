@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.lora import Adapter
-from searchmerge.checkpoints.renames import aligned, stored_names
+from searchmerge.checkpoints.model_config import in_one_line
+from searchmerge.checkpoints.renames import aligned, loader_class, stored_names
 from searchmerge.errors import CheckpointError
 
 
@@ -36,12 +37,12 @@ def load_resident(
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
             weight of the model itself, other than a head, is not in the checkpoint.
     """
-    import transformers
-
-    loader: Any = getattr(transformers, auto_class, None)
-    if not hasattr(loader, "from_pretrained"):
-        raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    loader = loader_class(auto_class)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "trust_remote_code": checkpoint.trust_remote_code,
+    }
     if labels:
         options |= {
             "id2label": dict(enumerate(labels)),
@@ -54,9 +55,8 @@ def load_resident(
                 checkpoint.path, output_loading_info=True, **options
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{checkpoint.name}: cannot be loaded as {auto_class}: {reason}"
+            f"{checkpoint.name}: cannot be loaded as {auto_class}: {in_one_line(error)}"
         ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
     twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}

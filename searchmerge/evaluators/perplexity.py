@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.scoring import CausalScorer
@@ -46,6 +47,7 @@ class Perplexity:
         batch_tokens: Tokens of one forward pass, 1 or more.
         max_length: Window in tokens; the model's own if ``None``.
         stride: Tokens by which the window moves, in [1, max_length]; half of it if ``None``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         SpecError: If data, split or column are not there, a text has no tokens, or the stride is
@@ -60,11 +62,10 @@ class Perplexity:
         batch_tokens: int = 1024,
         max_length: int | None = None,
         stride: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AutoConfig
-
-        tokenizer = load_tokenizer(model_dir)
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+        config = load_config(model_dir, trust_remote_code=trust_remote_code)
         self._max_length = max_length or window(config, tokenizer)
         self._stride = stride or max(1, self._max_length // 2)
         if self._stride > self._max_length:

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from searchmerge.checkpoints.model_config import in_one_line
 from searchmerge.errors import SpecError
 
 
-def load_tokenizer(model_dir: str | Path) -> Any:
+def load_tokenizer(model_dir: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model, from files that are on this machine.
 
     Args:
         model_dir: The directory of its files.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         SpecError: If it cannot be loaded, or knows no tokens but special ones: where the files of
@@ -19,10 +21,11 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise SpecError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
+        raise SpecError(
+            f"{model_dir}: the tokenizer cannot be loaded: {in_one_line(error)}"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise SpecError(
             f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, all of them special; its "
