@@ -17,6 +17,7 @@ from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_chec
 from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.heads import exclude_patterns, private_tensors, unused_tensors
+from searchmerge.checkpoints.model_class import check_class
 from searchmerge.checkpoints.renames import aligned, head_names
 from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.checkpoints.tying import untie_where_needed
@@ -105,6 +106,8 @@ def open_models(spec: StudySpec, study_file: Path, *, resident: bool = True) -> 
     auto_class = spec.resident_class if resident else spec.model_class
     trust = spec.trust_remote_code
     base = _open(spec.base, study_file, None, trust=trust)
+    if resident:
+        check_class(base, spec.resident_class)
     experts = {
         name: _open(model, study_file, base, trust=trust) for name, model in spec.experts.items()
     }

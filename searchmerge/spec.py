@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from searchmerge.checkpoints.model_class import CAUSAL_LM, LANGUAGE_MODELS
 from searchmerge.errors import SpecError
 from searchmerge.merging.method import METHODS
 from searchmerge.plan import WHOLE, Groups, Setting
@@ -320,15 +321,16 @@ class StudySpec(_Strict):
     def _model_classes(self) -> list[str]:
         """Return the classes of transformers that the tasks need, without double."""
         found = [self.model_class] if self.model_class else []
+        language = self.model_class if self.model_class in LANGUAGE_MODELS else CAUSAL_LM
         for task in self.tasks.values():
             if task.evaluator in ("lm_harness", "perplexity"):
-                found.append("AutoModelForCausalLM")
+                found.append(str(language))
             elif task.evaluator == "classification" and self.classification.pooling:
                 found.append("AutoModel")
             elif task.evaluator == "classification":
                 kind = "Sequence" if task.text else "Image"
                 found.append(f"AutoModelFor{kind}Classification")
-        return list(dict.fromkeys(found)) or ["AutoModelForCausalLM"]
+        return list(dict.fromkeys(found)) or [CAUSAL_LM]
 
     @property
     def resident_class(self) -> str:

@@ -196,14 +196,19 @@ def _same_kind(name: str, base: Checkpoint, expert: Checkpoint) -> tuple[Any, An
     if ours == theirs:
         return configs[0], configs[1]
     within = [getattr(config, "text_config", None) for config in configs]
-    if within[0] is not None and within[0].model_type == theirs:
+    if within[0] is not None and _plain_kind(within[0].model_type) == theirs:
         return within[0], configs[1]
-    if within[1] is not None and within[1].model_type == ours:
+    if within[1] is not None and _plain_kind(within[1].model_type) == ours:
         return configs[0], within[1]
     raise CheckpointError(
         f"expert {name!r} ({expert.name}) is a {theirs} model; "
         f"the base ({base.name}) is a {ours} model"
     )
+
+
+def _plain_kind(kind: str) -> str:
+    """Return the kind of a language model that has the same layers, e.g. Qwen2 for Qwen2-VL's."""
+    return re.sub(r"(_5)?_vl(_moe)?_text$", r"\2", kind)
 
 
 def _refuse_config(

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.lora import Adapter
+from searchmerge.checkpoints.model_class import check_class
 from searchmerge.checkpoints.model_config import in_one_line
 from searchmerge.checkpoints.renames import aligned, loader_class, stored_names
 from searchmerge.errors import CheckpointError
@@ -37,6 +38,7 @@ def load_resident(
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
             weight of the model itself, other than a head, is not in the checkpoint.
     """
+    check_class(checkpoint, auto_class)
     loader = loader_class(auto_class)
     options: dict[str, Any] = {
         "dtype": dtype,

@@ -122,6 +122,9 @@ def test_a_model_with_code_of_its_own_is_merged_and_saved(touched, tmp_path):
     out = tmp_path / "out"
     arguments = ["merge", str(plan), "--base", str(tmp_path / "base"), "--out", str(out)]
     arguments += ["--expert", f"first={tmp_path / 'first'}"]
+    done = CliRunner().invoke(app, arguments)  # merging runs nothing
+    assert done.exit_code == 0, done.output
+    assert not touched.exists()
     done = CliRunner().invoke(app, [*arguments, "--set", "trust_remote_code=true"])
     assert done.exit_code == 0, done.output
     assert touched.exists()
