@@ -1,63 +1,74 @@
 """Checking a study before its weights are loaded, and estimating what it will cost."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from searchmerge import assemble
 from searchmerge.config import RunConfig
+from searchmerge.evaluators.evaluator import Evaluator, Prompting
+from searchmerge.execution.blocks import Block
+from searchmerge.execution.worker import Worker
+from searchmerge.models import Models, check_groups, open_models
 from searchmerge.search.references import reference_plans
-from searchmerge.spec import StudySpec, make_space
+from searchmerge.search.schedule import Schedule
+from searchmerge.study import Study
 
 _EXAMPLES = 2
 
 
-def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterator[str]:
+def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     """Yield what is found, line by line: first by headers alone, then by scoring two examples.
 
     Raises:
         SearchMergeError: At the first thing that would stop the study.
     """
-    models = assemble.open_models(spec, study_file)
-    assemble.check_groups(spec, models)
-    yield (
-        f"models: {len(models.experts)} experts ({', '.join(models.experts)}) fit the base "
-        f"{models.base.name}"
-    )
+    models = open_models(study)
+    check_groups(study, models)
+    yield from _models(study, models)
+    yield f"space: {_describe_space(study)}"
+    if study.spec.search.warm_start:
+        n_plans = len(assemble.warm_start(study))
+        yield f"warm start: {n_plans} plans of {', '.join(study.spec.search.warm_start)}"
+    evaluators = assemble.make_evaluators(study, models, assemble.pick_device(config))
+    infos = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
+    schedule = assemble.make_schedule(study, infos)
+    for name, info in infos.items():
+        parts = {p: sum(len(b.examples) for b in own[name]) for p, own in schedule.blocks.items()}
+        yield (
+            f"task {name}: {info.metric}, {info.n_examples} examples, "
+            f"{parts['survey']} to select, {parts['hold_out']} held out"
+        )
+        yield from _prompts(evaluators[name], name, schedule.blocks["survey"][name][0])
+    yield from _cost(study, assemble.make_worker(study, models, config), schedule)
+
+
+def _models(study: Study, models: Models) -> Iterator[str]:
+    """Yield how many models there are, and what they need of memory and disk."""
+    names = ", ".join(models.experts)
+    yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
     yield from (f"doubtful: {line}" for line in models.doubts())
-    n_parameters = sum(_numel(header.shape) for header in models.base.headers.values())
+    n_parameters = sum(math.prod(header.shape) for header in models.base.headers.values())
     resident = n_parameters * models.dtype.itemsize
     stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())
     yield (
         f"memory: {_gib(resident)} for the resident model in {models.dtype}, and "
         f"{_gib(stored)} of mapped files that are read in every merge"
     )
-    free = shutil.disk_usage(study_file.parent).free
+    free = shutil.disk_usage(study.folder).free
     yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
-    yield f"space: {_describe_space(spec)}"
-    if spec.search.warm_start:
-        n_plans = len(assemble.warm_start(spec, study_file))
-        yield f"warm start: {n_plans} plans of {', '.join(spec.search.warm_start)}"
-    evaluators = assemble.make_evaluators(spec, study_file, models, assemble.pick_device(config))
-    tasks = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
-    schedule = assemble.make_schedule(spec, tasks)
-    for name, info in tasks.items():
-        parts = {p: sum(len(b.examples) for b in own[name]) for p, own in schedule.blocks.items()}
-        yield (
-            f"task {name}: {info.metric}, {info.n_examples} examples, "
-            f"{parts['survey']} to select, {parts['hold_out']} held out"
-        )
-    worker = assemble.make_worker(spec, study_file, models, config)
-    plan = reference_plans(tuple(spec.experts))["average"]
-    rounds = [
-        (assemble.first_examples(own[0], _EXAMPLES),) for own in schedule.blocks["survey"].values()
-    ]
+
+
+def _cost(study: Study, worker: Worker, schedule: Schedule) -> Iterator[str]:
+    """Yield what a trial costs, by scoring a few examples of each task."""
+    blocks = schedule.blocks["survey"].values()
+    rounds = [(_first_examples(of_task[0], _EXAMPLES),) for of_task in blocks]
     start = time.perf_counter()
-    results = list(worker.score(plan, rounds))
+    results = list(worker.score(reference_plans(study.experts)["average"], rounds))
     seconds = time.perf_counter() - start - results[0].merge_s
-    n_select = sum(len(b.examples) for own in schedule.blocks["survey"].values() for b in own)
-    n_scored = sum(len(block.examples) for r in rounds for block in r)
+    n_select = sum(len(block.examples) for of_task in blocks for block in of_task)
+    n_scored = sum(len(block.examples) for of_round in rounds for block in of_round)
     trial_s = results[0].merge_s + seconds * n_select / n_scored
     yield (
         f"cost: merging {results[0].merge_s:.2f} s; {n_scored} examples took {seconds:.2f} s, "
@@ -65,19 +76,26 @@ def check_study(spec: StudySpec, study_file: Path, config: RunConfig) -> Iterato
     )
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def _prompts(evaluator: Evaluator, task: str, block: Block) -> Iterator[str]:
+    """Yield what the model is given for a task's first examples, where its evaluator can tell."""
+    if not isinstance(evaluator, Prompting):
+        return
+    for example in block.examples[:_EXAMPLES]:
+        yield f"  prompt of example {example}:"
+        yield from (f"  | {line}" for line in evaluator.shown(task, example).splitlines())
+    yield from (f"  note: {doubt}" for doubt in evaluator.doubts(task))
+
+
+def _first_examples(block: Block, n_examples: int) -> Block:
+    return Block(block.task, block.part, block.index, block.examples[:n_examples])
 
 
 def _gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.2f} GiB"
 
 
-def _describe_space(spec: StudySpec) -> str:
-    space = make_space(spec)
+def _describe_space(study: Study) -> str:
+    space = study.space
     parts = [
         f"{name} with {len(space.distributions(name))} parameters" for name in space.alternatives
     ]

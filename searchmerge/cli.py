@@ -62,19 +62,18 @@ def run(
     set_: Overrides = None,
 ) -> None:
     """Run a study, or go on with it where it was stopped."""
-    from searchmerge.assemble import study_name
     from searchmerge.config import read_config
     from searchmerge.interrupts import Stopped, stopped_by_signals
     from searchmerge.progress import ProgressView
     from searchmerge.run import run_study
-    from searchmerge.spec import read_study
+    from searchmerge.study import read_study
 
     settings = read_config(config)
-    spec, file = read_study(study, _read_overrides(set_))
-    run_dir = (runs_dir or Path(settings.runs_dir)) / study_name(spec, file)
+    asked = read_study(study, _read_overrides(set_))
+    run_dir = (runs_dir or Path(settings.runs_dir)) / asked.name
     try:
         with stopped_by_signals(), ProgressView(_err) as view:
-            results = run_study(spec, file, settings, run_dir, view)
+            results = run_study(asked, settings, run_dir, view)
     except Stopped as stopped:
         _print_stopped(run_dir, settings.storage)
         raise typer.Exit(_SIGNALLED + stopped.number) from None
@@ -88,10 +87,9 @@ def check(study: Study, config: ConfigFile = None, set_: Overrides = None) -> No
     """Check a study without running it, and say what a trial will cost."""
     from searchmerge.check import check_study
     from searchmerge.config import read_config
-    from searchmerge.spec import read_study
+    from searchmerge.study import read_study
 
-    spec, file = read_study(study, _read_overrides(set_))
-    for line in check_study(spec, file, read_config(config)):
+    for line in check_study(read_study(study, _read_overrides(set_)), read_config(config)):
         _out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -141,25 +139,20 @@ def merge(
     ] = None,
 ) -> None:
     """Merge once, as a plan says, and write the model."""
-    from searchmerge.assemble import (
-        load_task_vectors,
-        open_models,
-        save_merge,
-        saved_heads,
-        warn_of_doubts,
-    )
+    from searchmerge.heads import saved_heads
+    from searchmerge.models import load_task_vectors, open_models, save_merge, warn_of_doubts
     from searchmerge.plan import MergePlan
-    from searchmerge.spec import plain_study
+    from searchmerge.study import plain_study
 
     what = MergePlan.from_yaml(plan)
     experts = dict(_pair(text, "--expert") for text in expert)
     if missing := [name for name in what.experts if name not in experts]:
         raise SpecError(f"{plan}: merges expert {missing[0]!r}; give --expert {missing[0]}=PATH")
     named = {name: experts[name] for name in what.experts}
-    spec = plain_study(base, named, _read_overrides(set_))
-    models = open_models(spec, Path(), resident=False)
+    study = plain_study(base, named, _read_overrides(set_))
+    models = open_models(study, resident=False)
     warn_of_doubts(models)
-    vectors, heads = load_task_vectors(models, spec), saved_heads(spec, models)
+    vectors, heads = load_task_vectors(study, models), saved_heads(study, models)
     save_merge(models, vectors, what, out, heads=heads)
     _out.print(f"Written: {out}", highlight=False, soft_wrap=True)
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from searchmerge.merging.engine import EngineKind
+from searchmerge.merging.residency import Memory, Residency
 from searchmerge.spec import Duration
 from searchmerge.yaml_file import read_yaml
 
@@ -49,6 +50,8 @@ class RunConfig(BaseModel):
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     engine: EngineKind = "auto"
+    residency: Residency = "auto"
+    keep_memory: float | None = Field(default=None, ge=0)
     runs_dir: str = "runs"
     storage: str | None = None
 
@@ -57,6 +60,12 @@ class RunConfig(BaseModel):
         if self.ray is not None and self.executor != "ray":
             raise ValueError("ray belongs to executor: ray")
         return self
+
+    @property
+    def memory(self) -> Memory:
+        """Return where base and experts lie, and how much methods may keep."""
+        keep = self.keep_memory
+        return Memory(self.residency, None if keep is None else int(keep * 2**30))
 
     @property
     def workers(self) -> RayConfig:

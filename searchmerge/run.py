@@ -13,8 +13,17 @@ from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.classifier import SavedHead, head_files
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError, StudyError
-from searchmerge.evaluators.evaluator import Part
-from searchmerge.merging.task_vectors import TaskVectors
+from searchmerge.execution.blocks import Part
+from searchmerge.fingerprint import versions
+from searchmerge.heads import saved_heads
+from searchmerge.models import (
+    Models,
+    check_groups,
+    load_task_vectors,
+    open_models,
+    save_merge,
+    warn_of_doubts,
+)
 from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
 from searchmerge.report.front import save_front
@@ -23,12 +32,13 @@ from searchmerge.search.candidates import best_of, candidates, front_of
 from searchmerge.search.confirm import confirm
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Objective
-from searchmerge.search.references import BASE, expert_name, reference_plans
+from searchmerge.search.references import BASE, reference_plans
 from searchmerge.search.runner import RESULT, Observer, StudyRunner
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.storage import storage_errors
 from searchmerge.search.study import StudyDirectory, locked
-from searchmerge.spec import StudySpec, make_space, merge_overrides
+from searchmerge.spec import merge_overrides
+from searchmerge.study import Study
 
 _logger = logging.getLogger(__name__)
 
@@ -37,9 +47,7 @@ PLANS_DIR = "plans"
 _BEGUN = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.FAIL)
 
 
-def run_study(
-    spec: StudySpec, study_file: Path, config: RunConfig, run_dir: Path, observer: Observer
-) -> Results:
+def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer) -> Results:
     """Run a study to its end, from wherever an earlier run left it.
 
     Raises:
@@ -48,73 +56,72 @@ def run_study(
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(run_dir))
         stack.enter_context(storage_errors(run_dir))
-        models = assemble.open_models(spec, study_file)
-        assemble.check_groups(spec, models)
-        assemble.warn_of_doubts(models)
+        models = open_models(study)
+        check_groups(study, models)
+        warn_of_doubts(models)
         directory = stack.enter_context(
-            contextlib.closing(assemble.open_directory(spec, study_file, models, config, run_dir))
+            contextlib.closing(assemble.open_directory(study, models, config, run_dir))
         )
         if not directory.trials(*_BEGUN):  # a study that was resumed has them already
-            directory.enqueue("warm start", assemble.warm_start(spec, study_file))
+            directory.enqueue("warm start", assemble.warm_start(study))
         executor = stack.enter_context(
-            contextlib.closing(assemble.make_executor(spec, study_file, models, config))
+            contextlib.closing(assemble.make_executor(study, models, config))
         )
-        schedule = assemble.make_schedule(spec, executor.tasks())
-        references = reference_plans(tuple(spec.experts))
+        schedule = assemble.make_schedule(study, executor.tasks())
+        references = reference_plans(study.experts)
         runner = StudyRunner(
             directory,
-            make_space(spec),
+            study.space,
             schedule,
             Dispatcher(executor, directory.scores),
             references,
             observer,
         )
-        results = _search(spec, study_file, runner, directory, references, models)
+        results = _search(study, runner, directory, references, models)
         results.save(run_dir)
         if results.points:
             save_front(results.points, results.winner, results.study, run_dir)
-        _save_winner(spec, models, results, run_dir, observer)
+        _save_winner(study, models, results, run_dir, observer)
         return results
 
 
 def _search(
-    spec: StudySpec,
-    study_file: Path,
+    study: Study,
     runner: StudyRunner,
     directory: StudyDirectory,
     references: Mapping[str, MergePlan],
-    models: assemble.Models,
+    models: Models,
 ) -> Results:
-    own = {name: expert_name(task.expert) for name, task in spec.tasks.items() if task.expert}
+    own = study.task_experts
     known = runner.score_references()
     schedule = runner.schedule
-    if assemble.make_objective(spec).needs_references:
-        assemble.check_own_experts(spec, set(known), own)
+    if study.objective.needs_references:
+        assemble.check_own_experts(study, set(known), own)
     select = {n: schedule.scores(directory.scores, p, "select") for n, p in known.items()}
-    objective = assemble.make_objective(spec).referring_to(
+    objective = study.objective.referring_to(
         {task: select[name][task] for task, name in own.items() if name in select},
         select.get(BASE, {}),
     )
-    runner.run(objective, assemble.make_budget(spec), assemble.make_racing(spec))
-    found = _complete_the_best(spec, runner, directory, objective, references)
+    runner.run(objective, assemble.make_budget(study), assemble.make_racing(study))
+    found = _complete_the_best(study, runner, directory, objective, references)
     _write_plans(directory, found)
     plans = {**known, **found}
     confirmed = runner.score_plans("confirmation", plans, "hold_out")
     plans = {name: plan for name, plan in plans.items() if name in confirmed}
     if not any(name in found for name in plans):
         raise StudyError(f"{directory.run_dir}: none of the best candidates could be confirmed")
-    return _results(spec, study_file, directory, schedule, objective, plans, set(found), models)
+    return _results(study, directory, schedule, objective, plans, set(found), models)
 
 
 def _complete_the_best(
-    spec: StudySpec,
+    study: Study,
     runner: StudyRunner,
     directory: StudyDirectory,
     objective: Objective,
     references: Mapping[str, MergePlan],
 ) -> dict[str, MergePlan]:
     """Return the best candidates, best first, after those stopped early are scored in full."""
-    top_k, but = spec.confirm.top_k, list(references.values())
+    top_k, but = study.spec.confirm.top_k, list(references.values())
     best = best_of(candidates(directory, runner.schedule), objective, top_k, but)
     partial = {one.name: one.plan for one in best if not one.is_full}
     if partial:
@@ -132,25 +139,24 @@ def _write_plans(directory: StudyDirectory, found: Mapping[str, MergePlan]) -> N
 
 
 def _results(  # noqa: PLR0913
-    spec: StudySpec,
-    study_file: Path,
+    study: Study,
     directory: StudyDirectory,
     schedule: Schedule,
     objective: Objective,
     plans: Mapping[str, MergePlan],
     found: set[str],
-    models: assemble.Models,
+    models: Models,
 ) -> Results:
     store, blocks = directory.scores, schedule.blocks["hold_out"]
-    own = {name: expert_name(task.expert) for name, task in spec.tasks.items() if task.expert}
+    own = study.task_experts
     confirmation = confirm(
         {n: {t: store.task_values(p, b) for t, b in blocks.items()} for n, p in plans.items()},
         [name for name in plans if name in found],
         objective,
-        own if spec.objective != "mean" else {},
-        level=spec.confirm.level,
-        n_resamples=spec.confirm.n_resamples,
-        seed=spec.search.seed,
+        own if study.spec.objective != "mean" else {},
+        level=study.spec.confirm.level,
+        n_resamples=study.spec.confirm.n_resamples,
+        seed=study.spec.search.seed,
         aggregates=schedule.aggregates,
     )
     rows = []
@@ -175,16 +181,16 @@ def _results(  # noqa: PLR0913
     sources = {"base": models.base.name, **models.sources}
     made_of = {n: f"`{sources[n]}`, {mark}" for n, mark in models.fingerprints().items()}
     return Results(
-        study=assemble.study_name(spec, study_file),
-        tasks={task: schedule.metrics[task] for task in spec.tasks},
-        objective=spec.objective,
+        study=study.name,
+        tasks={task: schedule.metrics[task] for task in study.spec.tasks},
+        objective=study.spec.objective,
         rows=rows,
         winner=confirmation.winner,
         verdict=confirmation.verdict,
         plan=plans[confirmation.winner].to_dict(),
         counts=_counts(directory, schedule),
         level=confirmation.level,
-        made_of=made_of | assemble.versions(),
+        made_of=made_of | versions(study),
         bounds=_bounds(winner, objective, held_out),
         points=_points(directory, schedule, rows, objective),
     )
@@ -238,23 +244,24 @@ def _counts(directory: StudyDirectory, schedule: Schedule) -> dict[str, float]:
 
 
 def _save_winner(
-    spec: StudySpec,
-    models: assemble.Models,
+    study: Study,
+    models: Models,
     results: Results,
     run_dir: Path,
     observer: Observer,
 ) -> None:
     """Write the winner, unless it is there already."""
     out, plan = run_dir / MODEL_DIR, results.merge_plan
-    heads = assemble.saved_heads(spec, models)
+    heads = saved_heads(study, models)
     classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
-    card = model_card(results, models.base.name, models.sources, classes, merge_overrides(spec))
+    overrides = merge_overrides(study.spec)
+    card = model_card(results, models.base.name, models.sources, classes, overrides)
     if _is_saved(out, plan, heads):
         (out / "README.md").write_text(card, encoding="utf-8")
         return
     observer.phase("saving the model", None)
-    vectors: TaskVectors = assemble.load_task_vectors(models, spec)
-    assemble.save_merge(models, vectors, plan, out, heads=heads, card=card)
+    vectors = load_task_vectors(study, models)
+    save_merge(models, vectors, plan, out, heads=heads, card=card)
 
 
 def _is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead]) -> bool:

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import (
@@ -12,29 +12,25 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
+    create_model,
     field_validator,
     model_validator,
 )
 
-from searchmerge.checkpoints.model_class import CAUSAL_LM, LANGUAGE_MODELS
+from searchmerge.checkpoints.model_class import CAUSAL_LM, is_also
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
+from searchmerge.keys import Strict, declared_keys, hinted, keys_model
 from searchmerge.merging.method import METHODS
 from searchmerge.plan import WHOLE, Groups, Setting
 from searchmerge.search.objective import Against, Kind, Pick
-from searchmerge.search.references import reference_plans
-from searchmerge.search.samplers import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
-from searchmerge.yaml_file import read_yaml, to_model
+from searchmerge.yaml_file import to_model
 
-STUDY_FILE = "study.yaml"
-DTYPES = ("bfloat16", "float16", "float32")
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*$")
 _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _seconds(value: Any) -> Any:
@@ -47,7 +43,7 @@ Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 """Seconds, or text such as ``90s``, ``30m``, ``8h``."""
 
 
-class ModelSpec(_Strict):
+class ModelSpec(Strict):
     """Where a model is: a directory, from the study file's folder on, or a hub id."""
 
     path: str
@@ -61,7 +57,7 @@ def _model(value: Any) -> Any:
 Model = Annotated[ModelSpec, BeforeValidator(_model)]
 
 
-class RangeSpec(_Strict):
+class RangeSpec(Strict):
     """A range to search, both ends included."""
 
     low: float
@@ -71,14 +67,14 @@ class RangeSpec(_Strict):
     log: bool = False
 
 
-class EndsSpec(_Strict):
+class EndsSpec(Strict):
     """A range of real numbers to search, both ends included."""
 
     low: float
     high: float
 
 
-class ScaleSpec(_Strict):
+class ScaleSpec(Strict):
     """One scale for all experts, times each one's share of it."""
 
     scale: EndsSpec
@@ -116,117 +112,49 @@ class SpaceSpec(BaseModel):
     settings: dict[str, Setting | list[Setting] | RangeSpec] = Field(default_factory=dict)
 
 
-class DataSpec(_Strict):
-    """Where a task's rows are: a file or folder, from the study file's folder on, or a hub id."""
-
-    path: str
-    subset: str | None = None
-    revision: str | None = None
+Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+"""A number of examples, or a part of all that a task has."""
 
 
-Data = Annotated[DataSpec, BeforeValidator(_model)]
-Columns = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(min_length=1, max_length=2),
-]
-"""The column of a text, or the two columns of a pair."""
+class TaskSpec(Strict):
+    """A task, how it is scored and what it counts for.
 
-_TASK_KEYS: dict[str, tuple[str, ...]] = {
-    "lm_harness": ("task", "split", "metric", "num_fewshot"),
-    "classification": ("data", "split", "text", "image", "label", "labels", "metric"),
-    "perplexity": ("data", "split", "text"),
-    "function": ("function", "n_examples"),
-}
-"""The keys of a task that belong to some evaluators only."""
-
-
-class TaskSpec(_Strict):
-    """A task, how it is scored and what it counts for."""
-
-    evaluator: Literal["lm_harness", "classification", "perplexity", "function"] = "lm_harness"
-    select: int | None = Field(default=None, ge=1)
-    hold_out: int | None = Field(default=None, ge=1)
-    weight: float = Field(default=1.0, gt=0)
-    expert: str | None = None
-    task: str | None = None
-    split: str | None = None
-    metric: str | None = None
-    num_fewshot: int | None = Field(default=None, ge=0)
-    data: Data | None = None
-    text: Columns | None = None
-    image: str | None = None
-    label: str | None = None
-    labels: tuple[str, ...] | None = None
-    function: str | None = None
-    n_examples: int | None = Field(default=None, ge=2)
-
-    @model_validator(mode="after")
-    def _belongs(self) -> "TaskSpec":
-        allowed = _TASK_KEYS[self.evaluator]
-        for evaluator, keys in _TASK_KEYS.items():
-            for key in keys:
-                if key not in allowed and getattr(self, key) is not None:
-                    raise ValueError(f"{key} belongs to evaluator {evaluator}")
-        if (wrong := self._missing()) is not None:
-            raise ValueError(wrong)
-        return self
-
-    def _missing(self) -> str | None:
-        """Return what this kind of task still needs."""
-        match self.evaluator:
-            case "lm_harness" if self.split is None:
-                return "split is missing: name the dataset split that is scored"
-            case "function" if self.function is None or self.n_examples is None:
-                return "function (module:function) and n_examples are needed"
-            case "classification" | "perplexity" if self.data is None:
-                return "data is missing: a file, a folder, or a dataset of the hub"
-            case "perplexity" if len(self.text or ("text",)) > 1:
-                return "text: perplexity reads one column"
-            case "classification" if self.expert is None:
-                return "expert is missing: name the expert whose head classifies"
-            case "classification" if (self.text is None) == (self.image is None):
-                return "name the column of the data that is classified: text, or image"
-            case "classification" if self.metric not in (None, "acc", "macro_f1"):
-                return f"metric is {self.metric!r}; classification has: acc, macro_f1"
-        return None
-
-
-class LmHarnessSpec(_Strict):
-    """How lm-eval tasks are scored."""
-
-    include_path: str | None = None
-    batch_tokens: int | None = Field(default=None, ge=64)
-    max_length: int | None = Field(default=None, ge=2)
-    fewshot_seed: int = 1234
-    engine: Literal["transformers", "vllm"] = "transformers"
-    vllm_memory: float = Field(default=0.5, gt=0, lt=1)
-
-
-class ClassificationSpec(_Strict):
-    """How classifiers are scored, and which tensors are their experts' own heads.
-
-    Without ``pooling`` the model is the base's ``AutoModelForSequenceClassification`` or
-    ``AutoModelForImageClassification``, and each expert's head is put into it. With ``pooling``
-    it is its ``AutoModel``, and a head is a linear layer on the pooled output.
+    Which other keys it has is declared by its evaluator: :func:`study_model`.
     """
 
-    pooling: Literal["mean", "cls", "max", "pooler"] | None = None
-    heads: tuple[str, ...] = ()
-    batch_tokens: int | None = Field(default=None, ge=64)
-    batch_images: int | None = Field(default=None, ge=1)
-    max_length: int | None = Field(default=None, ge=2)
+    evaluator: str = "lm_harness"
+    select: Share | None = None
+    hold_out: Share | None = None
+    weight: float = Field(default=1.0, gt=0)
+    expert: str | None = None
+    _keys: Any = PrivateAttr(default=None)
+
+    @property
+    def keys(self) -> Any:
+        """Return the keys that the evaluator declares."""
+        return self._keys
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suits_the_evaluator(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        for key in data:
+            for kind in EVALUATORS:
+                if key not in cls.model_fields and key in EVALUATORS[kind].keys.__annotations__:
+                    raise ValueError(f"{key} belongs to evaluator {kind}")
+        for key, hint in hinted(cls.declared).items():
+            if data.get(key) is None:
+                raise ValueError(f"{key} is missing: {hint}")
+        return data
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "TaskSpec":
+        self._keys = declared_keys(self, self.declared)
+        return self
 
 
-class PerplexitySpec(_Strict):
-    """How texts are scored by their likelihood."""
-
-    batch_tokens: int | None = Field(default=None, ge=64)
-    max_length: int | None = Field(default=None, ge=2)
-    stride: int | None = Field(default=None, ge=1)
-
-
-class RacingSpec(_Strict):
+class RacingSpec(Strict):
     """When a candidate is stopped before all its blocks are scored."""
 
     p_threshold: float = Field(default=0.03, gt=0, lt=0.5)
@@ -234,7 +162,7 @@ class RacingSpec(_Strict):
     collapse_margin: float = Field(default=0.1, ge=0)
 
 
-class ConstraintSpec(_Strict):
+class ConstraintSpec(Strict):
     """A bound that the saved plan has to keep, on some tasks or on all."""
 
     tasks: Annotated[list[str], Field(min_length=1)] | Literal["all"]
@@ -242,7 +170,7 @@ class ConstraintSpec(_Strict):
     at_least: float
 
 
-class SearchSpec(_Strict):
+class SearchSpec(Strict):
     """What proposes candidates, and for how long."""
 
     sampler: str = "auto"
@@ -267,7 +195,7 @@ class SearchSpec(_Strict):
         return "off" if value is False else {} if value is True or value == "on" else value
 
 
-class ConfirmSpec(_Strict):
+class ConfirmSpec(Strict):
     """How the winner is confirmed on held-out examples."""
 
     top_k: int = Field(default=3, ge=1)
@@ -276,7 +204,7 @@ class ConfirmSpec(_Strict):
     n_resamples: int = Field(default=2000, ge=100)
 
 
-class StudySpec(_Strict):
+class StudySpec(Strict):
     """A study file."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -293,12 +221,13 @@ class StudySpec(_Strict):
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     objective: Kind = "normalised"
     constraints: list[ConstraintSpec] = Field(default_factory=list)
-    lm_harness: LmHarnessSpec = LmHarnessSpec()
-    classification: ClassificationSpec = ClassificationSpec()
-    perplexity: PerplexitySpec = PerplexitySpec()
     model_class: str | None = Field(default=None, pattern=r"^Auto[A-Za-z0-9]+$")
     search: SearchSpec = SearchSpec(n_trials=50)
     confirm: ConfirmSpec = ConfirmSpec()
+
+    def __reduce__(self) -> Any:
+        """Let it be read again in another process, whose classes are made there."""
+        return _read_again, (self.model_dump(mode="json", exclude_unset=True),)
 
     @model_validator(mode="after")
     def _fits(self) -> "StudySpec":
@@ -312,25 +241,34 @@ class StudySpec(_Strict):
             self._check_constraint(f"constraints.{number}", constraint)
         if self.search.n_trials is None and self.search.timeout is None:
             raise ValueError("search: give n_trials, timeout, or both")
-        if len(kinds := self._model_classes()) > 1:
+        if len(classes := self._model_classes()) > 1:
             raise ValueError(
-                f"tasks: one model cannot be {' and '.join(kinds)}; divide them into studies"
+                f"tasks: one model cannot be {' and '.join(classes)}; divide them into studies"
             )
         return self
 
+    @property
+    def kinds(self) -> dict[str, EvaluatorKind[Any, Any]]:
+        """Return the kinds of evaluators that score the tasks, by name."""
+        names = dict.fromkeys(task.evaluator for task in self.tasks.values())
+        return {name: EVALUATORS[name] for name in names}
+
+    def section(self, kind: str) -> Any:
+        """Return the keys of the section that belongs to a kind of evaluator."""
+        declared = EVALUATORS[kind].section
+        return declared_keys(getattr(self, kind), declared) if hasattr(self, kind) else declared()
+
+    def keys_of(self, kind: str) -> dict[str, Any]:
+        """Return the tasks that a kind of evaluator scores: name to the keys it declares."""
+        return {name: t.keys for name, t in self.tasks.items() if t.evaluator == kind}
+
     def _model_classes(self) -> list[str]:
         """Return the classes of transformers that the tasks need, without double."""
-        found = [self.model_class] if self.model_class else []
-        language = self.model_class if self.model_class in LANGUAGE_MODELS else CAUSAL_LM
-        for task in self.tasks.values():
-            if task.evaluator in ("lm_harness", "perplexity"):
-                found.append(str(language))
-            elif task.evaluator == "classification" and self.classification.pooling:
-                found.append("AutoModel")
-            elif task.evaluator == "classification":
-                kind = "Sequence" if task.text else "Image"
-                found.append(f"AutoModelFor{kind}Classification")
-        return list(dict.fromkeys(found)) or [CAUSAL_LM]
+        classes = [self.model_class] if self.model_class else []
+        for name, kind in self.kinds.items():
+            needed = kind.model_classes(self.keys_of(name), self.section(name))
+            classes += [one for one in needed if not is_also(self.model_class, one)]
+        return list(dict.fromkeys(classes)) or [CAUSAL_LM]
 
     @property
     def resident_class(self) -> str:
@@ -338,9 +276,19 @@ class StudySpec(_Strict):
         return self._model_classes()[0]
 
     @property
+    def private(self) -> list[str]:
+        """Return the patterns of tensors that are each expert's own though the base has them."""
+        return [
+            pattern
+            for name, kind in EVALUATORS.items()
+            if kind.private_key
+            for pattern in getattr(self.section(name), kind.private_key)
+        ]
+
+    @property
     def not_merged(self) -> list[str]:
         """Return the patterns of tensors that stay the base's: excluded, or an expert's head."""
-        return [*self.exclude, *self.classification.heads]
+        return [*self.exclude, *self.private]
 
     def _check_constraint(self, where: str, constraint: ConstraintSpec) -> None:
         for task in self.constrained(constraint):
@@ -368,43 +316,57 @@ class StudySpec(_Strict):
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
         for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
             data["search"].pop(key)
-        data["lm_harness"].pop("vllm_memory")
+        for name, kind in EVALUATORS.items():
+            for key in kind.cost_keys:
+                data[name].pop(key)
         return data
 
 
-def read_study(path: Path, overrides: dict[str, str] | None = None) -> tuple[StudySpec, Path]:
-    """Return the study in a file, or in the folder of one, and the file.
-
-    Raises:
-        SpecError: If it cannot be read or is not a study; it names file, line and key.
-    """
-    file = path / STUDY_FILE if path.is_dir() else path
-    spec = read_yaml(file, StudySpec, overrides)
-    try:
-        space = make_space(spec)
-        n_objectives = len(spec.tasks) if spec.objective == "tasks" else 1
-        make_sampler(spec.search.sampler, SamplerSetting(0, space, n_objectives))
-        if len(space.alternatives) == 1 and not space.distributions():
-            raise SpecError(
-                "space: nothing is searched, all is fixed or left at its default; "
-                "give a range, e.g. coefficient: {low: 0.0, high: 1.0}"
-            )
-        _check_length(spec, space)
-    except SpecError as error:
-        raise SpecError(f"{file}: {error}") from error
-    return spec, file
+def study_model() -> type[StudySpec]:
+    """Return the model of a study file, with the keys that each kind of evaluator declares."""
+    return _study_model(tuple(EVALUATORS))
 
 
-def _check_length(spec: StudySpec, space: SearchSpace) -> None:
-    """Refuse a search that ends with the references that lie in its space, trials as well."""
-    references = reference_plans(tuple(spec.experts))
-    inside = [name for name, plan in references.items() if space.params(plan) is not None]
-    n_trials = spec.search.n_trials
-    if n_trials is not None and n_trials <= len(inside):
-        raise SpecError(
-            f"search.n_trials is {n_trials}, and as many trials go to references that lie in the "
-            f"space ({', '.join(inside)}); give {len(inside) + 1} or more"
-        )
+@cache
+def _study_model(kinds: tuple[str, ...]) -> type[StudySpec]:
+    forms = tuple(
+        Annotated[keys_model(f"{kind}Task", EVALUATORS[kind].keys, TaskSpec), Tag(f"({kind})")]
+        for kind in kinds
+    )
+    task = Annotated[
+        Annotated[Union[forms], Discriminator(_form_of_task)],  # type: ignore[valid-type]  # noqa: UP007
+        BeforeValidator(_with_known_evaluator),
+    ]
+    sections = {
+        kind: keys_model(f"{kind}Section", EVALUATORS[kind].section, Strict) for kind in kinds
+    }
+    keys: dict[str, Any] = {
+        kind: (section, Field(default_factory=section))
+        for kind, section in sections.items()
+        if section.model_fields
+    }
+    tasks = (dict[str, task], Field(min_length=1))
+    return create_model("Study", __base__=StudySpec, tasks=tasks, **keys)
+
+
+def _form_of_task(task: Any) -> str:
+    return f"({_evaluator_of(task)})"
+
+
+def _evaluator_of(task: Any) -> Any:
+    default = TaskSpec.model_fields["evaluator"].default
+    if isinstance(task, Mapping):
+        return task.get("evaluator", default)
+    return getattr(task, "evaluator", default)
+
+
+def _with_known_evaluator(task: Any) -> Any:
+    EVALUATORS[_evaluator_of(task)]
+    return task
+
+
+def _read_again(data: dict[str, Any]) -> StudySpec:
+    return study_model().model_validate(data)
 
 
 def make_space(spec: StudySpec) -> SearchSpace:
@@ -485,13 +447,8 @@ def _searched(
     return Fixed((float(searched),) * len(experts))
 
 
-def plain_study(base: str, experts: Mapping[str, str], overrides: Mapping[str, str]) -> StudySpec:
-    """Return a study that names models and nothing else, for a single merge.
-
-    Args:
-        base: A directory or a hub id.
-        experts: Expert name to the same.
-        overrides: Dotted key of a study to YAML text, e.g. what to ``exclude``.
+def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, str]) -> StudySpec:
+    """Return what a study would say that names models and nothing else.
 
     Raises:
         SpecError: If a key is unknown or a value is not allowed.
@@ -502,16 +459,17 @@ def plain_study(base: str, experts: Mapping[str, str], overrides: Mapping[str, s
         "space": {"method": "task_arithmetic"},
         "tasks": {"none": {"split": "none"}},
     }
-    return to_model(data, StudySpec, overrides, "--set")
+    return to_model(data, study_model(), overrides, "--set")
 
 
 def merge_overrides(spec: StudySpec) -> dict[str, str]:
-    """Return the overrides with which :func:`plain_study` merges as a study does."""
+    """Return the overrides with which :func:`plain_spec` merges as a study does."""
     said = spec.model_dump(mode="json", exclude_unset=True)
     keys = ("dtype", "exclude", "vocabulary", "tokenizers", "may_differ", "trust_remote_code")
     found = {key: said[key] for key in keys if key in said}
-    if heads := spec.classification.heads:
-        found["classification.heads"] = heads
+    for name, kind in EVALUATORS.items():
+        if kind.private_key and (patterns := getattr(spec.section(name), kind.private_key)):
+            found[f"{name}.{kind.private_key}"] = list(patterns)
     models = {"base": spec.base, **{f"experts.{name}": m for name, m in spec.experts.items()}}
     found |= {key: m.model_dump(mode="json") for key, m in models.items() if m.revision}
     return {key: _in_one_line(value) for key, value in found.items()}

@@ -189,6 +189,8 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "2 experts (first, second) fit the base" in out
     assert "task first: acc, 48 examples, 24 to select, 24 held out" in out
     assert "a trial of 48 takes about" in out
+    assert out.count("  | w") == 4  # two prompts of each task
+    assert "chat template" not in out
 
 
 BAD = {

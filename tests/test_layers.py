@@ -14,9 +14,13 @@ LAYERS = [
     {"checkpoints", "merging", "evaluators"},
     {"execution"},
     {"search"},
+    {"keys"},
     {"spec", "config"},
+    {"study"},
     {"report"},
     {"classifier"},
+    {"models"},
+    {"heads", "fingerprint"},
     {"assemble"},
     {"run", "check", "progress", "interrupts"},
     {"cli"},
@@ -26,10 +30,10 @@ ONLY_HERE = {
     "ray": {"execution/ray"},
     "lm_eval": {"evaluators/lm_harness"},
     "vllm": {"evaluators/lm_harness"},
-    "pydantic": {"spec.py", "config.py", "yaml_file.py"},
+    "pydantic": {"spec.py", "keys.py", "config.py", "yaml_file.py"},
     "typer": {"cli.py"},
     "rich": {"cli.py", "progress.py"},
-    "transformers": {"checkpoints", "evaluators"},
+    "transformers": {"checkpoints", "evaluators", "execution/int8_merger.py"},
 }
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 

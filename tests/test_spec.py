@@ -9,7 +9,8 @@ import yaml
 from searchmerge.config import read_config
 from searchmerge.errors import SpecError
 from searchmerge.search.space import Fixed, Range, Shares
-from searchmerge.spec import make_space, read_study
+from searchmerge.spec import make_space, study_model
+from searchmerge.study import read_study
 
 ROOT = Path(__file__).parent.parent
 STUDY = {
@@ -23,7 +24,7 @@ STUDY = {
 def read(tmp_path, overrides=None, **changes):
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
-    return read_study(file, overrides)[0]
+    return read_study(file, overrides).spec
 
 
 def values(tmp_path, **space):
@@ -34,8 +35,7 @@ def values(tmp_path, **space):
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("studies/*/study.yaml")), ids=str)
 def test_every_study_of_the_repository_is_read(file):
-    spec, _ = read_study(file)
-    assert make_space(spec).alternatives
+    assert read_study(file).space.alternatives
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=str)
@@ -47,8 +47,8 @@ def test_the_readmes_study_is_read():
     text = (ROOT / "README.md").read_text()
     [block] = [b for b in text.split("```yaml")[1:] if b.lstrip().startswith("base:")]
     data = yaml.safe_load(block.split("```")[0])
-    assert set(data) <= set(read_study.__globals__["StudySpec"].model_fields)
-    read_study.__globals__["StudySpec"].model_validate(data)
+    assert set(data) <= set(study_model().model_fields)
+    study_model().model_validate(data)
 
 
 def test_the_readmes_other_tasks_are_read():
@@ -56,7 +56,7 @@ def test_the_readmes_other_tasks_are_read():
     [block] = [b for b in text.split("```yaml")[1:] if b.lstrip().startswith("tasks:")]
     data = yaml.safe_load(block.split("```")[0])
     tasks = data.pop("tasks")
-    study = read_study.__globals__["StudySpec"]
+    study = study_model()
     assert set(data) <= set(study.model_fields)
     for name, task in tasks.items():
         own = {} if name == "sentiment" else {"model_class": "AutoModelForCausalLM"}
@@ -138,7 +138,10 @@ def test_overrides_replace_values_of_the_file(tmp_path):
         ({"tasks": {}}, r"tasks: .*at least 1"),
         ({"tasks": {"t": {}}}, "split is missing"),
         ({"tasks": {"t": {"split": "train", "n_examples": 4}}}, "belongs to evaluator function"),
-        ({"tasks": {"t": {"evaluator": "function"}}}, "function .* and n_examples are needed"),
+        (
+            {"tasks": {"t": {"evaluator": "function"}}},
+            "function is missing: name your function",
+        ),
         ({"experts": {}}, r"experts: .*at least 1"),
         ({"search": {"n_trials": 1}}, "search.n_trials is 1, and as many trials go to references"),
         ({"search": {"seed": 2**32, "n_trials": 9}}, "search.seed"),
@@ -243,3 +246,13 @@ def test_a_key_given_twice_and_a_file_that_is_no_mapping_are_refused(tmp_path):
         read_study(file)
     with pytest.raises(SpecError, match=r"nowhere\.yaml: cannot be read: No such file"):
         read_study(tmp_path / "nowhere.yaml")
+
+
+def test_a_part_of_the_examples_may_be_a_fraction(tmp_path):
+    task = {"split": "train", "select": 0.25, "hold_out": 0.1}
+    study = read(tmp_path, tasks={"t": task})
+    assert (study.tasks["t"].select, study.tasks["t"].hold_out) == (0.25, 0.1)
+    with pytest.raises(SpecError, match=r"tasks\.t\.select"):
+        read(tmp_path, tasks={"t": task | {"select": 1.5}})
+    with pytest.raises(SpecError, match=r"tasks\.t\.select"):
+        read(tmp_path, tasks={"t": task | {"select": 0}})

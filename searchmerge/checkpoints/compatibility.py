@@ -11,8 +11,8 @@ from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases, is_vocabulary, says_untied
 from searchmerge.checkpoints.heads import (
     Beyond,
+    advice,
     beyond_base,
-    exclude_patterns,
     refuse_foreign,
     unused_tensors,
 )
@@ -69,7 +69,7 @@ def check_compatible(  # noqa: PLR0913
         )
         merged = _merged(base, expert, excluded.union(unused))
         _check_complete(name, base, expert, merged, names)
-        _check_shapes(name, expert, merged, vocabulary)
+        _check_shapes(name, expert, merged, names, vocabulary)
         if tokenizers == "same":
             _check_tokenizer(name, base, expert)
 
@@ -253,10 +253,9 @@ def _check_complete(
     missing = [tensor for tensor in merged if tensor not in expert.headers]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        patterns = exclude_patterns(missing, names)
         raise CheckpointError(
             f"expert {name!r} ({expert.name}) does not have {missing[0]!r}{others}, which the "
-            f"base ({base.name}) has; leave it as in the base with `exclude: {patterns}`"
+            f"base ({base.name}) has; leave it as in the base with {advice(missing, names)}"
         )
 
 
@@ -264,6 +263,7 @@ def _check_shapes(
     name: str,
     expert: Checkpoint,
     merged: Mapping[str, TensorHeader],
+    names: set[str],
     vocabulary: Literal["same", "base"],
 ) -> None:
     for tensor, header in merged.items():
@@ -272,13 +272,13 @@ def _check_shapes(
             continue
         by_rows = is_vocabulary(tensor) and found.shape[1:] == header.shape[1:]
         if not (vocabulary == "base" and by_rows):
-            _refuse_shape(name, tensor, found, header, by_rows=by_rows)
+            way_out = "`vocabulary: base`" if by_rows else advice([tensor], names)
+            _refuse_shape(name, tensor, found, header, way_out)
 
 
 def _refuse_shape(
-    name: str, tensor: str, found: TensorHeader, header: TensorHeader, *, by_rows: bool
+    name: str, tensor: str, found: TensorHeader, header: TensorHeader, way_out: str
 ) -> None:
-    way_out = "`vocabulary: base`" if by_rows else f"`exclude: [^{re.escape(tensor)}$]`"
     if head := _HEAD.match(tensor):
         way_out += f", or each expert's own with `classification.heads: ['^{head[0]}\\.']`"
     raise CheckpointError(

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases
-from searchmerge.checkpoints.files import read_json
+from searchmerge.checkpoints.files import CONFIG_FILE, read_json
 from searchmerge.checkpoints.layout import Layout, ignored_when_loaded, is_buffer, layout
 from searchmerge.checkpoints.lora import ADAPTER_CONFIG
 from searchmerge.checkpoints.tensor_files import TensorHeader
@@ -41,6 +41,12 @@ def private_tensors(
     return beyond_base(base, expert, auto_class).head
 
 
+def label_config(expert: Checkpoint) -> Mapping[str, Any]:
+    """Return the configuration that names an expert's classes: an adapter's own, if it has one."""
+    file = expert.source_dir / CONFIG_FILE
+    return read_json(file) if expert.adapter is not None and file.exists() else expert.config
+
+
 def unused_tensors(base: Checkpoint, auto_class: str | None = None) -> tuple[str, ...]:
     """Return what a base stores and a class of transformers has no use for, in order.
 
@@ -70,31 +76,34 @@ def beyond_base(base: Checkpoint, expert: Checkpoint, auto_class: str | None = N
     """
     further = _further(expert, base.headers)
     use = _layout(base, [*base.headers, *further], auto_class)
-    unused = {n for n in base.headers if use is not None and n not in use.roles}
+    unused = set() if use is None else base.headers.keys() - use.roles.keys()
     candidates = _further(expert, base.headers.keys() - unused)
     if not candidates:
         return Beyond()
-    own = _layout(expert, candidates, _class_of(expert))
-    head = {n for n in candidates if own is not None and n in own.heads}
-    accounted = set(head) if own is None else set(own.roles)
-    if use is not None:
-        accounted |= use.roles.keys()
-        head |= set() if use.is_bare else use.roles.keys() & candidates.keys()
-    rest = {name: h for name, h in candidates.items() if name not in accounted}
+    own = _layout(expert, candidates, trained_class(expert))
+    head = set() if own is None else set(own.heads)
+    accounted = set() if own is None else set(own.roles)
+    used = {} if use is None else use.roles
+    head |= set() if use is None or use.is_bare else used.keys() & candidates.keys()
+    rest = _unknown(
+        expert, {n: h for n, h in candidates.items() if n not in accounted | used.keys()}
+    )
     if (use is None or use.is_bare) and _is_linear(rest, base.headers):
         head |= rest.keys()
         rest = {}
-    of_model = [
-        name
-        for name in further
-        if own is not None and own.roles.get(name) == "model" and name not in head
-        if use is None or name not in use.roles
-    ]
+    there = _layout(expert, further, auto_class) or own  # of the expert's own layers and sizes
+    of_model = [] if there is None else [n for n, role in there.roles.items() if role == "model"]
     return Beyond(
         tuple(name for name in expert.headers if name in head),
-        tuple(of_model),
-        _unknown(expert, {name: h for name, h in rest.items() if name in further}),
+        tuple(n for n in of_model if n in further and n not in head and n not in used),
+        tuple(name for name in rest if name in further),
     )
+
+
+def advice(names: Iterable[str], others: Collection[str]) -> str:
+    """Return what a study says to exclude these names, and none of the others, in YAML."""
+    patterns = ", ".join(f"'{pattern}'" for pattern in exclude_patterns(names, others))
+    return f"`exclude: [{patterns}]`"
 
 
 def exclude_patterns(names: Iterable[str], others: Collection[str]) -> list[str]:
@@ -139,8 +148,8 @@ def _layout(model: Checkpoint, names: Collection[str], auto_class: str | None) -
     return layout(model.path, names, auto_class, trust_remote_code=model.trust_remote_code)
 
 
-def _class_of(expert: Checkpoint) -> str | None:
-    """Return the class that an adapter was trained on; ``None`` is the configuration's."""
+def trained_class(expert: Checkpoint) -> str | None:
+    """Return the class that an adapter was trained on; ``None`` is the configuration's own."""
     if expert.adapter is None:
         return None
     config = read_json(expert.source_dir / ADAPTER_CONFIG)
@@ -159,17 +168,17 @@ def _is_linear(tensors: Mapping[str, TensorHeader], base: Collection[str]) -> bo
     return [len(shape) for shape in shapes] in ([2], [1, 2]) and shapes[0][0] == shapes[-1][0]
 
 
-def _unknown(expert: Checkpoint, rest: Mapping[str, TensorHeader]) -> tuple[str, ...]:
+def _unknown(expert: Checkpoint, rest: Mapping[str, TensorHeader]) -> Mapping[str, TensorHeader]:
     """Return those tensors that transformers does not pass over by itself."""
     if not rest:
-        return ()
+        return rest
     passed_over = ignored_when_loaded(
         expert.path, rest, trust_remote_code=expert.trust_remote_code
     )
     pretrained = _layout(expert, rest, "AutoModelForPreTraining")
     if pretrained is not None:
         passed_over |= {name for name, role in pretrained.roles.items() if role == "head"}
-    return tuple(name for name in rest if name not in passed_over)
+    return {name: header for name, header in rest.items() if name not in passed_over}
 
 
 def refuse_foreign(name: str, base: Checkpoint, expert: Checkpoint, found: Beyond) -> None:
@@ -185,11 +194,11 @@ def refuse_foreign(name: str, base: Checkpoint, expert: Checkpoint, found: Beyon
             "the base that it was trained from"
         )
     if found.unknown:
-        patterns = exclude_patterns(found.unknown, {*base.headers, *expert.headers})
+        way_out = advice(found.unknown, {*base.headers, *expert.headers})
         raise CheckpointError(
             f"expert {name!r} ({expert.name}) has {_first(found.unknown)}, which the base "
             f"({base.name}) does not have, and which is no head of a class of transformers; "
-            f"leave it out with `exclude: {patterns}`"
+            f"leave it out with {way_out}"
         )
 
 

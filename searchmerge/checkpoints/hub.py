@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from searchmerge.checkpoints.companions import module_folders
 from searchmerge.checkpoints.files import COMPANIONS
 from searchmerge.errors import CheckpointError
 
@@ -63,6 +64,8 @@ def fetch(source: str, revision: str | None) -> Path:
         directory = download(wanted)
         if not any(directory.rglob("*.safetensors")):
             directory = download([*wanted, *_TORCH_WEIGHTS])
+        if folders := module_folders(directory):
+            directory = download([f"{folder}/*" for folder in folders])
     except failures as error:
         at = f" at revision {revision!r}" if revision else ""
         reason = " ".join(str(error).split())

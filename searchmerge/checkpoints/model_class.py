@@ -21,6 +21,11 @@ _MAPPINGS = {
 }
 
 
+def is_also(auto_class: str | None, needed: str) -> bool:
+    """Return whether models of a class do what those of another, which is needed, do."""
+    return needed == CAUSAL_LM and auto_class in LANGUAGE_MODELS
+
+
 def check_class(checkpoint: Checkpoint, auto_class: str) -> None:
     """Refuse to load a model as a class that transformers does not have for it, or that misleads.
 

@@ -177,8 +177,12 @@ def _untie(model: Any, checkpoint: Checkpoint, twins: Mapping[str, str]) -> None
 def _check_loaded(
     checkpoint: Checkpoint, model: nn.Module, missing: set[str], auto_class: str
 ) -> None:
+    """Refuse a model that lacks a weight of its own; a head for a task may be an expert's."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    inner = sorted(name for name in missing if name.startswith(prefix))
+    find = getattr(model, "get_output_embeddings", None)
+    output = getattr(find(), "weight", None) if find is not None else None
+    needed = {name for name, weight in model.named_parameters() if weight is output}
+    inner = sorted(name for name in missing if name.startswith(prefix) or name in needed)
     if inner:
         raise CheckpointError(
             f"{checkpoint.name}: has no weights for {inner[0]!r} of {type(model).__name__} "

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, tied
+from searchmerge.checkpoints.companions import companions
 from searchmerge.checkpoints.files import (
-    COMPANIONS,
     CONFIG_FILE,
     INDEX_FILE,
     MODEL_FILE,
@@ -32,8 +32,6 @@ from searchmerge.errors import CheckpointError
 PLAN_FILE = "merge_plan.yaml"
 """The file by which a model that was saved here is known; nothing else is ever replaced."""
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-
 
 def save_model(
     weights: Iterable[tuple[str, Tensor]],
@@ -48,7 +46,8 @@ def save_model(
 
     What is not in ``weights`` is taken from ``like``: tensors that are not floating, buffers,
     whatever was not merged. An embedding that ``like`` stores under two names is written under
-    both. Configuration, tokenizer, chat template and code are copied.
+    both. Configuration, tokenizer, chat template, code and the modules of a sentence encoder are
+    copied.
 
     Args:
         weights: Names in the checkpoint and tensors, in any order, one at a time; any device.
@@ -222,10 +221,10 @@ def _write_index(
 
 def _copy_companions(like: Checkpoint, directory: Path, dtype: torch.dtype | None) -> None:
     """Copy what belongs to a model besides its weights; its configuration says what changed."""
-    for pattern in COMPANIONS:
-        for file in sorted(like.path.glob(pattern)):
-            if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES:
-                _copy(file, directory / file.name)
+    for file in companions(like.path):
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        _copy(like.path / file, directory / file)
+        sync_directory((directory / file).parent)
     stored = read_json(like.path / CONFIG_FILE)
     config = deepcopy(dict(like.config))
     if dtype is not None:

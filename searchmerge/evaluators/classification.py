@@ -4,27 +4,90 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Annotated, Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 import torch
+from annotated_types import Ge, Len
 from torch import Tensor, nn
 
 from searchmerge.checkpoints.model_config import in_one_line, load_config
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.evaluator import EVALUATORS, Aggregate, TaskInfo, evaluating
-from searchmerge.evaluators.heads import Head
-from searchmerge.evaluators.rows import DataSource, column, load_rows, text_column
+from searchmerge.evaluators.evaluator import (
+    EVALUATORS,
+    Aggregate,
+    EvaluationContext,
+    EvaluatorKind,
+    TaskInfo,
+    evaluating,
+    needed,
+)
+from searchmerge.evaluators.heads import Head, HeadUse, Pooling
+from searchmerge.evaluators.rows import DataPlace, DataSource, column, load_rows, text_column
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
 Metric = Literal["acc", "macro_f1"]
-METRICS: tuple[Metric, ...] = ("acc", "macro_f1")
+
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+_BATCH_IMAGES = {"cpu": 8, "cuda": 128}
 
 _IMAGE_CACHE_BYTES = 4 << 30
 """Up to this many bytes, the pixels of a task's images are prepared once and kept."""
 
 _LONGEST = 1 << 20
 """A text has no more tokens than this: tokenizers that know no limit speak of 10^30."""
+
+
+@dataclass(frozen=True)
+class ClassificationKeys:
+    """The keys of a task whose texts or images are classified.
+
+    Attributes:
+        expert: The expert whose head classifies.
+        data: Where the rows are.
+        split: Which of its splits; not needed for a single file.
+        text: The column of the text, or the two columns of a pair.
+        image: The column of the image; a task has either texts or images.
+        label: The column of the class.
+        labels: The names of the classes in the head's order; the expert's own if ``None``.
+        metric: ``acc`` or ``macro_f1``.
+    """
+
+    expert: str = needed("name the expert whose head classifies")
+    data: DataPlace = needed("give a file, a folder, or a dataset of the hub")
+    split: str | None = None
+    text: Annotated[tuple[str, ...], Len(1, 2)] | None = None
+    image: str | None = None
+    label: str = "label"
+    labels: tuple[str, ...] | None = None
+    metric: Metric = "acc"
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.image is None):
+            raise ValueError("name the column of the data that is classified: text, or image")
+
+
+@dataclass(frozen=True)
+class ClassificationSection:
+    """How classifiers are scored, and which tensors are their experts' own heads.
+
+    Without ``pooling`` the model is the base's ``AutoModelForSequenceClassification`` or
+    ``AutoModelForImageClassification``, and each expert's head is put into it. With ``pooling``
+    it is its ``AutoModel``, and a head is a linear layer on the pooled output.
+
+    Attributes:
+        pooling: How the encoder's output becomes one vector.
+        heads: Patterns of tensors that are private heads though the base has them.
+        batch_tokens: Tokens of one forward pass over texts; by the device if ``None``.
+        batch_images: Images of one forward pass; by the device if ``None``.
+        max_length: Tokens after which a text is cut; the tokenizer's own if ``None``.
+    """
+
+    pooling: Pooling | None = None
+    heads: tuple[str, ...] = ()
+    batch_tokens: Annotated[int, Ge(64)] | None = None
+    batch_images: Annotated[int, Ge(1)] | None = None
+    max_length: Annotated[int, Ge(2)] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +123,6 @@ class _Inputs(Protocol):
         ...
 
 
-@EVALUATORS.register("classification")
 class Classification:
     """Scores text or image classifiers on the resident encoder, each task with its own head.
 
@@ -365,3 +427,66 @@ class _Images:
             self._kept[example] = pixels
             self._kept_bytes += pixels.nbytes
         return pixels
+
+
+# --- What a study says -------------------------------------------------------------------------
+
+
+def _build(
+    tasks: Mapping[str, ClassificationKeys],
+    section: ClassificationSection,
+    context: EvaluationContext,
+) -> dict[str, Classification]:
+    heads = {t.expert: context.head(t.expert, section.pooling) for t in tasks.values()}
+    evaluator = Classification(
+        {
+            name: ClassificationTask(
+                task.data.source(task.split, context.resolve),
+                heads[task.expert].head,
+                text=task.text or (),
+                image=task.image,
+                label=task.label,
+                class_names=task.labels or heads[task.expert].labels,
+                metric=task.metric,
+            )
+            for name, task in tasks.items()
+        },
+        model_dir=context.model_dir,
+        trust_remote_code=context.trust_remote_code,
+        batch_tokens=context.sized(section.batch_tokens, _BATCH_TOKENS),
+        batch_images=context.sized(section.batch_images, _BATCH_IMAGES),
+        max_length=section.max_length,
+    )
+    return dict.fromkeys(tasks, evaluator)
+
+
+def _model_classes(
+    tasks: Mapping[str, ClassificationKeys], section: ClassificationSection
+) -> list[str]:
+    if section.pooling is not None:
+        return ["AutoModel"]
+    inputs = ["Sequence" if task.text else "Image" for task in tasks.values()]
+    return [f"AutoModelFor{kind}Classification" for kind in inputs]
+
+
+def _heads(
+    tasks: Mapping[str, ClassificationKeys], section: ClassificationSection
+) -> dict[str, HeadUse]:
+    uses: dict[str, HeadUse] = {}
+    for task in tasks.values():
+        labels = uses[task.expert].labels if task.expert in uses else ()
+        uses[task.expert] = HeadUse(section.pooling, labels or task.labels or ())
+    return uses
+
+
+EVALUATORS.register("classification")(
+    EvaluatorKind(
+        keys=ClassificationKeys,
+        section=ClassificationSection,
+        build=_build,
+        model_classes=_model_classes,
+        places=lambda tasks, section: [task.data.path for task in tasks.values()],
+        heads=_heads,
+        private_key="heads",
+    )
+)

@@ -1,18 +1,22 @@
-"""What an evaluator is, the examples it scores, and the registry of those there are."""
+"""What an evaluator is, what a study may say to it, and the registry of those there are."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from searchmerge.evaluators.heads import ExpertHead, HeadUse, Pooling
 from searchmerge.registry import Registry
 
-Part = Literal["survey", "select", "hold_out"]
-"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``survey`` is
-the same examples as ``select``, cut into blocks at random: the references are scored on it first,
-and what they score decides how ``select`` is cut."""
+Keys = TypeVar("Keys")
+Section = TypeVar("Section")
+
+HINT = "hint"
+"""In the metadata of a key's field: the key must be given, and this says what it is."""
 
 Aggregate = Callable[[Sequence[float]], float]
 """Makes the score of any examples, drawn twice or not at all, from one record of each."""
@@ -64,7 +68,111 @@ class Evaluator(Protocol):
         ...
 
 
-EVALUATORS: Registry[type[Evaluator]] = Registry("evaluator")
+@runtime_checkable
+class Follower(Protocol):
+    """An evaluator that may hold a copy of the resident model's weights."""
+
+    def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Take over the weights that a merge has left in the model.
+
+        Args:
+            model: The resident model.
+            weights: Its weights by their names in the checkpoint.
+
+        Raises:
+            EvaluationError: If nothing can be scored with them.
+        """
+        ...
+
+
+@runtime_checkable
+class Prompting(Protocol):
+    """An evaluator that shows a person what the model is given."""
+
+    def shown(self, task: str, example: int) -> str:
+        """Return what the model reads first for an example, special tokens as text."""
+        ...
+
+    def doubts(self, task: str) -> Sequence[str]:
+        """Return what a person may not have meant, a sentence each."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """What evaluators are built from, beside what the study says to them.
+
+    Attributes:
+        folder: The study's folder.
+        resolve: Returns a file or folder of the study's as a path, and what is none, e.g. the
+            name of a dataset on the hub, as it is.
+        model_dir: Where the base's configuration and tokenizer, or image processor, are.
+        device: Where the resident model is: a torch device.
+        dtype: Of the resident model.
+        head: Returns an expert's own classification head: of a linear layer on a pooled output
+            where a pooling is given, else of the model's class.
+        trust_remote_code: Whether Python files of the model may run.
+    """
+
+    folder: Path
+    resolve: Callable[[str], str]
+    model_dir: Path
+    device: str
+    dtype: torch.dtype
+    head: Callable[[str, Pooling | None], ExpertHead]
+    trust_remote_code: bool = False
+
+    def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
+        """Return the size asked for, or that for the kind of device; a CPU's for others."""
+        return asked or sizes.get(self.device.partition(":")[0], sizes["cpu"])
+
+
+@dataclass(frozen=True)
+class NoKeys:
+    """The keys of a section that has none."""
+
+
+def needed(hint: str) -> Any:
+    """Return the field of a key that a study must give; ``hint`` tells a user what to write."""
+    return field(default=None, metadata={HINT: hint})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorKind(Generic[Keys, Section]):
+    """A kind of evaluator: what a study may say to it, and how it is built from that.
+
+    Keys are declared as frozen dataclasses, with ``annotated_types`` for ranges; their
+    ``__post_init__`` may raise ``ValueError`` of keys that do not go together. What is checked
+    there is reported with file, line and key. A tuple may be written as a single value, and a
+    dataclass as its first key's value.
+
+    Attributes:
+        keys: The keys of a task, beside those that every task may have.
+        build: Makes the evaluators of all the study's tasks of this kind: task name to
+            evaluator, which may be one for several. Gets the tasks' keys and the section's.
+        section: The keys of the study's section that has this kind's name.
+        model_classes: The classes of transformers that the resident model is loaded as, by the
+            tasks' keys and the section's; none where any will do.
+        places: Files, folders and modules of the study's folder that decide scores.
+        packages: Distributions whose versions decide scores, by the section's keys.
+        heads: The experts whose heads the tasks use, and how.
+        cost_keys: Keys of the section that can only change the time taken.
+        private_key: The key of the section that lists patterns of tensors which are each
+            expert's own though the base has them too.
+    """
+
+    keys: type[Keys]
+    build: Callable[[Mapping[str, Keys], Section, EvaluationContext], Mapping[str, "Evaluator"]]
+    section: type[Section]
+    model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
+    places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
+    packages: Callable[[Section], Sequence[str]] = lambda section: ()
+    heads: Callable[[Mapping[str, Keys], Section], Mapping[str, HeadUse]] = lambda tasks, keys: {}
+    cost_keys: tuple[str, ...] = ()
+    private_key: str | None = None
+
+
+EVALUATORS: Registry[EvaluatorKind[Any, Any]] = Registry("evaluator", "searchmerge.evaluators")
 
 
 @contextmanager

@@ -4,18 +4,40 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge
 from torch import nn
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo
+from searchmerge.evaluators.evaluator import (
+    EVALUATORS,
+    EvaluationContext,
+    EvaluatorKind,
+    NoKeys,
+    TaskInfo,
+    needed,
+)
 
 UserFunction = Callable[[nn.Module, str, Sequence[int]], Sequence[float]]
 """Takes the resident model, a task and examples; returns one score per example."""
 
 
-@EVALUATORS.register("function")
+@dataclass(frozen=True)
+class FunctionKeys:
+    """The keys of a task that a function of the user's scores.
+
+    Attributes:
+        function: ``module:function``, in a module of the study's folder or an installed one.
+        n_examples: How many examples the task has, 2 or more.
+    """
+
+    function: str = needed("name your function as module:function")
+    n_examples: Annotated[int, Ge(2)] = needed("say how many examples your function can score")
+
+
 class FunctionEvaluator:
     """Calls ``function(model, task, examples)`` for every block.
 
@@ -86,3 +108,28 @@ def import_function(name: str, search_path: Path | None = None) -> UserFunction:
     if not callable(function):
         raise SpecError(f"function {name!r}: module {module_name!r} has no function {attribute!r}")
     return function
+
+
+def _build(
+    tasks: Mapping[str, FunctionKeys], section: NoKeys, context: EvaluationContext
+) -> dict[str, FunctionEvaluator]:
+    return {
+        name: FunctionEvaluator(task.function, {name: task.n_examples}, search_path=context.folder)
+        for name, task in tasks.items()
+    }
+
+
+def _modules(tasks: Mapping[str, FunctionKeys], section: NoKeys) -> list[str]:
+    modules = [task.function.partition(":")[0] for task in tasks.values()]
+    return [f"{module.replace('.', '/')}.py" for module in modules]
+
+
+EVALUATORS.register("function")(
+    EvaluatorKind(
+        keys=FunctionKeys,
+        section=NoKeys,
+        build=_build,
+        model_classes=lambda tasks, section: (),
+        places=_modules,
+    )
+)

@@ -1,6 +1,6 @@
 """Classification heads: what turns a shared encoder's output into one logit per class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -67,6 +67,34 @@ class PooledHead:
 
 
 Head = ModelHead | PooledHead
+
+
+@dataclass(frozen=True)
+class HeadUse:
+    """How tasks use an expert's head.
+
+    Attributes:
+        pooling: Of the output that the head, a linear layer, is put on; ``None`` where it is
+            the model class's own.
+        labels: The names of its classes; none where no task names them.
+    """
+
+    pooling: Pooling | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertHead:
+    """An expert's own head, and what its classes are called.
+
+    Attributes:
+        head: Gives one logit per class.
+        labels: The name of each class, in the order of the logits; none where the expert's
+            configuration does not name as many.
+    """
+
+    head: Head
+    labels: tuple[str, ...] = ()
 
 
 class PooledClassifier(nn.Module):
@@ -143,7 +171,7 @@ def model_head(
     Args:
         tensors: The expert's own tensors by their names in its checkpoint.
         needed: Name in a checkpoint to name in the model, of what the head is made of.
-        n_classes: How many classes the expert's configuration says it has.
+        n_classes: How many classes the model itself has, for a head that is merged.
         where: Whose head it is, for messages.
 
     Raises:
@@ -157,7 +185,19 @@ def model_head(
                 f"{where} has no tensor {name!r} for its classification head (its private "
                 f"tensors: {own}); save it with its head, or set classification.pooling"
             )
-    return ModelHead({needed[name]: tensors[name] for name in needed}, n_classes)
+    parameters = {needed[name]: tensors[name] for name in needed}
+    return ModelHead(parameters, n_logits(tensors, needed) if needed else n_classes)
+
+
+def n_logits(tensors: Mapping[str, Tensor], needed: Iterable[str]) -> int:
+    """Return how many classes a head has, which its last tensor knows: one row or entry each.
+
+    Args:
+        tensors: The head's tensors by name.
+        needed: Their names in the order of the model; none of a single linear layer.
+    """
+    *_, last = [tensors[name] for name in needed] or tensors.values()
+    return len(last)
 
 
 def pooled_head(tensors: Mapping[str, Tensor], pooling: Pooling, where: str) -> PooledHead:

@@ -4,16 +4,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from torch import nn
 
 from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.documents import Tokens
+from searchmerge.evaluators.causal.model import BATCH_TOKENS, MODEL_CLASS
 from searchmerge.evaluators.causal.scoring import CausalScorer
-from searchmerge.evaluators.evaluator import EVALUATORS, TaskInfo, evaluating
-from searchmerge.evaluators.rows import DataSource, load_rows, text_column
+from searchmerge.evaluators.evaluator import (
+    EVALUATORS,
+    EvaluationContext,
+    EvaluatorKind,
+    TaskInfo,
+    evaluating,
+    needed,
+)
+from searchmerge.evaluators.rows import DataPlace, DataSource, load_rows, text_column
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
 METRIC = "mean_log_likelihood"
@@ -32,7 +41,36 @@ class TextTask:
     text: str = "text"
 
 
-@EVALUATORS.register("perplexity")
+@dataclass(frozen=True)
+class TextKeys:
+    """The keys of a task whose texts are scored by their likelihood.
+
+    Attributes:
+        data: Where the texts are.
+        split: Which of its splits; not needed for a single file.
+        text: The column of the text.
+    """
+
+    data: DataPlace = needed("give a file, a folder, or a dataset of the hub")
+    split: str | None = None
+    text: str = "text"
+
+
+@dataclass(frozen=True)
+class PerplexitySection:
+    """How texts are scored by their likelihood.
+
+    Attributes:
+        batch_tokens: Tokens of one forward pass; by the device if ``None``.
+        max_length: Window in tokens; the model's own if ``None``.
+        stride: Tokens by which the window moves; half of it if ``None``.
+    """
+
+    batch_tokens: Annotated[int, Ge(64)] | None = None
+    max_length: Annotated[int, Ge(2)] | None = None
+    stride: Annotated[int, Ge(1)] | None = None
+
+
 class Perplexity:
     """Scores texts by the mean log-likelihood of their tokens, in nats; higher is better.
 
@@ -150,3 +188,31 @@ def text_windows(
         windows.append((whole[max(0, end - 1 - max_length) : done], whole[done:end]))
         done = end
     return windows
+
+
+def _build(
+    tasks: Mapping[str, TextKeys], section: PerplexitySection, context: EvaluationContext
+) -> dict[str, Perplexity]:
+    evaluator = Perplexity(
+        {
+            name: TextTask(task.data.source(task.split, context.resolve), task.text)
+            for name, task in tasks.items()
+        },
+        model_dir=context.model_dir,
+        trust_remote_code=context.trust_remote_code,
+        batch_tokens=context.sized(section.batch_tokens, BATCH_TOKENS),
+        max_length=section.max_length,
+        stride=section.stride,
+    )
+    return dict.fromkeys(tasks, evaluator)
+
+
+EVALUATORS.register("perplexity")(
+    EvaluatorKind(
+        keys=TextKeys,
+        section=PerplexitySection,
+        build=_build,
+        model_classes=lambda tasks, section: (MODEL_CLASS,),
+        places=lambda tasks, section: [task.data.path for task in tasks.values()],
+    )
+)

@@ -1,6 +1,6 @@
 """Rows of data for evaluators, read with Hugging Face ``datasets``: from the hub or from files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,30 @@ _FORMATS = {
     ".txt": "text",
 }
 """How files are read, by their suffix; a ``.gz`` after it is taken off."""
+
+
+@dataclass(frozen=True)
+class DataPlace:
+    """What a study says of where a task's rows are.
+
+    Attributes:
+        path: A file or folder, from the study's folder on, or the id of a dataset on the hub.
+        subset: The configuration of a dataset on the hub, where it has several.
+        revision: Branch, tag or commit of a dataset on the hub.
+    """
+
+    path: str
+    subset: str | None = None
+    revision: str | None = None
+
+    def source(self, split: str | None, resolve: Callable[[str], str]) -> "DataSource":
+        """Return one split of it.
+
+        Args:
+            split: The split that is scored; ``None`` where there is one only.
+            resolve: Returns a file or folder of the study's as a path, all else as it is.
+        """
+        return DataSource(resolve(self.path), split, self.subset, self.revision)
 
 
 @dataclass(frozen=True)

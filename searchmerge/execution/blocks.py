@@ -4,9 +4,15 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import Part, TaskInfo
+from searchmerge.evaluators.evaluator import TaskInfo
+
+Part = Literal["survey", "select", "hold_out"]
+"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``survey`` is
+the same examples as ``select``, cut into blocks at random: the references are scored on it first,
+and what they score decides how ``select`` is cut."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,18 @@
 
 import logging
 from collections.abc import Collection, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
+from searchmerge.execution.worker import Merges
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)
 
 _LEVELS = 127
 """Largest magnitude of a symmetric int8 weight."""
-
-
-class _Merges(Protocol):
-    def apply(self, plan: MergePlan) -> None: ...
 
 
 class Int8Merger:
@@ -39,7 +35,7 @@ class Int8Merger:
         SpecError: If the model has no linear layer.
     """
 
-    def __init__(self, merger: _Merges, model: nn.Module, merged: Collection[Tensor]) -> None:
+    def __init__(self, merger: Merges, model: nn.Module, merged: Collection[Tensor]) -> None:
         self._merger = merger
         weights = list(linear_weights(model))
         if not weights:

@@ -1,7 +1,4 @@
-"""What a merge method is, what it may be told, and the registry of those there are.
-
-Importing this module registers every method of :mod:`searchmerge.merging.methods`.
-"""
+"""What a merge method is, what it may be told, and the registry of those there are."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -143,7 +140,7 @@ class MergeMethod(Protocol):
         ...
 
 
-METHODS: Registry[type[MergeMethod]] = Registry("merge method")
+METHODS: Registry[type[MergeMethod]] = Registry("merge method", "searchmerge.merging.methods")
 
 
 def setting(plan: MergePlan, legal: Setting) -> Value:
@@ -277,6 +274,3 @@ def _is_legal(legal: Setting, value: Value) -> bool:
         return False
     steps = 0.0 if legal.step is None or not math.isfinite(value) else value / legal.step
     return legal.low <= value <= legal.high and steps == round(steps)
-
-
-import searchmerge.merging.methods  # noqa: E402, F401  (at the end: they import this module)

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm
 
-from searchmerge.evaluators.evaluator import Part
-from searchmerge.execution.blocks import Block
+from searchmerge.execution.blocks import Block, Part
 from searchmerge.search.objective import Objective
 
 Known = Mapping[tuple[str, Part, int], tuple[float, ...]]

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
-from searchmerge.evaluators.evaluator import Part
+from searchmerge.execution.blocks import Part
 from searchmerge.plan import MergePlan
 from searchmerge.search.contest import Contest
 from searchmerge.search.dispatch import MAX_TRIES, Dispatcher, Job, ListSource

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from searchmerge.evaluators.evaluator import Aggregate, Part
-from searchmerge.execution.blocks import Block, BlockScores, Round, inform, make_rounds
+from searchmerge.evaluators.evaluator import Aggregate
+from searchmerge.execution.blocks import Block, BlockScores, Part, Round, inform, make_rounds
 from searchmerge.plan import MergePlan
 from searchmerge.search.scores import ScoreStore
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from searchmerge.errors import StudyError
-from searchmerge.evaluators.evaluator import Part
-from searchmerge.execution.blocks import Block, BlockScores, Round
+from searchmerge.execution.blocks import Block, BlockScores, Part, Round
 from searchmerge.plan import MergePlan
 
 _SCHEMA = """

@@ -34,8 +34,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness
-from searchmerge.evaluators.lm_harness.language_model import make_lm
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 
 STUDY = Path(__file__).parents[2] / "studies" / "quickstart"
 BATCH_SIZES = (8, 16, 32, 64)
@@ -133,10 +133,15 @@ class Contest:
         self._timed = timer
         self._tokenizer = tokenizer
         tasks = {case.task: LmTask(case.task, "validation") for case in CASES}
+        backend = TransformersBackend(batch_tokens)
         self._harness = LmHarness(
-            tasks, tokenizer=tokenizer, include_path=folder, batch_tokens=batch_tokens
+            tasks,
+            tokenizer=tokenizer,
+            backend=backend,
+            section=LmHarnessSection(include_path=(".",)),
+            folder=folder,
         )
-        self._lm = make_lm(tokenizer, batch_tokens=batch_tokens)
+        self._lm = make_lm(tokenizer, backend)
         self._lm.model = model
         self._manager = TaskManager(include_path=str(folder), include_defaults=False)
         self._tasks = self._manager.load([case.task for case in CASES])["tasks"]

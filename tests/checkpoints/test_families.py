@@ -11,8 +11,10 @@ from searchmerge.checkpoints.checkpoint import open_checkpoint
 from searchmerge.checkpoints.resident import load_resident
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError
+from searchmerge.models import load_task_vectors, open_models, save_merge
 from searchmerge.plan import MergePlan
-from searchmerge.spec import StudySpec, plain_study
+from searchmerge.spec import study_model
+from searchmerge.study import Study, plain_study
 
 _TEXT = {
     "vocab_size": 64,
@@ -130,11 +132,11 @@ def _loaded(folder, kind):
 
 def _merged(base, expert, out, **overrides):
     """Save the merge of one expert at coefficient 1."""
-    spec = plain_study(str(base), {"a": str(expert)}, overrides)
-    models = assemble.open_models(spec, Path(), resident=False)
+    study = plain_study(str(base), {"a": str(expert)}, overrides)
+    models = open_models(study, resident=False)
     plan = MergePlan(method="linear", experts=("a",), values={"coefficient": ((1.0,),)})
-    vectors = assemble.load_task_vectors(models, spec)
-    assemble.save_merge(models, vectors, plan, out, heads={})
+    vectors = load_task_vectors(study, models)
+    save_merge(models, vectors, plan, out, heads={})
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "t5", "bart", "bert"])
@@ -175,8 +177,8 @@ def test_a_multimodal_expert_is_merged_into_a_text_base(whole, text, save, tmp_p
     assert torch.allclose(_logits(found), _logits(_loaded(expert, whole)), atol=1e-5)
 
 
-def _study(base, expert, **changes):
-    return StudySpec.model_validate(
+def _study(base, expert, file=Path("study.yaml"), **changes):
+    spec = study_model().model_validate(
         {
             "base": str(base),
             "experts": {"a": str(expert)},
@@ -185,6 +187,7 @@ def _study(base, expert, **changes):
             **changes,
         }
     )
+    return Study(spec, file)
 
 
 def test_a_multimodal_base_is_a_language_model_where_a_study_says_so(save):
@@ -194,10 +197,10 @@ def test_a_multimodal_base_is_a_language_model_where_a_study_says_so(save):
         r"it can be loaded as AutoModel, AutoModelForImageTextToText$"
     )
     with pytest.raises(CheckpointError, match=message):
-        assemble.open_models(_study(base, expert), Path())
-    spec = _study(base, expert, model_class="AutoModelForImageTextToText")
-    assert spec.resident_class == "AutoModelForImageTextToText"
-    assemble.open_models(spec, Path())
+        open_models(_study(base, expert))
+    study = _study(base, expert, model_class="AutoModelForImageTextToText")
+    assert study.spec.resident_class == "AutoModelForImageTextToText"
+    open_models(study)
 
 
 @pytest.mark.parametrize(("kind", "why"), [
@@ -208,7 +211,7 @@ def test_a_multimodal_base_is_a_language_model_where_a_study_says_so(save):
 def test_what_does_not_read_left_to_right_is_no_language_model(kind, why, save):
     base, expert = save(kind, 0), save(kind, 1)
     for load in (
-        lambda: assemble.open_models(_study(base, expert), Path()),
+        lambda: open_models(_study(base, expert)),
         lambda: load_resident(open_checkpoint(base), dtype=torch.float32, device="cpu"),
     ):
         with pytest.raises(CheckpointError, match=why) as caught:
@@ -233,12 +236,11 @@ def test_a_worker_merges_into_the_resident_model_exactly(kind, save, tmp_path):
         "    return [1.0] * len(examples)\n"
     )
     function = {"evaluator": "function", "function": f"logits_of_{kind}:score", "n_examples": 4}
-    spec = _study(base, expert, tasks={"t": function}, model_class=_class_of(kind))
     file = tmp_path / "study.yaml"
-    models = assemble.open_models(spec, file)
+    study = _study(base, expert, file, tasks={"t": function}, model_class=_class_of(kind))
     config = RunConfig.model_validate({"device": "cpu", "engine": "eager"})
-    worker = assemble.make_worker(spec, file, models, config)
-    schedule = assemble.make_schedule(spec, worker.tasks())
+    worker = assemble.make_worker(study, open_models(study), config)
+    schedule = assemble.make_schedule(study, worker.tasks())
     plan = MergePlan(method="linear", experts=("a",), values={"coefficient": ((1.0,),)})
     list(worker.score(plan, [tuple(schedule.blocks["survey"]["t"])]))
     found = torch.load(tmp_path / "logits.pt")

@@ -13,15 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint, tied
 from searchmerge.checkpoints.compatibility import check_compatible
-from searchmerge.checkpoints.heads import private_tensors
-from searchmerge.checkpoints.renames import aligned
 from searchmerge.checkpoints.resident import load_resident, writable_views
-from searchmerge.checkpoints.tying import untie_where_needed
-from searchmerge.checkpoints.writer import save_model
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import METHODS, default_plan
 from searchmerge.merging.task_vectors import TaskVectors
 from tests.checkpoints.conftest import ARCHITECTURES
+from tests.checkpoints.merged import ATOL, Merged, logits, opened_together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
@@ -58,14 +55,13 @@ _ROUTES = {
 }
 _NOT_WHOLE = ("breadcrumbs", "iso_c", "pcb")
 """Methods that change a single expert's task vector, whatever their hyper-parameters."""
-_TOKENS = torch.arange(6)[None]
-_ATOL = 3e-6
 
 
-def logits(model, name="llama_tied"):
-    inputs = {"decoder_input_ids": _TOKENS} if name == "t5" else {}
-    with torch.no_grad():
-        return model.eval()(input_ids=_TOKENS, **inputs).logits
+def whole_expert(method, name):
+    """Return the plan of a method that takes all of one expert's task vector, once."""
+    plan = default_plan(method, [name])
+    values = dict.fromkeys(plan.values, ((1.0,),))
+    return replace(plan, values=values)
 
 
 def train(name, directory, **settings):
@@ -98,59 +94,6 @@ def fine_tune(save, directory, name="llama_tied", *, says_tied=True):
         (directory / "config.json").write_text(json.dumps(config))
     loader = getattr(transformers, ARCHITECTURES[name].auto_class)
     return logits(loader.from_pretrained(directory), name)
-
-
-def opened_together(base, directories, cache_dir, auto_class):
-    base = open_checkpoint(base, cache_dir=cache_dir)
-    experts = {
-        name: open_checkpoint(folder, base=base, cache_dir=cache_dir).named_as(base)
-        for name, folder in directories.items()
-    }
-    base, experts = untie_where_needed(base, experts, auto_class)
-    check_compatible(base, experts)
-    assert not any(private_tensors(base, expert) for expert in experts.values())
-    return base, experts
-
-
-def whole_expert(method, name):
-    """Return the plan of a method that takes all of one expert's task vector, once."""
-    plan = default_plan(method, [name])
-    values = dict.fromkeys(plan.values, ((1.0,),))
-    return replace(plan, values=values)
-
-
-class Merged:
-    """Base and experts, merged into a resident model and saved."""
-
-    def __init__(self, base, directories, cache_dir, auto_class="AutoModelForCausalLM"):
-        self.base, experts = opened_together(base, directories, cache_dir, auto_class)
-        self.loader = getattr(transformers, auto_class)
-        self.vectors = TaskVectors.from_weights(
-            self.base.weights(),
-            {name: expert.weights() for name, expert in experts.items()},
-            tied=tied(self.base),
-        )
-        self.model = load_resident(
-            self.base, dtype=torch.float32, device="cpu", auto_class=auto_class
-        )
-        views = writable_views(self.model)
-        names = aligned(views, self.base.headers)
-        targets = {names[name]: view for name, view in views.items()}
-        self.merger = Merger(self.vectors, targets=targets, engine="eager")
-
-    def logits(self, plan, name="llama_tied"):
-        self.merger.apply(plan)
-        return logits(self.model, name)
-
-    def saved(self, plan, out, name="llama_tied"):
-        save_model(self.merger.merged(plan), out, like=self.base)
-        model, report = self.loader.from_pretrained(out, output_loading_info=True)
-        assert not any(report.values())
-        return logits(model, name)
-
-    def check(self, plan, expected, out, name="llama_tied"):
-        torch.testing.assert_close(self.logits(plan, name), expected, atol=_ATOL, rtol=0)
-        torch.testing.assert_close(self.saved(plan, out, name), expected, atol=_ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("name", _FAMILIES)
@@ -205,7 +148,7 @@ def test_every_method_gives_each_expert_whether_it_ties_its_embeddings_or_not(
     together = default_plan(method, list(expected))
     found = merged.logits(together)
     saved = merged.saved(together, tmp_path / "out")
-    torch.testing.assert_close(saved, found, atol=_ATOL, rtol=0)
+    torch.testing.assert_close(saved, found, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("route", ["head_saved", "head_lora"])

@@ -29,10 +29,12 @@ from searchmerge.errors import CheckpointError, EvaluationError, SpecError
 from searchmerge.evaluators.classification import Classification, ClassificationTask, macro_f1
 from searchmerge.evaluators.heads import PooledHead
 from searchmerge.evaluators.rows import DataSource
+from searchmerge.heads import saved_heads
+from searchmerge.models import load_task_vectors, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.evaluators.classifiers import (
     CLASSES,
     NAMES,
@@ -94,7 +96,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def study(made, tmp_path):
+def write(made, tmp_path):
     """Write studies in a folder with links to models and data."""
 
     def write(kind, tasks, **changes):
@@ -108,10 +110,10 @@ def study(made, tmp_path):
 
 def score(file, expert, examples=None):
     """Score the expert itself, which task arithmetic with one coefficient of 1 gives."""
-    spec, file = read_study(file)
-    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), EAGER)
-    plan = reference_plans(tuple(spec.experts))[f"expert {expert}"]
-    schedule = assemble.make_schedule(spec, worker.tasks())
+    study = read_study(file)
+    worker = assemble.make_worker(study, open_models(study), EAGER)
+    plan = reference_plans(study.experts)[f"expert {expert}"]
+    schedule = assemble.make_schedule(study, worker.tasks())
     blocks = schedule.blocks["survey"][expert]
     [result] = list(worker.score(plan, [tuple(blocks)]))
     order = [example for block in blocks for example in block.examples]
@@ -134,8 +136,8 @@ def own_text_logits(folder, expert):
 
 
 @pytest.mark.parametrize("expert", CLASSES)
-def test_a_text_classifier_scores_as_in_transformers(study, tmp_path, expert):
-    file = study("bert", text_tasks(), classification={"batch_tokens": 64})
+def test_a_text_classifier_scores_as_in_transformers(write, tmp_path, expert):
+    file = write("bert", text_tasks(), classification={"batch_tokens": 64})
     order, values = score(file, expert)
     predicted = [int(logits.argmax()) for logits in own_text_logits(tmp_path, expert)]
     labels = text_labels(expert)
@@ -144,11 +146,11 @@ def test_a_text_classifier_scores_as_in_transformers(study, tmp_path, expert):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
-def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(study, tmp_path, pooling):
-    file = study("sentence", text_tasks(), classification={"pooling": pooling})
+def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(write, tmp_path, pooling):
+    file = write("sentence", text_tasks(), classification={"pooling": pooling})
     tasks = text_tasks(labels=["red", "green", "blue"])
     tasks["second"]["labels"] = None
-    file = study("sentence", tasks, classification={"pooling": pooling})
+    file = write("sentence", tasks, classification={"pooling": pooling})
     order, values = score(file, "first")
     head = load_file(tmp_path / "first" / "model.safetensors")
     model = AutoModel.from_pretrained(tmp_path / "first").eval()
@@ -170,12 +172,12 @@ def test_a_sentence_encoder_is_pooled_and_has_a_linear_head(study, tmp_path, poo
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip-classifier"])
-def test_an_image_classifier_scores_as_in_transformers(study, tmp_path, kind):
+def test_an_image_classifier_scores_as_in_transformers(write, tmp_path, kind):
     from datasets import load_dataset
     from transformers import AutoImageProcessor
 
     changes = {"exclude": TOWER} if kind == "clip-classifier" else {}
-    order, values = score(study(kind, image_tasks(), **changes), "first")
+    order, values = score(write(kind, image_tasks(), **changes), "first")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "first").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "first")
     rows = load_dataset("imagefolder", data_dir=str(tmp_path / "data" / "first"))["test"]
@@ -189,20 +191,20 @@ def test_an_image_classifier_scores_as_in_transformers(study, tmp_path, kind):
     assert 0 < sum(values) < len(values)
 
 
-def test_macro_f1_scores_all_examples_as_one_number(study, tmp_path):
-    order, [value] = score(study("bert", text_tasks(metric="macro_f1")), "second")
+def test_macro_f1_scores_all_examples_as_one_number(write, tmp_path):
+    order, [value] = score(write("bert", text_tasks(metric="macro_f1")), "second")
     logits = own_text_logits(tmp_path, "second")
     predicted = np.array([int(logits[i].argmax()) for i in order])
     true = np.array([text_labels("second")[i] for i in order])
     assert value == pytest.approx(f1_by_hand(true, predicted))
 
 
-def test_macro_f1_keeps_a_record_of_each_held_out_example(study):
-    spec, file = read_study(study("bert", text_tasks(metric="macro_f1")))
-    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), EAGER)
+def test_macro_f1_keeps_a_record_of_each_held_out_example(write):
+    study = read_study(write("bert", text_tasks(metric="macro_f1")))
+    worker = assemble.make_worker(study, open_models(study), EAGER)
     info = worker.tasks()["second"]
-    plan = reference_plans(tuple(spec.experts))["expert second"]
-    [block] = assemble.make_schedule(spec, worker.tasks()).blocks["hold_out"]["second"]
+    plan = reference_plans(study.experts)["expert second"]
+    [block] = assemble.make_schedule(study, worker.tasks()).blocks["hold_out"]["second"]
     whole = replace(block, part="select")
     [held_out, seen] = worker.score(plan, [(block,), (whole,)])
     [records], [score] = held_out.scores, seen.scores
@@ -240,12 +242,12 @@ def test_macro_f1_is_the_mean_of_the_classes_that_occur(pairs):
     ],
     ids=["bert", "bert-f1-bf16", "vit", "sentence", "clip", "clip-classifier"],
 )
-def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes):
+def test_a_study_runs_to_a_merged_encoder(write, tmp_path, kind, tasks, changes):
     if kind == "sentence":
         tasks["first"] = {**tasks["first"], "labels": list(NAMES["first"])}
-    spec, file = read_study(study(kind, tasks, **changes))
+    study = read_study(write(kind, tasks, **changes))
     seen = Silent()
-    results = run_study(spec, file, EAGER, tmp_path / "run", seen)
+    results = run_study(study, EAGER, tmp_path / "run", seen)
     assert len(seen.trials) == 5
     assert all(record.value is not None for record in seen.trials)
     [winner] = [row for row in results.rows if row.name == results.winner]
@@ -256,7 +258,7 @@ def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes)
     assert next(model.parameters()).isfinite().all()
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "load_classifier(\"PATH OF THIS FOLDER\", 'first')" in card
-    blocks = assemble.make_schedule(spec, evaluated(spec, file)).blocks["hold_out"]
+    blocks = assemble.make_schedule(study, evaluated(study)).blocks["hold_out"]
     for expert, own in blocks.items():
         examples = [example for block in own for example in block.examples]
         classifier = load_classifier(tmp_path / "run" / "model", expert)
@@ -271,8 +273,8 @@ def test_a_study_runs_to_a_merged_encoder(study, tmp_path, kind, tasks, changes)
             assert winner.hold_out[expert] == pytest.approx((true == predicted).mean())
 
 
-def evaluated(spec, file):
-    evaluators = assemble.make_evaluators(spec, file, assemble.open_models(spec, file), "cpu")
+def evaluated(study):
+    evaluators = assemble.make_evaluators(study, open_models(study), "cpu")
     return {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
 
 
@@ -306,33 +308,33 @@ def predicted_images(folder, classifier, expert, examples):
     return np.array(predicted), np.array([order.index(names[rows[i]["label"]]) for i in examples])
 
 
-def test_heads_that_are_missing_are_written_by_the_next_run(study, tmp_path):
-    spec, file = read_study(study("bert", text_tasks()))
+def test_heads_that_are_missing_are_written_by_the_next_run(write, tmp_path):
+    study = read_study(write("bert", text_tasks()))
     for _ in range(2):
-        run_study(spec, file, EAGER, tmp_path / "run", Silent())
+        run_study(study, EAGER, tmp_path / "run", Silent())
         saved = {f.name for f in (tmp_path / "run" / "model" / "heads").iterdir()}
         assert {"first.safetensors", "first.json"} <= saved
         shutil.rmtree(tmp_path / "run" / "model" / "heads")
 
 
-def test_a_language_models_own_output_embedding_is_no_head(study, tmp_path):
-    spec, file = read_study(study("bert", text_tasks()))
-    models = assemble.open_models(spec, file)
-    assert assemble.saved_heads(spec, models).keys() == models.experts.keys()
-    alone = spec.model_copy(update={"tasks": {}})
+def test_a_language_models_own_output_embedding_is_no_head(write, tmp_path):
+    study = read_study(write("bert", text_tasks()))
+    models = open_models(study)
+    assert saved_heads(study, models).keys() == models.experts.keys()
+    alone = replace(study, spec=study.spec.model_copy(update={"tasks": {}}))
     for architecture, n in (("BertForSequenceClassification", 2), ("LlamaForCausalLM", 0)):
         for checkpoint in models.experts.values():
             checkpoint.config["architectures"] = [architecture]
-        assert len(assemble.saved_heads(alone, models)) == n
+        assert len(saved_heads(alone, models)) == n
 
 
-def test_a_saved_head_is_used_by_transformers_alone(study, tmp_path):
-    spec, file = read_study(study("bert", text_tasks()))
-    models = assemble.open_models(spec, file)
-    plan = reference_plans(tuple(spec.experts))["expert first"]
-    heads = assemble.saved_heads(spec, models)
+def test_a_saved_head_is_used_by_transformers_alone(write, tmp_path):
+    study = read_study(write("bert", text_tasks()))
+    models = open_models(study)
+    plan = reference_plans(study.experts)["expert first"]
+    heads = saved_heads(study, models)
     out = tmp_path / "out"
-    assemble.save_merge(models, assemble.load_task_vectors(models, spec), plan, out, heads=heads)
+    save_merge(models, load_task_vectors(study, models), plan, out, heads=heads)
     head = json.loads((out / "heads" / "first.json").read_text())
     names = {int(i): name for i, name in head["id2label"].items()}
     assert names == dict(enumerate(NAMES["first"]))
@@ -345,8 +347,8 @@ def test_a_saved_head_is_used_by_transformers_alone(study, tmp_path):
     assert torch.equal(logits, load_classifier(out, "first")(**inputs).logits[0])
 
 
-def test_a_single_merge_saves_the_heads_too(study, tmp_path):
-    study("bert", text_tasks())
+def test_a_single_merge_saves_the_heads_too(write, tmp_path):
+    write("bert", text_tasks())
     plan = reference_plans(tuple(CLASSES))["expert second"]
     plan.to_yaml(tmp_path / "plan.yaml")
     experts = [f"--expert={expert}={tmp_path / expert}" for expert in CLASSES]
@@ -358,10 +360,10 @@ def test_a_single_merge_saves_the_heads_too(study, tmp_path):
     assert torch.allclose(logits, own_text_logits(tmp_path, "second")[1], atol=1e-5)
 
 
-def test_a_head_that_was_not_saved_is_refused(study, tmp_path):
-    spec, file = read_study(study("bert", text_tasks()))
-    models = assemble.open_models(spec, file)
-    files = head_files(assemble.saved_heads(spec, models))
+def test_a_head_that_was_not_saved_is_refused(write, tmp_path):
+    study = read_study(write("bert", text_tasks()))
+    models = open_models(study)
+    files = head_files(saved_heads(study, models))
     shutil.copytree(tmp_path / "base", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"no head of an expert 'third' \(there are: none\)"):
         load_classifier(tmp_path / "out", "third")
@@ -385,8 +387,8 @@ def test_the_head_of_any_experts_name_has_a_file_in_the_folder():
     assert len({tuple(place) for place in places}) == 6
 
 
-def test_the_same_weights_score_the_same_from_every_kind_of_file(study, tmp_path):
-    file = study("bert", text_tasks())
+def test_the_same_weights_score_the_same_from_every_kind_of_file(write, tmp_path):
+    file = write("bert", text_tasks())
     expected = score(file, "second")
     rows = [json.loads(line) for line in (tmp_path / "data/second.jsonl").read_text().splitlines()]
     folder = tmp_path / "other"
@@ -402,7 +404,7 @@ def test_the_same_weights_score_the_same_from_every_kind_of_file(study, tmp_path
     for split in ("test", "train", "plain", "packed"):
         tasks = text_tasks()
         tasks["second"] |= {"data": "other", "split": split}
-        assert score(study("bert", tasks), "second") == expected
+        assert score(write("bert", tasks), "second") == expected
 
 
 def changed(**second):
@@ -433,30 +435,30 @@ def changed(**second):
         (changed(expert="first"), "row 3 has 3 in column 'label', .*names: red, green, blue"),
         (changed(expert=None), "expert is missing: name the expert whose head classifies"),
         (changed(image="picture"), "text, or image"),
-        (changed(metric="f1"), "classification has: acc, macro_f1"),
+        (changed(metric="f1"), "metric: .*'acc' or 'macro_f1'; found 'f1'"),
         (changed(num_fewshot=2), "num_fewshot belongs to evaluator lm_harness"),
     ],
 )
-def test_a_wrong_task_is_refused(study, tasks, match):
+def test_a_wrong_task_is_refused(write, tasks, match):
     with pytest.raises(SpecError, match=match):
-        score(study("bert", tasks), "second")
+        score(write("bert", tasks), "second")
 
 
-def test_damaged_data_are_refused(study, tmp_path):
+def test_damaged_data_are_refused(write, tmp_path):
     tasks = changed(data="damaged.jsonl")
     (tmp_path / "damaged.jsonl").write_text('{"text": "w1", "label": 0}\n{"text": \n')
     with pytest.raises(SpecError, match=r"tasks.second.data: .*damaged.jsonl cannot be read"):
-        score(study("bert", tasks), "second")
+        score(write("bert", tasks), "second")
 
 
-def test_a_text_without_tokens_is_refused(study, tmp_path):
+def test_a_text_without_tokens_is_refused(write, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"text": "w1", "label": 0}\n{"text": "", "label": 1}\n')
     with pytest.raises(SpecError, match=r"tasks.second.text: row 1 is '', without tokens"):
-        score(study("bert", changed(data="empty.jsonl")), "second")
+        score(write("bert", changed(data="empty.jsonl")), "second")
 
 
-def test_a_base_without_tokenizer_files_is_refused(study, tmp_path):
-    file = study("bert", text_tasks())
+def test_a_base_without_tokenizer_files_is_refused(write, tmp_path):
+    file = write("bert", text_tasks())
     base = (tmp_path / "base").resolve()
     (tmp_path / "base").unlink()
     shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -477,8 +479,8 @@ def test_a_tokenizer_that_knows_no_limit_takes_any_text(tmp_path):
     assert Classification({"t": task}, model_dir=tmp_path).tasks["t"].n_examples == 1
 
 
-def test_an_image_that_cannot_be_read_fails_by_task_and_example(study, tmp_path):
-    file = study("vit", image_tasks())
+def test_an_image_that_cannot_be_read_fails_by_task_and_example(write, tmp_path):
+    file = write("vit", image_tasks())
     data = (tmp_path / "data").resolve()
     (tmp_path / "data").unlink()
     shutil.copytree(data, tmp_path / "data")
@@ -488,37 +490,37 @@ def test_an_image_that_cannot_be_read_fails_by_task_and_example(study, tmp_path)
         score(file, "second")
 
 
-def test_an_expert_without_a_head_is_refused(study, tmp_path):
-    file = study("bert", text_tasks())
+def test_an_expert_without_a_head_is_refused(write, tmp_path):
+    file = write("bert", text_tasks())
     (tmp_path / "second").unlink()
     shutil.copytree(tmp_path / "base", tmp_path / "second")
     with pytest.raises(SpecError, match=r"experts.second .* has no tensor 'classifier\.\w+'"):
         score(file, "second")
-    file = study("bert", text_tasks(), classification={"pooling": "mean"})
+    file = write("bert", text_tasks(), classification={"pooling": "mean"})
     with pytest.raises(SpecError, match=r"needs a linear .*\(its private tensors: none\)"):
         score(file, "second")
 
 
-def test_an_encoder_of_no_such_class_is_refused(study):
-    file = study("vit", text_tasks(data="data/first/test"))
+def test_an_encoder_of_no_such_class_is_refused(write):
+    file = write("vit", text_tasks(data="data/first/test"))
     with pytest.raises(CheckpointError, match="cannot be loaded as AutoModelForSequenceClassific"):
         score(file, "second")
 
 
-def test_two_kinds_of_model_in_one_study_are_refused(study):
+def test_two_kinds_of_model_in_one_study_are_refused(write):
     tasks = text_tasks() | {"lm": {"split": "test"}}
     with pytest.raises(SpecError, match="one model cannot be AutoModelForSequenceClassification "):
-        read_study(study("bert", tasks))
+        read_study(write("bert", tasks))
 
 
-def test_logits_that_are_not_finite_name_task_and_example(study):
-    spec, file = read_study(study("bert", text_tasks()))
-    models = assemble.open_models(spec, file)
-    evaluators = assemble.make_evaluators(spec, file, models, "cpu")
+def test_logits_that_are_not_finite_name_task_and_example(write):
+    study = read_study(write("bert", text_tasks()))
+    models = open_models(study)
+    evaluators = assemble.make_evaluators(study, models, "cpu")
     from searchmerge.checkpoints.resident import load_resident
 
     model = load_resident(
-        models.base, dtype=torch.float32, device="cpu", auto_class=spec.resident_class
+        models.base, dtype=torch.float32, device="cpu", auto_class=study.spec.resident_class
     )
     with torch.no_grad():
         model.get_input_embeddings().weight[4 + 7] = float("nan")  # the token of w7
@@ -526,48 +528,48 @@ def test_logits_that_are_not_finite_name_task_and_example(study):
         evaluators["first"].score(model, "first", [1, 2])
 
 
-def test_a_trial_whose_logits_are_not_finite_fails_and_the_study_goes_on(study, tmp_path):
+def test_a_trial_whose_logits_are_not_finite_fails_and_the_study_goes_on(write, tmp_path):
     space = {"method": "task_arithmetic", "coefficient": {"low": 0.0, "high": 10.0}}
     search = {"sampler": "random", "n_trials": 20, "round_blocks": 2}
-    file = study("bert", text_tasks(), space=space, search=search)
+    file = write("bert", text_tasks(), space=space, search=search)
     first = (tmp_path / "first").resolve()
     (tmp_path / "first").unlink()
     shutil.copytree(first, tmp_path / "first")
     weights = load_file(tmp_path / "first" / "model.safetensors")
     weights["bert.pooler.dense.weight"].fill_(5e37)  # infinite from a coefficient of 7 on
     save_file(weights, tmp_path / "first" / "model.safetensors", metadata={"format": "pt"})
-    spec, file = read_study(file)
+    study = read_study(file)
     seen = Silent()
-    run_study(spec, file, EAGER, tmp_path / "run", seen)
+    run_study(study, EAGER, tmp_path / "run", seen)
     failed = [record for record in seen.trials if record.value is None]
     assert any(record.value is not None for record in seen.trials[failed[0].number + 1 :])
     for record in failed:
         assert re.match(r"task '\w+', example \d+: .* logits that are not finite", record.note)
 
 
-def test_a_head_that_the_base_has_too_stays_each_experts_own(study, made, tmp_path):
+def test_a_head_that_the_base_has_too_stays_each_experts_own(write, made, tmp_path):
     """The base is a classifier with as many classes; its head must not be merged."""
-    file = study("bert", text_tasks())
+    file = write("bert", text_tasks())
     expected = score(file, "second")
     (tmp_path / "base").unlink()
     shutil.copytree(tmp_path / "first", tmp_path / "base")
     own = {"heads": ["^classifier"]}
-    assert score(study("bert", text_tasks(), classification=own), "second") == expected
+    assert score(write("bert", text_tasks(), classification=own), "second") == expected
 
 
-def test_an_image_classifier_may_be_the_base_of_others(study, tmp_path):
+def test_an_image_classifier_may_be_the_base_of_others(write, tmp_path):
     """The heads of base and experts have the same names, and other shapes."""
-    expected = score(study("clip-classifier", image_tasks(), exclude=TOWER), "second")
+    expected = score(write("clip-classifier", image_tasks(), exclude=TOWER), "second")
     (tmp_path / "base").unlink()
     shutil.copytree(tmp_path / "first", tmp_path / "base")
     with pytest.raises(
         CheckpointError, match=r"own with `classification\.heads: \['\^classifier\\\.'\]`"
     ):
-        score(study("clip-classifier", image_tasks()), "second")
+        score(write("clip-classifier", image_tasks()), "second")
     own = {"heads": ["^classifier"]}
-    file = study("clip-classifier", image_tasks(), classification=own)
+    file = write("clip-classifier", image_tasks(), classification=own)
     assert score(file, "second") == expected
-    spec, file = read_study(file)
-    run_study(spec, file, EAGER, tmp_path / "run", Silent())
+    study = read_study(file)
+    run_study(study, EAGER, tmp_path / "run", Silent())
     names = load_classifier(tmp_path / "run" / "model", "second").config.id2label
     assert len(names) == CLASSES["second"]

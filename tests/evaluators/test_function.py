@@ -7,8 +7,10 @@ from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.function import FunctionEvaluator
+from searchmerge.fingerprint import fingerprint
+from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.tiny import make_models, make_study
 
 MODULE = """
@@ -99,12 +101,12 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
     )
     task = {"evaluator": "function", "function": "own_scores:score", "n_examples": 40}
     file = make_study(tmp_path, tasks={"own": task}, model_class="AutoModel")
-    spec, file = read_study(file)
+    study = read_study(file)
     config = RunConfig(engine="eager", device="cpu")
-    models = assemble.open_models(spec, file)
-    worker = assemble.make_worker(spec, file, models, config)
-    schedule = assemble.make_schedule(spec, worker.tasks())
-    plans = reference_plans(tuple(spec.experts))
+    models = open_models(study)
+    worker = assemble.make_worker(study, models, config)
+    schedule = assemble.make_schedule(study, worker.tasks())
+    plans = reference_plans(study.experts)
     for plan, folder in (("base", "base"), ("expert second", "second")):
         weights = load_file(tmp_path / folder / "model.safetensors")
         weight = weights["model.layers.0.mlp.up_proj.weight"].flatten()
@@ -112,6 +114,6 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
             for scores in result.scores:
                 expected = [float(weight[example]) for example in scores.block.examples]
                 assert scores.values == pytest.approx(expected, abs=1e-6)
-    before = assemble.canonical_study(spec, file, models, config)
+    before = fingerprint(study, models, "cpu")
     (tmp_path / "own_scores.py").write_text("def score(model, task, examples): return []")
-    assert assemble.canonical_study(spec, file, models, config) != before
+    assert fingerprint(study, models, "cpu") != before

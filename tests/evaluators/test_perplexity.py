@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.perplexity import Perplexity, TextTask, text_windows
 from searchmerge.evaluators.rows import DataSource
+from searchmerge.fingerprint import fingerprint
+from searchmerge.models import open_models
 from searchmerge.run import run_study
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 from tests.search.conftest import Recorder
 from tests.tiny import make_models, make_study
@@ -131,13 +132,13 @@ def test_a_study_of_texts_runs(tmp_path, monkeypatch):
         search={"sampler": "random", "n_trials": 5},
         perplexity={"max_length": 16},
     )
-    spec, file = read_study(file)
+    study = read_study(file)
     seen = Recorder()
     config = RunConfig(engine="eager", device="cpu")
-    results = run_study(spec, file, config, tmp_path / "run", seen)
+    results = run_study(study, config, tmp_path / "run", seen)
     assert all(row.select["texts"] < 0 for row in results.rows)
     assert len(seen.trials) == 5
-    changed, _ = read_study(file, {"perplexity.max_length": "12"})
-    models = assemble.open_models(spec, file)
-    one, other = (assemble.canonical_study(s, file, models, config) for s in (spec, changed))
+    changed = read_study(file, {"perplexity.max_length": "12"})
+    models = open_models(study)
+    one, other = (fingerprint(s, models, "cpu") for s in (study, changed))
     assert one != other

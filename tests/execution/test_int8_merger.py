@@ -12,9 +12,10 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError
 from searchmerge.execution.int8_merger import Int8Merger, linear_weights, round_to_int8
+from searchmerge.models import open_models
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.evaluators.models import tiny_model
 from tests.search.conftest import Recorder
 from tests.tiny import make_models, make_study
@@ -94,19 +95,19 @@ def test_a_model_without_linear_layers_is_refused():
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def read(tmp_path, monkeypatch):
     monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path / "cache"))
     make_models(tmp_path)
     return lambda **changes: read_study(make_study(tmp_path, **changes))
 
 
-def test_a_study_scores_in_int8_and_saves_what_is_not_rounded(study, tmp_path):
+def test_a_study_scores_in_int8_and_saves_what_is_not_rounded(read, tmp_path):
     results = {}
     texts = {"texts": {"evaluator": "perplexity", "data": "texts.txt"}}
     (tmp_path / "texts.txt").write_text("".join(f"w{i} is a w{2 * i % 60}\n" for i in range(24)))
     for scoring in ("dtype", "int8"):
-        spec, file = study(scoring=scoring, tasks=texts)
-        results[scoring] = run_study(spec, file, CONFIG, tmp_path / scoring, Recorder())
+        study = read(scoring=scoring, tasks=texts)
+        results[scoring] = run_study(study, CONFIG, tmp_path / scoring, Recorder())
     plain, rounded = ({r.name: r.select["texts"] for r in results[s].rows} for s in results)
     common = plain.keys() & rounded.keys()
     assert all(plain[name] != rounded[name] for name in common)
@@ -119,20 +120,20 @@ def test_a_study_scores_in_int8_and_saves_what_is_not_rounded(study, tmp_path):
             assert not torch.equal(again, tensor)
 
 
-def test_the_same_plan_scores_the_same_after_others(study, tmp_path):
+def test_the_same_plan_scores_the_same_after_others(read, tmp_path):
     (tmp_path / "texts.txt").write_text("".join(f"w{i} is a w{2 * i % 60}\n" for i in range(24)))
     texts = {"texts": {"evaluator": "perplexity", "data": "texts.txt"}}
-    spec, file = study(
+    study = read(
         scoring="int8", dtype="bfloat16", tasks=texts, exclude=[r"layers\.0\.mlp\.up_proj"]
     )
-    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), CONFIG)
-    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["survey"]
-    plans = reference_plans(tuple(spec.experts))
+    worker = assemble.make_worker(study, open_models(study), CONFIG)
+    rounds = assemble.make_schedule(study, worker.tasks()).rounds["survey"]
+    plans = reference_plans(study.experts)
     first = [result.scores for result in worker.score(plans["average"], rounds)]
     list(worker.score(plans["expert first"], rounds))
     assert [result.scores for result in worker.score(plans["average"], rounds)] == first
 
 
-def test_the_choice_is_part_of_the_fingerprint(study):
-    plain, rounded = study()[0].canonical(), study(scoring="int8")[0].canonical()
+def test_the_choice_is_part_of_the_fingerprint(read):
+    plain, rounded = read().spec.canonical(), read(scoring="int8").spec.canonical()
     assert plain != rounded

@@ -12,6 +12,12 @@ from torch import nn
 
 from searchmerge.evaluators.causal.documents import Tokens
 
+MODEL_CLASS = "AutoModelForCausalLM"
+"""What transformers loads such a model as."""
+
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of one forward pass, by kind of device: a CPU gains no more by larger passes."""
+
 
 @dataclass(frozen=True)
 class Prefix:

@@ -2,53 +2,87 @@
 
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import Ge, MinLen
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import needed
+from searchmerge.evaluators.lm_harness.prompting import PromptKeys
 from searchmerge.evaluators.lm_harness.settings import data_files, split_overrides
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LmTask:
-    """Which lm-eval task is scored, and how.
+class LmTask(PromptKeys):
+    """Which lm-eval task is scored, and how: the keys of a task of a study.
 
     Attributes:
-        name: The task's name in lm-eval.
+        task: The task's name in lm-eval; the study's name of the task if ``None``.
         split: The split of its dataset whose examples are scored.
-        metric: One of the task's metrics; its first if ``None``.
+        metric: One of the task's metrics, or metric and filter as lm-eval's results name them:
+            ``exact_match,flexible-extract``; its first if ``None``.
         filter: One of the task's filters of the model's answers; its first if ``None``.
         num_fewshot: Examples that are shown before the question, 0 or more; what the task says
             if ``None``, and 0 if it says nothing.
+        samples: Positions of the split's examples that are scored; all if ``None``.
+        generation: Replaces arguments of the task's generation: ``max_gen_toks``, ``until``,
+            ``temperature`` and others.
     """
 
-    name: str
-    split: str
+    task: str | None = None
+    split: str = needed("name the dataset split that is scored")
     metric: str | None = None
     filter: str | None = None
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, Ge(0)] | None = None
+    samples: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(2)] | None = None
+    generation: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and len(set(self.samples)) != len(self.samples):
+            raise ValueError("samples: a position stands twice")
+        if self.metric is not None and "," in self.metric and self.filter is not None:
+            raise ValueError(
+                f"metric {self.metric!r} names a filter, and filter another; give one"
+            )
+
+    @property
+    def metric_and_filter(self) -> tuple[str | None, str | None]:
+        """Return what is asked for of either."""
+        metric, _, named = (self.metric or "").partition(",")
+        return metric or None, named or self.filter
 
 
 class Catalogue:
     """Finds lm-eval tasks by name: the user's own first, then the thousands that it brings.
 
     Args:
-        include_path: Folder of the user's task YAMLs.
+        include_path: Folders of the user's task YAMLs; a later one comes before an earlier.
+        metadata: What lm-eval hands to every task that asks for it, e.g. RULER's lengths.
+        allow_unsafe_code: Whether tasks are loaded that run what a model has written.
     """
 
-    def __init__(self, include_path: Path | None) -> None:
-        if include_path is not None and not Path(include_path).is_dir():
-            raise SpecError(f"include_path {str(include_path)!r} is not a folder")
-        self._include_path = include_path
+    def __init__(
+        self,
+        include_path: Sequence[Path] = (),
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        allow_unsafe_code: bool = False,
+    ) -> None:
+        for folder in include_path:
+            if not folder.is_dir():
+                raise SpecError(f"lm_harness.include_path: no folder {folder}")
+        self._include_path = [str(folder) for folder in include_path]
+        self._metadata = dict(metadata or {})
+        self.allow_unsafe_code = allow_unsafe_code
 
     @cached_property
     def _own(self) -> Any:
@@ -62,8 +96,11 @@ class Catalogue:
     def _manager(self, *, include_defaults: bool) -> Any:
         from lm_eval.tasks import TaskManager
 
-        path = None if self._include_path is None else str(self._include_path)
-        return TaskManager(include_path=path, include_defaults=include_defaults)
+        return TaskManager(
+            include_path=list(self._include_path) or None,
+            include_defaults=include_defaults,
+            metadata=self._metadata or None,
+        )
 
     def find(self, name: str, where: str) -> tuple[Any, Any]:
         """Return the task manager that knows ``name``, and the task's entry in its index.
@@ -84,8 +121,8 @@ class Catalogue:
         if name not in manager.all_subtasks:
             close = get_close_matches(name, manager.all_subtasks, n=3)
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-            or_own = f" or in {self._include_path}" if self._include_path else ""
-            raise SpecError(f"{where}: no task named {name!r} in lm-eval{or_own}{hint}")
+            folders = f" or in {', '.join(self._include_path)}" if self._include_path else ""
+            raise SpecError(f"{where}: no task named {name!r} in lm-eval{folders}{hint}")
         return manager, manager.task_index[name]
 
 
@@ -131,32 +168,54 @@ def load_task(name: str, spec: LmTask, catalogue: Catalogue) -> Any:
     Raises:
         SpecError: If there is no such task or split, or the task cannot be scored here.
     """
-    manager, entry = catalogue.find(spec.name, f"tasks.{name}.task")
+    lm_name = spec.task or name
+    manager, entry = catalogue.find(lm_name, f"tasks.{name}.task")
     config = dict(entry.cfg or {})
     overrides = data_files(config, entry.yaml_path)
-    with explained(name, f"load its task {spec.name!r}"), quiet():
-        task = _build(manager, spec.name, overrides)
+    if spec.gen_prefix is not None:
+        overrides["gen_prefix"] = spec.gen_prefix
+    with explained(name, f"load its task {lm_name!r}"), quiet():
+        task = _build(manager, lm_name, overrides)
         splits = list(task.dataset)
         if spec.split not in splits:
             raise SpecError(
-                f"tasks.{name}.split: lm-eval's {spec.name!r} has no split {spec.split!r} "
+                f"tasks.{name}.split: lm-eval's {lm_name!r} has no split {spec.split!r} "
                 f"(it has: {', '.join(map(str, splits))})"
             )
         if more := split_overrides(config, spec.split):
-            task = _build(manager, spec.name, overrides | more)
-    for feature in ("UNSAFE_CODE", "MULTIMODAL"):
-        if getattr(task, feature, False):
-            raise SpecError(
-                f"tasks.{name}: lm-eval marks {spec.name!r} as {feature}, which is not scored here"
-            )
+            task = _build(manager, lm_name, overrides | more)
+    _check(task, f"tasks.{name}", lm_name, allow_unsafe_code=catalogue.allow_unsafe_code)
     if "class" in config and task.eval_docs is not task.dataset[spec.split]:
         raise SpecError(
-            f"tasks.{name}.split: {spec.name!r} is a Python class that chooses its split itself, "
+            f"tasks.{name}.split: {lm_name!r} is a Python class that chooses its split itself, "
             f"and not {spec.split!r}"
         )
+    _configure(task, spec, f"tasks.{name}")
+    return task
+
+
+def _check(task: Any, where: str, lm_name: str, *, allow_unsafe_code: bool) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise SpecError(f"{where}: {lm_name!r} is multimodal, which is not scored here")
+    if getattr(task, "UNSAFE_CODE", False) and not allow_unsafe_code:
+        raise SpecError(
+            f"{where}: {lm_name!r} runs code that the model has written; allow it with "
+            "lm_harness.confirm_run_unsafe_code: true"
+        )
+
+
+def _configure(task: Any, spec: LmTask, where: str) -> None:
+    """Put in what a study may say of a task that is loaded."""
     shots = spec.num_fewshot if spec.num_fewshot is not None else task.config.num_fewshot
     task.set_config("num_fewshot", shots or 0)
-    return task
+    if spec.generation is None:
+        return
+    if task.OUTPUT_TYPE != "generate_until":
+        raise SpecError(
+            f"{where}.generation: nothing is generated in {spec.task!r}, which is a "
+            f"{task.OUTPUT_TYPE} task"
+        )
+    task.set_config("generation_kwargs", dict(spec.generation), update=True)
 
 
 def _build(manager: Any, name: str, overrides: Mapping[str, Any]) -> Any:

@@ -1,20 +1,23 @@
 """The resident model as lm-eval sees a language model."""
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.generation import GenerationOptions, Generator, NonFiniteLogits
 from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.tokenizer import load_tokenizer
+
+_logger = logging.getLogger(__name__)
 
 _MAX_GEN_TOKENS = 256
 """Tokens to generate where a task does not say, as in lm-eval."""
@@ -45,6 +48,10 @@ class Backend(Protocol):
         """Return the new tokens of every prompt; what follows a stop sequence is ignored."""
         ...
 
+    def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Take over the weights that a merge has left in the model, by checkpoint names."""
+        ...
+
 
 class TransformersBackend:
     """Runs the resident model itself.
@@ -58,6 +65,9 @@ class TransformersBackend:
     def __init__(self, batch_tokens: int) -> None:
         self.score = CausalScorer(batch_tokens).score
         self.generate = Generator(batch_tokens).generate
+
+    def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Do nothing: the weights are those of the model that is run."""
 
 
 class ResidentLM:
@@ -77,6 +87,7 @@ class ResidentLM:
         self.tokenizer = tokenizer
         self._runs = runs
         self._max_length = max_length
+        self._warned = False
         # The choices of a question follow one another and share its text.
         self._encode = lru_cache(maxsize=16)(self._tokenize)
         self._pairs: dict[tuple[str, str], tuple[Tokens, Tokens]] = {}
@@ -111,35 +122,51 @@ class ResidentLM:
         """Return the tokenizer's name, which lm-eval asks for with chat templates."""
         return str(self.tokenizer.name_or_path)
 
-    def chat_arguments(self) -> dict[str, Any]:
-        """Return what makes lm-eval build its prompts with the tokenizer's chat template."""
-        if not self.tokenizer.chat_template:
-            raise SpecError(f"the tokenizer {self.tokenizer_name!r} has no chat template to apply")
-        return {
-            "apply_chat_template": True,
-            "fewshot_as_multiturn": True,
-            "chat_template": self.apply_chat_template,
-            "tokenizer_name": self.tokenizer_name,
-        }
-
     def apply_chat_template(
         self,
         chat_history: list[dict[str, str]],
         add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - lm-eval's signature
+        *,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the prompt of a conversation."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        """Return the prompt of a conversation.
+
+        A template that refuses a system's turn is given the others alone, as lm-eval does.
+
+        Args:
+            chat_history: The turns, each with ``role`` and ``content``.
+            add_generation_prompt: Whether the assistant's turn begins; else the last turn goes on.
+            template: Text of the template; the tokenizer's own if ``None``.
+            arguments: What else the template is given.
+        """
+        from jinja2 import TemplateError
+
+        options = {
+            "chat_template": template,
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+            **(arguments or {}),
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, **options))
+        except TemplateError:
+            others = [turn for turn in chat_history if turn["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            if not self._warned:
+                _logger.warning("the chat template refuses a system's turn, which is left out")
+                self._warned = True
+            return str(self.tokenizer.apply_chat_template(others, **options))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:  # noqa: FBT001
         """Return the token ids of a text; one that begins with the prefix token gets no other."""
         return list(self._encode(string, add_special_tokens))
+
+    def as_read(self, text: str) -> str:
+        """Return a prompt as the model reads it, special tokens as text."""
+        return str(self.tokenizer.decode(self.tok_encode(text), skip_special_tokens=False))
 
     def _tokenize(self, text: str, add_special_tokens: bool | None) -> Tokens:  # noqa: FBT001
         if add_special_tokens is None and text.startswith(self._prefix_text):
@@ -217,8 +244,9 @@ class ResidentLM:
             room = self.max_length - options.max_new_tokens
             if room < 1:
                 raise SpecError(
-                    f"{options.max_new_tokens} tokens are to be generated; allowed are up to "
-                    f"{self.max_length - 1}, the model's window less one token of the prompt"
+                    f"generation.max_gen_toks: {options.max_new_tokens} tokens are to be "
+                    f"generated; allowed are up to {self.max_length - 1}, the model's window "
+                    "less one token of the prompt"
                 )
             prompts = [
                 tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])
@@ -255,20 +283,13 @@ class ResidentLM:
         return GenerationOptions(tuple(stop), max_new_tokens, rest)
 
 
-def make_lm(
-    tokenizer: Any,
-    *,
-    batch_tokens: int,
-    max_length: int | None = None,
-    backend: Backend | None = None,
-) -> Any:
+def make_lm(tokenizer: Any, backend: Backend, *, max_length: int | None = None) -> Any:
     """Return a ``ResidentLM`` that is an ``lm_eval.api.model.LM``.
 
     Args:
         tokenizer: A tokenizer, or what ``AutoTokenizer.from_pretrained`` takes.
-        batch_tokens: Tokens of one forward pass, 1 or more.
+        backend: What runs the model.
         max_length: Window in tokens; the model's own if ``None``.
-        backend: What runs the model; transformers in this process if ``None``.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -280,6 +301,4 @@ def make_lm(
     if tokenizer.pad_token_id is None:
         tokenizer = copy(tokenizer)
         tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id
-    return ResidentTemplateLM(
-        tokenizer, runs=backend or TransformersBackend(batch_tokens), max_length=max_length
-    )
+    return ResidentTemplateLM(tokenizer, runs=backend, max_length=max_length)

@@ -28,7 +28,7 @@ class PreparedTask:
         spec: What the study says of it.
         catalogue: Where lm-eval's tasks are found.
         fewshot_seed: Seed of the choice of few-shot examples.
-        chat: Arguments that make prompts turns of a chat.
+        prompting: Arguments of lm-eval's that say how prompts are made.
 
     Raises:
         SpecError: If there is no such task, split, metric or filter.
@@ -40,39 +40,67 @@ class PreparedTask:
         spec: LmTask,
         catalogue: Catalogue,
         fewshot_seed: int,
-        chat: Mapping[str, Any],
+        prompting: Mapping[str, Any],
     ) -> None:
         self._name = name
         self._spec = spec
         self._seed = fewshot_seed
-        self._chat = chat
+        self._prompting = prompting
         self._task = load_task(name, spec, catalogue)
         metrics = list(self._task.aggregation())
-        self._metric = _chosen(f"tasks.{name}.metric", spec.metric, metrics)
+        metric, answer_filter = spec.metric_and_filter
+        self._metric = _chosen(f"tasks.{name}.metric", metric, metrics)
         self._filters = _filters(self._task)
-        self._filter = _chosen(f"tasks.{name}.filter", spec.filter, list(self._filters))
+        self._filter = _chosen(f"tasks.{name}.filter", answer_filter, list(self._filters))
+        self._documents = self._positions()
         higher = self._task.higher_is_better().get(self._metric, True)
         self._sign = 1.0 if higher else -1.0
         self._aggregate = self._task.aggregation()[self._metric]
         self.info = TaskInfo(
-            n_examples=len(self._task.eval_docs),
+            n_examples=len(self._documents),
             mean=_is_mean(self._aggregate),
             metric=self._metric,
         )
+
+    def _positions(self) -> tuple[int, ...]:
+        """Return where in the split each example stands.
+
+        Raises:
+            SpecError: If the study names one that is not there.
+        """
+        n_documents = len(self._task.eval_docs)
+        if self._spec.samples is None:
+            return tuple(range(n_documents))
+        if (last := max(self._spec.samples)) >= n_documents:
+            raise SpecError(
+                f"tasks.{self._name}.samples: there is no position {last}; the split "
+                f"{self._spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
+            )
+        return self._spec.samples
 
     @cached_property
     def _requests(self) -> list[list[Any]]:
         """The requests of every example, made at first use: few-shot draws are in order."""
         task = self._task
         task.set_fewshot_seed(self._seed)
-        with explained(self._name, f"make prompts of its task {self._spec.name!r}"), quiet():
-            task.build_all_requests(limit=None, rank=0, world_size=1, **self._chat)
-        requests: list[list[Any]] = [[] for _ in range(self.info.n_examples)]
+        with explained(self._name, f"make prompts of its task {self._spec.task!r}"), quiet():
+            task.build_all_requests(
+                samples=None if self._spec.samples is None else list(self._documents),
+                **self._prompting,
+            )
+        requests: dict[int, list[Any]] = {document: [] for document in self._documents}
+        in_order = sorted(self._documents)  # lm-eval numbers those that it was asked for
         for request in sorted(task.instances, key=lambda request: request.idx):
+            request.doc_id = in_order[request.doc_id]
             requests[request.doc_id].append(request)
         for template in ("doc_to_text", "doc_to_target", "doc_to_choice"):
             _render_once(task, template)
-        return requests
+        return [requests[document] for document in self._documents]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are turns of a chat template."""
+        return bool(self._prompting.get("apply_chat_template"))
 
     def prompts(self, example: int) -> tuple[str, ...]:
         """Return the text of each request of an example, its continuation left out."""
@@ -82,7 +110,7 @@ class PreparedTask:
         """Return one score per example, or one in all, higher is better."""
         requests = [self._requests[example] for example in examples]
         self._answer(lm, [request for group in requests for request in group])
-        with explained(self._name, f"compute {self._metric!r} of its task {self._spec.name!r}"):
+        with explained(self._name, f"compute {self._metric!r} of its task {self._spec.task!r}"):
             values = [self._value(group) for group in requests]
             if not self.info.mean:
                 values = [self._aggregate(values)]
@@ -131,7 +159,7 @@ class PreparedTask:
         metrics = self._task.process_results(requests[0].doc, answers)
         if self._metric not in metrics:
             raise SpecError(
-                f"tasks.{self._name}: lm-eval's {self._spec.name!r} gave no metric "
+                f"tasks.{self._name}: lm-eval's {self._spec.task!r} gave no metric "
                 f"{self._metric!r} for an example (it gave: {', '.join(metrics)})"
             )
         return metrics[self._metric]

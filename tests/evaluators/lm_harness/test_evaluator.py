@@ -16,11 +16,12 @@ from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness
-from searchmerge.evaluators.lm_harness.language_model import make_lm
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from searchmerge.execution.executor import InProcessExecutor
+from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
-from searchmerge.spec import read_study
+from searchmerge.study import read_study
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 from tests.tiny import make_models, make_study
 
@@ -138,8 +139,14 @@ def model():
     return tiny_model("llama")
 
 
-def harness(folder, task, **options):
-    return LmHarness({"mine": task}, tokenizer=tiny_tokenizer(), include_path=folder, **options)
+def harness(folder, task, tokenizer=None, **keys):
+    return LmHarness(
+        {"mine": task},
+        tokenizer=tokenizer or tiny_tokenizer(),
+        backend=TransformersBackend(1024),
+        section=LmHarnessSection(include_path=() if folder is None else (".",), **keys),
+        folder=folder or Path(),
+    )
 
 
 def lm_eval_samples(folder, lm, task, split="test", **overrides):
@@ -194,7 +201,7 @@ def both(request):
     theirs = HFLM(
         model, tokenizer=tiny_tokenizer(), batch_size=3, max_length=64, logits_cache=False
     )
-    ours = make_lm(tiny_tokenizer(), batch_tokens=96, max_length=64)
+    ours = make_lm(tiny_tokenizer(), TransformersBackend(96), max_length=64)
     ours.model = model
     return ours, theirs
 
@@ -263,7 +270,7 @@ def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task,
 
 
 def test_our_model_serves_lm_eval_itself(folder, model):
-    ours = make_lm(tiny_tokenizer(), batch_tokens=96)
+    ours = make_lm(tiny_tokenizer(), TransformersBackend(96))
     ours.model = model
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     assert lm_eval_samples(folder, ours, "mc")[1] == pytest.approx(
@@ -283,7 +290,7 @@ def test_scores_do_not_depend_on_earlier_calls_or_other_examples(folder, model):
 
 
 def test_sampling_is_repeatable(folder, model):
-    lm = make_lm(tiny_tokenizer(), batch_tokens=96)
+    lm = make_lm(tiny_tokenizer(), TransformersBackend(96))
     lm.model = model
     arguments = TASKS["sampled"]["generation_kwargs"]
     requests = instances("generate_until", [("the dog", arguments), ("a fox", arguments)])
@@ -342,11 +349,8 @@ def test_includes_and_functions_work_across_folders(folder, model, tmp_path):
 def test_chat_templates_make_turns_of_the_prompt(folder):
     tokenizer = tiny_tokenizer()
     chat = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    evaluator = LmHarness(
-        {"mine": LmTask("fewshot", "test")},
-        tokenizer=with_template(tokenizer, chat),
-        include_path=folder,
-        apply_chat_template=True,
+    evaluator = harness(
+        folder, LmTask("fewshot", "test"), with_template(tokenizer, chat), chat_template=True
     )
     prompt = evaluator.prompts("mine", 0)[0]
     assert prompt.startswith("[user]") and "[assistant]" in prompt
@@ -432,7 +436,7 @@ def test_a_task_that_cannot_be_loaded_is_named(folder, tmp_path, change, message
 
 def test_a_tokenizer_without_a_chat_template_is_refused(folder):
     with pytest.raises(SpecError, match="no chat template"):
-        harness(folder, LmTask("mc", "test"), apply_chat_template=True)
+        harness(folder, LmTask("mc", "test"), chat_template=True)
 
 
 @pytest.mark.parametrize("task", ["mc", "texts", "generate"])
@@ -486,12 +490,12 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     weights = load_file(tmp_path / "second" / "model.safetensors")
     weights["model.norm.weight"][0] = 1e38  # ten times that is infinite
     save_file(weights, tmp_path / "second" / "model.safetensors", metadata={"format": "pt"})
-    spec, file = read_study(make_study(tmp_path))
+    study = read_study(make_study(tmp_path))
     config = RunConfig(engine="eager", device="cpu")
-    worker = assemble.make_worker(spec, file, assemble.open_models(spec, file), config)
+    worker = assemble.make_worker(study, open_models(study), config)
     executor = InProcessExecutor(worker)
-    rounds = assemble.make_schedule(spec, worker.tasks()).rounds["survey"][:1]
-    good = reference_plans(tuple(spec.experts))["task arithmetic"]
+    rounds = assemble.make_schedule(study, worker.tasks()).rounds["survey"][:1]
+    good = reference_plans(study.experts)["task arithmetic"]
     broken = replace(good, values={"coefficient": ((0.4, 10.0),)})
     events = []
     for job, plan in enumerate((good, broken, good)):
@@ -504,3 +508,96 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     assert f"task '{first.task}', example {first.examples[0]}: " in events[2].reason
     assert "not finite" in events[2].reason
     assert events[0].result.scores == events[3].result.scores
+
+
+def test_a_metric_may_name_its_filter_as_lm_evals_results_do(folder, model):
+    named = harness(folder, LmTask("generate", "test", metric="exact_match,word"))
+    apart = harness(folder, LmTask("generate", "test", metric="exact_match", filter="word"))
+    assert named.score(model, "mine", range(7)) == apart.score(model, "mine", range(7))
+    with pytest.raises(SpecError, match=r"filter: no 'words' in the task \(it has: first, word"):
+        harness(folder, LmTask("generate", "test", metric="exact_match,words"))
+    with pytest.raises(ValueError, match="names a filter"):
+        LmTask("generate", "test", metric="exact_match,word", filter="first")
+
+
+@pytest.mark.parametrize("task", ["mc", "fewshot"])
+def test_samples_are_those_of_lm_eval(folder, model, task):
+    lm = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    chosen = [1, 4, 5]
+    config = yaml.safe_load((folder / f"{task}.yaml").read_text())
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {k: str(folder / v) for k, v in files.items()}
+    loaded = TaskManager(include_defaults=False).load([config])["tasks"]
+    loaded[task].set_fewshot_seed(1234)
+    results = evaluate(lm, {"tasks": loaded}, bootstrap_iters=0, samples={task: chosen})
+    expected = {s["doc_id"]: s for s in results["samples"][task]}
+    evaluator = harness(folder, LmTask(task, "test", samples=(5, 1, 4)))
+    assert evaluator.tasks["mine"].n_examples == 3
+    scores = evaluator.score(model, "mine", range(3))
+    for example, (document, score) in enumerate(zip((5, 1, 4), scores, strict=True)):
+        prompts = [arguments[0] for arguments in expected[document]["arguments"]]
+        assert list(evaluator.prompts("mine", example)) == prompts
+        assert score == pytest.approx(expected[document]["acc"])
+    with pytest.raises(SpecError, match="samples: there is no position 7; the split 'test' has 7"):
+        harness(folder, LmTask(task, "test", samples=(0, 7)))
+
+
+def test_a_study_may_generate_otherwise_than_the_task_says(folder, model):
+    lm = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    generation = {"max_gen_toks": 3, "until": ["e"]}
+    kwargs = TASKS["generate"]["generation_kwargs"] | generation
+    samples, _ = lm_eval_samples(folder, lm, "generate", generation_kwargs=kwargs)
+    expected = [s["exact_match"] for s in samples if s["filter"] == "first"]
+    evaluator = harness(folder, LmTask("generate", "test", generation=generation))
+    assert list(evaluator.score(model, "mine", range(7))) == pytest.approx(expected)
+    with pytest.raises(SpecError, match=r"tasks\.mine\.generation: nothing is generated in 'mc'"):
+        harness(folder, LmTask("mc", "test", generation=generation))
+
+
+def test_a_later_folder_of_tasks_comes_before_an_earlier(folder, tmp_path, model):
+    config = yaml.safe_load((folder / "mc.yaml").read_text())
+    longer = str(folder / "data" / "validation.jsonl")
+    config["dataset_kwargs"]["data_files"] = {
+        "test": longer,
+        "validation": longer,
+        "train": longer,
+    }
+    (tmp_path / "mc.yaml").write_text(yaml.safe_dump(config))
+    evaluator = LmHarness(
+        {"mc": LmTask(split="test"), "texts": LmTask(split="test")},
+        tokenizer=tiny_tokenizer(),
+        backend=TransformersBackend(1024),
+        section=LmHarnessSection(include_path=(str(folder), str(tmp_path))),
+        folder=tmp_path,
+    )
+    assert {name: info.n_examples for name, info in evaluator.tasks.items()} == {
+        "mc": 10,
+        "texts": 7,
+    }
+
+
+def test_code_of_a_model_runs_only_where_a_study_allows_it(folder, tmp_path):
+    config = yaml.safe_load((folder / "mc.yaml").read_text()) | {"unsafe_code": True}
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {k: str(folder / v) for k, v in files.items()}
+    (tmp_path / "mc.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SpecError, match=r"allow it with lm_harness\.confirm_run_unsafe_code"):
+        harness(tmp_path, LmTask("mc", "test"))
+    allowed = harness(tmp_path, LmTask("mc", "test"), confirm_run_unsafe_code=True)
+    assert allowed.tasks["mine"].n_examples == 7
+
+
+def test_metadata_reach_the_tasks_that_ask_for_it(folder, tmp_path):
+    (tmp_path / "made.py").write_text(
+        "import datasets\n"
+        "def load(lengths=(), **_):\n"
+        "    rows = [{'question': f'q{n}', 'choices': ['a', 'b'], 'answer': 0} for n in lengths]\n"
+        "    return {'test': datasets.Dataset.from_list(rows)}\n"
+    )
+    kept = ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "metric_list")
+    config = {"task": "mc", "test_split": "test", **{key: TASKS["mc"][key] for key in kept}}
+    (tmp_path / "mc.yaml").write_text(
+        yaml.safe_dump(config) + "custom_dataset: !function made.load\n"
+    )
+    evaluator = harness(tmp_path, LmTask("mc", "test"), metadata={"lengths": [1, 2, 3]})
+    assert evaluator.tasks["mine"].n_examples == 3

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from searchmerge.evaluators.lm_harness.catalogue import LmTask
-from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness, LmHarnessSection
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
 TASK = {
@@ -38,7 +39,9 @@ def test_data_files_are_relative_to_what_they_belong_to(tmp_path, monkeypatch, w
     harness = LmHarness(
         {"own": LmTask("own", "validation")},
         tokenizer=tiny_tokenizer(),
-        include_path=tmp_path / "tasks",
+        backend=TransformersBackend(1024),
+        section=LmHarnessSection(include_path=("tasks",)),
+        folder=tmp_path,
     )
     assert harness.tasks["own"].n_examples == (3 if beside else 5)
 
@@ -61,6 +64,8 @@ def test_an_empty_prompt_is_the_token_that_begins_a_text(tmp_path):
     harness = LmHarness(
         {"own": LmTask("own", "validation")},
         tokenizer=tiny_tokenizer(),
-        include_path=tmp_path / "tasks",
+        backend=TransformersBackend(1024),
+        section=LmHarnessSection(include_path=("tasks",)),
+        folder=tmp_path,
     )
     assert harness.score(tiny_model("llama"), "own", [0, 1]) == (0.0, 0.0)

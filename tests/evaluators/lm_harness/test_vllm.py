@@ -13,7 +13,7 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.generation import GenerationOptions
-from searchmerge.evaluators.lm_harness.language_model import make_lm
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from searchmerge.evaluators.lm_harness.vllm import (
     VllmBackend,
     VllmServer,
@@ -23,7 +23,8 @@ from searchmerge.evaluators.lm_harness.vllm import (
     sampling_arguments,
 )
 from searchmerge.execution.followed_merger import FollowedMerger
-from searchmerge.spec import read_study
+from searchmerge.models import open_models
+from searchmerge.study import read_study
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 from tests.tiny import make_models, make_study
 
@@ -94,8 +95,8 @@ def test_its_answers_are_those_of_transformers(tmp_path):
     model = tiny_model("llama")
     engine, _ = backend(tmp_path)
     engine.follow(model, weights_of(model))
-    theirs = make_lm(tiny_tokenizer(), batch_tokens=96, max_length=40, backend=engine)
-    ours = make_lm(tiny_tokenizer(), batch_tokens=96, max_length=38)
+    theirs = make_lm(tiny_tokenizer(), engine, max_length=40)
+    ours = make_lm(tiny_tokenizer(), TransformersBackend(96), max_length=38)
     theirs.model = ours.model = model
     assert theirs.max_length == ours.max_length
     pairs = [("the quick", " brown fox"), ("", "a"), ("lazy dog " * 30, "jumps"), ("a", " dog")]
@@ -129,7 +130,7 @@ class Scales:
 def test_every_merge_is_followed_by_one_engine(tmp_path):
     model = tiny_model("llama")
     engine, servers = backend(tmp_path)
-    merger = FollowedMerger(Scales(model), model, weights_of(model), engine)
+    merger = FollowedMerger(Scales(model), model, weights_of(model), [engine])
     for plan in (1.0, 0.9, 1.1):
         merger.apply(plan)
     [server] = servers
@@ -205,9 +206,9 @@ def test_a_study_asks_for_the_engine_and_is_told_what_to_install(tmp_path, monke
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     make_models(tmp_path)
     settings = {"include_path": "tasks", "engine": "vllm", "vllm_memory": 0.4}
-    spec, file = read_study(make_study(tmp_path, lm_harness=settings))
-    models = assemble.open_models(spec, file)
-    worker = assemble.make_worker(spec, file, models, RunConfig(engine="eager", device="cpu"))
+    study = read_study(make_study(tmp_path, lm_harness=settings))
+    models = open_models(study)
+    worker = assemble.make_worker(study, models, RunConfig(engine="eager", device="cpu"))
     assert set(worker.tasks()) == {"first", "second"}
     try:
         import vllm  # noqa: F401

@@ -1,0 +1,97 @@
+"""How prompts are deployed: with which chat template, system message and prefix of the answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from searchmerge.errors import SpecError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptKeys:
+    """How prompts are made of documents. A task's own keys come before the section's.
+
+    Attributes:
+        chat_template: ``True``: prompts are turns of the tokenizer's chat template; a text: of
+            its template of that name; ``False`` or ``None``: plain text.
+        system_instruction: Stands before the prompt; with a chat template it is the system's turn.
+        fewshot_as_multiturn: Whether each few-shot example is a turn of the user and one of the
+            assistant, as it is with a chat template where nothing is said.
+        template_arguments: What else the chat template is given, e.g. ``enable_thinking``.
+        gen_prefix: What the answer begins with; a template of the document, like lm-eval's.
+    """
+
+    chat_template: bool | str | None = None
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    template_arguments: Mapping[str, Any] | None = None
+    gen_prefix: str | None = None
+
+
+Task = TypeVar("Task", bound=PromptKeys)
+
+
+def prompted(task: Task, section: PromptKeys) -> Task:
+    """Return the task with the section's keys where it says nothing of its own."""
+    names = [key.name for key in fields(PromptKeys) if getattr(task, key.name) is None]
+    return replace(task, **{name: getattr(section, name) for name in names})
+
+
+def request_arguments(keys: PromptKeys, lm: Any, where: str) -> dict[str, Any]:
+    """Return what makes lm-eval build its prompts so.
+
+    Args:
+        keys: How.
+        lm: A :class:`ResidentLM`.
+        where: The task, for messages: ``"tasks.math"``.
+
+    Raises:
+        SpecError: If the tokenizer has no such template, or a key needs one that is not there.
+    """
+    arguments: dict[str, Any] = {}
+    if keys.system_instruction is not None:
+        arguments["system_instruction"] = keys.system_instruction
+    if not keys.chat_template:
+        for key in ("fewshot_as_multiturn", "template_arguments"):
+            if getattr(keys, key):
+                raise SpecError(f"{where}.{key}: needs a chat_template; give on, or its name")
+        return arguments
+    template = find_template(lm.tokenizer, asked=keys.chat_template, where=where)
+    apply = partial(
+        lm.apply_chat_template, template=template, arguments=keys.template_arguments or {}
+    )
+    multiturn = True if keys.fewshot_as_multiturn is None else keys.fewshot_as_multiturn
+    return arguments | {
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": multiturn,
+        "chat_template": apply,
+        "tokenizer_name": lm.tokenizer_name,
+    }
+
+
+def find_template(tokenizer: Any, *, asked: bool | str, where: str) -> str:
+    """Return the text of a tokenizer's chat template.
+
+    Args:
+        tokenizer: It may have several templates, by name.
+        asked: ``True`` for the only one, or the one named ``default``; a text for one by name.
+        where: The task, for messages.
+
+    Raises:
+        SpecError: If there is no such template.
+    """
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    if not templates:
+        raise SpecError(
+            f"{where}.chat_template: the tokenizer {tokenizer.name_or_path!r} has no chat template"
+        )
+    name = "default" if asked is True else asked
+    if name not in templates:
+        raise SpecError(
+            f"{where}.chat_template: the tokenizer has no chat template named {name!r} "
+            f"(it has: {', '.join(templates)})"
+        )
+    return str(templates[name])

@@ -1,0 +1,221 @@
+"""The models of a study: opened, checked, paired for merging, and saved."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
+from searchmerge.checkpoints.compatibility import check_compatible, doubts
+from searchmerge.checkpoints.files import default_cache_dir
+from searchmerge.checkpoints.heads import exclude_patterns, trained_class, unused_tensors
+from searchmerge.checkpoints.model_class import check_class
+from searchmerge.checkpoints.tying import untie_where_needed
+from searchmerge.checkpoints.writer import PLAN_FILE, save_model
+from searchmerge.classifier import SavedHead, class_of, head_files
+from searchmerge.errors import SpecError
+from searchmerge.merging.engine import EngineKind
+from searchmerge.merging.groups import assign_groups, depth_positions
+from searchmerge.merging.merger import Merger
+from searchmerge.merging.residency import Memory
+from searchmerge.merging.task_vectors import TaskVectors
+from searchmerge.plan import MergePlan
+from searchmerge.spec import ModelSpec
+from searchmerge.study import Study
+
+_logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The checkpoints of a study, opened and checked, nothing loaded.
+
+    Attributes:
+        base: The base model.
+        experts: Expert name to checkpoint, in the study's order.
+        dtype: Of the resident model, and of the saved one.
+        auto_class: The class of transformers that they are merged as; ``None`` is that which
+            the base's configuration names.
+        not_merged: Patterns of the tensors that stay the base's: as the study says, and what
+            the class has no use for.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    dtype: torch.dtype
+    auto_class: str | None = None
+    not_merged: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Return each model's name as the user wrote it."""
+        return {name: checkpoint.name for name, checkpoint in self.experts.items()}
+
+    def doubts(self) -> list[str]:
+        """Return what is probably not meant, one line each: an expert that equals another, ..."""
+        return list(doubts(self.base, self.experts))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a hash of each model's content."""
+        named = {"base": self.base, **self.experts}
+        return {name: checkpoint.fingerprint()[:16] for name, checkpoint in named.items()}
+
+
+def open_models(study: Study, *, resident: bool = True) -> Models:
+    """Open the study's checkpoints and check by their headers that they can be merged.
+
+    Args:
+        study: The study.
+        resident: Whether a model will be loaded, which has to be of the class that tasks need.
+
+    Raises:
+        CheckpointError: If one cannot be opened, or they do not fit together.
+    """
+    spec = study.spec
+    base = _open(study, spec.base, None)
+    if resident:
+        check_class(base, spec.resident_class)
+    experts = {name: _open(study, model, base) for name, model in spec.experts.items()}
+    auto_class = spec.resident_class if resident else spec.model_class or _trained_as(experts)
+    base, experts = untie_where_needed(base, experts, auto_class)
+    check_compatible(
+        base,
+        experts,
+        exclude=spec.not_merged,
+        vocabulary=spec.vocabulary,
+        tokenizers=spec.tokenizers,
+        may_differ=spec.may_differ,
+        auto_class=auto_class,
+    )
+    unused = exclude_patterns(unused_tensors(base, auto_class), base.headers)
+    dtype = _DTYPES.get(spec.dtype) or main_dtype(base)
+    return Models(base, experts, dtype, auto_class, (*spec.not_merged, *unused))
+
+
+def warn_of_doubts(models: Models) -> None:
+    """Log what is probably not meant in a choice of models."""
+    for line in models.doubts():
+        _logger.warning("%s", line)
+
+
+def _trained_as(experts: Mapping[str, Checkpoint]) -> str | None:
+    """Return the class of classifiers that all experts are; ``None`` is the base's own."""
+    kinds = {trained_class(expert) or class_of(expert.config) for expert in experts.values()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind if kind is not None and kind.endswith("Classification") else None
+
+
+def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint:
+    checkpoint = open_checkpoint(
+        study.resolve(model.path),
+        revision=model.revision,
+        base=base,
+        trust_remote_code=study.spec.trust_remote_code,
+    )
+    return checkpoint if base is None else checkpoint.named_as(base)
+
+
+def check_groups(study: Study, models: Models) -> None:
+    """Check by the base's headers that the space's groups divide its parameters.
+
+    Raises:
+        SpecError: If a pattern overlaps another or matches nothing, or there are fewer layers
+            than blocks.
+    """
+    aliases = tied(models.base)
+    names = [
+        name
+        for name, header in models.base.headers.items()
+        if header.dtype.is_floating_point
+        and name not in aliases
+        and not any(re.search(pattern, name) for pattern in models.not_merged)
+    ]
+    if not names:
+        raise SpecError(f"exclude: {study.spec.exclude} leaves no parameter to be merged")
+    for alternative in study.space.alternatives.values():
+        try:
+            assign_groups(names, alternative.groups)
+            if "depth_slope" in alternative.settings:
+                depth_positions(names)
+        except SpecError as error:
+            raise SpecError(f"space {alternative.name!r}: {error}") from error
+
+
+def load_task_vectors(study: Study, models: Models) -> TaskVectors:
+    """Map all models into memory and pair their parameters.
+
+    Raises:
+        CheckpointError: If a tensor holds NaN or inf, or tensors do not fit.
+    """
+    return TaskVectors.from_weights(
+        models.base.weights(),
+        {name: checkpoint.weights() for name, checkpoint in models.experts.items()},
+        exclude=models.not_merged,
+        vocabulary=study.spec.vocabulary,
+        tied=tied(models.base),
+    )
+
+
+def make_merger(
+    models: Models,
+    vectors: TaskVectors,
+    engine: EngineKind = "auto",
+    *,
+    memory: Memory | None = None,
+    targets: Mapping[str, torch.Tensor] | None = None,
+) -> Merger:
+    """Return a merger whose statistics are kept on disk, for the next run or study.
+
+    Args:
+        models: What ``vectors`` are of.
+        vectors: The base and the experts.
+        engine: How arithmetic is run.
+        memory: Where base and experts lie, and how much methods may keep.
+        targets: Name in the base to the tensor that a plan overwrites.
+    """
+    key = hashlib.sha256(
+        json.dumps([models.fingerprints(), sorted(vectors.weights)]).encode()
+    ).hexdigest()[:16]
+    return Merger(
+        vectors,
+        targets=targets,
+        engine=engine,
+        memory=memory,
+        cache=default_cache_dir() / "statistics",
+        cache_key=key,
+    )
+
+
+def save_merge(
+    models: Models,
+    vectors: TaskVectors,
+    plan: MergePlan,
+    out: Path,
+    *,
+    heads: Mapping[str, SavedHead],
+    card: str | None = None,
+) -> None:
+    """Merge ``plan`` and write the model, its plan and the experts' heads, in the study's dtype.
+
+    Raises:
+        CheckpointError: If it cannot be written; what was at ``out`` before is kept.
+    """
+    extra = {
+        PLAN_FILE: plan.to_yaml(),
+        **head_files(heads, models.dtype),
+        **({"README.md": card} if card else {}),
+    }
+    save_model(
+        make_merger(models, vectors).merged(plan, dtype=models.dtype),
+        out,
+        like=models.base,
+        dtype=models.dtype,
+        extra_files=extra,
+    )
