@@ -11,7 +11,8 @@ ROOT = Path(searchmerge.__file__).parent
 LAYERS = [
     {"errors"},
     {"registry", "plan", "yaml_file"},
-    {"checkpoints", "merging", "evaluators"},
+    {"checkpoints"},
+    {"merging", "evaluators"},
     {"execution"},
     {"search"},
     {"keys"},
