@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,23 @@ from searchmerge.errors import CheckpointError
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
+class Extension(Protocol):
+    """Tensors that take the place of a model's own, in another shape."""
+
+    @property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """Return their dtypes and shapes."""
+        ...
+
+    def key(self) -> str:
+        """Return 64 hexadecimal digits that differ where any of the tensors differs."""
+        ...
+
+    def file(self) -> Path:
+        """Return the file that holds them, which is made first."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model on disk; nothing is loaded until :meth:`weights` is asked for a tensor.
@@ -47,6 +64,10 @@ class Checkpoint:
         twins: Name of a tensor to the one that its data is read from: what the configuration ties
             and this study holds apart, such as an output embedding.
         trust_remote_code: Whether Python files of the model may run.
+        extension: The tensors that have a row for each token of several models; ``None`` where
+            the model's own stay.
+        chosen_tokenizer: The directory of a tokenizer that takes the place of the model's own,
+            with a copy of its configuration; ``None`` where that stays.
     """
 
     name: str
@@ -61,10 +82,14 @@ class Checkpoint:
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
     twins: Mapping[str, str] = field(default_factory=dict, repr=False)
     trust_remote_code: bool = False
+    extension: Extension | None = field(default=None, repr=False)
+    chosen_tokenizer: Path | None = None
 
     @property
     def tokenizer_dir(self) -> Path:
         """Return the directory of the tokenizer: an adapter's own where it has one."""
+        if self.chosen_tokenizer is not None:
+            return self.chosen_tokenizer
         own = any((self.source_dir / name).exists() for name in _TOKENIZER_FILES)
         return self.source_dir if self.base is None or own else self.base.tokenizer_dir
 
@@ -84,7 +109,10 @@ class Checkpoint:
                 cache_dir=self.cache_dir,
             )
             files = {**self.base.files, **dict.fromkeys(self.adapter.headers, changed)}
-        return {**files, **{name: files[read] for name, read in self.twins.items()}}
+        files |= {name: files[read] for name, read in self.twins.items()}
+        if self.extension is None:
+            return files
+        return {**files, **dict.fromkeys(self.extension.headers, self.extension.file())}
 
     @property
     def size_bytes(self) -> int:
@@ -105,7 +133,9 @@ class Checkpoint:
         if self.base is not None and self.adapter is not None:
             inherited = self.base._names_in_files()
             names |= {n: i for n, i in inherited.items() if n not in self.adapter.headers}
-        return names | {name: names.get(read, read) for name, read in self.twins.items()}
+        names |= {name: names.get(read, read) for name, read in self.twins.items()}
+        extended = self.extension.headers if self.extension is not None else {}
+        return {name: stored for name, stored in names.items() if name not in extended}
 
     def untied(self, twins: Mapping[str, str]) -> "Checkpoint":
         """Return the same model with tensors of their own in place of further names.
@@ -145,6 +175,8 @@ class Checkpoint:
         Raises:
             CheckpointError: If a file has gone or cannot be read.
         """
+        if self.extension is not None:
+            return self.extension.key()
         if self.base is None or self.adapter is None:
             files = {self.renamed.get(name, name): f for name, f in self.own_files.items()}
             return fingerprint(files, self.cache_dir)

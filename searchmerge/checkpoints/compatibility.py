@@ -21,6 +21,7 @@ from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.checkpoints.tokenizer_files import difference, read_tokenizer
 from searchmerge.errors import CheckpointError
 
+_ROWS_ADVICE = "`vocabulary: base`, or add its rows with `vocabulary: union`"
 _HEAD = re.compile(r"(classifier|classification_head|score|head)(?=\.)")
 """How classifiers of transformers name their heads."""
 
@@ -272,7 +273,7 @@ def _check_shapes(
             continue
         by_rows = is_vocabulary(tensor) and found.shape[1:] == header.shape[1:]
         if not (vocabulary == "base" and by_rows):
-            way_out = "`vocabulary: base`" if by_rows else advice([tensor], names)
+            way_out = _ROWS_ADVICE if by_rows else advice([tensor], names)
             _refuse_shape(name, tensor, found, header, way_out)
 
 
@@ -296,5 +297,6 @@ def _check_tokenizer(name: str, base: Checkpoint, expert: Checkpoint) -> None:
     if (found := difference(ours, theirs)) is not None:
         raise CheckpointError(
             f"expert {name!r} ({expert.name}) has another tokenizer than the base ({base.name}): "
-            f"{found}; accept it with `tokenizers: any`"
+            f"{found}; accept it with `tokenizers: any`, or take the tokens that it has added "
+            "with `vocabulary: union`"
         )

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,13 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
-from searchmerge.checkpoints.files import (
-    MODEL_FILE,
-    check_free_space,
-    describe_write_error,
-    read_json,
-    sync_directory,
-)
+from searchmerge.checkpoints.files import read_json
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
+from searchmerge.checkpoints.made_once import made_once
 from searchmerge.checkpoints.renames import resident_names, transposed_weights
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
-    TensorFileWriter,
     TensorHeader,
     read_headers,
 )
@@ -45,6 +39,10 @@ _PARTS = {
     "rows": re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$"),
 }
 """What an adapter may hold of a module beside its two factors."""
+_WRAPPERS = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save)\.")
+"""Parts of names that PEFT puts around the base's modules and what takes their place."""
+_UNUSED = ".original_module."
+"""Part of the names of what ``modules_to_save`` stands in for, saved where tokens were added."""
 _SUPPORTED = "supported are LoRA and DoRA adapters of linear and embedding layers"
 _NEEDED = {
     "use_qalora": (False,),
@@ -99,7 +97,7 @@ def touches_embeddings(directory: Path) -> bool:
     Trainable tokens are none: PEFT keeps those of tied embeddings together.
     """
     plain = (
-        key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        _plain(key)
         for key in read_headers(_adapter_file(directory))
         if "trainable_tokens" not in key
     )
@@ -164,20 +162,8 @@ def materialise(
     Raises:
         CheckpointError: If the adapter can no longer be read, or the file cannot be written.
     """
-    from filelock import FileLock
-
-    digest = adapter.fingerprint(base_fingerprint, cache_dir)[:32]
-    target = cache_dir / "adapters" / digest / MODEL_FILE
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / "lock"):
-            if not target.exists():
-                _write(target, adapter.headers, _results(adapter, base_weights))
-    except OSError as error:
-        raise CheckpointError(describe_write_error(target, adapter.headers, error)) from error
-    return target
+    folder = cache_dir / "adapters" / adapter.fingerprint(base_fingerprint, cache_dir)[:32]
+    return made_once(folder, adapter.headers, lambda: _results(adapter, base_weights))
 
 
 def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
@@ -216,7 +202,7 @@ def _plan(
         raise CheckpointError(f"{file}: holds no tensor")
     updates: dict[str, Update] = {}
     modules: dict[str, dict[str, str]] = {}
-    for key in headers:
+    for key in (key for key in headers if _UNUSED not in key):
         name = _plain(key)
         if (part := _part(name)) is not None:
             modules.setdefault(part[0], {})[part[1]] = key
@@ -238,7 +224,7 @@ def _plan(
 
 def _plain(key: str) -> str:
     """Return the name of a tensor as it is without PEFT's layers around the model's."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return _WRAPPERS.sub(".", key.removeprefix(_PREFIX))
 
 
 def _part(name: str) -> tuple[str, str] | None:
@@ -461,22 +447,6 @@ def _header(
     if update.rows:
         return replace(start, dtype=torch.promote_types(start.dtype, headers[update.rows].dtype))
     return replace(start, dtype=torch.float32) if update.factors or update.addend else start
-
-
-def _write(
-    target: Path, headers: Mapping[str, TensorHeader], results: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write the changed tensors to a file that is whole once it has its name."""
-    check_free_space(target.parent, headers, target)
-    part = target.with_name(f"{MODEL_FILE}.part")
-    try:
-        with TensorFileWriter(part, headers) as writer:
-            for name, tensor in results:
-                writer.write(name, tensor)
-        part.replace(target)
-        sync_directory(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """The resident model: loaded once, and written through views that have the checkpoint's names."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
-from searchmerge.checkpoints.lora import Adapter
 from searchmerge.checkpoints.model_class import check_class
 from searchmerge.checkpoints.model_config import in_one_line
 from searchmerge.checkpoints.renames import aligned, loader_class, stored_names
@@ -61,11 +60,18 @@ def load_resident(
             f"{checkpoint.name}: cannot be loaded as {auto_class}: {in_one_line(error)}"
         ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
+    if checkpoint.extension is not None:
+        n_rows = next(iter(checkpoint.extension.headers.values())).shape[0]
+        model.resize_token_embeddings(n_rows, mean_resizing=False)
     twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
     _untie(model, checkpoint, twins)
     resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
-    if checkpoint.adapter is not None:
-        _write_over(checkpoint.adapter, checkpoint.weights(), resident)
+    changed = {
+        **(checkpoint.adapter.headers if checkpoint.adapter else {}),
+        **(checkpoint.extension.headers if checkpoint.extension else {}),
+    }
+    if changed:
+        _write_over(resident, checkpoint, changed)
     return resident
 
 
@@ -191,11 +197,13 @@ def _check_loaded(
 
 
 @torch.no_grad()
-def _write_over(adapter: Adapter, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Write what an adapter changes into its base."""
-    views = writable_views(model)
-    for name in adapter.headers.keys() & views.keys():
-        views[name].copy_(weights[name])
+def _write_over(model: nn.Module, checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Write tensors of a checkpoint into a model that was loaded without them."""
+    views, weights = writable_views(model), checkpoint.weights()
+    stored = aligned(views, checkpoint.headers)
+    for name, view in views.items():
+        if stored[name] in names:
+            view.copy_(weights[stored[name]])
 
 
 @contextmanager

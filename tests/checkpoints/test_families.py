@@ -219,6 +219,15 @@ def test_what_does_not_read_left_to_right_is_no_language_model(kind, why, save):
         assert len(str(caught.value)) < 500
 
 
+def test_tasks_of_language_models_need_one(save):
+    base, expert = save("t5", 0), save("t5", 1)
+    message = (
+        r"model_class is AutoModelForSeq2SeqLM; the tasks need a model that is loaded as Auto"
+    )
+    with pytest.raises(ValueError, match=message):
+        _study(base, expert, model_class="AutoModelForSeq2SeqLM")
+
+
 def test_an_encoder_that_was_made_a_decoder_is_a_language_model(tmp_path):
     config = transformers.BertConfig(**CONFIGS["bert"], is_decoder=True)
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path)

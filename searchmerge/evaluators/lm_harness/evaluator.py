@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
+from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.model import BATCH_TOKENS, MODEL_CLASS
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
@@ -151,9 +152,11 @@ def _build(
 def _backend(section: LmHarnessSection, context: EvaluationContext) -> Backend:
     if section.engine == "transformers":
         return TransformersBackend(context.sized(section.batch_tokens, BATCH_TOKENS))
+    if context.base_dir is None:
+        raise SpecError("lm_harness.engine: vllm cannot be given rows by `vocabulary: union`")
     return VllmBackend(
         VllmSettings(
-            context.model_dir,
+            context.base_dir,
             context.dtype,
             section.max_length,
             section.vllm_memory,
