@@ -16,7 +16,7 @@ from searchmerge.evaluators.evaluator import (
     Follower,
     TaskInfo,
 )
-from searchmerge.execution.blocks import Block, Part, make_blocks, make_rounds, split_examples
+from searchmerge.execution.blocks import Block, Part, make_blocks, split_examples
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.followed_merger import FollowedMerger
 from searchmerge.execution.int8_merger import Int8Merger
@@ -24,10 +24,10 @@ from searchmerge.execution.worker import Merges, Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
 from searchmerge.models import Models, load_task_vectors, make_merger, open_models
-from searchmerge.plan import Setting
+from searchmerge.plan import SettingValue
+from searchmerge.search.budget import Budget
 from searchmerge.search.racing import Racing
-from searchmerge.search.runner import Budget
-from searchmerge.search.samplers import SamplerSetting, sampler_after
+from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
@@ -61,6 +61,7 @@ def make_worker(study: Study, models: Models, config: RunConfig) -> Worker:
         models.base,
         dtype=models.dtype,
         device=device,
+        n_devices=config.devices_per_worker,
         auto_class=study.spec.resident_class,
     )
     views = writable_views(model)
@@ -108,25 +109,19 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
         SpecError: If a task has too few examples for its parts.
     """
     search = study.spec.search
-    blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"survey": {}, "hold_out": {}}
+    blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"pilot": {}, "hold_out": {}}
     for name, info in tasks.items():
         task = study.spec.tasks[name]
         parts = split_examples(
             name,
-            info.n_examples,
+            info,
             seed=search.seed,
             select=_count(task.select, info.n_examples),
             hold_out=_count(task.hold_out, info.n_examples),
         )
         for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
             blocks[part][name] = make_blocks(name, part, examples, info, search.block_size)
-    rounds = {
-        part: make_rounds(of_tasks, round_blocks=search.round_blocks, seed=search.seed)
-        for part, of_tasks in blocks.items()
-    }
-    metrics = {name: info.metric for name, info in tasks.items()}
-    aggregates = {n: info.aggregate for n, info in tasks.items() if info.aggregate is not None}
-    return Schedule(blocks, rounds, search.round_blocks, metrics, aggregates)
+    return Schedule.interleaved(tasks, blocks, round_blocks=search.round_blocks, seed=search.seed)
 
 
 def _count(share: float | None, n_examples: int) -> int | None:
@@ -144,7 +139,7 @@ def make_racing(study: Study) -> Racing | None:
     return Racing(racing.p_threshold, racing.min_blocks, racing.collapse_margin)
 
 
-def warm_start(study: Study) -> list[dict[str, Setting]]:
+def warm_start(study: Study) -> list[dict[str, SettingValue]]:
     """Return the parameters of the earlier studies' best plans, as near as the space comes.
 
     Raises:
@@ -196,8 +191,7 @@ def load_worker(study: Study, config: RunConfig) -> Worker:
     Raises:
         SearchMergeError: If it cannot be loaded here.
     """
-    threads = config.threads or max(1, int(config.workers.cpus_per_worker))
-    config = config.model_copy(update={"threads": threads})
+    config = config.model_copy(update={"threads": config.worker_threads()})
     return make_worker(study, open_models(study), config)
 
 

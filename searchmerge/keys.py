@@ -66,6 +66,11 @@ def declared_keys(model: Strict, declared: type[T]) -> T:
     )
 
 
+def has_key(declared: type[Any], key: object) -> bool:
+    """Return whether a dataclass declares a key."""
+    return any(field.name == key for field in fields(declared))
+
+
 def hinted(declared: type[Any]) -> dict[str, str]:
     """Return the keys of a dataclass that must be given, each with what a user may write."""
     hints = {field.name: field.metadata.get(HINT) for field in fields(declared)}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from searchmerge.errors import SpecError
 Rows = tuple[tuple[float, ...], ...]
 """One row per group, one number per expert."""
 
-Setting = str | int | float | bool
+SettingValue = str | int | float | bool
 """The value of a method-wide choice."""
 
 
@@ -97,7 +97,7 @@ class MergePlan:
     experts: tuple[str, ...]
     values: Mapping[str, Rows]
     groups: Groups = WHOLE
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    settings: Mapping[str, SettingValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -121,6 +121,19 @@ class MergePlan:
         """Return 16 hexadecimal digits that are equal for equal plans, in any process."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def reordered(self, experts: tuple[str, ...]) -> "MergePlan":
+        """Return the same plan with its experts in another order.
+
+        Args:
+            experts: The same names, in that order.
+        """
+        order = [self.experts.index(expert) for expert in experts]
+        values = {
+            name: tuple(tuple(row[i] for i in order) for row in rows)
+            for name, rows in self.values.items()
+        }
+        return replace(self, experts=experts, values=values)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "MergePlan":
@@ -219,7 +232,7 @@ def _number(data: Any) -> float:
     return float(data)  # YAML 1.1 reads 1e-3 as text
 
 
-def _read_settings(data: Any) -> dict[str, Setting]:
+def _read_settings(data: Any) -> dict[str, SettingValue]:
     if not isinstance(data, Mapping):
         raise SpecError(f"plan: settings is {data!r}; a mapping is needed")
     for name, value in data.items():

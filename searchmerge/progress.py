@@ -1,14 +1,14 @@
 """Showing a run to a person: a bar in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from searchmerge.search.runner import TrialRecord
+from searchmerge.search.trials import TrialRecord
 
 
 class ProgressView:
@@ -16,10 +16,12 @@ class ProgressView:
 
     Args:
         console: Where to print.
+        crowding: Says in a few words that others use the workers' machine too, or nothing.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, crowding: Callable[[], str] = str) -> None:
         self._console = console
+        self._crowding = crowding
         self._start = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -55,18 +57,20 @@ class ProgressView:
         self._line(f"  {name:24} {_scores(scores)}")
         self._bar.advance(self._task)
 
-    def trial(self, record: TrialRecord) -> None:
+    def trial(self, record: TrialRecord, *, is_best: bool) -> None:
         """Show what became of a trial."""
         self._bar.advance(self._task)
-        name = f"  trial {record.number}"
+        name = f"  {record.name}"
         if record.value is None:
-            self._line(f"{name:12} failed: {record.note}")
+            self._line(f"{name:12} failed: {record.failure}")
             return
-        marks = [record.note] if record.note else []
-        if record.partial is not None:
-            marks.append(f"stopped after {record.partial} blocks")
-        if record.is_best:
+        marks = [record.kind] if record.kind else []
+        if record.stopped_after is not None:
+            marks.append(f"stopped after {record.stopped_after} blocks")
+        if is_best:
             marks.append("best so far")
+        if crowded := self._crowding():
+            marks.append(crowded)
         line = f"{name:12} {record.value:.4f}  {_scores(record.scores)}  {record.seconds:5.1f} s"
         self._line(f"{line}  {', '.join(marks)}".rstrip())
 

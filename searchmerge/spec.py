@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -20,13 +18,10 @@ from pydantic import (
 )
 
 from searchmerge.checkpoints.model_class import CAUSAL_LM, is_also
-from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
-from searchmerge.keys import Strict, declared_keys, hinted, keys_model
-from searchmerge.merging.method import METHODS
-from searchmerge.plan import WHOLE, Groups, Setting
+from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.search.objective import Against, Kind, Pick
-from searchmerge.search.space import Alternative, Fixed, Per, Range, SearchSpace, Shares
+from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*$")
@@ -57,61 +52,6 @@ def _model(value: Any) -> Any:
 Model = Annotated[ModelSpec, BeforeValidator(_model)]
 
 
-class RangeSpec(Strict):
-    """A range to search, both ends included."""
-
-    low: float
-    high: float
-    per: Per | None = None
-    step: float | None = Field(default=None, gt=0)
-    log: bool = False
-
-
-class EndsSpec(Strict):
-    """A range of real numbers to search, both ends included."""
-
-    low: float
-    high: float
-
-
-class ScaleSpec(Strict):
-    """One scale for all experts, times each one's share of it."""
-
-    scale: EndsSpec
-
-
-def _form(value: Any) -> str:
-    """Return which form a searched hyper-parameter has, so that errors speak of that one."""
-    if isinstance(value, ScaleSpec) or (isinstance(value, dict) and "scale" in value):
-        return "a scale"
-    if isinstance(value, RangeSpec) or (
-        isinstance(value, dict) and value.keys() & {"low", "high"}
-    ):
-        return "a range"
-    return "one per expert" if isinstance(value, dict) else "a number"
-
-
-Searched = Annotated[
-    Annotated[float, Tag("a number")]
-    | Annotated[dict[str, float], Tag("one per expert")]
-    | Annotated[ScaleSpec, Tag("a scale")]
-    | Annotated[RangeSpec, Tag("a range")],
-    Discriminator(_form),
-]
-
-
-class SpaceSpec(BaseModel):
-    """One method and what is searched of it; every other key is one of its hyper-parameters."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    __pydantic_extra__: dict[str, Searched]
-    method: str
-    name: str | None = None
-    groups: Any = "whole"
-    settings: dict[str, Setting | list[Setting] | RangeSpec] = Field(default_factory=dict)
-
-
 Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 """A number of examples, or a part of all that a task has."""
 
@@ -140,9 +80,9 @@ class TaskSpec(Strict):
         if not isinstance(data, Mapping):
             return data
         for key in data:
-            for kind in EVALUATORS:
-                if key not in cls.model_fields and key in EVALUATORS[kind].keys.__annotations__:
-                    raise ValueError(f"{key} belongs to evaluator {kind}")
+            kinds = [kind for kind in EVALUATORS if has_key(EVALUATORS[kind].keys, key)]
+            if key not in cls.model_fields and kinds:
+                raise ValueError(f"{key} belongs to evaluator {' or '.join(sorted(kinds))}")
         for key, hint in hinted(cls.declared).items():
             if data.get(key) is None:
                 raise ValueError(f"{key} is missing: {hint}")
@@ -331,17 +271,15 @@ class StudySpec(Strict):
         """Return the tasks that a constraint is on."""
         return list(self.tasks) if constraint.tasks == "all" else constraint.tasks
 
-    @property
-    def alternatives(self) -> list[SpaceSpec]:
-        """Return the methods of the space."""
-        return self.space if isinstance(self.space, list) else [self.space]
-
     def canonical(self) -> dict[str, Any]:
         """Return what may change a score: all but the budget and the confirmation."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
         for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
             data["search"].pop(key)
         for name, kind in EVALUATORS.items():
+            if name not in self.kinds and name not in self.model_fields_set:
+                data.pop(name, None)  # so that a new kind of evaluator changes no other study
+                continue
             for key in kind.cost_keys:
                 data[name].pop(key)
         return data
@@ -392,84 +330,6 @@ def _with_known_evaluator(task: Any) -> Any:
 
 def _read_again(data: dict[str, Any]) -> StudySpec:
     return study_model().model_validate(data)
-
-
-def make_space(spec: StudySpec) -> SearchSpace:
-    """Return the search space of a study.
-
-    Raises:
-        SpecError: If a range is not within its method's legal one, or a name is unknown.
-    """
-    experts = tuple(spec.experts)
-    alternatives = []
-    for number, one in enumerate(spec.alternatives):
-        where = f"space.{number}" if isinstance(spec.space, list) else "space"
-        try:
-            alternatives.append(_alternative(one, experts))
-        except SpecError as error:
-            raise SpecError(f"{where}: {str(error).removeprefix('space: ')}") from error
-    return SearchSpace(experts, alternatives)
-
-
-def _alternative(spec: SpaceSpec, experts: tuple[str, ...]) -> Alternative:
-    hyperparameters = {h.name: h for h in METHODS[spec.method].hyperparameters}
-    groups = Groups.from_data(spec.groups)
-    values = {}
-    for key, searched in (spec.__pydantic_extra__ or {}).items():
-        name, searched = _density(key, searched)
-        if name in values:
-            raise SpecError("space: give density or drop_ratio, which is 1 - density, not both")
-        step = hyperparameters[name].step if name in hyperparameters else None
-        values[name] = _searched(name, searched, experts, groups, step)
-    steps = {setting.name: setting.step for setting in METHODS[spec.method].settings}
-    settings: dict[str, tuple[Setting, ...] | Range] = {}
-    for key, choice in spec.settings.items():
-        if isinstance(choice, RangeSpec):
-            step = choice.step or steps.get(key)
-            settings[key] = Range(choice.low, choice.high, step=step, log=choice.log)
-        else:
-            settings[key] = tuple(choice) if isinstance(choice, list) else (choice,)
-    return Alternative(spec.name or spec.method, spec.method, groups, values, settings)
-
-
-def _density(key: str, searched: Searched) -> tuple[str, Searched]:
-    """Return a drop ratio as the density that it is: 1 - drop ratio."""
-    if key != "drop_ratio":
-        return key, searched
-    match searched:
-        case RangeSpec(low=low, high=high):
-            ends = {"low": _complement(high), "high": _complement(low)}
-            return "density", searched.model_copy(update=ends)
-        case dict():
-            return "density", {expert: _complement(n) for expert, n in searched.items()}
-        case float() | int():
-            return "density", _complement(searched)
-    raise SpecError("space: drop_ratio takes a number, one per expert, or a range")
-
-
-def _complement(ratio: float) -> float:
-    return round(1.0 - ratio, 12)
-
-
-def _searched(
-    name: str, searched: Searched, experts: tuple[str, ...], groups: Groups, step: float | None
-) -> Fixed | Range | Shares:
-    match searched:
-        case RangeSpec(low=low, high=high, per=per, log=log):
-            if per is None:
-                per = "expert" if groups == WHOLE else "expert_and_group"
-                per = ("all" if groups == WHOLE else "group") if name == "density" else per
-            return Range(low, high, per, searched.step or (None if log else step), log)
-        case ScaleSpec(scale=scale):
-            return Shares(scale.low, scale.high)
-        case dict():
-            if set(searched) != set(experts):
-                raise SpecError(
-                    f"space: {name} names {', '.join(searched)}; "
-                    f"one number per expert is needed: {', '.join(experts)}"
-                )
-            return Fixed(tuple(float(searched[expert]) for expert in experts))
-    return Fixed((float(searched),) * len(experts))
 
 
 def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, str]) -> StudySpec:

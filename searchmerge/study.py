@@ -8,9 +8,10 @@ from pathlib import Path
 from searchmerge.errors import SpecError
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import expert_name, reference_plans
-from searchmerge.search.samplers import SamplerSetting, make_sampler
+from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.space import SearchSpace
-from searchmerge.spec import StudySpec, make_space, plain_spec, study_model
+from searchmerge.space_spec import make_space
+from searchmerge.spec import StudySpec, plain_spec, study_model
 from searchmerge.yaml_file import read_yaml
 
 SPEC_FILE = "study.yaml"
@@ -59,7 +60,7 @@ class Study:
         Raises:
             SpecError: If a range is not within its method's legal one, or a name is unknown.
         """
-        return make_space(self.spec)
+        return make_space(self.experts, self.spec.space)
 
     @cached_property
     def objective(self) -> Objective:

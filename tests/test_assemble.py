@@ -17,7 +17,7 @@ def test_parts_are_counted_or_fractions_of_all_examples(tmp_path, select, hold_o
     tasks = {"first": {key: value for key, value in keys.items() if value is not None}}
     study = read_study(make_study(tmp_path, tasks=tasks))
     schedule = assemble.make_schedule(study, {"first": TaskInfo(40)})
-    parts = ("survey", "hold_out")
+    parts = ("pilot", "hold_out")
     assert counts == tuple(
         sum(len(block.examples) for block in schedule.blocks[part]["first"]) for part in parts
     )

@@ -84,3 +84,10 @@ def test_a_file_that_holds_no_plan_is_named(tmp_path):
     file.write_text("method: ties\nexperts: [a]\n")
     with pytest.raises(SpecError, match=r"plan\.yaml: plan: key 'values' is missing"):
         MergePlan.from_yaml(file)
+
+
+def test_a_plan_in_another_order_of_experts_keeps_each_ones_numbers():
+    plan = MergePlan.from_dict(DATA).reordered(("code", "math"))
+    assert plan.experts == ("code", "math")
+    assert plan.values == {"coefficient": ((0.9, 0.7),), "density": ((0.3, 0.2),)}
+    assert plan.reordered(("math", "code")) == MergePlan.from_dict(DATA)

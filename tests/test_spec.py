@@ -8,8 +8,7 @@ import yaml
 
 from searchmerge.config import read_config
 from searchmerge.errors import SpecError
-from searchmerge.search.space import Fixed, Range, Shares
-from searchmerge.spec import make_space, study_model
+from searchmerge.spec import study_model
 from searchmerge.study import read_study
 
 ROOT = Path(__file__).parent.parent
@@ -27,20 +26,31 @@ def read(tmp_path, overrides=None, **changes):
     return read_study(file, overrides).spec
 
 
-def values(tmp_path, **space):
-    choices = {"aggregate": ["mean", "sum"]}
-    spec = read(tmp_path, space={"method": "ties", "settings": choices, **space})
-    return make_space(spec).alternatives["ties"].values
+STUDIES = {file.parent.name: file for file in sorted(ROOT.glob("studies/*/study.yaml"))}
+CONFIGS = {file.stem: file for file in sorted(ROOT.glob("configs/*.yaml"))}
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("studies/*/study.yaml")), ids=str)
-def test_every_study_of_the_repository_is_read(file):
-    assert read_study(file).space.alternatives
+def test_there_are_studies_and_configs_to_read():
+    assert {"quickstart", "encoder"} <= STUDIES.keys()
+    assert {"local", "ray-local", "ray-cluster"} <= CONFIGS.keys()
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=str)
-def test_every_config_of_the_repository_is_read(file):
-    assert read_config(file).runs_dir
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_of_the_repository_is_read(name):
+    written = yaml.safe_load(STUDIES[name].read_text())
+    space = written["space"] if isinstance(written["space"], list) else [written["space"]]
+    study = read_study(STUDIES[name])
+    methods = {alternative.method for alternative in study.space.alternatives.values()}
+    assert methods == {entry["method"] for entry in space}
+    assert study.experts == tuple(written["experts"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_of_the_repository_is_read(name):
+    config = read_config(CONFIGS[name])
+    written = yaml.safe_load(CONFIGS[name].read_text()) or {}
+    assert config.executor == ("ray" if name.startswith("ray") else "local")
+    assert config.model_dump(exclude_unset=True, include=set(written)) == written
 
 
 def test_the_readmes_study_is_read():
@@ -65,35 +75,6 @@ def test_the_readmes_other_tasks_are_read():
             STUDY | data | own | {"experts": experts, "tasks": {name: task}}
         )
         assert found.resident_class == ("AutoModel" if name == "sentiment" else own["model_class"])
-
-
-def test_a_number_a_mapping_a_range_and_a_scale_are_told_apart(tmp_path):
-    assert values(tmp_path, coefficient=0.5)["coefficient"] == Fixed((0.5, 0.5))
-    each = values(tmp_path, coefficient={"code": 1, "math": 2})["coefficient"]
-    assert each == Fixed((2.0, 1.0))
-    searched = values(tmp_path, density={"low": 0.1, "high": 0.5})["density"]
-    assert searched == Range(0.1, 0.5, "all", 0.01)
-    scale = values(tmp_path, coefficient={"scale": {"low": 0.2, "high": 1.0}})["coefficient"]
-    assert scale == Shares(0.2, 1.0)
-
-
-def test_a_drop_ratio_is_one_minus_the_density(tmp_path):
-    assert values(tmp_path, drop_ratio=0.8)["density"] == Fixed((0.2, 0.2))
-    searched = values(tmp_path, drop_ratio={"low": 0.5, "high": 0.9, "per": "all"})["density"]
-    assert searched == Range(0.1, 0.5, "all", 0.01)
-
-
-def test_groups_give_coefficients_of_their_own(tmp_path):
-    spec = read(
-        tmp_path,
-        space={"method": "ties", "groups": {"depth": 2}, "coefficient": {"low": 0, "high": 1}},
-    )
-    assert sorted(make_space(spec).distributions()) == [
-        "coefficient.depth0.code",
-        "coefficient.depth0.math",
-        "coefficient.depth1.code",
-        "coefficient.depth1.math",
-    ]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("8h", 28800), (5, 5)])
@@ -137,7 +118,10 @@ def test_overrides_replace_values_of_the_file(tmp_path):
         ({"space": {"method": "ties", "drop_ratio": {"low": -1, "high": 0}}}, "is not within"),
         ({"tasks": {}}, r"tasks: .*at least 1"),
         ({"tasks": {"t": {}}}, "split is missing"),
-        ({"tasks": {"t": {"split": "train", "n_examples": 4}}}, "belongs to evaluator function"),
+        (
+            {"tasks": {"t": {"split": "train", "n_examples": 4}}},
+            "n_examples belongs to evaluator function",
+        ),
         (
             {"tasks": {"t": {"evaluator": "function"}}},
             "function is missing: name your function",

@@ -32,8 +32,8 @@ class ToyMerger:
 class ToyEvaluator:
     """Scores each expert's task by how near its coefficient is to the best, with fixed noise."""
 
-    def __init__(self, n_examples=40, fails=lambda plan: False, mean=True):
-        self.tasks = {task: TaskInfo(n_examples, mean=mean) for task in EXPERTS}
+    def __init__(self, n_examples=40, fails=lambda plan: False):
+        self.tasks = {task: TaskInfo(n_examples) for task in EXPERTS}
         self.best = {"math": 0.9, "code": 0.2, "chat": 0.5}
         self.scored = []
         self._fails = fails

@@ -20,22 +20,30 @@ def load_resident(
     *,
     dtype: torch.dtype,
     device: str,
+    n_devices: int = 1,
     auto_class: str = "AutoModelForCausalLM",
     labels: Sequence[str] = (),
 ) -> nn.Module:
     """Return the model, ready to be evaluated and to be written over: no gradients, no dropout.
 
+    Each tensor goes from its mapped file straight to where it is to lie: no second copy of the
+    model is made in host memory. On a CPU, in the dtype of the files, a parameter is the mapped
+    page itself until it is first written to.
+
     Args:
         checkpoint: What to load; an adapter is loaded merged with its base.
         dtype: Of the parameters, except where transformers keeps some in float32.
-        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``; of several devices, what they are.
+        n_devices: Devices that the model is spread over, layer by layer, all that this process
+            may use; parameters are written over where they lie.
         auto_class: The class of transformers to load it with. A task head that the checkpoint
             does not have is made, with random weights.
         labels: The classes of its head, where these are not what the configuration says.
 
     Raises:
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
-            weight of the model itself, other than a head, is not in the checkpoint.
+            weight of the model itself, other than a head, is not in the checkpoint; or if the
+            devices have no room for it.
     """
     check_class(checkpoint, auto_class)
     loader = loader_class(auto_class)
@@ -43,6 +51,7 @@ def load_resident(
         "dtype": dtype,
         "local_files_only": True,
         "trust_remote_code": checkpoint.trust_remote_code,
+        "device_map": "balanced" if n_devices > 1 else {"": _indexed(device)},
     }
     if labels:
         options |= {
@@ -55,6 +64,10 @@ def load_resident(
             model, found = loader.from_pretrained(
                 checkpoint.path, output_loading_info=True, **options
             )
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            f"{checkpoint.name}: there is no room for it on {device}: {error}"
+        ) from error
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise CheckpointError(
             f"{checkpoint.name}: cannot be loaded as {auto_class}: {in_one_line(error)}"
@@ -65,7 +78,8 @@ def load_resident(
         model.resize_token_embeddings(n_rows, mean_resizing=False)
     twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
     _untie(model, checkpoint, twins)
-    resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
+    check_spread(checkpoint.name, model, device)
+    resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
     changed = {
         **(checkpoint.adapter.headers if checkpoint.adapter else {}),
         **(checkpoint.extension.headers if checkpoint.extension else {}),
@@ -73,6 +87,28 @@ def load_resident(
     if changed:
         _write_over(resident, checkpoint, changed)
     return resident
+
+
+def check_spread(name: str, model: nn.Module, device: str) -> None:
+    """Refuse a model of which a part was left on another kind of device than asked for.
+
+    Raises:
+        CheckpointError: If so.
+    """
+    kind = torch.device(device).type
+    left = [key for key, own in model.state_dict().items() if own.device.type != kind]
+    if left:
+        raise CheckpointError(
+            f"{name}: there is no room for it on the {kind} devices of a worker: {left[0]!r} and "
+            f"{len(left) - 1} more tensors are left over; give each worker more of them"
+        )
+
+
+def _indexed(device: str) -> torch.device:
+    """Return the device with its index: that of the GPU in use where none is given."""
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
 
 
 def writable_views(model: nn.Module) -> dict[str, Tensor]:

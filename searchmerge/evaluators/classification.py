@@ -15,7 +15,6 @@ from searchmerge.checkpoints.model_config import in_one_line, load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
-    Aggregate,
     EvaluationContext,
     EvaluatorKind,
     TaskInfo,
@@ -24,6 +23,7 @@ from searchmerge.evaluators.evaluator import (
 )
 from searchmerge.evaluators.heads import Head, HeadUse, Pooling
 from searchmerge.evaluators.rows import DataPlace, DataSource, column, load_rows, text_column
+from searchmerge.evaluators.score_kind import Mean, OfRecords, ScoreKind
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
 Metric = Literal["acc", "macro_f1"]
@@ -170,9 +170,7 @@ class Classification:
                 )
             )
         self.tasks: Mapping[str, TaskInfo] = {
-            name: TaskInfo(
-                len(self._inputs[name]), task.metric == "acc", task.metric, _aggregate(task)
-            )
+            name: TaskInfo(len(self._inputs[name]), task.metric, _score_kind(task))
             for name, task in tasks.items()
         }
 
@@ -215,10 +213,10 @@ def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     }
 
 
-def _aggregate(task: ClassificationTask) -> Aggregate | None:
+def _score_kind(task: ClassificationTask) -> ScoreKind:
     if task.metric == "acc":
-        return None
-    return partial(macro_f1, n_classes=task.head.n_classes)
+        return Mean()
+    return OfRecords(partial(macro_f1, n_classes=task.head.n_classes))
 
 
 def macro_f1(records: Sequence[float], n_classes: int) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.evaluators.heads import ExpertHead, HeadUse, Pooling
+from searchmerge.evaluators.score_kind import Mean, ScoreKind
 from searchmerge.registry import Registry
 
 Keys = TypeVar("Keys")
@@ -18,8 +19,20 @@ Section = TypeVar("Section")
 HINT = "hint"
 """In the metadata of a key's field: the key must be given, and this says what it is."""
 
-Aggregate = Callable[[Sequence[float]], float]
-"""Makes the score of any examples, drawn twice or not at all, from one record of each."""
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A part of a task's examples that has a score of its own, e.g. a subject of many.
+
+    Attributes:
+        name: What it is called in reports.
+        n_examples: How many of the task's examples, which follow one another, are its.
+        weight: Its part of the task's score, in (0, 1]; those of all members sum to 1.
+    """
+
+    name: str
+    n_examples: int
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +41,16 @@ class TaskInfo:
 
     Attributes:
         n_examples: How many examples the task has, in a fixed order.
-        mean: Whether the task's score is the mean of its examples' scores. Where it is not,
-            the task is scored in one block, whose score is one number.
         metric: Name of the score, for reports: ``"acc"``.
-        aggregate: Where the score is no mean, what makes it from one record per example, so
-            that the confirmation can resample examples; ``None`` where only the score is known.
-            It is sent between processes.
+        kind: How the score comes from what the evaluator gives for examples.
+        members: The parts that its examples are drawn from in proportion to their weights;
+            none where all examples are alike.
     """
 
     n_examples: int
-    mean: bool = True
     metric: str = "score"
-    aggregate: Aggregate | None = None
+    kind: ScoreKind = field(default_factory=Mean)
+    members: tuple[Member, ...] = ()
 
 
 class Evaluator(Protocol):
@@ -48,10 +59,9 @@ class Evaluator(Protocol):
     tasks: Mapping[str, TaskInfo]
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return one number per example, higher is better.
+        """Return as many numbers as the task's kind of score says, higher is better.
 
-        Of a task whose score is no mean it is one record per example, for the task's
-        ``aggregate`` to make a score from; or one number in all where it has none.
+        ``Mean``: one per example; ``OfRecords``: one record per example; ``Whole``: one in all.
 
         The same weights and the same ``examples`` give the same scores, in any process and
         after any other call.

@@ -1,18 +1,26 @@
 """Blocks of examples: the unit of comparison, of the score cache, and of what a worker yields."""
 
+import heapq
 import random
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.evaluator import Member, TaskInfo
 
-Part = Literal["survey", "select", "hold_out"]
-"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``survey`` is
+Part = Literal["pilot", "select", "hold_out"]
+"""``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``pilot`` is
 the same examples as ``select``, cut into blocks at random: the references are scored on it first,
 and what they score decides how ``select`` is cut."""
+
+BlockKey = tuple[str, Part, int]
+"""What names a block within its study: task, part and index."""
+
+BlockValues = Mapping[BlockKey, tuple[float, ...]]
+"""Block key to what was scored on the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +40,17 @@ class Block:
     examples: tuple[int, ...]
 
     @property
-    def key(self) -> tuple[str, Part, int]:
+    def key(self) -> BlockKey:
         """Return what names the block within its study."""
         return (self.task, self.part, self.index)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockScores:
-    """What a block's examples scored under one plan: :func:`n_values` numbers."""
+    """What a block scored under one plan: as many numbers as its task's kind of score says."""
 
     block: Block
     values: tuple[float, ...]
-
-
-def n_values(block: Block, info: TaskInfo) -> int:
-    """Return how many numbers are kept of a block: one per example, or the one score of all.
-
-    Records of examples are kept of what is held out, to be resampled; trials need the score.
-    """
-    has_records = info.aggregate is not None and block.part == "hold_out"
-    return len(block.examples) if info.mean or has_records else 1
 
 
 Round = tuple[Block, ...]
@@ -59,38 +58,71 @@ Round = tuple[Block, ...]
 
 
 def split_examples(
-    task: str, n_examples: int, *, seed: int, select: int | None, hold_out: int | None
+    task: str, info: TaskInfo, *, seed: int, select: int | None, hold_out: int | None
 ) -> dict[Part, tuple[int, ...]]:
     """Divide a task's examples into what trials see and what only the confirmation sees.
 
     One shuffle, seeded by the study and the task's name; ``select`` takes from its front,
     ``hold_out`` what follows. ``None`` takes half of all examples, or all that the other leaves.
+    Where a task has members, each part is drawn from them in proportion to their weights, as far
+    as whole examples go, and all examples are as many as can be drawn so.
 
     Raises:
         SpecError: If the task has too few examples, or a part would be empty.
     """
+    members = info.members or (Member(task, info.n_examples, 1.0),)
+    n_examples = int(min(member.n_examples / member.weight + 1e-9 for member in members))
     if select is None:
         select = n_examples // 2 if hold_out is None else n_examples - hold_out
     if hold_out is None:
         hold_out = n_examples - select
     if select < 1 or hold_out < 1 or select + hold_out > n_examples:
+        drawn = ", counted in proportion to its members' weights" if info.members else ""
         raise SpecError(
             f"tasks.{task}: select {select} and hold_out {hold_out} were asked for, but the task "
-            f"has {n_examples} examples; each part needs 1 or more, together at most {n_examples}"
+            f"has {n_examples} examples{drawn}; each part needs 1 or more, together at most "
+            f"{n_examples}"
         )
-    order = list(range(n_examples))
-    random.Random(f"{seed}/{task}").shuffle(order)
-    return {
-        "select": tuple(order[:select]),
-        "hold_out": tuple(order[select : select + hold_out]),
-    }
+    generator = random.Random(f"{seed}/{task}")
+    chosen: dict[Part, list[int]] = {"select": [], "hold_out": []}
+    start = 0
+    for member, first, both in zip(
+        members,
+        _shared_out(select, members),
+        _shared_out(select + hold_out, members),
+        strict=True,
+    ):
+        order = list(range(start, start + member.n_examples))
+        generator.shuffle(order)
+        chosen["select"] += order[:first]
+        chosen["hold_out"] += order[first:both]
+        start += member.n_examples
+    if info.members:
+        for examples in chosen.values():
+            generator.shuffle(examples)
+    return {part: tuple(examples) for part, examples in chosen.items()}
+
+
+def _shared_out(total: int, members: Sequence[Member]) -> list[int]:
+    """Return how many of ``total`` examples are each member's: its weight's part, in whole ones.
+
+    The k-th example of a member comes at :math:`(k + 1/2) / w`, so that a larger total gives no
+    member fewer (Webster's method).
+    """
+    places = (
+        ((k + 0.5) / member.weight, number)
+        for number, member in enumerate(members)
+        for k in range(member.n_examples)
+    )
+    counts = Counter(number for _, number in heapq.nsmallest(total, places))
+    return [counts[number] for number in range(len(members))]
 
 
 def make_blocks(
     task: str, part: Part, examples: Sequence[int], info: TaskInfo, size: int
 ) -> tuple[Block, ...]:
-    """Cut ``examples`` into blocks of ``size``; into one block where the score is not a mean."""
-    size = size if info.mean else len(examples)
+    """Cut ``examples`` into blocks of ``size``, or as the task's kind of score asks for."""
+    size = info.kind.block_size(len(examples), size)
     return tuple(
         Block(task, part, index, tuple(examples[start : start + size]))
         for index, start in enumerate(range(0, len(examples), size))
@@ -113,8 +145,8 @@ def make_rounds(
             they are.
     """
     places = []
-    for task, own in blocks.items():
-        order = list(own)
+    for task, task_blocks in blocks.items():
+        order = list(task_blocks)
         if seed is not None:
             random.Random(f"{seed}/{task}/rounds").shuffle(order)
         places += [((i + 0.5) / len(order), task, block) for i, block in enumerate(order)]
@@ -125,7 +157,7 @@ def make_rounds(
     )
 
 
-def inform(
+def telling_first(
     blocks: Sequence[Block], scored: Sequence[Mapping[int, float]], part: Part
 ) -> tuple[Block, ...]:
     """Cut the examples of ``blocks`` anew, those on which plans differ most into the first.
@@ -144,7 +176,7 @@ def inform(
     """
     examples = [example for block in blocks for example in block.examples]
     spread = {
-        e: statistics.pvariance([own[e] for own in scored]) if scored else 0.0 for e in examples
+        e: statistics.pvariance([plan[e] for plan in scored]) if scored else 0.0 for e in examples
     }
     ordered = sorted(examples, key=lambda example: -spread[example])
     cut, start = [], 0

@@ -11,7 +11,7 @@ from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
 from searchmerge.evaluators.evaluator import Evaluator, TaskInfo
-from searchmerge.execution.blocks import BlockScores, Round, n_values
+from searchmerge.execution.blocks import BlockScores, Round
 from searchmerge.plan import MergePlan
 
 
@@ -78,15 +78,11 @@ class Worker:
 
     def _score_round(self, blocks: Round) -> Iterator[BlockScores]:
         for task, group in itertools.groupby(blocks, key=lambda block: block.task):
-            own = list(group)
-            info = self._evaluators[task].tasks[task]
-            examples = [example for block in own for example in block.examples]
-            found = self._evaluators[task].score(self._model, task, examples)
-            if info.aggregate is not None and n_values(own[0], info) == 1:
-                found = (info.aggregate(found),)
-            values = iter(found)
-            for block in own:
-                wanted = n_values(block, info)
+            task_blocks, evaluator = list(group), self._evaluators[task]
+            examples = [example for block in task_blocks for example in block.examples]
+            values = iter(evaluator.score(self._model, task, examples))
+            for block in task_blocks:
+                wanted = evaluator.tasks[task].kind.n_values(len(block.examples))
                 scores = tuple(itertools.islice(values, wanted))
                 if len(scores) != wanted:
                     raise EvaluationError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,24 @@ if TYPE_CHECKING:
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 
 
+class ElectionScalars(Protocol):
+    """What an election reads of a method's scalars, ``(n_experts,)`` each."""
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The factor on what agrees."""
+
+    @property
+    def majority(self) -> Tensor:
+        """The sign of a zero sum, for all alike: 1, -1, or 0."""
+
+    @property
+    def bound(self) -> Tensor:
+        """What :func:`positive_bound` returns of it, for all alike."""
+
+
 def merge_elected(
-    deltas: Sequence[Tensor], coefficients: Tensor, undecided: Tensor, aggregate: str
+    deltas: Sequence[Tensor], scalars: ElectionScalars, aggregate: str
 ) -> tuple[Tensor, Tensor]:
     r"""Elect signs and merge (Yadav et al., 2023, arXiv:2306.01708, Algorithm 1, steps 2 and 3).
 
@@ -33,8 +49,7 @@ def merge_elected(
 
     Args:
         deltas: What is left of each task vector, ``(m,)`` float32; overwritten.
-        coefficients: One per expert.
-        undecided: What :func:`undecided_rows` returns, ``(2, n_experts)``.
+        scalars: The coefficients, and what a zero sum becomes.
         aggregate: ``mean`` of those that agree, their ``sum``, or the ``max`` in magnitude.
 
     Returns:
@@ -43,55 +58,50 @@ def merge_elected(
         that are not 0.
     """
     if torch.compiler.is_compiling() and aggregate != "max":
-        return _merge_sides(deltas, coefficients, undecided[1, 0], is_mean=aggregate == "mean")
-    signs, zeros, balance = _elect(add_up(deltas), undecided[0, 0])
-    agreeing = [own.mul_(signs).relu_() for own in deltas]  # magnitudes
+        return _merge_sides(deltas, scalars, is_mean=aggregate == "mean")
+    signs, zeros, balance = _elect(add_up(deltas), scalars.majority[0])
+    agreeing = [delta.mul_(signs).relu_() for delta in deltas]  # magnitudes
     if aggregate == "max":
-        merged = _largest(agreeing, coefficients)
+        merged = _largest(agreeing, scalars.coefficients)
     else:
-        merged = agreeing[0] * coefficients[0]
-        for i, own in enumerate(agreeing[1:], start=1):
-            merged = add_scaled(merged, own, coefficients[i])
-    n_agreeing = add_up_([is_positive(own) for own in agreeing])
+        merged = agreeing[0] * scalars.coefficients[0]
+        for i, magnitude in enumerate(agreeing[1:], start=1):
+            merged = add_scaled(merged, magnitude, scalars.coefficients[i])
+    n_agreeing = add_up_([is_positive(magnitude) for magnitude in agreeing])
     ambiguous = exact_sum(zeros.mul_(n_agreeing))
     if aggregate == "mean":
         merged = merged.div_(n_agreeing.sub_(1.0).relu_().add_(1.0))
     return merged.mul_(signs), torch.stack([balance, ambiguous])
 
 
-def undecided_rows(majority: float, n_experts: int) -> list[list[float]]:
-    """Return the rows of scalars that say what a zero sum becomes.
+def positive_bound(majority: float) -> float:
+    """Return the bound that a sum has to be above to be elected positive.
 
     Args:
         majority: The sign of a zero sum: 1, -1, or 0.
-        n_experts: How many numbers a row has, all alike.
-
-    Returns:
-        ``majority``; and the bound that a sum has to be above to be positive.
     """
-    bound = -_SMALLEST if majority > 0 else 0.0
-    return [[majority] * n_experts, [bound] * n_experts]
+    return -_SMALLEST if majority > 0 else 0.0
 
 
 def _merge_sides(
-    deltas: Sequence[Tensor], coefficients: Tensor, bound: Tensor, *, is_mean: bool
+    deltas: Sequence[Tensor], scalars: ElectionScalars, *, is_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """Return what :func:`merge_elected` does, the same to the bit, sooner where it is compiled.
 
     Both signs are merged while their sum is still formed, and the elected one is taken at the
     end: a processor does with many operations at once, but not with one that waits for another.
     """
-    total = add_up(deltas)
-    is_positive_, is_zero_ = total > bound, total == 0
+    total, coefficients = add_up(deltas), scalars.coefficients
+    is_positive_, is_zero_ = total > scalars.bound[0], total == 0
     n_experts = float(len(deltas))
     sides = []
     for sign in (1.0, -1.0):
-        magnitudes = [(sign * own).relu() for own in deltas]
+        magnitudes = [(sign * delta).relu() for delta in deltas]
         merged = magnitudes[0] * coefficients[0]
-        for i, own in enumerate(magnitudes[1:], start=1):
-            merged = merged + own * coefficients[i]
+        for i, magnitude in enumerate(magnitudes[1:], start=1):
+            merged = merged + magnitude * coefficients[i]
         # rounding up takes fewer instructions than comparing
-        n_others = add_up([(1.0 - own.ceil()).relu() for own in magnitudes])
+        n_others = add_up([(1.0 - magnitude.ceil()).relu() for magnitude in magnitudes])
         sides.append((sign * merged, n_others))
     (positive, n_not_positive), (negative, n_not_negative) = sides
     merged = torch.where(is_positive_, positive, negative)
@@ -114,11 +124,11 @@ def _elect(total: Tensor, majority: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _largest(magnitudes: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """Return the largest magnitude times its expert's coefficient, their mean where equal."""
     largest = magnitudes[0]
-    for own in magnitudes[1:]:
-        largest = torch.maximum(largest, own)
+    for magnitude in magnitudes[1:]:
+        largest = torch.maximum(largest, magnitude)
     merged, n_ties = torch.zeros_like(largest), torch.zeros_like(largest)
-    for i, own in enumerate(magnitudes):
-        ties = is_zero(own - largest)
+    for i, magnitude in enumerate(magnitudes):
+        ties = is_zero(magnitude - largest)
         merged = add_scaled(merged, ties, coefficients[i])
         n_ties = n_ties.add_(ties)
     return merged.div_(n_ties).mul_(largest)
@@ -132,8 +142,8 @@ class Majority:
     """
 
     def __init__(self) -> None:
-        self._last = 1.0  # the last one found: the best guess at the next
-        self._known: dict[object, float] = {}
+        self._last = 1.0  # what the last model elected: the best guess at the next
+        self._elected: dict[object, float] = {}
 
     def settle(self, key: object, make: "Callable[[float], Pass]") -> "Pass":
         """Return the pass to do first; it revises itself.
@@ -143,16 +153,16 @@ class Majority:
             make: The pass, given 1, -1, or 0 where as many signs are positive as negative. Its
                 function returns the tally of :func:`merge_elected`.
         """
-        if key in self._known:
-            return make(self._known[key])
+        if key in self._elected:
+            return make(self._elected[key])
         assumed = self._last
 
         def revise(tally: Tensor) -> "Pass | None":
-            found, ambiguous = float(torch.sign(tally[0])), bool(tally[1])
-            self._known[key] = found
-            self._last = found or self._last
-            if found == assumed or not ambiguous:
+            majority, is_ambiguous = float(torch.sign(tally[0])), bool(tally[1])
+            self._elected[key] = majority
+            self._last = majority or self._last
+            if majority == assumed or not is_ambiguous:
                 return None
-            return make(found)
+            return make(majority)
 
         return replace(make(assumed), revise=revise)

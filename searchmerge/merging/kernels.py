@@ -5,8 +5,8 @@ torch, where each operation is a pass of its own over a chunk that stays in the 
 operations work in place and avoid boolean masks, which are several times slower.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,23 @@ GRID = 100
 """Densities are stepped by one in so many, and all of them measured at once."""
 
 
+Row = TypeVar("Row")
+"""A row of a method's scalars: :data:`Numbers` where it is packed, a tensor where it is read."""
+
+Numbers = Tensor | Sequence[float] | float
+"""One number per expert, or one number for all of them."""
+
+Scalars = TypeVar("Scalars", bound=NamedTuple)
+
+
 class Chunk(NamedTuple):
     """What a merge function is given: some entries of one parameter, or all of them.
 
     Attributes:
         deltas: Each expert's task vector, ``(m,)`` float32. They belong to the function, which
             may overwrite them.
-        scalars: One row per kind of number, one column per expert, float32.
+        scalars: What :func:`pack` returns, ``(n_scalars, n_experts)`` float32; a function reads
+            it by :func:`unpack`.
         kept: What the method kept when it measured, ``(m,)`` each; not to be overwritten.
         positions: Index of each entry in its parameter, ``(m,)`` int64; ``None`` unless keys
             were asked for.
@@ -43,6 +53,27 @@ trial. Numbers that change come in as ``scalars``, never as Python floats. It re
 task vector ``(m,)`` float32 and, where the pass has a ``revise``, a tally of shape ``(2,)``. It
 is never given more than 2^24 entries at once.
 """
+
+
+def pack(scalars: Iterable[Numbers]) -> Tensor:
+    """Return the numbers that a merge function reads, ``(n_scalars, n_experts)`` float32.
+
+    Args:
+        scalars: A named tuple of rows, one of them at least with a number per expert.
+    """
+    rows = [torch.as_tensor(row, dtype=torch.float32) for row in scalars]
+    n_experts = max(row.numel() for row in rows)
+    return torch.stack([row.expand(n_experts) for row in rows])
+
+
+def unpack(kind: type[Scalars], chunk: Chunk) -> Scalars:
+    """Return the numbers of a chunk by name: the rows of what was packed, ``(n_experts,)`` each.
+
+    Args:
+        kind: The named tuple that was packed.
+        chunk: The chunk.
+    """
+    return kind._make([chunk.scalars[i] for i in range(len(kind._fields))])
 
 
 def keep_at_least(numbers: Tensor, threshold: Tensor) -> Tensor:
@@ -73,6 +104,19 @@ def add_scaled(total: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
     return total.add_(numbers, alpha=factor.item())
 
 
+def clamp_between(numbers: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Clamp, in place, to what lies between two numbers; return ``numbers``.
+
+    Args:
+        numbers: ``(m,)`` float32.
+        low: One number, on the CPU unless compiled.
+        high: The same.
+    """
+    if torch.compiler.is_compiling():
+        return numbers.clamp_(low, high)
+    return numbers.clamp_(low.item(), high.item())
+
+
 def weighted_sum(numbers: Sequence[Tensor], factors: Tensor) -> Tensor:
     """Return the sum of ``(m,)`` tensors, each times its factor, in place of the first.
 
@@ -81,16 +125,16 @@ def weighted_sum(numbers: Sequence[Tensor], factors: Tensor) -> Tensor:
         factors: One number each, on the CPU unless compiled.
     """
     total = numbers[0].mul_(factors[0])
-    for own, factor in zip(numbers[1:], factors[1:], strict=True):
-        total = add_scaled(total, own, factor)
+    for more, factor in zip(numbers[1:], factors[1:], strict=True):
+        total = add_scaled(total, more, factor)
     return total
 
 
 def add_up(numbers: Sequence[Tensor]) -> Tensor:
     """Return the sum of ``(m,)`` tensors, in their order, in a fresh tensor."""
     total = numbers[0].clone() if len(numbers) == 1 else numbers[0] + numbers[1]
-    for own in numbers[2:]:
-        total = total.add_(own)
+    for more in numbers[2:]:
+        total = total.add_(more)
     return total
 
 
@@ -131,8 +175,8 @@ def is_at_least(numbers: Tensor, least: Tensor | float) -> Tensor:
 def add_up_(numbers: Sequence[Tensor]) -> Tensor:
     """Return the sum of ``(m,)`` tensors, in their order, in place of the first."""
     total = numbers[0]
-    for own in numbers[1:]:
-        total = total.add_(own)
+    for more in numbers[1:]:
+        total = total.add_(more)
     return total
 
 

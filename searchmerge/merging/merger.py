@@ -96,6 +96,9 @@ class Merger:
                 for other in others:
                     other.copy_(first)
             work = _revised(work, tallies)
+        for device in dict.fromkeys(self._devices.values()):
+            if device.type == "cuda":  # what fails or takes long here is not a score's doing
+                torch.cuda.synchronize(device)
 
     @torch.no_grad()
     def merged(
@@ -142,7 +145,7 @@ class Merger:
 
     def _measure(self, vectors: TaskVectors) -> Measure:
         everyone = None if vectors is self._vectors else self._everyone
-        return Measure(vectors, self._engine, self._budget, self._cache, everyone)
+        return Measure(vectors, self._engine, self._budget, self._cache, everyone, self._devices)
 
     def _inputs(
         self, vectors: TaskVectors, work: Pass
@@ -255,14 +258,7 @@ def _in_order(plan: MergePlan, loaded: tuple[str, ...]) -> MergePlan:
             f"plan: expert {unknown[0]!r} is not loaded (there are: {', '.join(loaded)})"
         )
     experts = tuple(expert for expert in loaded if expert in plan.experts)
-    if experts == plan.experts:
-        return plan
-    order = [plan.experts.index(expert) for expert in experts]
-    values = {
-        name: tuple(tuple(row[i] for i in order) for row in rows)
-        for name, rows in plan.values.items()
-    }
-    return replace(plan, experts=experts, values=values)
+    return plan if experts == plan.experts else plan.reordered(experts)
 
 
 def _revised(work: Pass, tallies: Iterable[Tensor | None]) -> Pass | None:

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from searchmerge.errors import SpecError
 from searchmerge.merging.groups import assign_groups
-from searchmerge.merging.kernels import ChunkFunction
-from searchmerge.plan import WHOLE, Groups, MergePlan
-from searchmerge.plan import Setting as Value
+from searchmerge.merging.kernels import ChunkFunction, Numbers, pack
+from searchmerge.plan import WHOLE, Groups, MergePlan, SettingValue
 from searchmerge.registry import Registry
 
 if TYPE_CHECKING:
@@ -31,6 +29,10 @@ class Hyperparameter:
         default: The value that the method's paper publishes.
         search: A good range to search, both ends included; the legal one where none is given.
         step: Distance between values worth telling apart; ``None`` for any value.
+        shared: Whether all experts have one number where it is searched and a study does not
+            say otherwise.
+        complement: What a study may call 1 minus the number, to give that instead; ``None``
+            where it has no such name.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Hyperparameter:
     default: float
     search: tuple[float, float] = (math.nan, math.nan)
     step: float | None = None
+    shared: bool = False
+    complement: str | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.search[0]):
@@ -59,8 +63,8 @@ class Setting:
     """
 
     name: str
-    default: Value
-    choices: tuple[Value, ...] = ()
+    default: SettingValue
+    choices: tuple[SettingValue, ...] = ()
     low: float = -math.inf
     high: float = math.inf
     step: float | None = None
@@ -68,6 +72,11 @@ class Setting:
 
 COEFFICIENT = Hyperparameter("coefficient", -10.0, 10.0, default=1.0, search=(0.0, 2.0))
 """The factor on a task vector; methods take it with their own default and search range."""
+
+DENSITY = Hyperparameter(
+    "density", 0.0, 1.0, default=0.2, step=0.01, shared=True, complement="drop_ratio"
+)
+"""The fraction of entries kept; methods take it with their own default and search range."""
 
 DEPTH_SLOPE = Setting("depth_slope", default=0.0, low=-1.0, high=10.0)
 r"""A setting of every method: the merged task vector grows linearly with depth.
@@ -143,23 +152,34 @@ class MergeMethod(Protocol):
 METHODS: Registry[type[MergeMethod]] = Registry("merge method", "searchmerge.merging.methods")
 
 
-def setting(plan: MergePlan, legal: Setting) -> Value:
+def hyperparameter(method: str, name: str) -> Hyperparameter:
+    """Return what a method declares of a hyper-parameter.
+
+    Raises:
+        SpecError: If there is no such method, or it has no such hyper-parameter.
+    """
+    legal = {h.name: h for h in METHODS[method].hyperparameters}
+    _check_names("hyper-parameter", method, [name], legal)
+    return legal[name]
+
+
+def setting(plan: MergePlan, legal: Setting) -> SettingValue:
     """Return what a plan says about a setting, or the default."""
     return plan.settings.get(legal.name, legal.default)
 
 
 def by_group(
-    plan: MergePlan, names: Sequence[str], rows: Sequence[Sequence[Sequence[float]]]
+    plan: MergePlan, names: Sequence[str], scalars: Sequence[Iterable[Numbers]]
 ) -> Callable[[str], Tensor]:
     """Return the ``scalars`` of a :class:`Pass` that depend on the parameter's group alone.
 
     Args:
         plan: The plan, for its groups.
         names: The names of all parameters.
-        rows: For each group, the rows of scalars, one number per expert that is read.
+        scalars: For each group, a named tuple of numbers per expert that is read.
     """
     group_of = assign_groups(names, plan.groups)
-    tensors = [torch.tensor(group, dtype=torch.float32) for group in rows]
+    tensors = [pack(of_group) for of_group in scalars]
     return lambda name: tensors[group_of[name]]
 
 
@@ -168,7 +188,7 @@ def default_plan(
     experts: Sequence[str],
     *,
     groups: Groups = WHOLE,
-    **overrides: float | Sequence[float] | Value,
+    **overrides: float | Sequence[float] | SettingValue,
 ) -> MergePlan:
     """Return the plan with the published value of everything that is not overridden.
 
@@ -188,7 +208,7 @@ def default_plan(
         given = overrides.pop(h.name, h.default)
         row = (given,) * len(experts) if isinstance(given, int | float) else given
         values[h.name] = (tuple(float(number) for number in row),) * len(groups)
-    settings: dict[str, Value] = {}
+    settings: dict[str, SettingValue] = {}
     for name, value in overrides.items():
         if not isinstance(value, str | int | float | bool):
             raise SpecError(f"plan: setting {name!r} of method {method!r} is {value!r}")
@@ -199,13 +219,13 @@ def default_plan(
     return plan
 
 
-def with_defaults(method: str, settings: Mapping[str, Value]) -> dict[str, Value]:
+def with_defaults(method: str, settings: Mapping[str, SettingValue]) -> dict[str, SettingValue]:
     """Return settings in the form that is equal for equal merges.
 
     Every setting of the method is named, but a depth slope of 0, which is none.
     """
-    own = METHODS[method].settings
-    full = {**{setting.name: setting.default for setting in own}, **settings}
+    defaults = {setting.name: setting.default for setting in METHODS[method].settings}
+    full = {**defaults, **settings}
     if full.get(DEPTH_SLOPE.name) == DEPTH_SLOPE.default:
         del full[DEPTH_SLOPE.name]
     return full
@@ -232,15 +252,15 @@ def validate_plan(plan: MergePlan) -> None:
         _check_setting(plan.method, settings[name], value)
 
 
-def _check_names(kind: str, method: str, found: Iterable[str], known: Iterable[str]) -> None:
-    for name in found:
-        if name in known:
+def _check_names(kind: str, method: str, names: Iterable[str], legal: Iterable[str]) -> None:
+    for name in names:
+        if name in legal:
             continue
-        close = get_close_matches(name, list(known), n=1)
+        close = get_close_matches(name, list(legal), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise SpecError(
             f"plan: method {method!r} has no {kind} {name!r}{hint} "
-            f"(it has: {', '.join(known) or 'none'})"
+            f"(it has: {', '.join(legal) or 'none'})"
         )
 
 
@@ -253,7 +273,7 @@ def _check_row(plan: MergePlan, legal: Hyperparameter, group: str, row: Sequence
             )
 
 
-def _check_setting(method: str, legal: Setting, value: Value) -> None:
+def _check_setting(method: str, legal: Setting, value: SettingValue) -> None:
     if legal.choices:
         same_kind = [choice for choice in legal.choices if type(choice) is type(value)]
         if value in same_kind:
@@ -269,7 +289,7 @@ def _check_setting(method: str, legal: Setting, value: Value) -> None:
     )
 
 
-def _is_legal(legal: Setting, value: Value) -> bool:
+def _is_legal(legal: Setting, value: SettingValue) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     steps = 0.0 if legal.step is None or not math.isfinite(value) else value / legal.step

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from searchmerge.report.results import Results
+from searchmerge.report.results import Results, markdown_table
 
 
 def model_card(
@@ -32,7 +32,7 @@ def model_card(
     }
     models = "\n".join(f"- {name}: `{source}`" for name, source in experts.items())
     header, cells = results.table()
-    rows = _plain_table(header, [row for row in cells if row[0] != ""])
+    table = markdown_table(header, cells)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
@@ -44,7 +44,7 @@ A merge of these experts on the base `{base}`, found by searchmerge:
 
 {results.verdict} Scores times 100, as select / held out: the search saw the select examples only.
 
-{rows}
+{table}
 
 {_heads_text(classes)}With `merge_plan.yaml` and these models this one is made again:
 
@@ -70,7 +70,7 @@ def _heads_text(classes: Mapping[str, Sequence[str]]) -> str:
     cells = [[f"`{expert}`", ", ".join(names)] for expert, names in classes.items()]
     return f"""The model is the merged encoder. Every expert keeps a head of its own, in `heads/`:
 
-{_plain_table(["head", "classes"], cells)}
+{markdown_table(["head", "classes"], cells)}
 
 ```python
 from searchmerge import load_classifier
@@ -85,9 +85,3 @@ label = model.config.id2label[int(logits[0].argmax())]
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def _plain_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    from searchmerge.report.results import markdown_table
-
-    return markdown_table(header, cells)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from searchmerge.errors import StudyError
 from searchmerge.report.results import Point, PointKind
@@ -29,53 +30,71 @@ def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) 
     Raises:
         StudyError: If it cannot be written.
     """
-    import plotly.graph_objects as go
-
-    names = list(points[0].values)
-    figure = go.Figure()
-    for kind, (label, colour, symbol) in _LOOK.items():
-        own = sorted((p for p in points if p.kind == kind), key=lambda p: p.values[names[0]])
-        if len(names) == 2:
-            figure.add_scatter(
-                x=[p.values[names[0]] for p in own],
-                y=[p.values[names[1]] for p in own],
-                text=[p.name for p in own],
-                mode="lines+markers" if kind == "front" else "markers",
-                line={"shape": "vh", "width": 1.5},
-                marker={"color": colour, "symbol": symbol, "size": 9},
-                name=label,
-            )
-        else:
-            for index, point in enumerate(own):
-                figure.add_scatter(
-                    x=names,
-                    y=list(point.values.values()),
-                    text=[point.name] * len(names),
-                    mode="lines+markers",
-                    line={"color": colour, "width": 2.5 if kind == "front" else 1},
-                    name=label,
-                    legendgroup=label,
-                    showlegend=index == 0,
-                )
-    picked = [p for p in points if p.name == winner]
-    if picked and len(names) == 2:
-        figure.add_scatter(
-            x=[picked[0].values[names[0]]],
-            y=[picked[0].values[names[1]]],
-            text=[winner],
-            mode="markers",
-            marker={"symbol": "circle-open", "size": 18, "color": "#d73a49", "line": {"width": 2}},
-            name=f"saved: {winner}",
-        )
-    figure.update_layout(
-        title=title,
-        template="plotly_white",
-        xaxis_title=f"{names[0]}, over its own expert" if len(names) == 2 else None,
-        yaxis_title=f"{names[1]}, over its own expert" if len(names) == 2 else "over own expert",
-    )
+    figure = _scatter(points, winner) if len(points[0].values) == 2 else _parallel(points)
+    figure.update_layout(title=title, template="plotly_white")
     path = run_dir / FRONT_FILE
     try:
         path.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
     except OSError as error:
         raise StudyError(f"{path}: cannot be written: {error.strerror}") from error
     return path
+
+
+def _scatter(points: Sequence[Point], winner: str) -> Any:
+    """Return the figure of two objectives, one axis each."""
+    import plotly.graph_objects as go
+
+    first, second = points[0].values
+    figure = go.Figure()
+    for kind, (label, colour, symbol) in _LOOK.items():
+        drawn = _of_kind(points, kind)
+        figure.add_scatter(
+            x=[point.values[first] for point in drawn],
+            y=[point.values[second] for point in drawn],
+            text=[point.name for point in drawn],
+            mode="lines+markers" if kind == "front" else "markers",
+            line={"shape": "vh", "width": 1.5},
+            marker={"color": colour, "symbol": symbol, "size": 9},
+            name=label,
+        )
+    for point in (point for point in points if point.name == winner):
+        figure.add_scatter(
+            x=[point.values[first]],
+            y=[point.values[second]],
+            text=[winner],
+            mode="markers",
+            marker={"symbol": "circle-open", "size": 18, "color": "#d73a49", "line": {"width": 2}},
+            name=f"saved: {winner}",
+        )
+    return figure.update_layout(
+        xaxis_title=f"{first}, over its own expert", yaxis_title=f"{second}, over its own expert"
+    )
+
+
+def _parallel(points: Sequence[Point]) -> Any:
+    """Return the figure of three objectives or more, one line a plan."""
+    import plotly.graph_objects as go
+
+    names = list(points[0].values)
+    figure = go.Figure()
+    for kind, (label, colour, _) in _LOOK.items():
+        for index, point in enumerate(_of_kind(points, kind)):
+            figure.add_scatter(
+                x=names,
+                y=list(point.values.values()),
+                text=[point.name] * len(names),
+                mode="lines+markers",
+                line={"color": colour, "width": 2.5 if kind == "front" else 1},
+                name=label,
+                legendgroup=label,
+                showlegend=index == 0,
+            )
+    return figure.update_layout(yaxis_title="over own expert")
+
+
+def _of_kind(points: Sequence[Point], kind: PointKind) -> list[Point]:
+    """Return the points of a kind in the order of their first values."""
+    return sorted(
+        (point for point in points if point.kind == kind),
+        key=lambda point: next(iter(point.values.values())),
+    )

@@ -65,16 +65,16 @@ class Objective:
     Attributes:
         kind: One of the above.
         goals: Task name to what it counts for.
-        references: Task name to its own expert's score on the same examples.
-        base: Task name to the base's score on the same examples.
+        expert_scores: Task name to its own expert's score on the same examples.
+        base_scores: Task name to the base's score on the same examples.
         constraints: What a plan has to keep.
         pick: Which plan of a front is saved.
     """
 
     kind: Kind
     goals: Mapping[str, Goal]
-    references: Mapping[str, float] = field(default_factory=dict)
-    base: Mapping[str, float] = field(default_factory=dict)
+    expert_scores: Mapping[str, float] = field(default_factory=dict)
+    base_scores: Mapping[str, float] = field(default_factory=dict)
     constraints: tuple[Constraint, ...] = ()
     pick: Pick = "mean"
 
@@ -84,41 +84,41 @@ class Objective:
         return tuple(self.goals) if self.kind == "tasks" else (self.kind,)
 
     @property
-    def needs_references(self) -> bool:
+    def needs_experts(self) -> bool:
         """Whether the own experts' scores enter."""
         return self.kind != "mean" or any(c.against == "expert" for c in self.constraints)
 
-    def referring_to(
-        self, references: Mapping[str, float], base: Mapping[str, float] | None = None
+    def relative_to(
+        self, expert_scores: Mapping[str, float], base_scores: Mapping[str, float]
     ) -> "Objective":
         """Return the same objective with the own experts' and the base's scores put in.
 
         Raises:
             StudyError: If one that others are divided by is exactly 0.
         """
-        for task, score in references.items():
-            if self.needs_references and self.goals[task].expert and score == 0:
+        for task, score in expert_scores.items():
+            if self.needs_experts and self.goals[task].expert and score == 0:
                 raise StudyError(
                     f"tasks.{task}: its own expert {self.goals[task].expert!r} scores 0 there, "
                     "so that no score can be normalised by it; "
                     "use objective: mean, or leave expert: out"
                 )
         for constraint in self.constraints:
-            if constraint.against == "base" and not (base or {}).get(constraint.task):
+            if constraint.against == "base" and not base_scores.get(constraint.task):
                 raise StudyError(
-                    f"constraints: the base scores {(base or {}).get(constraint.task)} on "
+                    f"constraints: the base scores {base_scores.get(constraint.task)} on "
                     f"{constraint.task!r}, so that no score can be held against it; "
                     "use against: score"
                 )
-        return replace(self, references=dict(references), base=dict(base or {}))
+        return replace(self, expert_scores=dict(expert_scores), base_scores=dict(base_scores))
 
     def violation(self, constraint: Constraint, scores: Mapping[str, float]) -> float:
         """Return by how much ``scores`` break a constraint; 0 or less where they keep it."""
         score = scores[constraint.task]
         if constraint.against == "expert":
-            score = _ratio(score, self.references[constraint.task])
+            score = _ratio(score, self.expert_scores[constraint.task])
         elif constraint.against == "base":
-            score = _ratio(score, self.base[constraint.task])
+            score = _ratio(score, self.base_scores[constraint.task])
         return constraint.at_least - score
 
     def violations(self, scores: Mapping[str, float]) -> dict[str, float]:
@@ -129,22 +129,12 @@ class Objective:
         """Return whether ``scores`` keep every constraint."""
         return all(violation <= 0 for violation in self.violations(scores).values())
 
-    def standing(self, scores: Mapping[str, float]) -> tuple[float, float]:
-        """Return what plans are ranked by, larger is better: constraints first."""
-        broken = sum(max(0.0, violation) for violation in self.violations(scores).values())
-        return (-broken, self.scalar(scores))
-
-    def dominates(self, scores: Mapping[str, float], other: Mapping[str, float]) -> bool:
-        """Return whether ``scores`` are as good or better in every value, and better in one."""
-        mine, theirs = self.values(scores), self.values(other)
-        return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
-
     def normalised(self, task: str, score: float) -> float:
         """Return ``score`` in units of the own expert's, where there is one."""
-        reference = self.references.get(task)
-        if reference is None or self.kind == "mean":
+        expert_score = self.expert_scores.get(task)
+        if expert_score is None or self.kind == "mean":
             return score
-        return _ratio(score, reference)
+        return _ratio(score, expert_score)
 
     def unit(self, task: str) -> float:
         """Return by how much the weighted mean grows with the task's score."""
@@ -175,8 +165,8 @@ class Objective:
         return sum(goal.weight * scores[task] for task, goal in self.goals.items()) / total
 
 
-def _ratio(score: float, reference: float) -> float:
-    """Return ``score / reference``, in the form that also holds below 0 and at it."""
-    if reference == 0:
+def _ratio(score: float, unit: float) -> float:
+    """Return ``score / unit``, in the form that also holds below 0 and at it."""
+    if unit == 0:
         return 1.0 if score == 0 else math.copysign(math.inf, score)
-    return 1.0 + (score - reference) / abs(reference)
+    return 1.0 + (score - unit) / abs(unit)

@@ -4,11 +4,11 @@ import json
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from searchmerge.errors import StudyError
-from searchmerge.execution.blocks import Block, BlockScores, Part, Round
+from searchmerge.execution.blocks import Block, BlockKey, BlockScores, BlockValues, Round
 from searchmerge.plan import MergePlan
 
 _SCHEMA = """
@@ -19,10 +19,7 @@ CREATE TABLE IF NOT EXISTS scores (
 );
 """
 
-_MAX_KNOWN = 256  # plans kept in memory; more than there are workers
-
-BlockValues = dict[tuple[str, Part, int], tuple[float, ...]]
-"""Block key to what its examples scored."""
+_MAX_CACHED = 256  # plans kept in memory; more than there are workers
 
 
 class ScoreStore:
@@ -41,7 +38,7 @@ class ScoreStore:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=NORMAL")  # outlives a kill, not a power cut
         self._connection.executescript(_SCHEMA)
-        self._known: OrderedDict[str, BlockValues] = OrderedDict()
+        self._cached: OrderedDict[str, dict[BlockKey, tuple[float, ...]]] = OrderedDict()
 
     def put(self, plan: MergePlan, scores: Iterable[BlockScores]) -> None:
         """Keep a round's scores, all of them or none.
@@ -49,7 +46,7 @@ class ScoreStore:
         Raises:
             StudyError: If the file cannot be written, e.g. because the disk is full.
         """
-        rows = [
+        entries = [
             (plan.digest, s.block.task, s.block.part, s.block.index, json.dumps(s.values))
             for s in scores
         ]
@@ -59,24 +56,29 @@ class ScoreStore:
                 "INSERT OR IGNORE INTO plans VALUES (?, ?)",
                 (plan.digest, json.dumps(plan.to_dict())),
             )
-            self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?)", rows)
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?)", entries
+            )
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise StudyError(f"{self._path}: scores cannot be written: {error}") from error
         self._of(plan.digest).update(
-            {(task, part, block): tuple(json.loads(vals)) for _, task, part, block, vals in rows}
+            {
+                (task, part, block): tuple(json.loads(vals))
+                for _, task, part, block, vals in entries
+            }
         )
 
-    def get(self, plan: MergePlan) -> Mapping[tuple[str, Part, int], tuple[float, ...]]:
+    def get(self, plan: MergePlan) -> BlockValues:
         """Return all that is known of ``plan``: block key to its values."""
         return self._of(plan.digest)
 
     def missing(self, plan: MergePlan, rounds: Sequence[Round]) -> tuple[Round, ...]:
         """Return the rounds that still have to be scored, whole, in order."""
-        known = self._of(plan.digest)
-        return tuple(r for r in rounds if any(block.key not in known for block in r))
+        scored = self._of(plan.digest)
+        return tuple(r for r in rounds if any(block.key not in scored for block in r))
 
     def task_values(self, plan: MergePlan, blocks: Sequence[Block]) -> tuple[float, ...]:
         """Return the values of one task's blocks, one after the other.
@@ -84,8 +86,8 @@ class ScoreStore:
         Raises:
             KeyError: If a block was not scored.
         """
-        known = self._of(plan.digest)
-        return tuple(value for block in blocks for value in known[block.key])
+        scored = self._of(plan.digest)
+        return tuple(value for block in blocks for value in scored[block.key])
 
     def flush(self) -> None:
         """Make what was put outlive a power cut, so that no finished trial is without scores.
@@ -106,14 +108,14 @@ class ScoreStore:
         """Close the file."""
         self._connection.close()
 
-    def _of(self, digest: str) -> BlockValues:
-        if digest in self._known:
-            self._known.move_to_end(digest)
-            return self._known[digest]
-        rows = self._connection.execute(
+    def _of(self, digest: str) -> dict[BlockKey, tuple[float, ...]]:
+        if digest in self._cached:
+            self._cached.move_to_end(digest)
+            return self._cached[digest]
+        entries = self._connection.execute(
             "SELECT task, part, block, vals FROM scores WHERE digest = ?", (digest,)
         )
-        self._known[digest] = {(t, p, b): tuple(json.loads(v)) for t, p, b, v in rows}
-        if len(self._known) > _MAX_KNOWN:
-            self._known.popitem(last=False)
-        return self._known[digest]
+        self._cached[digest] = {(t, p, b): tuple(json.loads(v)) for t, p, b, v in entries}
+        if len(self._cached) > _MAX_CACHED:
+            self._cached.popitem(last=False)
+        return self._cached[digest]

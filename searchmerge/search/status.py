@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from searchmerge.search.runner import RESULT
-from searchmerge.search.storage import find_study, storage_errors
-from searchmerge.search.study import ELAPSED, quiet_optuna
+from searchmerge.search.study import elapsed_of, records_of, stored_study
+from searchmerge.search.trials import best_of
+
+_N_BEST = 5
 
 
 def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """Return counts of trials by state, seconds so far, and the best trials.
+
+    The best are ranked as the study ranks them: of those that were scored in full, plans that
+    keep the constraints alone, where there is one.
 
     Args:
         run_dir: The study's run directory.
@@ -21,24 +24,28 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     Raises:
         StudyError: If there is no study in ``run_dir``.
     """
-    quiet_optuna()
-    name, opened = find_study(run_dir, storage)
-    with storage_errors(run_dir):
-        study = optuna.load_study(study_name=name, storage=opened)
-    trials = study.get_trials(deepcopy=False)
-    full = [trial for trial in trials if _is_full(trial)]
-    ranked = sorted(full, key=lambda trial: -sum(trial.values or ()))
+    study = stored_study(run_dir, storage)
+    records = records_of(study)
+    n_failed = sum(record.value is None for record in records)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return {
-        "study": name,
+        "study": study.study_name,
         "trials": {
-            state.name.lower(): sum(trial.state == state for trial in trials)
-            for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL)
+            "complete": len(records) - n_failed,
+            "running": len(running),
+            "fail": n_failed,
         },
-        "stopped_early": sum(t.state == TrialState.COMPLETE for t in trials) - len(full),
-        "elapsed_s": float(study.user_attrs.get(ELAPSED, 0.0)),
+        "stopped_early": sum(record.stopped_after is not None for record in records),
+        "elapsed_s": elapsed_of(study),
         "best": [
-            {"trial": t.number, "values": t.values, "scores": t.user_attrs[RESULT]["scores"]}
-            for t in ranked[:5]
+            {
+                "trial": record.number,
+                "kind": record.kind,
+                "values": list(record.values),
+                "scores": record.scores,
+                "feasible": record.is_feasible,
+            }
+            for record in best_of((r for r in records if r.is_full), _N_BEST)
         ],
     }
 
@@ -59,9 +66,7 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
     for best in status["best"]:
         values = ", ".join(f"{value:.4f}" for value in best["values"])
         scores = "  ".join(f"{task} {score:.3f}" for task, score in best["scores"].items())
-        lines.append(f"  trial {best['trial']:<5} {values}  {scores}")
+        marks = ["breaks a constraint"] * (not best["feasible"]) + [best["kind"]]
+        line = f"  trial {best['trial']:<5} {values}  {scores}  {', '.join(filter(None, marks))}"
+        lines.append(line.rstrip())
     return lines
-
-
-def _is_full(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.COMPLETE and trial.user_attrs[RESULT]["partial"] is None

@@ -18,13 +18,13 @@ from searchmerge.errors import SpecError, StudyError
 
 _logger = logging.getLogger(__name__)
 
-STUDY_FILE = "study.db"
+DATABASE_FILE = "study.db"
 _NOTE_FILE = "storage.json"
 _JOURNAL = "journal:"
 
 
-def open_storage(run_dir: Path, storage: str | None) -> str | BaseStorage:
-    """Return what Optuna takes as a storage, without changing what is in it.
+def open_storage(run_dir: Path, storage: str | None) -> BaseStorage:
+    """Return the storage, without changing what is in it.
 
     Args:
         run_dir: The study's run directory.
@@ -35,7 +35,7 @@ def open_storage(run_dir: Path, storage: str | None) -> str | BaseStorage:
         StudyError: If the database's driver is not installed, or a journal is damaged.
     """
     if storage is None:
-        return f"sqlite:///{(run_dir / STUDY_FILE).resolve()}"
+        return RDBStorage(f"sqlite:///{(run_dir / DATABASE_FILE).resolve()}")
     if storage.startswith(_JOURNAL):
         path = _journal(run_dir, storage)
         try:
@@ -61,24 +61,24 @@ def prepare_storage(run_dir: Path, storage: str | None, study: str) -> None:
         SpecError: If ``storage`` is no URL.
         StudyError: If the study was begun with another storage.
     """
-    own = _shown(storage)
+    shown = _shown(storage)
     begun = _noted(run_dir)
-    if begun is not None and begun[0] != own:
+    if begun is not None and begun[0] != shown:
         raise StudyError(
-            f"{run_dir}: the study was begun with storage {begun[0]}, and the config says {own}; "
-            "change it back, or give the study another name or run directory"
+            f"{run_dir}: the study was begun with storage {begun[0]}, and the config says "
+            f"{shown}; change it back, or give the study another name or run directory"
         )
     if storage is None:
-        with contextlib.closing(sqlite3.connect(run_dir / STUDY_FILE)) as connection:
+        with contextlib.closing(sqlite3.connect(run_dir / DATABASE_FILE)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     elif storage.startswith(_JOURNAL):
         _journal(run_dir, storage).parent.mkdir(parents=True, exist_ok=True)
         repair_journal(_journal(run_dir, storage))
     if storage is not None and begun is None:
-        _write_note(run_dir, own, study)
+        _write_note(run_dir, shown, study)
 
 
-def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, str | BaseStorage]:
+def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, BaseStorage]:
     """Return the name and the storage of the study that was begun in ``run_dir``.
 
     Args:
@@ -90,7 +90,7 @@ def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, str | Ba
     """
     begun = _noted(run_dir)
     if begun is None:
-        raise StudyError(f"{run_dir}: no study here; a run directory holds {STUDY_FILE}")
+        raise StudyError(f"{run_dir}: no study here; a run directory holds {DATABASE_FILE}")
     shown, study = begun
     if storage is None and shown != "sqlite":
         storage = shown
@@ -168,7 +168,7 @@ def _noted(run_dir: Path) -> tuple[str, str] | None:
     if note.exists():
         data = json.loads(note.read_text())
         return str(data["storage"]), str(data["study"])
-    return ("sqlite", "") if (run_dir / STUDY_FILE).exists() else None
+    return ("sqlite", "") if (run_dir / DATABASE_FILE).exists() else None
 
 
 def _shown(storage: str | None) -> str:

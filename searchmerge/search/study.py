@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import StudyError
-from searchmerge.plan import Setting
+from searchmerge.plan import SettingValue
 from searchmerge.search.scores import ScoreStore
-from searchmerge.search.storage import open_storage, prepare_storage, storage_errors
+from searchmerge.search.storage import find_study, open_storage, prepare_storage, storage_errors
+from searchmerge.search.trials import FINISHED, TrialRecord, enqueue, left_running
 
 SCORES_FILE = "scores.db"
 _LOCK_FILE = ".lock"
-_SPEC = "spec"  # user attribute: the canonical study, as it was begun
-_AT_WORK = "at_work"  # user attribute: whether a run is at work, or was when it ended
-KIND = "kind"  # user attribute of an enqueued trial: the baseline it is
-ELAPSED = "elapsed_s"
+# user attributes of the study
+_SPEC = "spec"  # the canonical study, as it was begun
+_AT_WORK = "at_work"  # whether a run is at work, or was when it ended
+_ELAPSED = "elapsed_s"
+_DECIDING = "deciding"  # references that decide the blocks' order
+_COMPLETED = "completed"  # trial number to scores, where it was scored in full after the search
 
 
 @contextlib.contextmanager
@@ -86,8 +89,9 @@ class StudyDirectory:
         with storage_errors(run_dir):
             is_new = not (run_dir / SCORES_FILE).exists()
             prepare_storage(run_dir, storage, name)
+            self._storage = open_storage(run_dir, storage)
             self.study = optuna.create_study(
-                storage=open_storage(run_dir, storage),
+                storage=self._storage,
                 study_name=name,
                 directions=["maximize"] * n_objectives,
                 load_if_exists=True,
@@ -95,6 +99,7 @@ class StudyDirectory:
             if sampler is not None:
                 self.study.sampler = sampler(len(self.trials()))
             self._guard(spec)
+            self.records()  # refuses those of an earlier version before anything is scored
             if is_new and self.trials(TrialState.COMPLETE):
                 raise StudyError(
                     f"{run_dir}: the storage holds trials of study {name!r}, but {SCORES_FILE}, "
@@ -106,33 +111,38 @@ class StudyDirectory:
 
     def _guard(self, spec: Mapping[str, Any]) -> None:
         text = json.dumps(spec, sort_keys=True)
-        known = self.study.user_attrs.get(_SPEC)
-        if known is None:
+        begun_with = self.study.user_attrs.get(_SPEC)
+        if begun_with is None:
             self.study.set_user_attr(_SPEC, text)
-        elif known != text:
-            where, was, now = _first_difference(json.loads(known), json.loads(text))
+        elif begun_with != text:
+            where, was, now = _first_difference(json.loads(begun_with), json.loads(text))
             raise StudyError(
                 f"{self.run_dir}: the study has changed since it was begun: {where} was {was!r} "
                 f"and is now {now!r}; change it back, or give the study another name or run "
                 "directory"
             )
 
-    def keep_first(self, key: str, value: Any) -> Any:
-        """Return what was first kept under ``key``: ``value``, if that is now."""
-        known = self.study.user_attrs.get(key)
-        if known is None:
-            self.study.set_user_attr(key, value)
-            return value
-        return known
+    def keep_deciding(self, names: Sequence[str]) -> list[str]:
+        """Return the references that decide the blocks' order: ``names``, or the first kept."""
+        kept: list[str] | None = self.study.user_attrs.get(_DECIDING)
+        if kept is None:
+            self.study.set_user_attr(_DECIDING, list(names))
+            return list(names)
+        return kept
 
     @property
     def elapsed_s(self) -> float:
         """Seconds that earlier runs of this study took."""
-        return float(self.study.user_attrs.get(ELAPSED, 0.0))
+        return elapsed_of(self.study)
 
     def set_elapsed(self, seconds: float) -> None:
         """Keep the seconds that all runs of this study have taken so far."""
-        self.study.set_user_attr(ELAPSED, seconds)
+        self.study.set_user_attr(_ELAPSED, seconds)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a trial was begun, in this run or an earlier one."""
+        return bool(self.trials(TrialState.RUNNING, *FINISHED))
 
     @property
     def was_cut_off(self) -> bool:
@@ -151,14 +161,70 @@ class StudyDirectory:
         """Return the trials in these states, by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def enqueue(self, kind: str, params: Iterable[Mapping[str, Setting]]) -> None:
+    def records(self) -> list[TrialRecord]:
+        """Return the records of all finished trials, by number.
+
+        Raises:
+            StudyError: If an earlier version of searchmerge wrote one.
+        """
+        return records_of(self.study)
+
+    def keep_completed(self, record: TrialRecord) -> None:
+        """Keep the scores of a trial that was stopped early and is scored in full since."""
+        completed = self.study.user_attrs.get(_COMPLETED, {})
+        scores = record.completed_scores()
+        self.study.set_user_attr(_COMPLETED, {**completed, str(record.number): scores})
+
+    def left_running(self) -> list[optuna.Trial]:
+        """Return the trials that a stopped run left behind, to be taken up again."""
+        return left_running(self.study, self._storage)
+
+    def enqueue(self, kind: str, params: Iterable[Mapping[str, SettingValue]]) -> None:
         """Let trials with these parameters be the next ones, but for those that were before."""
-        for one in params:
-            self.study.enqueue_trial(dict(one), user_attrs={KIND: kind}, skip_if_exists=True)
+        for trial_params in params:
+            enqueue(self.study, kind, trial_params)
 
     def close(self) -> None:
         """Close the score cache."""
         self.scores.close()
+
+
+def stored_study(run_dir: Path, storage: str | None = None) -> optuna.Study:
+    """Return the study that was begun in ``run_dir``, to be read only.
+
+    Args:
+        run_dir: The study's run directory.
+        storage: As in the config; needed only where it is a URL with a password.
+
+    Raises:
+        StudyError: If there is no study in ``run_dir``.
+    """
+    quiet_optuna()
+    name, opened = find_study(run_dir, storage)
+    with storage_errors(run_dir):
+        return optuna.load_study(study_name=name, storage=opened)
+
+
+def records_of(study: optuna.Study) -> list[TrialRecord]:
+    """Return the records of a study's finished trials, by number.
+
+    Raises:
+        StudyError: If an earlier version of searchmerge wrote one.
+    """
+    completed = study.user_attrs.get(_COMPLETED, {})
+    trials = study.get_trials(deepcopy=False, states=FINISHED)
+    records = [TrialRecord.read(trial) for trial in trials]
+    return [
+        record.completed(completed[str(record.number)])
+        if str(record.number) in completed
+        else record
+        for record in records
+    ]
+
+
+def elapsed_of(study: optuna.Study) -> float:
+    """Return the seconds that all runs of a study have taken."""
+    return float(study.user_attrs.get(_ELAPSED, 0.0))
 
 
 def quiet_optuna() -> None:

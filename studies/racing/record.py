@@ -10,10 +10,9 @@ import sqlite3
 from pathlib import Path
 
 import numpy as np
-import optuna
 
-from searchmerge.plan import MergePlan
 from searchmerge.search.references import reference_plans
+from searchmerge.search.study import records_of, stored_study
 
 PARTS = ("select", "hold_out")
 
@@ -24,10 +23,8 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    storage = f"sqlite:///{args.run_dir / 'study.db'}"
-    study = optuna.load_study(study_name=None, storage=storage)
-    trials = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
-    plans = {f"trial {t.number}": MergePlan.from_dict(t.user_attrs["plan"]) for t in trials}
+    study = stored_study(args.run_dir)
+    plans = {record.name: record.plan for record in records_of(study) if record.is_full}
     experts = next(iter(plans.values())).experts
     references = reference_plans(experts)
     known = {plan.digest for plan in references.values()}

@@ -21,13 +21,22 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import wilcoxon
 
-from searchmerge.evaluators.evaluator import Part, TaskInfo
-from searchmerge.execution.blocks import Block, Round, inform, make_blocks, make_rounds
-from searchmerge.search.contest import Contest
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import (
+    Block,
+    BlockKey,
+    BlockValues,
+    Round,
+    make_blocks,
+    telling_first,
+)
+from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Goal, Objective
-from searchmerge.search.racing import Known, Outlook, Racing, Rival
+from searchmerge.search.racing import Incumbent, Racing
 from searchmerge.search.references import BASE, expert_name
-from searchmerge.search.schedule import Schedule
+from searchmerge.search.schedule import Places, Schedule
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.trials import TrialRecord
 
 HERE = Path(__file__).resolve().parent
 BLOCK_SIZE = 8
@@ -44,23 +53,26 @@ class SignedRank:
 
     def stops(
         self,
-        goal: Objective,
-        blocks: Mapping[str, Sequence[Block]],
-        known: Known,
-        rivals: Sequence[tuple[Rival, Outlook]],
+        objective: Objective,
+        places: Places,
+        observed: BlockValues,
+        incumbents: Sequence[Incumbent],
         base: object,
     ) -> bool:
-        """Return whether the blocks known are worse with confidence."""
-        if not rivals or len(known) < BLOCK_SIZE:
+        """Return whether the blocks seen are worse with confidence."""
+        if not incumbents or len(observed) < BLOCK_SIZE:
             return False
-        best = rivals[0][0]
+        best = incumbents[0].plan
         theirs = {
-            block.key: best.values[task][i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE].mean()
-            for task, own in blocks.items()
-            for i, block in enumerate(own)
+            key: best.values[task][place].mean()
+            for task, blocks in places.items()
+            for key, place in blocks.items()
         }
         differences = np.array(
-            [goal.unit(key[0]) * (np.mean(own) - theirs[key]) for key, own in known.items()]
+            [
+                objective.unit(key[0]) * (np.mean(values) - theirs[key])
+                for key, values in observed.items()
+            ]
         )
         if differences.mean() >= 0:
             return False
@@ -122,34 +134,39 @@ class Row:
 
     index: int
 
+    @property
+    def digest(self) -> int:
+        """What the plan is told from others by."""
+        return self.index
+
 
 class Scores:
     """Stands for a study's score store: what was shown of each row so far."""
 
     def __init__(self, tables: Mapping[str, Table]) -> None:
         self._tables = tables
-        self._known: dict[Row, dict[tuple[str, Part, int], tuple[float, ...]]] = {}
+        self._shown: dict[Row, dict[BlockKey, tuple[float, ...]]] = {}
 
     def show(self, row: Row, blocks: Sequence[Block]) -> int:
         """Put down what a row scored on blocks; return how many examples that were."""
-        known = self._known.setdefault(row, {})
+        shown = self._shown.setdefault(row, {})
         for block in blocks:
-            known[block.key] = tuple(self._tables[block.task][row.index][list(block.examples)])
+            shown[block.key] = tuple(self._tables[block.task][row.index][list(block.examples)])
         return sum(len(block.examples) for block in blocks)
 
-    def get(self, row: Row) -> Known:
-        """Return what is known of a row."""
-        return self._known.get(row, {})
+    def get(self, row: Row) -> BlockValues:
+        """Return what was shown of a row."""
+        return self._shown.get(row, {})
 
     def missing(self, row: Row, rounds: Sequence[Round]) -> list[Round]:
         """Return the rounds that were not shown whole."""
-        known = self.get(row)
-        return [own for own in rounds if any(block.key not in known for block in own)]
+        shown = self.get(row)
+        return [blocks for blocks in rounds if any(block.key not in shown for block in blocks)]
 
     def task_values(self, row: Row, blocks: Sequence[Block]) -> tuple[float, ...]:
         """Return the values of one task's blocks, one after the other."""
-        known = self.get(row)
-        return tuple(value for block in blocks for value in known[block.key])
+        shown = self.get(row)
+        return tuple(value for block in blocks for value in shown[block.key])
 
 
 class Run:
@@ -179,7 +196,7 @@ class Run:
         self._on_hold_out = recording.values(hold_out)
         self._truth = recording.values(orders)
         self._goal = recording.objective(select)
-        info = TaskInfo(n_select, mean=True)
+        info = TaskInfo(n_select)
         cuts: dict[str, dict[str, tuple[Block, ...]]] = {"random": {}, "informed": {}}
         for task, examples in select.items():
             blocks = make_blocks(task, "select", [int(e) for e in examples], info, BLOCK_SIZE)
@@ -187,35 +204,34 @@ class Run:
             scored = [
                 dict(enumerate(row)) for row in self._tables[task][1 : recording.n_references]
             ]
-            cuts["informed"][task] = inform(blocks, scored, "select")
+            cuts["informed"][task] = telling_first(blocks, scored, "select")
         self._schedules = {
-            cut: Schedule(
+            cut: Schedule.interleaved(
+                dict.fromkeys(select, info),
                 {"select": blocks},
-                {"select": make_rounds(blocks, round_blocks=round_blocks)},
-                round_blocks,
+                round_blocks=round_blocks,
+                seed=None,
             )
             for cut, blocks in cuts.items()
         }
 
     def without(self) -> tuple[int, bool, float]:
         """Return how many examples are scored without racing, and the regret."""
-        n_select = sum(
-            len(b.examples) for own in self._schedules["random"].rounds["select"] for b in own
-        )
+        n_select = self._schedules["random"].n_examples("select")
         expected = {row: self._on_select[row.index] for row in self._candidates}
         return n_select * len(expected), False, self._regret(self._top(expected))
 
     def under(self, rule: Racing | SignedRank, cut: str) -> tuple[int, bool, float]:
         """Return how many examples a rule scores, if it loses the best, and the regret."""
-        scores, schedule = Scores(self._tables), self._schedules[cut]
-        every_block = [block for own in schedule.rounds["select"] for block in own]
+        scores = Scores(self._tables)
+        board = Scoreboard(self._schedules[cut], scores)
+        every_block = [block for blocks in board.schedule.rounds["select"] for block in blocks]
         references = [Row(i) for i in range(self._recording.n_references)]
         for row in references:
             scores.show(row, every_block)
         alone = {BASE, *(expert_name(str(g.expert)) for g in self._recording.goals.values())}
-        contest = Contest(
-            scores,
-            schedule,
+        incumbents = Incumbents(
+            board,
             self._goal,
             rule,
             base=references[self._recording.rows.index(BASE)],
@@ -223,26 +239,27 @@ class Run:
         )
         n_scored, best_full, expected = 0, -np.inf, {}
         for row in self._candidates:
-            n_scored += self._race(row, contest, scores)
-            if schedule.is_known(scores, row, "select"):
-                contest.enter(row)
+            n_scored += self._race(row, incumbents, scores)
+            outcome, stopped_after = incumbents.outcome(row)
+            if stopped_after is None:
+                incumbents.enter(TrialRecord(row.index, row).judged(self._goal, outcome))
                 expected[row] = self._on_select[row.index]
                 best_full = max(best_full, expected[row])
             else:
-                expected[row] = self._goal.scalar(contest.estimate(row)[0])
+                expected[row] = self._goal.scalar(outcome)
         top = self._top(expected)
         for row in top:
-            for own in scores.missing(row, schedule.rounds["select"]):
-                n_scored += scores.show(row, own)
+            for blocks in board.missing(row, "select"):
+                n_scored += scores.show(row, blocks)
         best = max(self._on_select[row.index] for row in self._candidates)
         return n_scored, bool(best > best_full + 1e-12), self._regret(top)
 
-    def _race(self, row: Row, contest: Contest, scores: Scores) -> int:
+    def _race(self, row: Row, incumbents: Incumbents, scores: Scores) -> int:
         n_scored = 0
-        for own in contest.rounds():
-            if n_scored and not contest.is_open and not contest.goes_on(row):
+        for blocks in incumbents.rounds():
+            if n_scored and incumbents.best is not None and not incumbents.may_win(row):
                 break
-            n_scored += scores.show(row, own)
+            n_scored += scores.show(row, blocks)
         return n_scored
 
     def _top(self, expected: Mapping[Row, float]) -> list[Row]:

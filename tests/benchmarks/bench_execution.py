@@ -25,23 +25,28 @@ import torch
 from torch import nn
 
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.execution.blocks import BlockScores, Round, make_blocks, make_rounds
+from searchmerge.execution.blocks import BlockScores, Round, make_blocks
 from searchmerge.execution.executor import Event, Executor, Finished, Scored
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
+from searchmerge.search.budget import Budget
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
-from searchmerge.search.runner import PLAN, RESULT, Budget, StudyRunner, TrialRecord
-from searchmerge.search.samplers import SamplerSetting, sampler_after
+from searchmerge.search.runner import StudyRunner
+from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
-from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
 from searchmerge.search.study import StudyDirectory
+from searchmerge.search.trials import TrialRecord, begin
 
 EXPERTS = ("math", "code", "chat")
 SPACE = SearchSpace(
     EXPERTS, [Alternative("t", "task_arithmetic", values={"coefficient": Range(0.0, 1.0)})]
 )
 INFO = TaskInfo(40)
+OBJECTIVE = Objective("mean", {task: Goal() for task in EXPERTS})
 SIGMA = 0.6
 
 
@@ -51,8 +56,7 @@ def make_schedule() -> Schedule:
         part: {task: make_blocks(task, part, examples, INFO, 4) for task in EXPERTS}
         for part, examples in (("select", range(20)), ("hold_out", range(20, 40)))
     }
-    rounds = {part: make_rounds(own, round_blocks=3, seed=0) for part, own in blocks.items()}
-    return Schedule(blocks, rounds, 1)
+    return Schedule.interleaved(dict.fromkeys(EXPERTS, INFO), blocks, round_blocks=3, seed=0)
 
 
 SCHEDULE = make_schedule()
@@ -171,7 +175,7 @@ class Clock:
     def step(self, name: str, scores: object) -> None:
         """Do nothing."""
 
-    def trial(self, record: TrialRecord) -> None:
+    def trial(self, record: TrialRecord, *, is_best: bool) -> None:
         """Note the time, the seconds that a worker was at it, and the size."""
         self.work_s += record.seconds
         self.ends.append(time.perf_counter())
@@ -199,10 +203,10 @@ def run(executor: Executor, n_trials: int) -> tuple[Clock, float, float]:
     clock = Clock()
     with directory() as opened:
         dispatcher = Dispatcher(executor, opened.scores)
-        runner = StudyRunner(opened, SPACE, SCHEDULE, dispatcher, {}, clock)
-        objective = Objective("mean", {task: Goal() for task in EXPERTS})
+        board = Scoreboard(SCHEDULE, opened.scores)
+        runner = StudyRunner(opened, SPACE, board, dispatcher, {}, clock)
         cpu, start = time.process_time(), time.perf_counter()
-        runner.run(objective, Budget(n_trials), None)
+        runner.run(OBJECTIVE, Budget(n_trials), None)
         return clock, time.perf_counter() - start, time.process_time() - cpu
 
 
@@ -254,13 +258,13 @@ def bench_throughput(quick: bool) -> None:
 def bare_optuna(n_trials: int) -> list[float]:
     """Write to the storage what a study writes, and do nothing else; return when trials ended."""
     ends = []
-    result = {"scores": dict.fromkeys(EXPERTS, 0.5), "partial": None, "merge_s": 0, "score_s": 0}
+    scores = dict.fromkeys(EXPERTS, 0.5)
     with directory() as opened:
         for _ in range(n_trials):
             trial = opened.study.ask()
             plan = SPACE.suggest(trial)
-            trial.set_user_attr(PLAN, plan.to_dict())
-            trial.set_user_attr(RESULT, result)
+            begin(trial, plan)
+            TrialRecord.of(trial, plan).judged(OBJECTIVE, scores).write(trial)
             opened.study.tell(trial, 0.5)
             ends.append(time.perf_counter())
     return ends

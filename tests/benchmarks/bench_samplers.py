@@ -20,7 +20,7 @@ import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
 
-from searchmerge.search.async_cma import AsyncCmaSampler
+from searchmerge.search.samplers.async_cma import AsyncCmaSampler
 
 LOW, HIGH = 0.0, 2.0
 BEST = 0.7  # every coordinate of the optimum

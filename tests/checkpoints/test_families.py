@@ -251,6 +251,6 @@ def test_a_worker_merges_into_the_resident_model_exactly(kind, save, tmp_path):
     worker = assemble.make_worker(study, open_models(study), config)
     schedule = assemble.make_schedule(study, worker.tasks())
     plan = MergePlan(method="linear", experts=("a",), values={"coefficient": ((1.0,),)})
-    list(worker.score(plan, [tuple(schedule.blocks["survey"]["t"])]))
+    list(worker.score(plan, [tuple(schedule.blocks["pilot"]["t"])]))
     found = torch.load(tmp_path / "logits.pt")
     assert torch.allclose(found, _logits(_loaded(expert, kind)), atol=1e-5)

@@ -157,7 +157,7 @@ def test_the_resident_model_scores_with_the_added_tokens(save, tmp_path):
     config = RunConfig.model_validate({"device": "cpu", "engine": "eager"})
     worker = assemble.make_worker(study, opened, config)
     schedule = assemble.make_schedule(study, worker.tasks())
-    (result,) = worker.score(_plan(["chat"], [1.0]), schedule.rounds["survey"])
+    (result,) = worker.score(_plan(["chat"], [1.0]), schedule.rounds["pilot"])
     (block,) = result.scores
     texts = [
         json.loads(line)["text"] for line in (tmp_path / "text.jsonl").read_text().splitlines()

@@ -110,7 +110,7 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
     for plan, folder in (("base", "base"), ("expert second", "second")):
         weights = load_file(tmp_path / folder / "model.safetensors")
         weight = weights["model.layers.0.mlp.up_proj.weight"].flatten()
-        for result in worker.score(plans[plan], schedule.rounds["survey"]):
+        for result in worker.score(plans[plan], schedule.rounds["pilot"]):
             for scores in result.scores:
                 expected = [float(weight[example]) for example in scores.block.examples]
                 assert scores.values == pytest.approx(expected, abs=1e-6)

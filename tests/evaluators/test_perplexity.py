@@ -11,6 +11,7 @@ from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.perplexity import Perplexity, TextTask, text_windows
 from searchmerge.evaluators.rows import DataSource
+from searchmerge.evaluators.score_kind import Mean
 from searchmerge.fingerprint import fingerprint
 from searchmerge.models import open_models
 from searchmerge.run import run_study
@@ -66,7 +67,7 @@ def test_scores_do_not_depend_on_what_else_is_scored(folder):
     own, model = evaluator(folder), tiny_model("llama")
     together = own.score(model, "t", [3, 0, 2])
     assert [own.score(model, "t", [i])[0] for i in (3, 0, 2)] == pytest.approx(together, abs=1e-5)
-    assert own.tasks["t"].mean
+    assert own.tasks["t"].kind == Mean()
     assert own.tasks["t"].n_examples == 4
 
 

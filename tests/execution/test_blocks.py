@@ -7,23 +7,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples
+from searchmerge.evaluators.evaluator import Member, TaskInfo
+from searchmerge.evaluators.score_kind import Whole
+from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples, telling_first
 
 
 @given(st.integers(2, 300), st.integers(0, 5), st.data())
 def test_no_example_is_in_both_parts(n_examples, seed, data):
     select = data.draw(st.integers(1, n_examples - 1))
-    parts = split_examples("t", n_examples, seed=seed, select=select, hold_out=None)
+    parts = split_examples("t", TaskInfo(n_examples), seed=seed, select=select, hold_out=None)
     assert len(parts["select"]) == select
     assert sorted(parts["select"] + parts["hold_out"]) == list(range(n_examples))
-    assert parts == split_examples("t", n_examples, seed=seed, select=select, hold_out=None)
+    info = TaskInfo(n_examples)
+    assert parts == split_examples("t", info, seed=seed, select=select, hold_out=None)
 
 
 @pytest.mark.parametrize(("select", "hold_out"), [(0, 5), (5, 0), (10, None), (6, 5)])
 def test_parts_that_are_empty_or_too_large_are_refused(select, hold_out):
     with pytest.raises(SpecError, match=r"tasks\.t: select \d+ and hold_out \d+ were asked for"):
-        split_examples("t", 10, seed=0, select=select, hold_out=hold_out)
+        split_examples("t", TaskInfo(10), seed=0, select=select, hold_out=hold_out)
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 7))
@@ -40,10 +42,54 @@ def test_rounds_hold_every_block_once_and_every_task_in_proportion(n_a, n_b, rou
     for round_ in rounds:
         done.update(block.task for block in round_)
         shares = [done[task] / len(blocks[task]) for task in blocks]
-        slack = (round_blocks + 1) / min(len(own) for own in blocks.values())
+        slack = (round_blocks + 1) / min(map(len, blocks.values()))
         assert abs(shares[0] - shares[1]) <= slack
 
 
 def test_a_score_that_is_no_mean_is_one_block():
-    [block] = make_blocks("t", "select", range(50), TaskInfo(50, mean=False), 8)
+    [block] = make_blocks("t", "select", range(50), TaskInfo(50, kind=Whole()), 8)
     assert block.examples == tuple(range(50))
+
+
+def test_examples_on_which_plans_differ_most_come_first():
+    blocks = make_blocks("t", "pilot", range(10), TaskInfo(10), 4)
+    scored = [{e: float(e in wrong) for e in range(10)} for wrong in ((7, 2), (7,), (7, 2), (9,))]
+    cut = telling_first(blocks, scored, "select")
+    assert [block.examples for block in cut] == [(2, 7, 9, 0), (1, 3, 4, 5), (6, 8)]
+    assert {block.part for block in cut} == {"select"}
+
+
+def test_where_no_plan_was_scored_examples_keep_their_order():
+    blocks = make_blocks("t", "pilot", (3, 1, 2), TaskInfo(3), 2)
+    assert [b.examples for b in telling_first(blocks, [], "select")] == [(3, 1), (2,)]
+
+
+GROUP = TaskInfo(
+    500, members=(Member("a", 300, 0.5), Member("b", 50, 0.25), Member("c", 150, 0.25))
+)
+
+
+@given(select=st.integers(1, 150), hold_out=st.integers(1, 50), seed=st.integers(0, 5))
+def test_members_of_a_group_are_drawn_in_proportion_to_their_weights(select, hold_out, seed):
+    parts = split_examples("t", GROUP, seed=seed, select=select, hold_out=hold_out)
+    assert not set(parts["select"]) & set(parts["hold_out"])
+    for part, total in (("select", select), ("hold_out", hold_out)):
+        examples = parts[part]
+        assert len(set(examples)) == len(examples) == total
+        of_a = sum(example < 300 for example in examples)
+        of_b = sum(300 <= example < 350 for example in examples)
+        assert abs(of_a - total * 0.5) <= 1.5 and abs(of_b - total * 0.25) <= 1.5
+
+
+def test_a_group_has_as_many_examples_as_its_weights_allow():
+    parts = split_examples("t", GROUP, seed=0, select=None, hold_out=None)
+    assert [len(examples) for examples in parts.values()] == [100, 100]
+    with pytest.raises(SpecError, match="the task has 200 examples, counted in proportion to its"):
+        split_examples("t", GROUP, seed=0, select=150, hold_out=51)
+
+
+def test_every_beginning_of_a_part_holds_all_members():
+    parts = split_examples("t", GROUP, seed=3, select=80, hold_out=80)
+    beginning = parts["select"][:40]
+    assert any(e < 300 for e in beginning) and any(e >= 350 for e in beginning)
+    assert any(300 <= e < 350 for e in beginning)

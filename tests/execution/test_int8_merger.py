@@ -127,7 +127,7 @@ def test_the_same_plan_scores_the_same_after_others(read, tmp_path):
         scoring="int8", dtype="bfloat16", tasks=texts, exclude=[r"layers\.0\.mlp\.up_proj"]
     )
     worker = assemble.make_worker(study, open_models(study), CONFIG)
-    rounds = assemble.make_schedule(study, worker.tasks()).rounds["survey"]
+    rounds = assemble.make_schedule(study, worker.tasks()).rounds["pilot"]
     plans = reference_plans(study.experts)
     first = [result.scores for result in worker.score(plans["average"], rounds)]
     list(worker.score(plans["expert first"], rounds))

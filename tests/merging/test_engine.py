@@ -1,6 +1,5 @@
 """Arithmetic runs compiled or chunk by chunk, and falls back where compiling fails."""
 
-import itertools
 import logging
 import os
 import subprocess
@@ -9,18 +8,9 @@ import sys
 import pytest
 import torch
 
-from searchmerge.merging.election import merge_elected, undecided_rows
 from searchmerge.merging.engine import CHUNK, Engine, Operands
 from searchmerge.merging.kernels import (
     Chunk,
-    add_scaled,
-    add_up,
-    exact_sum,
-    is_at_least,
-    is_positive,
-    is_zero,
-    keep_at_least,
-    signed,
     weighted_sum,
 )
 
@@ -103,45 +93,3 @@ def test_auto_compiles_on_a_gpu_only():
     assert not Engine("auto").is_compiled(torch.device("cpu"))
     assert Engine("auto").is_compiled(torch.device("cuda"))
     assert not Engine("eager").is_compiled(torch.device("cuda"))
-
-
-@pytest.mark.parametrize("threshold", [0.0, 1e-45, 0.5, 1.0, 3.4e38])
-def test_trimming_keeps_what_is_at_the_threshold(threshold):
-    numbers = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 0.5, -0.5, 1.0, -1.0, -3.4e38])
-    expected = torch.where(numbers.abs() >= threshold, numbers, 0.0)
-    assert torch.equal(keep_at_least(numbers.clone(), torch.tensor(threshold)), expected)
-
-
-ODD = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 0.3, -0.3, 1.0, -1.0, 1.5, -(2.0**24), 1e30, -1e30]
-
-
-@pytest.mark.parametrize("aggregate", ["mean", "sum"])
-@pytest.mark.parametrize("majority", [1.0, -1.0])
-def test_compiled_elections_equal_eager_ones_to_the_bit(majority, aggregate):
-    columns = torch.tensor(list(itertools.product(ODD, repeat=3))).T
-    rows = [[0.5, 1.0, -2.0], *undecided_rows(majority, 3)]
-    own = Operands(torch.zeros(columns.shape[1]), tuple(columns), torch.tensor(rows))
-
-    def elect(chunk: Chunk):
-        merged, tally = merge_elected(
-            list(chunk.deltas), chunk.scalars[0], chunk.scalars[1:3], aggregate
-        )
-        return merged, merged * 0 + tally[0], merged * 0 + tally[1]
-
-    eager, compiled = (Engine(kind).compute(elect, own) for kind in ("eager", "compiled"))
-    for one, other in zip(eager, compiled, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_the_small_operations_are_what_they_say():
-    numbers = torch.tensor([0.0, 2.0, -3.0])
-    assert add_scaled(numbers.clone(), numbers, torch.tensor(2.0)).tolist() == [0, 6, -9]
-    assert add_up([numbers]).tolist() == [0, 2, -3]
-    assert add_up([numbers] * 3).tolist() == [0, 6, -9]
-    assert is_zero(numbers).tolist() == [1, 0, 0]
-    assert is_positive(numbers.abs()).tolist() == [0, 1, 1]
-    assert is_at_least(numbers, 0.0).tolist() == [1, 1, 0]
-    assert is_at_least(numbers, torch.tensor(2.0)).tolist() == [0, 1, 0]
-    assert signed(torch.tensor([5.0, 6.0, 7.0]), numbers).tolist() == [0, 6, -7]
-    assert exact_sum(numbers) == -1
-    assert numbers.tolist() == [0, 2, -3]

@@ -1,16 +1,21 @@
+from dataclasses import replace
+
 import pytest
 
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples
+from searchmerge.execution.blocks import make_blocks, split_examples
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
+from searchmerge.search.budget import Budget
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.references import reference_plans
-from searchmerge.search.runner import Budget, StudyRunner
-from searchmerge.search.samplers import SamplerSetting, sampler_after
+from searchmerge.search.runner import StudyRunner
+from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
-from searchmerge.search.space import Alternative, Range, SearchSpace
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
 from searchmerge.search.study import StudyDirectory
 from tests.toy import EXPERTS, ToyEvaluator, ToyMerger, ToyModel
 
@@ -24,7 +29,7 @@ class Recorder:
     """An observer that keeps what it sees, and may interrupt."""
 
     def __init__(self, interrupt_at=None):
-        self.trials, self.steps, self.phases = [], [], []
+        self.trials, self.told, self.steps, self.phases = [], [], [], []
         self._interrupt_at = interrupt_at
 
     def phase(self, title, total, done=0):
@@ -33,28 +38,47 @@ class Recorder:
     def step(self, name, scores):
         self.steps.append(name)
 
-    def trial(self, record):
+    def trial(self, record, *, is_best):
         self.trials.append(record)
+        self.told.append((record, is_best))
         if len(self.trials) == self._interrupt_at:
             raise KeyboardInterrupt
 
 
-def toy_schedule(n_examples=40, mean=True):
-    info = TaskInfo(n_examples, mean=mean)
+def toy_schedule(n_examples=40):
+    info = TaskInfo(n_examples)
     blocks = {"select": {}, "hold_out": {}}
     for task in EXPERTS:
-        parts = split_examples(task, n_examples, seed=0, select=None, hold_out=None)
+        parts = split_examples(task, TaskInfo(n_examples), seed=0, select=None, hold_out=None)
         for part, examples in parts.items():
             blocks[part][task] = make_blocks(task, part, examples, info, 4)
-    rounds = {p: make_rounds(b, round_blocks=3, seed=0) for p, b in blocks.items()}
-    return Schedule(blocks, rounds, 3)
+    return Schedule.interleaved(dict.fromkeys(EXPERTS, info), blocks, round_blocks=3, seed=0)
+
+
+def pilot_schedule():
+    """Return the schedule before the references have decided what ``select`` is."""
+    schedule = toy_schedule()
+    pilot = {
+        task: [replace(block, part="pilot") for block in blocks]
+        for task, blocks in schedule.blocks["select"].items()
+    }
+    blocks = {"pilot": pilot, "hold_out": schedule.blocks["hold_out"]}
+    return Schedule.interleaved(schedule.tasks, blocks, round_blocks=3, seed=0)
 
 
 class Toy:
     """One run of a toy study in a directory."""
 
     def __init__(
-        self, run_dir, sampler="random", evaluator=None, space=SPACE, spec=None, n_objectives=1
+        self,
+        run_dir,
+        sampler="random",
+        evaluator=None,
+        space=SPACE,
+        spec=None,
+        n_objectives=1,
+        schedule=None,
+        storage=None,
     ):
         self.evaluator = evaluator or ToyEvaluator()
         self.model = ToyModel()
@@ -67,8 +91,9 @@ class Toy:
             spec=spec or {"space": space.describe()},
             sampler=sampler_after(sampler, setting),
             n_objectives=n_objectives,
+            storage=storage,
         )
-        self.schedule = toy_schedule()
+        self.board = Scoreboard(schedule or toy_schedule(), self.directory.scores)
         self.executor = InProcessExecutor(worker)
         self.objective = Objective("mean", {task: Goal() for task in EXPERTS})
         self.space = space
@@ -78,7 +103,7 @@ class Toy:
         return StudyRunner(
             self.directory,
             self.space,
-            self.schedule,
+            self.board,
             Dispatcher(self.executor, self.directory.scores),
             reference_plans(EXPERTS) if references is None else references,
             self.observer,
@@ -96,4 +121,9 @@ class Toy:
 @pytest.fixture
 def toy(tmp_path):
     """Make toy studies in the same directory, one after the other."""
-    return lambda **options: Toy(tmp_path, **options)
+
+    def make(run_dir="", **options):
+        (tmp_path / run_dir).mkdir(exist_ok=True)
+        return Toy(tmp_path / run_dir, **options)
+
+    return make

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from searchmerge.errors import StudyError
-from searchmerge.search.confirm import confirm
+from searchmerge.evaluators.score_kind import Mean, OfRecords, Whole
+from searchmerge.search.confirm import Bootstrap, confirm
 from searchmerge.search.objective import Goal, Objective
 
 GOALS = {"a": Goal(expert="a"), "b": Goal(weight=3.0, expert="b")}
+MEANS = dict.fromkeys(GOALS, Mean())
 OWN = {"a": "expert a", "b": "expert b"}
 
 
@@ -21,12 +22,11 @@ def values(seed, gain):
     return {name: {t: accuracies(rng, p) for t in GOALS} for name, p in plans.items()}
 
 
-def run(data, kind="normalised"):
+def run(data, kind="normalised", kinds=MEANS):
     candidates = [name for name in data if name.startswith("trial")]
-    own = OWN if kind == "normalised" else {}
-    return confirm(
-        data, candidates, Objective(kind, GOALS), own, level=0.95, n_resamples=400, seed=0
-    )
+    experts = OWN if kind == "normalised" else {}
+    bootstrap = Bootstrap(level=0.95, n_resamples=400, seed=0)
+    return confirm(data, candidates, kinds, Objective(kind, GOALS), experts, bootstrap)
 
 
 def test_a_clear_winner_is_called_better_and_a_clear_loser_worse():
@@ -59,8 +59,8 @@ def test_a_score_that_is_no_mean_has_an_interval_where_examples_have_records():
         return data
 
     def judge(data):
-        options = {"level": 0.95, "n_resamples": 400, "seed": 0, "aggregates": {"b": geometric}}
-        return confirm(data, ["trial 1"], Objective("mean", GOALS), {}, **options)
+        kinds = {"a": Mean(), "b": OfRecords(geometric)}
+        return run({n: p for n, p in data.items() if n != "trial 2"}, "mean", kinds)
 
     better = judge(recorded(0, 0.3))
     assert "is better than the best baseline" in better.verdict
@@ -69,36 +69,42 @@ def test_a_score_that_is_no_mean_has_an_interval_where_examples_have_records():
     assert better.objective["trial 1"].value == pytest.approx(
         (np.mean(exact["a"]) + 3 * geometric(recorded(0, 0.3)["trial 1"]["b"])) / 4
     )
-    # what an earlier version has kept of a plan is the score alone
-    old = recorded(0, 0.3)
-    old["base"]["b"] = (0.4,)
-    assert "No interval can be given: of b there is one number" in judge(old).verdict
+
+
+def test_of_a_score_that_is_one_number_no_interval_is_given():
+    data = values(0, 0.3)
+    for plan in data.values():
+        plan["b"] = (float(np.mean(plan["b"])),)
+    told = run(data, "mean", {"a": Mean(), "b": Whole()})
+    assert told.single == ("b",)
+    assert "No interval can be given: of b there is one number" in told.verdict
+    assert told.objective["base"].low < told.objective["base"].high  # of a alone
 
 
 def test_equal_plans_differ_by_exactly_nothing():
     data = values(1, 0.0)
     data["trial 1"] = data["expert b"]
-    found = run({name: data[name] for name in ("base", "expert a", "expert b", "trial 1")})
-    assert found.gain.value <= 0
-    assert found.objective["trial 1"] == found.objective["expert b"]
+    told = run({name: data[name] for name in ("base", "expert a", "expert b", "trial 1")})
+    assert told.gain.value <= 0
+    assert told.objective["trial 1"] == told.objective["expert b"]
 
 
-def test_the_objective_is_what_its_name_says():
-    scores = {"a": 0.3, "b": 0.9}
-    references = {"a": 0.6, "b": 0.6}
-    assert Objective("mean", GOALS).scalar(scores) == pytest.approx((0.3 + 3 * 0.9) / 4)
-    found = Objective("normalised", GOALS).referring_to(references)
-    assert found.scalar(scores) == pytest.approx((0.5 + 3 * 1.5) / 4)
-    assert Objective("worst", GOALS, references).values(scores) == pytest.approx((0.5,))
-    assert Objective("tasks", GOALS, references).values(scores) == pytest.approx((0.5, 1.5))
-
-
-def test_negative_scores_are_normalised_so_that_higher_stays_better():
-    objective = Objective("normalised", {"a": Goal(expert="a")}, {"a": -2.0})
-    assert objective.scalar({"a": -2.0}) == 1.0
-    assert objective.scalar({"a": -1.0}) > 1.0 > objective.scalar({"a": -3.0})
-
-
-def test_an_own_expert_that_scores_nothing_normalises_nothing():
-    with pytest.raises(StudyError, match=r"tasks\.a: its own expert 'a' scores 0"):
-        Objective("normalised", GOALS).referring_to({"a": 0.0, "b": 0.5})
+def test_intervals_are_those_of_a_bootstrap_written_out():
+    data, n_resamples = values(3, 0.1), 400
+    told = run(data)
+    generator = np.random.default_rng(0)
+    drawn = {}
+    for task in GOALS:
+        counts = generator.multinomial(200, [1 / 200] * 200, n_resamples)
+        drawn[task] = {name: counts @ np.array(plan[task]) / 200 for name, plan in data.items()}
+    objective = {
+        name: (drawn["a"][name] / drawn["a"]["expert a"]
+               + 3 * drawn["b"][name] / drawn["b"]["expert b"]) / 4
+        for name in data
+    }  # fmt: skip
+    for name, interval in told.objective.items():
+        expected = np.quantile(objective[name], [0.025, 0.975])
+        assert [interval.low, interval.high] == pytest.approx(list(expected))
+    gains = objective[told.winner] - objective[told.best_reference]
+    expected = np.quantile(gains, [0.0125, 0.9875])  # two candidates
+    assert [told.gain.low, told.gain.high] == pytest.approx(list(expected))

@@ -58,7 +58,7 @@ def dispatch(tmp_path):
 
     def dispatch(*script, n_jobs=1):
         executor = Scripted(script)
-        source = ListSource([Job(f"job {i}", plan(i), ROUNDS) for i in range(n_jobs)])
+        source = ListSource([Job(f"job {i}", plan(i), ROUNDS, None) for i in range(n_jobs)])
         Dispatcher(executor, store).run(source)
         return executor, source
 

@@ -6,36 +6,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.score_kind import Whole
 from searchmerge.execution.blocks import make_blocks
 from searchmerge.search.objective import Constraint, Goal, Objective
-from searchmerge.search.racing import Racing, Rival, outlook_of, predict
+from searchmerge.search.racing import PlanScores, Racing, incumbent_of, predict
+from searchmerge.search.schedule import Schedule
+from searchmerge.search.trials import TrialRecord
 
 N = 64
-BLOCKS = {
-    task: make_blocks(task, "select", range(N), TaskInfo(N, mean=True), 8) for task in ("a", "b")
-}
+
+
+def places(**infos):
+    """Return where the observations of blocks of 8 stand."""
+    blocks = {task: make_blocks(task, "select", range(N), info, 8) for task, info in infos.items()}
+    schedule = Schedule.interleaved(infos, {"select": blocks}, round_blocks=1, seed=None)
+    return schedule.places("select")
+
+
+PLACES = places(a=TaskInfo(N), b=TaskInfo(N))
 GOALS = {"a": Goal(1.0, "A"), "b": Goal(2.0, "B")}
 
 
-def known(values, n_blocks=8):
-    """Return the first blocks of each task, from task name to 64 values."""
+def first(values, n_blocks=8):
+    """Return what is observed on the first blocks of each task, from task name to 64 values."""
     return {
-        block.key: tuple(values[task][e] for e in block.examples)
-        for task, own in BLOCKS.items()
-        for block in own[:n_blocks]
+        key: tuple(values[task][place])
+        for task, blocks in PLACES.items()
+        for key, place in list(blocks.items())[:n_blocks]
     }
 
 
-def rival(values):
-    arrays = {task: np.array(own) for task, own in values.items()}
-    return Rival({task: float(own.mean()) for task, own in arrays.items()}, arrays)
+def scored(values):
+    arrays = {task: np.array(numbers) for task, numbers in values.items()}
+    return PlanScores({task: float(array.mean()) for task, array in arrays.items()}, arrays)
 
 
-def stops(racing, goal, candidate, rivals, base=None, blocks=BLOCKS, pool=()):
+def stops(racing, goal, candidate, plans, base=None, places=PLACES, pool=()):
     """Return whether a candidate is stopped; the pool tells how much plans differ."""
-    paired = [(one, outlook_of([*pool, *rivals], one)) for one in rivals]
-    below = (base, outlook_of([*pool, *rivals], base)) if base else None
-    return racing.stops(goal, blocks, candidate, paired, below)
+    incumbents = [incumbent_of(plan, [*pool, *plans]) for plan in plans]
+    below = incumbent_of(base, [*pool, *plans]) if base else None
+    return racing.stops(goal, places, candidate, incumbents, below)
 
 
 def flips(share, seed=0):
@@ -51,8 +61,8 @@ WORSE = {"a": flips(0.4, 1), "b": flips(0.35, 2)}  # wrong wherever GOOD is wron
 MIXED = {"a": flips(0.5, 1), "b": flips(0.97, 2)}
 
 POOL = [
-    rival({"a": flips(0.7, 1), "b": flips(0.6, 2)}),
-    rival({"a": flips(0.75, 1), "b": flips(0.65, 2)}),
+    scored({"a": flips(0.7, 1), "b": flips(0.6, 2)}),
+    scored({"a": flips(0.75, 1), "b": flips(0.65, 2)}),
 ]
 
 
@@ -62,77 +72,78 @@ def test_a_worse_candidate_is_stopped_before_its_end_and_a_better_one_never(kind
     stopped_at = [
         n
         for n in range(1, 9)
-        if stops(racing, objective(kind), known(WORSE, n), [rival(GOOD)], pool=POOL)
+        if stops(racing, objective(kind), first(WORSE, n), [scored(GOOD)], pool=POOL)
     ]
     assert stopped_at
     assert 3 <= min(stopped_at) <= 5
     for n in range(1, 9):
-        assert not stops(racing, objective(kind), known(GOOD, n), [rival(WORSE)], pool=POOL)
-        assert not stops(racing, objective(kind), known(GOOD, n), [rival(GOOD)], pool=POOL)
+        assert not stops(racing, objective(kind), first(GOOD, n), [scored(WORSE)], pool=POOL)
+        assert not stops(racing, objective(kind), first(GOOD, n), [scored(GOOD)], pool=POOL)
 
 
 def test_with_several_objectives_only_a_dominated_candidate_is_stopped():
     racing = Racing(collapse_margin=10.0)
-    front = [rival(GOOD), rival(MIXED)]
-    assert not stops(racing, objective("tasks"), known(MIXED, 6), [rival(GOOD)], pool=POOL)
-    assert stops(racing, objective("tasks"), known(WORSE, 6), front, pool=POOL)
-    assert stops(racing, objective("worst"), known(MIXED, 6), [rival(GOOD)], pool=POOL)
+    front = [scored(GOOD), scored(MIXED)]
+    assert not stops(racing, objective("tasks"), first(MIXED, 6), [scored(GOOD)], pool=POOL)
+    assert stops(racing, objective("tasks"), first(WORSE, 6), front, pool=POOL)
+    assert stops(racing, objective("worst"), first(MIXED, 6), [scored(GOOD)], pool=POOL)
 
 
 def test_a_candidate_that_breaks_a_constraint_is_stopped_though_its_mean_is_higher():
     racing = Racing(collapse_margin=10.0)
     bound = Constraint("a", "expert", 0.9)
     free, bounded = objective("mean"), objective("mean", constraints=(bound,))
-    assert not stops(racing, free, known(MIXED, 6), [rival(GOOD)], pool=POOL)
-    assert stops(racing, bounded, known(MIXED, 6), [rival(GOOD)], pool=POOL)
+    assert not stops(racing, free, first(MIXED, 6), [scored(GOOD)], pool=POOL)
+    assert stops(racing, bounded, first(MIXED, 6), [scored(GOOD)], pool=POOL)
     # where the best breaks it too, breaking it is no reason
-    assert not stops(racing, bounded, known(MIXED, 6), [rival(MIXED)], pool=POOL)
+    assert not stops(racing, bounded, first(MIXED, 6), [scored(MIXED)], pool=POOL)
 
 
 def test_a_collapsed_candidate_is_stopped_on_its_first_blocks():
-    base = rival({"a": flips(0.6, 1), "b": flips(0.6, 2)})
+    base = scored({"a": flips(0.6, 1), "b": flips(0.6, 2)})
     collapsed = {"a": [0.0] * N, "b": [0.0] * N}
     racing = Racing(min_blocks=100, collapse_margin=0.1)
-    assert stops(racing, objective("mean"), known(collapsed, 2), [], base, pool=POOL)
-    assert not stops(racing, objective("mean"), known(GOOD, 2), [], base, pool=POOL)
+    assert stops(racing, objective("mean"), first(collapsed, 2), [], base, pool=POOL)
+    assert not stops(racing, objective("mean"), first(GOOD, 2), [], base, pool=POOL)
     lenient = Racing(min_blocks=100, collapse_margin=2.0)
-    assert not stops(lenient, objective("mean"), known(collapsed, 8), [], base, pool=POOL)
+    assert not stops(lenient, objective("mean"), first(collapsed, 8), [], base, pool=POOL)
 
 
 def test_what_is_not_seen_is_predicted_from_plans_that_did_alike():
     """Examples 0 to 7 of a, seen, go with the last 8 of b in every other plan that fails there."""
     right = {task: [1.0] * N for task in "ab"}
     fails = {"a": [0.0] * 8 + [1.0] * (N - 8), "b": [1.0] * (N - 8) + [0.0] * 8}
-    best = rival(right)
-    others = [rival(fails), rival({**right, "a": right["a"][:-8] + [0.0] * 8})]
+    best = scored(right)
+    others = [scored(fails), scored({**right, "a": right["a"][:-8] + [0.0] * 8})]
     seen = {
         key: values
-        for key, values in known(right, 8).items()
+        for key, values in first(right, 8).items()
         if key in (("a", "select", 0), ("b", "select", 0))
     }
     failing = {**seen, ("a", "select", 0): (0.0,) * 8}
-    outlook = outlook_of(others, best)
-    at_b = [predict(BLOCKS, own, best, outlook).scores["b"] for own in (seen, failing)]
+    incumbent = incumbent_of(best, others)
+    at_b = [predict(PLACES, observed, incumbent).scores["b"] for observed in (seen, failing)]
     assert at_b[0] == 1.0
     assert 1 - 8 / N <= at_b[1] < 1 - 4 / N
 
 
 def test_nothing_is_decided_while_nothing_is_known_of_a_task():
-    seen = {key: values for key, values in known(WORSE, 8).items() if key[0] == "a"}
+    seen = {key: values for key, values in first(WORSE, 8).items() if key[0] == "a"}
     racing = Racing(min_blocks=2)
-    assert not stops(racing, objective("normalised"), seen, [rival(GOOD)], rival(GOOD), pool=POOL)
-    assert stops(racing, objective("worst"), seen, [rival(GOOD)], pool=POOL)
+    assert not stops(
+        racing, objective("normalised"), seen, [scored(GOOD)], scored(GOOD), pool=POOL
+    )
+    assert stops(racing, objective("worst"), seen, [scored(GOOD)], pool=POOL)
 
 
 def test_a_score_that_is_no_mean_counts_once_it_is_known():
-    info = TaskInfo(N, mean=False)
-    blocks = {**BLOCKS, "b": make_blocks("b", "select", range(N), info, 8)}
-    whole = blocks["b"][0].key
-    best = Rival({"a": 0.5, "b": 0.9}, {"a": np.array(GOOD["a"]), "b": np.array([0.9])})
-    candidate = {**{k: v for k, v in known(GOOD, 4).items() if k[0] == "a"}, whole: (0.2,)}
-    predicted = predict(blocks, candidate, best, outlook_of([], best))
+    both = places(a=TaskInfo(N), b=TaskInfo(N, kind=Whole()))
+    [whole] = both["b"]
+    best = PlanScores({"a": 0.5, "b": 0.9}, {"a": np.array(GOOD["a"]), "b": np.array([0.9])})
+    candidate = {**{k: v for k, v in first(GOOD, 4).items() if k[0] == "a"}, whole: (0.2,)}
+    predicted = predict(both, candidate, incumbent_of(best, []))
     assert predicted.upper(1.6)["b"] == predicted.scores["b"] == pytest.approx(0.2)
-    assert stops(Racing(min_blocks=2), objective("mean"), candidate, [best], blocks=blocks)
+    assert stops(Racing(min_blocks=2), objective("mean"), candidate, [best], places=both)
 
 
 @settings(max_examples=200, deadline=None)
@@ -145,15 +156,18 @@ def test_once_all_is_known_the_prediction_is_the_score_and_the_decision_is_right
     seed, kind, p_threshold
 ):
     generator = np.random.default_rng(seed)
-    draws = [{t: list(generator.integers(0, 2, N) * 1.0) for t in BLOCKS} for _ in range(2)]
-    candidate, best = (rival(values) for values in draws)
-    predicted = predict(BLOCKS, known(draws[0]), best, outlook_of([candidate], best))
+    draws = [{t: list(generator.integers(0, 2, N) * 1.0) for t in PLACES} for _ in range(2)]
+    candidate, best = (scored(values) for values in draws)
+    predicted = predict(PLACES, first(draws[0]), incumbent_of(best, [candidate]))
     assert predicted.scores == pytest.approx(candidate.scores)
     assert not predicted.covariance.any()
     goal = objective(kind)
-    stopped = stops(Racing(p_threshold, 2, 10.0), goal, known(draws[0]), [best])
+    stopped = stops(Racing(p_threshold, 2, 10.0), goal, first(draws[0]), [best])
     if kind == "tasks":
-        assert stopped == goal.dominates(best.scores, candidate.scores)
+        theirs, mine = (
+            TrialRecord(0, None).judged(goal, plan.scores) for plan in (best, candidate)
+        )
+        assert stopped == theirs.dominates(mine)
     elif abs(goal.scalar(candidate.scores) - goal.scalar(best.scores)) > 1e-9:
         assert stopped == (goal.scalar(candidate.scores) < goal.scalar(best.scores))
 
@@ -169,19 +183,19 @@ def test_a_candidate_as_good_as_the_best_is_seldom_stopped():
         right = 0.7 * difficulty + 0.3 * noise < 0.6
         return {task: list(right[i] * 1.0) for i, task in enumerate("ab")}
 
-    pool = [rival(draw()) for _ in range(12)]
-    squares = outlook_of(pool, pool[0]).squares
-    order = {task: np.argsort(-own, kind="stable") for task, own in squares.items()}
+    pool = [scored(draw()) for _ in range(12)]
+    squares = incumbent_of(pool[0], pool).prior.squares
+    order = {task: np.argsort(-expected, kind="stable") for task, expected in squares.items()}
     lost = n_candidates = 0
     while n_candidates < 400:
         best, candidate = (
-            {task: [own[e] for e in order[task]] for task, own in draw().items()} for _ in range(2)
+            {t: [values[e] for e in order[t]] for t, values in draw().items()} for _ in range(2)
         )
-        if goal.scalar(rival(candidate).scores) < goal.scalar(rival(best).scores):
+        if goal.scalar(scored(candidate).scores) < goal.scalar(scored(best).scores):
             continue
         n_candidates += 1
         lost += any(
-            stops(Racing(), goal, known(candidate, n), [rival(best)], pool=pool)
+            stops(Racing(), goal, first(candidate, n), [scored(best)], pool=pool)
             for n in range(1, 9)
         )
     assert lost <= 0.05 * 400

@@ -1,21 +1,15 @@
 """The whole of a study without models, in one process."""
 
-from dataclasses import replace
-
 import pytest
 from optuna.trial import TrialState
 
-from searchmerge.errors import SpecError, StudyError
-from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.execution.blocks import inform, make_blocks, make_rounds
-from searchmerge.search.candidates import best_of, candidates, front_of
-from searchmerge.search.objective import Constraint, Objective
+from searchmerge.errors import StudyError
+from searchmerge.search.objective import Objective
 from searchmerge.search.racing import Racing
-from searchmerge.search.runner import RESULT
-from searchmerge.search.schedule import Schedule
-from searchmerge.search.space import Alternative, Range, SearchSpace
-from searchmerge.search.warm_start import warm_start_params
-from tests.search.conftest import Recorder
+from searchmerge.search.references import reference_plans
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
+from tests.search.conftest import Recorder, pilot_schedule
 from tests.toy import EXPERTS, ToyEvaluator
 
 
@@ -58,30 +52,6 @@ def test_a_resumed_study_proposes_nothing_twice(toy, sampler):
     assert len(set(asked)) == 14
 
 
-def test_a_trial_that_was_running_keeps_its_number_params_and_scores(toy):
-    class Dies(ToyEvaluator):
-        def score(self, model, task, examples):
-            if len(self.scored) == 100:
-                raise KeyboardInterrupt
-            return super().score(model, task, examples)
-
-    with pytest.raises(KeyboardInterrupt):
-        toy(evaluator=Dies()).run(10)
-    first = toy()
-    [running] = first.directory.trials(TrialState.RUNNING)
-    known = set(first.directory.scores.get(first.space.plan(running.params)))
-    trials = first.run(10)
-    assert trials[running.number].params == running.params
-    assert trials[running.number].state == TrialState.COMPLETE
-    again = [
-        examples
-        for coefficients, _, examples in first.evaluator.scored
-        if coefficients == tuple(running.params.values())
-    ]
-    assert known
-    assert len(again) == 15 - len(known)
-
-
 def test_a_plan_that_was_scored_costs_nothing(toy):
     first = toy()
     first.run(10)
@@ -92,38 +62,10 @@ def test_a_plan_that_was_scored_costs_nothing(toy):
     assert second.evaluator.scored == []
 
 
-def test_a_candidate_that_cannot_be_scored_fails_alone(toy):
-    evaluator = ToyEvaluator(fails=lambda c: c == (0.0, 1.0, 0.0))
-    study = toy(evaluator=evaluator)
-    trials = study.run(8)
-    assert [t.state.name for t in trials].count("FAIL") == 1
-    assert trials[2].user_attrs["failure"].endswith("has NaN logits")
-    assert study.observer.trials[2].note == trials[2].user_attrs["failure"]
-
-
-def test_a_study_whose_first_trials_all_fail_stops_with_the_reason(toy):
-    evaluator = ToyEvaluator(fails=lambda c: True)
-    with pytest.raises(StudyError, match=r"the first 5 trials all failed; the first: .*NaN"):
-        toy(evaluator=evaluator).run(50)
-
-
 def test_a_changed_study_is_not_gone_on_with(toy):
     toy(spec={"space": {"density": [0.1, 0.5]}}).run(1)
     with pytest.raises(StudyError, match=r"space\.density was \[0\.1, 0\.5\] and is now \[0\.2\]"):
         toy(spec={"space": {"density": [0.2]}})
-
-
-def test_racing_saves_examples_and_tells_every_trial(toy):
-    raced = toy(sampler="random")
-    trials = raced.run(30, racing=Racing())
-    partial = [t for t in trials if t.user_attrs[RESULT]["partial"] is not None]
-    assert len(trials) == 30
-    assert all(t.state == TrialState.COMPLETE for t in trials)
-    assert len(partial) > 10
-    assert len(raced.evaluator.scored) < 30 * 15 * 0.9
-    best = max((t for t in trials if t not in partial), key=lambda t: t.value)
-    assert best.value == max(t.value for t in trials if t not in partial)
-    assert max(t.value for t in partial) < best.value
 
 
 def test_a_plan_that_was_scored_before_costs_nothing(toy):
@@ -149,133 +91,81 @@ def test_timeout_is_over_all_runs_of_the_study(toy):
     assert {trial.state for trial in trials} == {TrialState.WAITING}
 
 
-def test_a_constraint_is_told_with_every_trial_and_only_plans_that_keep_it_are_picked(toy):
-    bounded = toy(sampler="tpe")
-    # the best coefficients are math 0.9, code 0.2, chat 0.5; ask for more of code than that gives
-    bounded.objective = Objective(
-        "mean", bounded.objective.goals, constraints=(Constraint("math", "score", 0.98),)
-    )
-    trials = bounded.run(40, racing=Racing())
-    assert all(set(t.constraints) == {"math at least 0.98"} for t in trials)
-    found = best_of(candidates(bounded.directory, bounded.schedule), bounded.objective, 40)
-    assert 0 < len(found) < 40
-    assert all(one.scores["math"] >= 0.98 for one in found)
-    values = [bounded.objective.scalar(one.scores) for one in found]
-    assert values == sorted(values, reverse=True)
-
-
-def test_a_study_of_several_objectives_keeps_its_front_under_racing(toy):
-    several = toy(sampler="random", n_objectives=3)
-    several.objective = Objective("tasks", several.objective.goals)
-    trials = several.run(30, racing=Racing())
-    found = candidates(several.directory, several.schedule)
-    full = [one for one in found if one.is_full]
-    front = front_of(full, several.objective)
-    assert 0 < len(full) < 30
-    values = {one.number: several.objective.values(one.scores) for one in full}
-    for trial in trials:
-        assert len(trial.values) == 3
-    for number, mine in values.items():
-        dominated = any(
-            other != mine and all(o >= m for o, m in zip(other, mine, strict=True))
-            for other in values.values()
-        )
-        assert (number in {one.number for one in front}) == (not dominated)
-    [picked] = best_of(full, several.objective, 1)
-    assert picked in front
+def test_racing_saves_examples_and_tells_every_trial(toy):
+    raced = toy(sampler="random")
+    trials = raced.run(30, racing=Racing())
+    records = raced.directory.records()
+    stopped = [r for r in records if r.stopped_after is not None]
+    assert len(trials) == len(records) == 30
+    assert all(t.state == TrialState.COMPLETE for t in trials)
+    assert len(stopped) > 10
+    assert len(raced.evaluator.scored) < 30 * 15 * 0.9
+    # what was stopped would not have won: it is scored in full here, without racing
+    full = toy(sampler="random", run_dir="full")
+    values = [t.value for t in full.run(30)]
+    assert [t.params for t in full.directory.study.trials] == [t.params for t in trials]
+    best = max(r.value for r in records if r.is_full)
+    assert best == max(values)
+    assert max(values[r.number] for r in stopped) < best
 
 
 def test_the_worst_task_can_be_what_is_maximised(toy):
     careful = toy(sampler="tpe")
     careful.objective = Objective("worst", careful.objective.goals)
     trials = careful.run(60, racing=Racing())
-    best = max(
-        (t for t in trials if t.user_attrs[RESULT]["partial"] is None), key=lambda t: t.value
-    )
-    assert best.value == pytest.approx(min(best.user_attrs[RESULT]["scores"].values()))
+    best = max((r for r in careful.directory.records() if r.is_full), key=lambda r: r.value)
+    assert best.value == pytest.approx(min(best.scores.values()))
     assert best.value > trials[0].value
 
 
-def test_a_warm_start_asks_the_earlier_best_plans_first(toy, tmp_path_factory):
-    first = toy()
-    trials = first.run(12, references={})
-    earlier = sorted(trials, key=lambda t: -t.value)[:3]
-    narrow = SearchSpace(
-        EXPERTS, [Alternative("n", "task_arithmetic", values={"coefficient": Range(0.0, 0.8)})]
-    )
-    params = warm_start_params([first.directory.run_dir], narrow, 3)
-    assert params == [{k: min(0.8, v) for k, v in trial.params.items()} for trial in earlier]
-    other = SearchSpace(EXPERTS, [Alternative("n", "ties")])
-    with pytest.raises(SpecError, match=r"none of the 3 best plans of .* fits this space"):
-        warm_start_params([first.directory.run_dir], other, 3)
-    with pytest.raises(StudyError, match="no study here"):
-        warm_start_params([tmp_path_factory.mktemp("empty")], narrow, 3)
-
-
-def test_a_trial_that_ends_run_after_run_abruptly_fails_and_the_study_goes_on(toy):
-    class Dies(ToyEvaluator):
-        def score(self, model, task, examples):
-            if model.coefficients == (0.0, 1.0, 0.0):
-                raise KeyboardInterrupt
-            return super().score(model, task, examples)
-
-    for _ in range(3):
-        study = toy(evaluator=Dies())
-        with pytest.raises(KeyboardInterrupt):
-            study.run(8)
-        study.directory.begin_run()  # as a killed run leaves it
-    trials = toy(evaluator=Dies()).run(8)
-    assert [trial.state.name for trial in trials].count("COMPLETE") == 7
-    assert trials[2].user_attrs["failure"] == "3 runs ended abruptly while they were at it"
-
-
-def test_a_trial_during_which_runs_were_stopped_by_a_signal_goes_on(toy):
-    class Stopped(ToyEvaluator):
-        def score(self, model, task, examples):
-            raise KeyboardInterrupt
-
-    for _ in range(5):
-        with pytest.raises(KeyboardInterrupt):
-            toy(evaluator=Stopped()).run(8)
-    assert {trial.state.name for trial in toy().run(8)} == {"COMPLETE"}
+def test_an_observer_is_told_which_trials_were_better_than_all_before(toy):
+    study = toy()
+    trials = study.run(12)
+    best = [float("-inf")]
+    for trial, (record, is_best) in zip(trials, study.observer.told, strict=True):
+        assert record.number == trial.number
+        assert is_best == (trial.value > best[-1])
+        best.append(max(best[-1], trial.value))
 
 
 def test_references_decide_which_examples_come_first_and_are_not_scored_again(toy):
-    surveyed = toy()
-    schedule = surveyed.schedule
-    blocks = {"survey": {}, "hold_out": schedule.blocks["hold_out"]}
-    for task, own in schedule.blocks["select"].items():
-        blocks["survey"][task] = tuple(replace(block, part="survey") for block in own)
-    rounds = {"survey": make_rounds(blocks["survey"], round_blocks=3, seed=0)}
-    surveyed.schedule = Schedule(blocks, rounds, 3)
-    runner = surveyed.runner()
-    known = runner.score_references()
-    n_scored = len(surveyed.evaluator.scored)
-    informed = runner.schedule
-    for task, own in informed.blocks["select"].items():
-        survey = blocks["survey"][task]
-        assert sorted(e for b in own for e in b.examples) == sorted(
-            e for b in survey for e in b.examples
-        )
-        assert [len(b.examples) for b in own] == [len(b.examples) for b in survey]
-    store = surveyed.directory.scores
-    for plan in known.values():
-        assert informed.is_known(store, plan, "select")
-        assert informed.scores(store, plan, "select") == pytest.approx(
-            informed.scores(store, plan, "survey")
-        )
-    again = runner.score_references()
-    assert again == known
-    assert runner.schedule.blocks["select"] == informed.blocks["select"]
-    assert len(surveyed.evaluator.scored) == n_scored
-    surveyed.directory.close()
+    study = toy(schedule=pilot_schedule())
+    runner = study.runner()
+    scored = runner.score_references()
+    assert list(scored) == list(reference_plans(EXPERTS))
+    n_scored = len(study.evaluator.scored)
+    select = runner.board.schedule.blocks["select"]
+    assert runner.score_references() == scored
+    assert runner.board.schedule.blocks["select"] == select
+    assert len(study.evaluator.scored) == n_scored
+    study.directory.close()
 
 
-def test_examples_on_which_plans_differ_most_come_first():
-    blocks = make_blocks("t", "survey", range(10), TaskInfo(10), 4)
-    scored = [{e: float(e in wrong) for e in range(10)} for wrong in ((7, 2), (7,), (7, 2), (9,))]
-    informed = inform(blocks, scored, "select")
-    assert [b.examples for b in informed] == [(2, 7, 9, 0), (1, 3, 4, 5), (6, 8)]
-    assert {b.part for b in informed} == {"select"}
-    whole = inform(make_blocks("t", "survey", range(4), TaskInfo(4, mean=False), 2), [], "select")
-    assert len(whole) == 1
+class Uneven(ToyEvaluator):
+    """Scores one expert on every fifth example otherwise than all other plans."""
+
+    def score(self, model, task, examples):
+        values = super().score(model, task, examples)
+        if model.coefficients != (0.0, 1.0, 0.0):
+            return values
+        return tuple(v - (e % 5 == 0) for v, e in zip(values, examples, strict=True))
+
+
+def test_the_order_of_examples_stays_what_the_first_run_made_it(toy):
+    """A reference that failed in the first run and is scored in the second does not decide."""
+
+    def order(fails=lambda c: False, **options):
+        study = toy(schedule=pilot_schedule(), evaluator=Uneven(fails=fails), **options)
+        runner = study.runner()
+        n_scored = len(runner.score_references())
+        study.directory.close()
+        return n_scored, runner.board.schedule.blocks["select"]
+
+    n_references = len(reference_plans(EXPERTS))
+    first = order(fails=lambda c: c == (0.0, 1.0, 0.0))
+    second = order()
+    assert [first[0], second[0]] == [n_references - 1, n_references]
+    assert first[1] == second[1]
+    anew = order(run_dir="other")
+    assert all(block.examples[0] % 5 == 0 for [block, *_] in anew[1].values())
+    assert anew[1] != first[1]

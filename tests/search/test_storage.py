@@ -8,30 +8,17 @@ from optuna.trial import TrialState
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.search.status import describe_status, read_status
 from searchmerge.search.storage import prepare_storage, repair_journal
-from searchmerge.search.study import StudyDirectory
-from tests.search.conftest import SPACE, Recorder, Toy
-
-
-class Stored(Toy):
-    """A toy study in another storage."""
-
-    def __init__(self, run_dir, storage):
-        super().__init__(run_dir / "unused")
-        self.directory.close()
-        self.directory = StudyDirectory(
-            run_dir, name="toy", spec={"space": SPACE.describe()}, storage=storage
-        )
+from tests.search.conftest import Recorder, Toy
 
 
 @pytest.fixture
-def stored(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "unused").mkdir()
-    return lambda storage: Stored(tmp_path / "run", storage)
+def stored(run_dir):
+    return lambda storage: Toy(run_dir, storage=storage)
 
 
 @pytest.fixture
 def run_dir(tmp_path):
+    (tmp_path / "run").mkdir()
     return tmp_path / "run"
 
 

@@ -1,11 +1,10 @@
 """The ``lm_harness`` evaluator: any task of lm-eval, scored fast on the resident model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
@@ -17,43 +16,19 @@ from searchmerge.evaluators.evaluator import (
     TaskInfo,
     evaluating,
 )
-from searchmerge.evaluators.lm_harness.catalogue import Catalogue, LmTask
+from searchmerge.evaluators.lm_harness.catalogue import Branch, Catalogue, Leaf
+from searchmerge.evaluators.lm_harness.group import PreparedGroup
+from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import (
     Backend,
     TransformersBackend,
     make_lm,
 )
-from searchmerge.evaluators.lm_harness.prompting import PromptKeys, prompted, request_arguments
+from searchmerge.evaluators.lm_harness.loading import load_task
+from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
 from searchmerge.evaluators.lm_harness.task import PreparedTask
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
 from searchmerge.evaluators.tokenizer import load_tokenizer
-
-
-@dataclass(frozen=True)
-class LmHarnessSection(PromptKeys):
-    """How lm-eval tasks are scored.
-
-    Attributes:
-        include_path: Folders of the user's own task YAMLs, from the study's folder on. They come
-            before lm-eval's tasks of the same name; ``data_files`` in them are relative to the
-            YAML's folder.
-        batch_tokens: Tokens of one forward pass; by the device if ``None``.
-        max_length: Window in tokens; the model's own if ``None``.
-        fewshot_seed: Seed of the choice of few-shot examples.
-        metadata: What lm-eval hands to tasks that ask for it, e.g. RULER's lengths.
-        confirm_run_unsafe_code: Whether tasks are scored that run what a model has written.
-        engine: What runs the model.
-        vllm_memory: The part of the GPU's memory that vLLM may take.
-    """
-
-    include_path: tuple[str, ...] = ()
-    batch_tokens: Annotated[int, Ge(64)] | None = None
-    max_length: Annotated[int, Ge(2)] | None = None
-    fewshot_seed: int = 1234
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    confirm_run_unsafe_code: bool = False
-    engine: Literal["transformers", "vllm"] = "transformers"
-    vllm_memory: Annotated[float, Gt(0), Lt(1)] = 0.5
 
 
 class LmHarness:
@@ -84,21 +59,41 @@ class LmHarness:
     ) -> None:
         self._backend = backend
         self._lm = make_lm(tokenizer, backend, max_length=section.max_length)
-        catalogue = Catalogue(
-            [folder / name for name in section.include_path],
-            metadata=section.metadata,
-            allow_unsafe_code=section.confirm_run_unsafe_code,
+        self._section = section
+        self._folder = folder
+        self._catalogue = Catalogue(
+            [folder / name for name in section.include_path], metadata=section.metadata
         )
-        self._tasks = {}
-        for name, task in tasks.items():
-            task = prompted(replace(task, task=task.task or name), section)
-            prompting = request_arguments(task, self._lm, f"tasks.{name}")
-            self._tasks[name] = PreparedTask(
-                name, task, catalogue, section.fewshot_seed, prompting
-            )
+        self._tasks = {name: self._prepare(name, task) for name, task in tasks.items()}
         self.tasks: Mapping[str, TaskInfo] = {
             name: task.info for name, task in self._tasks.items()
         }
+
+    def _prepare(self, name: str, task: LmTask) -> PreparedTask | PreparedGroup:
+        task = prompted(task, self._section)
+        tree = self._catalogue.find(task.task or name, f"tasks.{name}.task")
+        if isinstance(tree, Leaf):
+            return self._prepare_leaf(name, task, tree)
+        if task.samples is not None:
+            what = f"{tree.name!r} is a group of several tasks"
+            raise SpecError(f"tasks.{name}.samples: {what}")
+        members = []
+        for leaf in tree.leaves():
+            chosen = replace(task, metric=task.metric or _metric_of(leaf, tree))
+            members.append(self._prepare_leaf(name, chosen, leaf))
+        return PreparedGroup(name, tree, members, task.metric_and_filter[0])
+
+    def _prepare_leaf(self, name: str, task: LmTask, leaf: Leaf) -> PreparedTask:
+        section = self._section
+        loaded = load_task(
+            name,
+            task,
+            leaf,
+            folder=self._folder,
+            allow_unsafe_code=section.confirm_run_unsafe_code,
+        )
+        prompting = request_arguments(task, self._lm, f"tasks.{name}")
+        return PreparedTask(name, task, loaded, section.fewshot_seed, prompting)
 
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Let what runs the model take over the weights that a merge has left in it."""
@@ -134,6 +129,12 @@ class LmHarness:
         with evaluating(model):
             self._lm.model = model
             return prepared.score(self._lm, examples)
+
+
+def _metric_of(leaf: Leaf, tree: Branch) -> str | None:
+    """Return the first of a group's metrics that a member has; the member's own first if none."""
+    has = [str(m.get("metric")) for m in leaf.config.get("metric_list") or []]
+    return next((metric.name for metric in tree.metrics if metric.name in has), None)
 
 
 def _build(

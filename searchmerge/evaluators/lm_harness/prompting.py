@@ -1,33 +1,11 @@
 """How prompts are deployed: with which chat template, system message and prefix of the answer."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from searchmerge.errors import SpecError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptKeys:
-    """How prompts are made of documents. A task's own keys come before the section's.
-
-    Attributes:
-        chat_template: ``True``: prompts are turns of the tokenizer's chat template; a text: of
-            its template of that name; ``False`` or ``None``: plain text.
-        system_instruction: Stands before the prompt; with a chat template it is the system's turn.
-        fewshot_as_multiturn: Whether each few-shot example is a turn of the user and one of the
-            assistant, as it is with a chat template where nothing is said.
-        template_arguments: What else the chat template is given, e.g. ``enable_thinking``.
-        gen_prefix: What the answer begins with; a template of the document, like lm-eval's.
-    """
-
-    chat_template: bool | str | None = None
-    system_instruction: str | None = None
-    fewshot_as_multiturn: bool | None = None
-    template_arguments: Mapping[str, Any] | None = None
-    gen_prefix: str | None = None
-
+from searchmerge.evaluators.lm_harness.keys import PromptKeys
 
 Task = TypeVar("Task", bound=PromptKeys)
 

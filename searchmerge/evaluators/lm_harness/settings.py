@@ -31,16 +31,15 @@ def split_overrides(config: Mapping[str, Any], split: str) -> dict[str, str]:
     return overrides
 
 
-def data_files(config: Mapping[str, Any], yaml_path: Path | None) -> dict[str, Any]:
-    """Return ``dataset_kwargs`` whose relative data files are found from the YAML's folder.
+def data_files(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return ``dataset_kwargs`` whose relative data files are found from ``folder``.
 
     Those of a dataset on the hub, or in a folder, are relative to that dataset and stay so.
     """
     settings = config.get("dataset_kwargs") or {}
     plain_files = config.get("dataset_path") in _FILE_FORMATS
-    if yaml_path is None or not plain_files or "data_files" not in settings:
+    if not plain_files or "data_files" not in settings:
         return {}
-    folder = _declaring_folder(Path(yaml_path)) or Path(yaml_path).parent
 
     def absolute(files: Any) -> Any:
         if isinstance(files, Mapping):
@@ -57,6 +56,11 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 _PlainLoader.add_constructor("!function", lambda loader, node: node.value)
+
+
+def data_folder(path: Path) -> Path:
+    """Return the folder that the data files of a task's YAML are relative to."""
+    return _declaring_folder(path) or path.parent
 
 
 def _declaring_folder(path: Path) -> Path | None:

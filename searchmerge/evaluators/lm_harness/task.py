@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,9 @@ import numpy as np
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.generation import NonFiniteLogits
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.evaluators.lm_harness.catalogue import (
-    Catalogue,
-    LmTask,
-    explained,
-    load_task,
-    quiet,
-)
+from searchmerge.evaluators.lm_harness.keys import LmTask
+from searchmerge.evaluators.lm_harness.loading import explained, quiet
+from searchmerge.evaluators.score_kind import Mean, Whole
 
 
 class PreparedTask:
@@ -26,27 +21,26 @@ class PreparedTask:
     Args:
         name: The study's name of the task.
         spec: What the study says of it.
-        catalogue: Where lm-eval's tasks are found.
+        task: lm-eval's task object, from :func:`load_task`.
         fewshot_seed: Seed of the choice of few-shot examples.
         prompting: Arguments of lm-eval's that say how prompts are made.
 
     Raises:
-        SpecError: If there is no such task, split, metric or filter.
+        SpecError: If there is no such metric, filter or sample.
     """
 
     def __init__(
         self,
         name: str,
         spec: LmTask,
-        catalogue: Catalogue,
+        task: Any,
         fewshot_seed: int,
         prompting: Mapping[str, Any],
     ) -> None:
         self._name = name
         self._spec = spec
-        self._seed = fewshot_seed
+        self._task = task
         self._prompting = prompting
-        self._task = load_task(name, spec, catalogue)
         metrics = list(self._task.aggregation())
         metric, answer_filter = spec.metric_and_filter
         self._metric = _chosen(f"tasks.{name}.metric", metric, metrics)
@@ -56,11 +50,21 @@ class PreparedTask:
         higher = self._task.higher_is_better().get(self._metric, True)
         self._sign = 1.0 if higher else -1.0
         self._aggregate = self._task.aggregation()[self._metric]
+        self._is_mean = _is_mean(self._aggregate)
         self.info = TaskInfo(
             n_examples=len(self._documents),
-            mean=_is_mean(self._aggregate),
             metric=self._metric,
+            kind=Mean() if self._is_mean else Whole(),
         )
+        self._requests: dict[int, list[Any]] = {}
+        self._is_rendered = False
+        with explained(name, "set the seed of its few-shot examples"):
+            task.set_fewshot_seed(fewshot_seed)
+
+    @property
+    def lm_name(self) -> str:
+        """Return the task's name in lm-eval."""
+        return str(self._task.config.task)
 
     def _positions(self) -> tuple[int, ...]:
         """Return where in the split each example stands.
@@ -78,24 +82,52 @@ class PreparedTask:
             )
         return self._spec.samples
 
-    @cached_property
-    def _requests(self) -> list[list[Any]]:
-        """The requests of every example, made at first use: few-shot draws are in order."""
-        task = self._task
-        task.set_fewshot_seed(self._seed)
-        with explained(self._name, f"make prompts of its task {self._spec.task!r}"), quiet():
-            task.build_all_requests(
-                samples=None if self._spec.samples is None else list(self._documents),
-                **self._prompting,
-            )
-        requests: dict[int, list[Any]] = {document: [] for document in self._documents}
-        in_order = sorted(self._documents)  # lm-eval numbers those that it was asked for
-        for request in sorted(task.instances, key=lambda request: request.idx):
-            request.doc_id = in_order[request.doc_id]
-            requests[request.doc_id].append(request)
-        for template in ("doc_to_text", "doc_to_target", "doc_to_choice"):
-            _render_once(task, template)
-        return [requests[document] for document in self._documents]
+    @property
+    def _draws_in_order(self) -> bool:
+        """Whether each prompt's few-shot examples depend on the prompts made before it."""
+        config = self._task.config
+        fewshot = config.fewshot_config
+        sampler = getattr(fewshot, "sampler", None) or (fewshot or {}).get("sampler")
+        return bool(config.num_fewshot) and sampler != "first_n"
+
+    def requests(self, examples: Sequence[int]) -> list[list[Any]]:
+        """Return the requests of examples, made when they are first asked for.
+
+        Where few-shot examples are drawn in order, those of all examples are made at once, as
+        lm-eval does; else of these alone, so that a large task costs what is scored of it.
+        """
+        documents = [self._documents[example] for example in examples]
+        missing = [document for document in documents if document not in self._requests]
+        if missing:
+            if self._draws_in_order:
+                missing = sorted(self._documents)
+            with explained(self._name, f"make prompts of its task {self.lm_name!r}"), quiet():
+                for document in missing:
+                    self._requests[document] = self._make_requests(document)
+            if not self._is_rendered:
+                for template in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+                    _render_once(self._task, template)
+                self._is_rendered = True
+        return [self._requests[document] for document in documents]
+
+    def _make_requests(self, document: int) -> list[Any]:
+        task, chat = self._task, self._prompting
+        doc = task.eval_docs[document]
+        context = task.fewshot_context(
+            doc,
+            num_fewshot=task.config.num_fewshot or 0,
+            gen_prefix=task.doc_to_prefix(doc),
+            **{key: value for key, value in chat.items() if key != "tokenizer_name"},
+        )
+        requests = task.construct_requests(
+            doc=doc,
+            ctx=context,
+            metadata=(task.config.task, document, task.config.repeats),
+            apply_chat_template=chat.get("apply_chat_template", False),
+            chat_template=chat.get("chat_template"),
+        )
+        requests = requests if isinstance(requests, list) else [requests]
+        return sorted(requests, key=lambda request: request.idx)
 
     @property
     def is_chat(self) -> bool:
@@ -104,54 +136,36 @@ class PreparedTask:
 
     def prompts(self, example: int) -> tuple[str, ...]:
         """Return the text of each request of an example, its continuation left out."""
-        return tuple(str(request.args[0]) for request in self._requests[example])
+        return tuple(str(request.args[0]) for request in self.requests([example])[0])
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, or one in all, higher is better."""
-        requests = [self._requests[example] for example in examples]
-        self._answer(lm, [request for group in requests for request in group])
-        with explained(self._name, f"compute {self._metric!r} of its task {self._spec.task!r}"):
+        requests = self.requests(examples)
+        answer(lm, [request for group in requests for request in group], self._name)
+        return self.scores(requests, examples)
+
+    def scores(
+        self, requests: Sequence[Sequence[Any]], examples: Sequence[int]
+    ) -> tuple[float, ...]:
+        """Return the scores of requests that are answered.
+
+        Args:
+            requests: Of each example.
+            examples: Which they are, for messages.
+        """
+        self._filters[self._filter].apply([request for group in requests for request in group])
+        with explained(self._name, f"compute {self._metric!r} of its task {self.lm_name!r}"):
             values = [self._value(group) for group in requests]
-            if not self.info.mean:
+            if not self._is_mean:
                 values = [self._aggregate(values)]
             scores = [self._sign * float(value) for value in values]
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                which = f"example {examples[place]}" if self.info.mean else "all examples"
+                which = f"example {examples[place]}" if self._is_mean else "all examples"
                 raise EvaluationError(
                     f"task {self._name!r}, {which}: {self._metric} is {score}, not a finite number"
                 )
         return tuple(scores)
-
-    def _answer(self, lm: Any, requests: Sequence[Any]) -> None:
-        """Ask the model, and leave its filtered answers in the requests."""
-        by_type: dict[str, list[Any]] = defaultdict(list)
-        for request in requests:
-            request.resps, request.filtered_resps = [], {}
-            by_type[request.request_type] += [request] * (request.repeats or 1)
-        for kind, asked in by_type.items():
-            try:
-                answers = getattr(lm, kind)(asked)
-            except NonFiniteLogits as error:
-                raise self._not_finite(asked[error.row], "logits that are not finite") from error
-            if kind != "generate_until":
-                self._check_finite(asked, answers)
-            for request, answer in zip(asked, answers, strict=True):
-                request.resps.append(answer)
-        self._filters[self._filter].apply(list(requests))
-
-    def _check_finite(self, requests: Sequence[Any], answers: Sequence[Any]) -> None:
-        values = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
-        if all(map(math.isfinite, values)):
-            return
-        place = next(i for i, value in enumerate(values) if not math.isfinite(value))
-        what = f"a log-likelihood of {values[place]}, which is not finite"
-        raise self._not_finite(requests[place], what)
-
-    def _not_finite(self, request: Any, what: str) -> EvaluationError:
-        return EvaluationError(
-            f"task {self._name!r}, example {request.doc_id}: the model gave {what}"
-        )
 
     def _value(self, requests: Sequence[Any]) -> Any:
         """Return the metric of one example."""
@@ -159,10 +173,52 @@ class PreparedTask:
         metrics = self._task.process_results(requests[0].doc, answers)
         if self._metric not in metrics:
             raise SpecError(
-                f"tasks.{self._name}: lm-eval's {self._spec.task!r} gave no metric "
+                f"tasks.{self._name}: lm-eval's {self.lm_name!r} gave no metric "
                 f"{self._metric!r} for an example (it gave: {', '.join(metrics)})"
             )
         return metrics[self._metric]
+
+
+def answer(lm: Any, requests: Sequence[Any], name: str) -> None:
+    """Ask the model, all requests of a type at once, and leave its answers in the requests.
+
+    Args:
+        lm: A :class:`ResidentLM`.
+        requests: Of one task or of several.
+        name: The study's name of the task, for messages.
+
+    Raises:
+        EvaluationError: If a log-likelihood or the logits of a generation are not finite.
+    """
+    by_type: dict[str, list[Any]] = defaultdict(list)
+    for request in requests:
+        request.resps, request.filtered_resps = [], {}
+        by_type[request.request_type] += [request] * (request.repeats or 1)
+    for kind, asked in by_type.items():
+        try:
+            answers = getattr(lm, kind)(asked)
+        except NonFiniteLogits as error:
+            what = "logits that are not finite"
+            raise _not_finite(name, asked[error.row], what) from error
+        except SpecError as error:
+            raise SpecError(f"tasks.{name}: {error}") from error
+        if kind != "generate_until":
+            _check_finite(name, asked, answers)
+        for request, given in zip(asked, answers, strict=True):
+            request.resps.append(given)
+
+
+def _check_finite(name: str, requests: Sequence[Any], answers: Sequence[Any]) -> None:
+    values = [given[0] if isinstance(given, tuple) else given for given in answers]
+    if all(map(math.isfinite, values)):
+        return
+    place = next(i for i, value in enumerate(values) if not math.isfinite(value))
+    what = f"a log-likelihood of {values[place]}, which is not finite"
+    raise _not_finite(name, requests[place], what)
+
+
+def _not_finite(name: str, request: Any, what: str) -> EvaluationError:
+    return EvaluationError(f"task {name!r}, example {request.doc_id}: the model gave {what}")
 
 
 def _chosen(key: str, asked: str | None, known: Sequence[str]) -> str:

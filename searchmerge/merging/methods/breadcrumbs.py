@@ -1,15 +1,23 @@
 """Model breadcrumbs: leave out what is small, and what is too large."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
-import torch
 from torch import Tensor
 
 from searchmerge.merging.groups import assign_groups
-from searchmerge.merging.kernels import Chunk, is_at_least, weighted_sum
+from searchmerge.merging.kernels import (
+    Chunk,
+    Numbers,
+    Row,
+    is_at_least,
+    pack,
+    unpack,
+    weighted_sum,
+)
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     Hyperparameter,
@@ -21,6 +29,20 @@ from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
     from searchmerge.merging.measure import Measure
+
+
+class BreadcrumbsScalars(NamedTuple, Generic[Row]):
+    """What the arithmetic reads of each expert.
+
+    Attributes:
+        smallest: The smallest magnitude that is kept.
+        largest: The largest.
+        coefficients: The factor on what is kept.
+    """
+
+    smallest: Row
+    largest: Row
+    coefficients: Row
 
 
 @METHODS.register("breadcrumbs")
@@ -42,7 +64,7 @@ class Breadcrumbs:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, default=0.3, search=(0.0, 1.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.09, search=(0.05, 0.9), step=0.01),
+        replace(DENSITY, default=0.09, search=(0.05, 0.9)),
         Hyperparameter("outliers", 0.0, 1.0, default=0.01, search=(0.0, 0.05), step=0.001),
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
@@ -62,7 +84,7 @@ class Breadcrumbs:
         coefficients = plan.values["coefficient"][group]
         n = self._measure.shape(name).numel()
         if not n:
-            return torch.zeros(3, len(coefficients))
+            return pack(BreadcrumbsScalars[Numbers](0.0, 0.0, coefficients))
         low, high = [], []
         for density, outliers in zip(
             plan.values["density"][group], plan.values["outliers"][group], strict=True
@@ -70,21 +92,21 @@ class Breadcrumbs:
             beta = max(0.0, round(1 - density - outliers, 9))  # so that it is on the grid
             low.append(min(int(n * beta), n - 1))
             high.append(max(n - 1 - int(n * outliers), low[-1]))
-        ends = [self._measure.tensor_magnitudes(name, ranks) for ranks in (low, high)]
-        return torch.tensor([*ends, list(coefficients)], dtype=torch.float32)
+        smallest, largest = (self._measure.tensor_magnitudes(name, r) for r in (low, high))
+        return pack(BreadcrumbsScalars[Numbers](smallest, largest, coefficients))
 
 
 def merge_between(chunk: Chunk) -> tuple[Tensor]:
     """Return the weighted sum of what is kept, ``(m,)`` float32.
 
     Args:
-        chunk: Task vectors; scalars ``(3, n_experts)``: the smallest and the largest magnitude
-            that is kept; coefficient.
+        chunk: Task vectors and :class:`BreadcrumbsScalars`.
     """
-    low, high, coefficients = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2]
+    scalars: BreadcrumbsScalars[Tensor] = unpack(BreadcrumbsScalars, chunk)
     kept = []
-    for i, own in enumerate(chunk.deltas):
-        size = own.abs()
-        large = is_at_least(size, low[i])
-        kept.append(own.mul_(large).mul_(is_at_least(size.neg_(), -high[i])))
-    return (weighted_sum(kept, coefficients),)
+    for i, delta in enumerate(chunk.deltas):
+        magnitude = delta.abs()
+        large = is_at_least(magnitude, scalars.smallest[i])
+        small = is_at_least(magnitude.neg_(), -scalars.largest[i])
+        kept.append(delta.mul_(large).mul_(small))
+    return (weighted_sum(kept, scalars.coefficients),)

@@ -1,12 +1,20 @@
 """Consensus merging: keep the entries that matter to enough experts, by TALL masks."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 from torch import Tensor
 
-from searchmerge.merging.kernels import Chunk, add_up, add_up_, is_at_least, weighted_sum
+from searchmerge.merging.kernels import (
+    Chunk,
+    Numbers,
+    Row,
+    add_up,
+    add_up_,
+    is_at_least,
+    unpack,
+    weighted_sum,
+)
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -24,6 +32,20 @@ if TYPE_CHECKING:
     from searchmerge.merging.measure import Measure
 
 AGREEMENT = Setting("agreement", default=2, low=0, high=1000, step=1)
+
+
+class ConsensusScalars(NamedTuple, Generic[Row]):
+    """What the arithmetic reads of each expert.
+
+    Attributes:
+        thresholds: The mask's threshold on the others' sum.
+        coefficients: The factor on its entries.
+        n_needed: How many must have use for an entry, for all alike.
+    """
+
+    thresholds: Row
+    coefficients: Row
+    n_needed: Row
 
 
 @METHODS.register("consensus")
@@ -58,27 +80,26 @@ class Consensus:
     def bind(self, plan: MergePlan) -> Pass:
         """Fix the thresholds, how many must agree, and the coefficients."""
         n_needed = min(float(setting(plan, AGREEMENT)), self._n_experts)
-        rows: list[list[Sequence[float]]] = [
-            [thresholds, coefficients, [n_needed] * self._n_experts]
+        scalars: list[ConsensusScalars[Numbers]] = [
+            ConsensusScalars(thresholds, coefficients, n_needed)
             for thresholds, coefficients in zip(
                 plan.values["threshold"], plan.values["coefficient"], strict=True
             )
         ]
-        return Pass(merge_agreed, by_group(plan, self._names, rows))
+        return Pass(merge_agreed, by_group(plan, self._names, scalars))
 
 
 def merge_agreed(chunk: Chunk) -> tuple[Tensor]:
     """Return the merged task vector ``(m,)`` float32.
 
     Args:
-        chunk: Task vectors; scalars ``(3, n_experts)``: threshold; coefficient; how many must
-            have use for an entry, all alike.
+        chunk: Task vectors and :class:`ConsensusScalars`.
     """
-    thresholds, coefficients, n_needed = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2, 0]
+    scalars: ConsensusScalars[Tensor] = unpack(ConsensusScalars, chunk)
     total = add_up(chunk.deltas)
     masks = [
-        is_at_least(own.abs().sub_((total - own).abs_().mul_(thresholds[i])), 0.0)
-        for i, own in enumerate(chunk.deltas)
+        is_at_least(delta.abs().sub_((total - delta).abs_().mul_(scalars.thresholds[i])), 0.0)
+        for i, delta in enumerate(chunk.deltas)
     ]
-    agreed = is_at_least(add_up_(masks), n_needed)
-    return (weighted_sum(chunk.deltas, coefficients).mul_(agreed),)
+    agreed = is_at_least(add_up_(masks), scalars.n_needed[0])
+    return (weighted_sum(chunk.deltas, scalars.coefficients).mul_(agreed),)

@@ -1,15 +1,16 @@
 """DARE: drop entries at random, and rescale the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 from torch import Tensor
 
-from searchmerge.merging.election import Majority, merge_elected, undecided_rows
-from searchmerge.merging.kernels import Chunk, weighted_sum
+from searchmerge.merging.election import Majority, merge_elected, positive_bound
+from searchmerge.merging.kernels import Chunk, Numbers, Row, unpack, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     SEED,
@@ -28,6 +29,36 @@ if TYPE_CHECKING:
 
 ELECTION = Setting("election", default="none", choices=("none", "ties"))
 RESCALE = Setting("rescale", default=True, choices=(True, False))
+
+
+class DareScalars(NamedTuple, Generic[Row]):
+    """What the arithmetic reads of each expert where all that is left is added up.
+
+    Attributes:
+        limits: Entries are kept whose draw is below this.
+        coefficients: The factor on what is left, rescaling included.
+    """
+
+    limits: Row
+    coefficients: Row
+
+
+class DareElectionScalars(NamedTuple, Generic[Row]):
+    """What the arithmetic reads of each expert where signs are elected.
+
+    Attributes:
+        limits: Entries are kept whose draw is below this.
+        scales: The factor on what is left, before the election.
+        coefficients: The factor after it.
+        majority: See :class:`~searchmerge.merging.election.ElectionScalars`.
+        bound: See there.
+    """
+
+    limits: Row
+    scales: Row
+    coefficients: Row
+    majority: Row
+    bound: Row
 
 
 @METHODS.register("dare")
@@ -52,7 +83,7 @@ class Dare:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, default=0.4, search=(0.0, 1.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.8, search=(0.1, 0.9), step=0.01),
+        replace(DENSITY, default=0.8, search=(0.1, 0.9)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (ELECTION, RESCALE, SEED, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "draw"
@@ -65,11 +96,11 @@ class Dare:
     def bind(self, plan: MergePlan) -> Pass:
         """Fix the chances, and the keys that the draws are made from."""
         if setting(plan, ELECTION) == "none":
-            rows = [
-                [chances(densities), _product(coefficients, _factors(plan, densities))]
+            scalars = [
+                DareScalars(limits(densities), _products(coefficients, _scales(plan, densities)))
                 for densities, coefficients in _rows(plan)
             ]
-            return self._pass(plan, rows)
+            return self._pass(plan, scalars)
         key = (plan.values["density"], plan.groups, plan.settings.items())
         return self._majority.settle(
             repr(key),
@@ -77,20 +108,23 @@ class Dare:
         )
 
     def _elected(self, plan: MergePlan, sign: float) -> Pass:
-        rows = [
-            [
-                *(chances(densities), _factors(plan, densities), coefficients),
-                *undecided_rows(sign, len(densities)),
-            ]
+        scalars: list[DareElectionScalars[Numbers]] = [
+            DareElectionScalars(
+                limits(densities),
+                _scales(plan, densities),
+                coefficients,
+                majority=sign,
+                bound=positive_bound(sign),
+            )
             for densities, coefficients in _rows(plan)
         ]
-        return replace(self._pass(plan, rows), function=merge_drawn_elected)
+        return replace(self._pass(plan, scalars), function=merge_drawn_elected)
 
-    def _pass(self, plan: MergePlan, rows: Sequence[Sequence[Sequence[float]]]) -> Pass:
+    def _pass(self, plan: MergePlan, scalars: Sequence[Iterable[Numbers]]) -> Pass:
         seed = int(setting(plan, SEED))
         return Pass(
             merge_drawn,
-            by_group(plan, self._names, rows),
+            by_group(plan, self._names, scalars),
             keys=lambda name: random_keys(seed, self._experts, name),
         )
 
@@ -99,27 +133,28 @@ def _rows(plan: MergePlan) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
     return list(zip(plan.values["density"], plan.values["coefficient"], strict=True))
 
 
-def chances(densities: Sequence[float]) -> list[float]:
+def limits(densities: Sequence[float]) -> list[float]:
     """Return the draw that each expert's kept entries stay below."""
     return [float(round(density * N_DRAWS)) for density in densities]
 
 
-def _factors(plan: MergePlan, densities: Sequence[float]) -> list[float]:
+def _scales(plan: MergePlan, densities: Sequence[float]) -> list[float]:
     if not setting(plan, RESCALE):
         return [1.0] * len(densities)
     return [1 / density if density else 0.0 for density in densities]
 
 
-def _product(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    return [a * b for a, b in zip(one, other, strict=True)]
+def _products(coefficients: Sequence[float], scales: Sequence[float]) -> list[float]:
+    return [a * b for a, b in zip(coefficients, scales, strict=True)]
 
 
-def _dropped(chunk: Chunk) -> list[Tensor]:
+def _left(chunk: Chunk, limits: Tensor) -> list[Tensor]:
+    """Return what is left of each task vector."""
     if chunk.positions is None or chunk.keys is None:
         raise ValueError("dare needs keys: the pass has none")
     return [
-        keep_drawn(own, chunk.positions, chunk.keys[i], chunk.scalars[0, i])
-        for i, own in enumerate(chunk.deltas)
+        keep_drawn(delta, chunk.positions, chunk.keys[i], limits[i])
+        for i, delta in enumerate(chunk.deltas)
     ]
 
 
@@ -127,18 +162,19 @@ def merge_drawn(chunk: Chunk) -> tuple[Tensor]:
     """Return the weighted sum of what is left, ``(m,)`` float32.
 
     Args:
-        chunk: Task vectors; scalars ``(2, n_experts)``: draws kept are below this; factor.
+        chunk: Task vectors and :class:`DareScalars`.
     """
-    return (weighted_sum(_dropped(chunk), chunk.scalars[1]),)
+    scalars: DareScalars[Tensor] = unpack(DareScalars, chunk)
+    return (weighted_sum(_left(chunk, scalars.limits), scalars.coefficients),)
 
 
 def merge_drawn_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:
-        chunk: Task vectors; scalars ``(5, n_experts)``: draws kept are below this; factor before
-            the election; coefficient; the two of :func:`undecided_rows`.
+        chunk: Task vectors and :class:`DareElectionScalars`.
     """
-    factors, coefficients = chunk.scalars[1], chunk.scalars[2]
-    deltas = [own.mul_(factors[i]) for i, own in enumerate(_dropped(chunk))]
-    return merge_elected(deltas, coefficients, chunk.scalars[3:5], "mean")
+    scalars: DareElectionScalars[Tensor] = unpack(DareElectionScalars, chunk)
+    left = _left(chunk, scalars.limits)
+    rescaled = [delta.mul_(scalars.scales[i]) for i, delta in enumerate(left)]
+    return merge_elected(rescaled, scalars, "mean")

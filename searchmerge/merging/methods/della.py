@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
-from searchmerge.merging.election import Majority, merge_elected, undecided_rows
-from searchmerge.merging.kernels import Chunk, ChunkFunction, weighted_sum
+from searchmerge.merging.election import Majority, merge_elected, positive_bound
+from searchmerge.merging.kernels import Chunk, ChunkFunction, Numbers, Row, unpack, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     SEED,
@@ -30,6 +31,24 @@ if TYPE_CHECKING:
     from searchmerge.merging.measure import Measure
 
 ELECTION = Setting("election", default="ties", choices=("ties", "none"))
+
+
+class DellaScalars(NamedTuple, Generic[Row]):
+    """What the arithmetic reads of each expert.
+
+    Attributes:
+        smallest: The smallest chance of being kept, in draws.
+        widths: Its distance to the largest, in draws.
+        coefficients: The factor on what is left.
+        majority: See :class:`~searchmerge.merging.election.ElectionScalars`; 0 without election.
+        bound: See there.
+    """
+
+    smallest: Row
+    widths: Row
+    coefficients: Row
+    majority: Row
+    bound: Row
 
 
 @METHODS.register("della")
@@ -54,7 +73,7 @@ class Della:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, search=(0.0, 2.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.5, search=(0.1, 0.9), step=0.01),
+        replace(DENSITY, default=0.5, search=(0.1, 0.9)),
         Hyperparameter("window", 0.0, 1.0, default=0.2, search=(0.0, 0.4)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (ELECTION, SEED, DEPTH_SLOPE)
@@ -80,56 +99,65 @@ class Della:
         if self._ranks is None:
             self._ranks = self._measure.keep_whole(ranks, len(plan.experts))
         seed, experts = int(setting(plan, SEED)), self._measure.experts
-        rows = []
+        scalars: list[DellaScalars[Numbers]] = []
         for coefficients, densities, windows in zip(
             *(plan.values[name] for name in ("coefficient", "density", "window")), strict=True
         ):
-            lowest, widths = _chances(densities, windows)
-            rows.append([lowest, widths, coefficients, *undecided_rows(sign, len(coefficients))])
+            widths = _widths(densities, windows)
+            scalars.append(
+                DellaScalars(
+                    _smallest(densities, widths),
+                    [N_DRAWS * width for width in widths],
+                    coefficients,
+                    majority=sign,
+                    bound=positive_bound(sign),
+                )
+            )
         return Pass(
             function,
-            by_group(plan, self._measure.names, rows),
+            by_group(plan, self._measure.names, scalars),
             kept=self._ranks,
             keys=lambda name: random_keys(seed, experts, name),
         )
 
 
-def _chances(
-    densities: Sequence[float], windows: Sequence[float]
-) -> tuple[list[float], list[float]]:
-    """Return the smallest chance of being kept and the distance to the largest, in draws."""
-    widths = [
+def _widths(densities: Sequence[float], windows: Sequence[float]) -> list[float]:
+    """Return the windows, narrowed to what fits."""
+    return [
         min(window, 2 * density, 2 * (1 - density))
         for density, window in zip(densities, windows, strict=True)
     ]
-    lowest = [
+
+
+def _smallest(densities: Sequence[float], widths: Sequence[float]) -> list[float]:
+    """Return the smallest chance of being kept, in draws."""
+    return [
         N_DRAWS * (density - width / 2) for density, width in zip(densities, widths, strict=True)
     ]
-    return lowest, [N_DRAWS * width for width in widths]
 
 
 def ranks(name: str, deltas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the rank of each entry's magnitude in its row, from 0 to 1; 1/2 where it is alone."""
-    return tuple(_ranks(own) for own in deltas)
+    return tuple(_ranks(delta) for delta in deltas)
 
 
-def _ranks(own: Tensor) -> Tensor:
-    if not own.numel() or not own.ndim or own.shape[-1] == 1:
-        return torch.full_like(own, 0.5)
-    order = own.abs().sort(dim=-1, stable=True).indices
-    steps = torch.arange(own.shape[-1], device=own.device, dtype=torch.float32)
-    steps = (steps / (own.shape[-1] - 1)).expand(own.shape)
-    return torch.empty_like(own).scatter_(-1, order, steps)
+def _ranks(delta: Tensor) -> Tensor:
+    if not delta.numel() or not delta.ndim or delta.shape[-1] == 1:
+        return torch.full_like(delta, 0.5)
+    order = delta.abs().sort(dim=-1, stable=True).indices
+    steps = torch.arange(delta.shape[-1], device=delta.device, dtype=torch.float32)
+    steps = (steps / (delta.shape[-1] - 1)).expand(delta.shape)
+    return torch.empty_like(delta).scatter_(-1, order, steps)
 
 
-def _left(chunk: Chunk) -> list[Tensor]:
+def _left(chunk: Chunk, scalars: DellaScalars[Tensor]) -> list[Tensor]:
     """Return what is kept of each task vector, divided by its chance."""
     if chunk.positions is None or chunk.keys is None:
         raise ValueError("della needs keys: the pass has none")
     left = []
-    for i, own in enumerate(chunk.deltas):
-        chance = (chunk.kept[i] * chunk.scalars[1, i]).add_(chunk.scalars[0, i])
-        kept = keep_drawn(own, chunk.positions, chunk.keys[i], chance)
+    for i, delta in enumerate(chunk.deltas):
+        chance = (chunk.kept[i] * scalars.widths[i]).add_(scalars.smallest[i])
+        kept = keep_drawn(delta, chunk.positions, chunk.keys[i], chance)
         left.append(kept.div_(chance.clamp_(min=1.0)).mul_(float(N_DRAWS)))
     return left
 
@@ -138,17 +166,17 @@ def merge_ranked(chunk: Chunk) -> tuple[Tensor]:
     """Return the weighted sum of what is left, ``(m,)`` float32.
 
     Args:
-        chunk: Task vectors; scalars ``(3 or more, n_experts)``: the smallest chance; its distance
-            to the largest, both in draws; coefficient; kept: ranks.
+        chunk: Task vectors and :class:`DellaScalars`; kept: ranks.
     """
-    return (weighted_sum(_left(chunk), chunk.scalars[2]),)
+    scalars: DellaScalars[Tensor] = unpack(DellaScalars, chunk)
+    return (weighted_sum(_left(chunk, scalars), scalars.coefficients),)
 
 
 def merge_ranked_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:
-        chunk: As for :func:`merge_ranked`; a fourth and a fifth row of scalars are those of
-            :func:`undecided_rows`.
+        chunk: As for :func:`merge_ranked`.
     """
-    return merge_elected(_left(chunk), chunk.scalars[2], chunk.scalars[3:5], "mean")
+    scalars: DellaScalars[Tensor] = unpack(DellaScalars, chunk)
+    return merge_elected(_left(chunk, scalars), scalars, "mean")

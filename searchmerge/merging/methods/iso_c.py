@@ -18,7 +18,7 @@ from searchmerge.merging.method import (
     Setting,
     by_group,
 )
-from searchmerge.merging.methods.linear import weighted_kept
+from searchmerge.merging.methods.linear import SumScalars, weighted_kept
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class IsoC:
             self._measure.release(self._kept)
             self._kept = self._decompose(plan, ratios)
             self._last = (ratios, plan.groups)
-        rows = [[[scale]] for scale in scales]
-        return Pass(weighted_kept, by_group(plan, self._measure.names, rows), (), self._kept)
+        of_sum = [SumScalars([scale]) for scale in scales]
+        return Pass(weighted_kept, by_group(plan, self._measure.names, of_sum), (), self._kept)
 
     def _decompose(
         self, plan: MergePlan, ratios: Sequence[Sequence[float]]
@@ -74,9 +74,8 @@ class IsoC:
 
         def flatten(name: str, deltas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             row = ratios[group_of[name]]
-            total = torch.stack([own * ratio for own, ratio in zip(deltas, row, strict=True)]).sum(
-                0
-            )
+            scaled = [delta * ratio for delta, ratio in zip(deltas, row, strict=True)]
+            total = torch.stack(scaled).sum(0)
             return (isotropic(total) if total.ndim == 2 else total / len(deltas),)
 
         return self._measure.keep_whole(flatten, 1)

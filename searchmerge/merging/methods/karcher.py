@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from searchmerge.merging.groups import assign_groups
+from searchmerge.merging.kernels import pack
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -16,11 +17,12 @@ from searchmerge.merging.method import (
     Scope,
     Setting,
 )
-from searchmerge.merging.methods.linear import weighted
+from searchmerge.merging.methods.linear import SumScalars, weighted
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
     from searchmerge.merging.measure import Measure
+
 _MOST_STEPS = 100
 _NEAR = 1e-10  # radians
 
@@ -64,9 +66,9 @@ class Karcher:
         products = np.stack([measured[name] for name in names])
         group_of = assign_groups(names, plan.groups)
         rows = np.array([plan.values["coefficient"][group_of[name]] for name in names])
-        found = torch.from_numpy(coordinates(products, rows)).float()
+        means = torch.from_numpy(coordinates(products, rows)).float()
         places = {name: i for i, name in enumerate(names)}
-        return Pass(weighted, lambda name: found[places[name]][None])
+        return Pass(weighted, lambda name: pack(SumScalars(means[places[name]])))
 
 
 def coordinates(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -87,15 +89,15 @@ def coordinates(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
     weights = weights / np.where(total > 0, total, 1.0)
     length = _length(cosines, weights)
     defined = (length > 1e-6)[:, 0]
-    found = weights / np.where(defined[:, None], length, 1.0)
+    mean = weights / np.where(defined[:, None], length, 1.0)
     for _ in range(_MOST_STEPS):
-        step = _mean_logarithm(cosines, weights, found)
+        step = _mean_logarithm(cosines, weights, mean)
         angle = _length(cosines, step) * defined[:, None]
         if (angle < _NEAR).all():
             break
-        found = np.cos(angle) * found + np.sinc(angle / np.pi) * step * defined[:, None]
-        found = found / np.where(defined[:, None], _length(cosines, found), 1.0)
-    return found
+        mean = np.cos(angle) * mean + np.sinc(angle / np.pi) * step * defined[:, None]
+        mean = mean / np.where(defined[:, None], _length(cosines, mean), 1.0)
+    return mean
 
 
 def _mean_logarithm(cosines: np.ndarray, weights: np.ndarray, at: np.ndarray) -> np.ndarray:

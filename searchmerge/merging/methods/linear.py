@@ -1,11 +1,11 @@
 """Averaging the weights of the experts."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 from torch import Tensor
 
-from searchmerge.merging.kernels import Chunk, add_scaled, weighted_sum
+from searchmerge.merging.kernels import Chunk, Row, add_scaled, unpack, weighted_sum
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -20,6 +20,16 @@ from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
     from searchmerge.merging.measure import Measure
+
+
+class SumScalars(NamedTuple, Generic[Row]):
+    """What a weighted sum reads of each expert.
+
+    Attributes:
+        coefficients: The factor on its entries.
+    """
+
+    coefficients: Row
 
 
 @METHODS.register("linear")
@@ -43,21 +53,23 @@ class Linear:
 
     def bind(self, plan: MergePlan) -> Pass:
         """Divide each group's coefficients by their sum."""
-        rows = []
+        scalars = []
         for row in plan.values["coefficient"]:
             total = sum(row) or 1.0
-            rows.append([[number / total for number in row]])
-        return Pass(weighted, by_group(plan, self._names, rows))
+            scalars.append(SumScalars([number / total for number in row]))
+        return Pass(weighted, by_group(plan, self._names, scalars))
 
 
 def weighted(chunk: Chunk) -> tuple[Tensor]:
-    """Return the sum of the task vectors, each times its scalar, ``(m,)`` float32."""
-    return (weighted_sum(chunk.deltas, chunk.scalars[0]),)
+    """Return the sum of the task vectors, each times its coefficient, ``(m,)`` float32."""
+    scalars: SumScalars[Tensor] = unpack(SumScalars, chunk)
+    return (weighted_sum(chunk.deltas, scalars.coefficients),)
 
 
 def weighted_kept(chunk: Chunk) -> tuple[Tensor]:
-    """Return the sum of what was kept, each times its scalar, ``(m,)`` float32."""
-    merged = chunk.kept[0] * chunk.scalars[0, 0]
-    for i, own in enumerate(chunk.kept[1:], start=1):
-        merged = add_scaled(merged, own, chunk.scalars[0, i])
+    """Return the sum of what was kept, each times its coefficient, ``(m,)`` float32."""
+    scalars: SumScalars[Tensor] = unpack(SumScalars, chunk)
+    merged = chunk.kept[0] * scalars.coefficients[0]
+    for i, part in enumerate(chunk.kept[1:], start=1):
+        merged = add_scaled(merged, part, scalars.coefficients[i])
     return (merged,)

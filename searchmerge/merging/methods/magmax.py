@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from searchmerge.merging.kernels import Chunk, add_scaled, is_zero
+from searchmerge.merging.kernels import Chunk, add_scaled, is_zero, unpack
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -18,6 +18,7 @@ from searchmerge.merging.method import (
     Setting,
     by_group,
 )
+from searchmerge.merging.methods.linear import SumScalars
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -49,27 +50,28 @@ class MagMax:
 
     def bind(self, plan: MergePlan) -> Pass:
         """Fix the coefficients."""
-        rows = [[row] for row in plan.values["coefficient"]]
-        return Pass(merge_largest, by_group(plan, self._names, rows))
+        scalars = [SumScalars(row) for row in plan.values["coefficient"]]
+        return Pass(merge_largest, by_group(plan, self._names, scalars))
 
 
 def merge_largest(chunk: Chunk) -> tuple[Tensor]:
     """Return the merged task vector ``(m,)`` float32.
 
     Args:
-        chunk: Task vectors; scalars ``(1, n_experts)``: the coefficients.
+        chunk: Task vectors and :class:`~searchmerge.merging.methods.linear.SumScalars`.
     """
+    scalars: SumScalars[Tensor] = unpack(SumScalars, chunk)
     largest = _largest_magnitude(chunk.deltas)
     merged, n_ties = torch.zeros_like(largest), torch.zeros_like(largest)
-    for i, own in enumerate(chunk.deltas):
-        ties = is_zero(own.abs().sub_(largest))
+    for i, delta in enumerate(chunk.deltas):
+        ties = is_zero(delta.abs().sub_(largest))
         n_ties = n_ties.add_(ties)
-        merged = add_scaled(merged, own.mul_(ties), chunk.scalars[0, i])
+        merged = add_scaled(merged, delta.mul_(ties), scalars.coefficients[i])
     return (merged.div_(n_ties),)
 
 
 def _largest_magnitude(deltas: Sequence[Tensor]) -> Tensor:
     largest = deltas[0].abs()
-    for own in deltas[1:]:
-        largest = torch.maximum(largest, own.abs())
+    for delta in deltas[1:]:
+        largest = torch.maximum(largest, delta.abs())
     return largest

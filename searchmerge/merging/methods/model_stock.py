@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.merging.groups import assign_groups
+from searchmerge.merging.kernels import pack
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -17,7 +18,7 @@ from searchmerge.merging.method import (
     Scope,
     Setting,
 )
-from searchmerge.merging.methods.linear import weighted
+from searchmerge.merging.methods.linear import SumScalars, weighted
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -57,12 +58,12 @@ class ModelStock:
         """Look up how far to go in each tensor."""
         if not self._factors:
             products = self._measure.inner_products()
-            self._factors = {name: factor(own) for name, own in products.items()}
+            self._factors = {name: factor(inner) for name, inner in products.items()}
         group_of = assign_groups(self._measure.names, plan.groups)
         rows = torch.tensor(plan.values["coefficient"], dtype=torch.float32)
 
         def scalars(name: str) -> Tensor:
-            return rows[group_of[name]][None] * self._factors[name]
+            return pack(SumScalars(rows[group_of[name]] * self._factors[name]))
 
         return Pass(weighted, scalars)
 

@@ -4,16 +4,28 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.kernels import GRID, Chunk, add_scaled, add_up, signed
+from searchmerge.merging.kernels import (
+    GRID,
+    Chunk,
+    Numbers,
+    Row,
+    add_scaled,
+    add_up,
+    clamp_between,
+    pack,
+    signed,
+    unpack,
+)
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     Hyperparameter,
@@ -23,7 +35,7 @@ from searchmerge.merging.method import (
     by_group,
     setting,
 )
-from searchmerge.merging.methods.linear import weighted_kept
+from searchmerge.merging.methods.linear import SumScalars, weighted_kept
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -52,17 +64,17 @@ class Variant:
 
 def _with_sum(deltas: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
     total = add_up(deltas)
-    return [(own * total).tanh_() for own in deltas]
+    return [(delta * total).tanh_() for delta in deltas]
 
 
 def _with_scaled_sum(deltas: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
-    total = add_up([own.sign() * size for own, size in zip(deltas, scaled, strict=True)])
-    return [(own * total).tanh_() for own in deltas]
+    total = add_up([delta.sign() * size for delta, size in zip(deltas, scaled, strict=True)])
+    return [(delta * total).tanh_() for delta in deltas]
 
 
 def _pairwise(deltas: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
-    signed = [own.sign() * size for own, size in zip(deltas, scaled, strict=True)]
-    return [add_up([(own * other).tanh_() for other in signed]) for own in signed]
+    entries = [delta.sign() * size for delta, size in zip(deltas, scaled, strict=True)]
+    return [add_up([(entry * other).tanh_() for other in entries]) for entry in entries]
 
 
 VARIANTS = {
@@ -75,24 +87,74 @@ VARIANTS = {
 VARIANT = Setting("variant", default="reference", choices=tuple(VARIANTS))
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What is known of the balances of one variant.
+class Ends(NamedTuple, Generic[Row]):
+    """What scales each expert's magnitudes to [0, 1].
 
     Attributes:
-        ends: Rows of scalars: smallest and largest magnitude, and their distance (or 1).
+        low: The magnitude that smaller ones are raised to.
+        high: The magnitude that larger ones are lowered to.
+        distance: ``high - low``, or 1 where that is 0.
+    """
+
+    low: Row
+    high: Row
+    distance: Row
+
+
+class Bounds(NamedTuple):
+    """Which balances a density drops, and how it scales the others, one number per expert.
+
+    Attributes:
+        lightest: The heaviest balance that is dropped.
+        factors: 1 / its distance to the heaviest of all.
+    """
+
+    lightest: tuple[float, ...]
+    factors: tuple[float, ...]
+
+
+class PcbScalars(NamedTuple, Generic[Row]):
+    """What merging reads of each expert.
+
+    Attributes:
+        low: See :class:`Ends`.
+        high: See there.
+        distance: See there.
+        lightest: See :class:`Bounds`.
+        factors: See there.
+        coefficients: The factor on its entries.
+    """
+
+    low: Row
+    high: Row
+    distance: Row
+    lightest: Row
+    factors: Row
+    coefficients: Row
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured of the balances of one variant.
+
+    Attributes:
+        ends: The ends of magnitudes.
         balances: Order statistics of each expert's balances over the whole model.
         kept: The balances themselves, where memory allows.
     """
 
-    ends: list[list[float]]
+    ends: Ends[list[float]]
     balances: "OrderStatistics"
     kept: Mapping[str, tuple[Tensor, ...]] | None
 
     @property
     def raises(self) -> bool:
         """Return whether clamping raises small magnitudes; not where many entries are 0."""
-        return any(self.ends[0])
+        return any(self.ends.low)
+
+    def scalars(self, bounds: Bounds, coefficients: Sequence[float]) -> PcbScalars[Numbers]:
+        """Return what merging reads, under the bounds of a density."""
+        return PcbScalars(**self.ends._asdict(), **bounds._asdict(), coefficients=coefficients)
 
 
 @METHODS.register("pcb")
@@ -122,7 +184,7 @@ class Pcb:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, search=(0.5, 3.0)),
-        Hyperparameter("density", 0.0, 1.0, default=0.1, search=(0.01, 0.5), step=0.01),
+        replace(DENSITY, default=0.1, search=(0.01, 0.5)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (VARIANT, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
@@ -149,22 +211,22 @@ class Pcb:
         """Look up the balances to drop below, and fix the coefficients."""
         names = self._measure.names
         if not self._active:
-            return Pass(nothing, by_group(plan, names, [[[0.0]]] * len(plan.groups)), (0,))
+            zeros = [SumScalars([0.0])] * len(plan.groups)
+            return Pass(nothing, by_group(plan, names, zeros), (0,))
         variant = str(setting(plan, VARIANT))
-        known = self._of(variant)
-        bounds = tuple(self._bounds(known, row) for row in plan.values["density"])
+        measured = self._of(variant)
+        bounds = tuple(self._bounds(measured, row) for row in plan.values["density"])
         coefficients = [[row[i] for i in self._active] for row in plan.values["coefficient"]]
-        shares = self._repeated((variant, bounds, plan.groups), plan, known)
+        shares = self._repeated((variant, bounds, plan.groups), plan, measured)
         if shares is not None:
-            alone = [[row] for row in coefficients]
-            return Pass(weighted_kept, by_group(plan, names, alone), (), shares)
-        rows: list[list[Sequence[float]]] = [
-            [*known.ends, *own, row] for own, row in zip(bounds, coefficients, strict=True)
-        ]
-        scalars = by_group(plan, names, rows)
-        if known.kept is not None:
-            return Pass(_MERGE_KNOWN[known.raises], scalars, self._active, known.kept)
-        return Pass(_MERGE[variant, known.raises], scalars, self._active)
+            of_shares = [SumScalars(row) for row in coefficients]
+            return Pass(weighted_kept, by_group(plan, names, of_shares), (), shares)
+        scalars = by_group(
+            plan, names, [measured.scalars(*of) for of in zip(bounds, coefficients, strict=True)]
+        )
+        if measured.kept is not None:
+            return Pass(_MERGE_KEPT[measured.raises], scalars, self._active, measured.kept)
+        return Pass(_MERGE[variant, measured.raises], scalars, self._active)
 
     def _of(self, variant: str) -> _Measured:
         if self._measured is None or self._measured[0] != variant:
@@ -177,7 +239,7 @@ class Pcb:
     def _measure_balances(self, variant: str) -> _Measured:
         d, n_active = self._measure.n_parameters, len(self._active)
         ends = self._ends(VARIANTS[variant].clamp)
-        scalars = torch.tensor(ends)
+        scalars = pack(ends)
 
         def compute(name: str, part: "Operands") -> tuple[Tensor, ...]:
             part = part.with_scalars(scalars)
@@ -186,8 +248,8 @@ class Pcb:
         kept = self._measure.keep(compute, n_active, experts=self._active)
 
         def read(name: str, part: "Operands") -> tuple[Tensor, ...]:
-            own = () if kept is None else kept[name]
-            return tuple(t[part.start : part.start + len(part.base)] for t in own)
+            whole = () if kept is None else kept[name]
+            return _part_of(whole, part)
 
         balances = self._measure.order_statistics(
             f"pcb-{variant}",
@@ -198,25 +260,22 @@ class Pcb:
         )
         return _Measured(ends, balances, kept)
 
-    def _ends(self, clamp: float) -> list[list[float]]:
+    def _ends(self, clamp: float) -> Ends[list[float]]:
         d, everyone = self._measure.n_parameters, range(len(self._measure.experts))
         low = self._measure.magnitudes([int(d * clamp) for _ in everyone])
         high = self._measure.magnitudes([int(d * (1 - clamp) - 1) for _ in everyone])
         low, high = [low[i] for i in self._active], [high[i] for i in self._active]
-        return [low, high, _distances(low, high)]
+        return Ends(low, high, _distances(low, high))
 
-    def _bounds(
-        self, known: _Measured, densities: Sequence[float]
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return the balance dropped with all below it, and 1 / its distance to the largest."""
+    def _bounds(self, measured: _Measured, densities: Sequence[float]) -> Bounds:
         d = self._measure.n_parameters
-        lightest = known.balances.at([_dropped_rank(d, densities[i]) for i in self._active])
-        heaviest = known.balances.at([d - 1] * len(self._active))
-        factors = (min(1 / own, _LARGEST) for own in _distances(lightest, heaviest))
-        return tuple(lightest), tuple(factors)
+        lightest = measured.balances.at([_dropped_rank(d, densities[i]) for i in self._active])
+        heaviest = measured.balances.at([d - 1] * len(self._active))
+        factors = (min(1 / distance, _LARGEST) for distance in _distances(lightest, heaviest))
+        return Bounds(tuple(lightest), tuple(factors))
 
     def _repeated(
-        self, key: tuple[object, ...], plan: MergePlan, known: _Measured
+        self, key: tuple[object, ...], plan: MergePlan, measured: _Measured
     ) -> Mapping[str, tuple[Tensor, ...]] | None:
         """Return the share of each expert in each entry, if nothing but coefficients changed."""
         if key != self._last:
@@ -225,28 +284,32 @@ class Pcb:
                 self._measure.release(self._shares)
             self._shares = None
         elif self._shares is None:
-            self._shares = self._keep_shares(str(key[0]), plan, known)
+            self._shares = self._keep_shares(str(key[0]), plan, measured)
         return self._shares
 
     def _keep_shares(
-        self, variant: str, plan: MergePlan, known: _Measured
+        self, variant: str, plan: MergePlan, measured: _Measured
     ) -> Mapping[str, tuple[Tensor, ...]] | None:
-        rows: list[list[Sequence[float]]] = [
-            [*known.ends, *self._bounds(known, row)] for row in plan.values["density"]
-        ]
-        scalars = by_group(plan, self._measure.names, rows)
-        function = _SHARES_KNOWN[known.raises]
-        if known.kept is None:
-            function = _SHARES[variant, known.raises]
+        ones = [1.0] * len(self._active)
+        of_groups = [self._bounds(measured, row) for row in plan.values["density"]]
+        scalars = by_group(
+            plan, self._measure.names, [measured.scalars(bounds, ones) for bounds in of_groups]
+        )
+        function = _SHARES_KEPT[measured.raises]
+        if measured.kept is None:
+            function = _SHARES[variant, measured.raises]
 
         def compute(name: str, part: "Operands") -> tuple[Tensor, ...]:
-            own = () if known.kept is None else known.kept[name]
-            stop = part.start + len(part.base)
-            kept = tuple(tensor[part.start : stop] for tensor in own)
-            part = replace(part, scalars=scalars(name), kept=kept)
+            whole = () if measured.kept is None else measured.kept[name]
+            part = replace(part, scalars=scalars(name), kept=_part_of(whole, part))
             return self._measure.engine.compute(function, part)
 
         return self._measure.keep(compute, len(self._active), experts=self._active)
+
+
+def _part_of(tensors: tuple[Tensor, ...], part: "Operands") -> tuple[Tensor, ...]:
+    """Return the entries of whole parameters that a part of them has."""
+    return tuple(tensor[part.start : part.start + len(part.base)] for tensor in tensors)
 
 
 def _dropped_rank(d: int, density: float) -> int:
@@ -269,16 +332,23 @@ def balances(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
     """Return how each expert's entries compete, ``(m,)`` float32 each; negative where they lose.
 
     Args:
-        chunk: Task vectors; scalars ``(3 or more, n_experts)``: smallest and largest magnitude,
-            and their distance.
+        chunk: Task vectors and :class:`Ends`.
         variant: A key of ``VARIANTS``.
     """
-    low, high, distance = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2]
+    ends: Ends[Tensor] = unpack(Ends, chunk)
+    return _balances(chunk.deltas, ends, variant)
+
+
+def _balances(
+    deltas: Sequence[Tensor], ends: Ends[Tensor] | PcbScalars[Tensor], variant: str
+) -> tuple[Tensor, ...]:
     scaled = [
-        own.abs().clamp_(low[i], high[i]).sub_(low[i]).div_(distance[i])
-        for i, own in enumerate(chunk.deltas)
+        clamp_between(delta.abs(), ends.low[i], ends.high[i])
+        .sub_(ends.low[i])
+        .div_(ends.distance[i])
+        for i, delta in enumerate(deltas)
     ]
-    inter = VARIANTS[variant].inter(chunk.deltas, scaled)
+    inter = VARIANTS[variant].inter(deltas, scaled)
     n_experts = float(len(scaled))
     return tuple(
         size.square_().mul_(n_experts).exp_().mul_(other)
@@ -286,57 +356,70 @@ def balances(chunk: Chunk, *, variant: str) -> tuple[Tensor, ...]:
     )
 
 
-def _weigh(chunk: Chunk, *, raises: bool) -> tuple[list[Tensor], Tensor]:
+def _weigh(
+    chunk: Chunk, scalars: PcbScalars[Tensor], *, raises: bool
+) -> tuple[list[Tensor], Tensor]:
     """Return ``T_t s_t`` of each expert and the sum of ``s_t``, at least 1e-12."""
-    low, high, _, lightest, factor = chunk.scalars[:5]
-    kept = [(own - lightest[i]).relu_().mul_(factor[i]) for i, own in enumerate(chunk.kept)]
-    total = add_up(kept).clamp_min_(1e-12)
+    weights = [
+        (balance - scalars.lightest[i]).relu_().mul_(scalars.factors[i])
+        for i, balance in enumerate(chunk.kept)
+    ]
+    total = add_up(weights).clamp_min_(1e-12)
+    low, high = scalars.low, scalars.high
     clamped = (
-        signed(own.abs().clamp_(low[i], high[i]), own) if raises else own.clamp_(-high[i], high[i])
-        for i, own in enumerate(chunk.deltas)
+        signed(clamp_between(delta.abs(), low[i], high[i]), delta)
+        if raises
+        else clamp_between(delta, -high[i], high[i])
+        for i, delta in enumerate(chunk.deltas)
     )
-    return [own.mul_(share) for own, share in zip(clamped, kept, strict=True)], total
+    return [entry.mul_(weight) for entry, weight in zip(clamped, weights, strict=True)], total
 
 
-def shares_known(chunk: Chunk, *, raises: bool) -> tuple[Tensor, ...]:
+def shares_kept(chunk: Chunk, *, raises: bool) -> tuple[Tensor, ...]:
     """Return ``T_t s_t / sum s`` of each expert, ``(m,)`` float32, from the kept balances.
 
     Args:
-        chunk: Task vectors; scalars ``(5 or more, n_experts)``: those of :func:`balances`, then
-            the balance that is dropped, and 1 / its distance to the largest; kept: the balances.
+        chunk: Task vectors and :class:`PcbScalars`; kept: the balances.
         raises: Whether a smallest magnitude is above 0.
     """
-    parts, total = _weigh(chunk, raises=raises)
+    scalars: PcbScalars[Tensor] = unpack(PcbScalars, chunk)
+    parts, total = _weigh(chunk, scalars, raises=raises)
     return tuple(part.div_(total) for part in parts)
 
 
-def merge_known(chunk: Chunk, *, raises: bool) -> tuple[Tensor]:
+def merge_kept(chunk: Chunk, *, raises: bool) -> tuple[Tensor]:
     """Return the merged task vector ``(m,)`` float32 from the kept balances.
 
     Args:
-        chunk: As for :func:`shares_known`; a sixth row of scalars holds the coefficients.
+        chunk: As for :func:`shares_kept`.
         raises: As there.
     """
-    parts, total = _weigh(chunk, raises=raises)
-    merged = parts[0].mul_(chunk.scalars[5, 0])
+    scalars: PcbScalars[Tensor] = unpack(PcbScalars, chunk)
+    parts, total = _weigh(chunk, scalars, raises=raises)
+    merged = parts[0].mul_(scalars.coefficients[0])
     for i, part in enumerate(parts[1:], start=1):
-        merged = add_scaled(merged, part, chunk.scalars[5, i])
+        merged = add_scaled(merged, part, scalars.coefficients[i])
     return (merged.div_(total),)
 
 
 def merge_computed(chunk: Chunk, *, variant: str, raises: bool) -> tuple[Tensor]:
-    """Return the merged task vector as :func:`merge_known`, computing the balances."""
-    return merge_known(chunk._replace(kept=balances(chunk, variant=variant)), raises=raises)
+    """Return the merged task vector as :func:`merge_kept`, computing the balances."""
+    return merge_kept(_with_balances(chunk, variant), raises=raises)
 
 
 def shares_computed(chunk: Chunk, *, variant: str, raises: bool) -> tuple[Tensor, ...]:
-    """Return what :func:`shares_known` returns, computing the balances."""
-    return shares_known(chunk._replace(kept=balances(chunk, variant=variant)), raises=raises)
+    """Return what :func:`shares_kept` returns, computing the balances."""
+    return shares_kept(_with_balances(chunk, variant), raises=raises)
+
+
+def _with_balances(chunk: Chunk, variant: str) -> Chunk:
+    scalars: PcbScalars[Tensor] = unpack(PcbScalars, chunk)
+    return chunk._replace(kept=_balances(chunk.deltas, scalars, variant))
 
 
 _BALANCES = {name: partial(balances, variant=name) for name in VARIANTS}
 _WAYS = [(name, raises) for name in VARIANTS for raises in (True, False)]
-_MERGE = {own: partial(merge_computed, variant=own[0], raises=own[1]) for own in _WAYS}
-_SHARES = {own: partial(shares_computed, variant=own[0], raises=own[1]) for own in _WAYS}
-_MERGE_KNOWN = {raises: partial(merge_known, raises=raises) for raises in (True, False)}
-_SHARES_KNOWN = {raises: partial(shares_known, raises=raises) for raises in (True, False)}
+_MERGE = {way: partial(merge_computed, variant=way[0], raises=way[1]) for way in _WAYS}
+_SHARES = {way: partial(shares_computed, variant=way[0], raises=way[1]) for way in _WAYS}
+_MERGE_KEPT = {raises: partial(merge_kept, raises=raises) for raises in (True, False)}
+_SHARES_KEPT = {raises: partial(shares_kept, raises=raises) for raises in (True, False)}

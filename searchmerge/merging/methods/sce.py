@@ -1,13 +1,23 @@
 """SCE: select what varies, calculate matrix-wise coefficients, erase minority signs."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
 from searchmerge.merging.groups import assign_groups
-from searchmerge.merging.kernels import Chunk, add_up, is_at_least, is_positive, weighted_sum
+from searchmerge.merging.kernels import (
+    Chunk,
+    Numbers,
+    Row,
+    add_up,
+    is_at_least,
+    is_positive,
+    pack,
+    unpack,
+    weighted_sum,
+)
 from searchmerge.merging.method import (
     COEFFICIENT,
     DEPTH_SLOPE,
@@ -22,7 +32,39 @@ from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
     from searchmerge.merging.measure import Measure
+
 DENSITY = Setting("density", default=0.1, low=0.0, high=1.0)
+
+
+class SelectionScalars(NamedTuple, Generic[Row]):
+    """What the selection reads.
+
+    Attributes:
+        least: The smallest variance that is selected, for all experts alike.
+    """
+
+    least: Row
+
+
+class SceScalars(NamedTuple, Generic[Row]):
+    """What the arithmetic reads of each expert.
+
+    Attributes:
+        least: The smallest variance that is selected, for all alike.
+        weights: What the expert's tensor weighs, the paper's eta.
+        coefficients: The factor on its entries.
+    """
+
+    least: Row
+    weights: Row
+    coefficients: Row
+
+
+class _Weighed(NamedTuple):
+    """One tensor's smallest variance that is selected, and each expert's share of its energy."""
+
+    least: float
+    weights: Tensor
 
 
 @METHODS.register("sce")
@@ -53,43 +95,46 @@ class Sce:
     def __init__(self, measure: "Measure") -> None:
         """Prepare to select, which is done at the first plan with each density."""
         self._measure = measure
-        self._known: dict[float, dict[str, Tensor]] = {}
+        self._weighed: dict[float, dict[str, _Weighed]] = {}
 
     def bind(self, plan: MergePlan) -> Pass:
         """Look up what is selected, and what each tensor weighs."""
         density = float(setting(plan, DENSITY))
-        if density not in self._known:
-            self._known[density] = self._weigh(density)
-        known, group_of = self._known[density], assign_groups(self._measure.names, plan.groups)
+        if density not in self._weighed:
+            self._weighed[density] = self._weigh(density)
+        weighed, group_of = self._weighed[density], assign_groups(self._measure.names, plan.groups)
         rows = torch.tensor(plan.values["coefficient"], dtype=torch.float32)
-        return Pass(
-            merge_selected,
-            lambda name: torch.cat([known[name], rows[group_of[name]][None]]),
-        )
 
-    def _weigh(self, density: float) -> dict[str, Tensor]:
-        """Return the first two rows of scalars of each tensor."""
+        def scalars(name: str) -> Tensor:
+            least, weights = weighed[name]
+            return pack(SceScalars[Numbers](least, weights, rows[group_of[name]]))
+
+        return Pass(merge_selected, scalars)
+
+    def _weigh(self, density: float) -> dict[str, _Weighed]:
         n_experts = len(self._measure.experts)
         least = {name: self._least(name, density) for name in self._measure.names}
-        thresholds = {name: torch.full((1, n_experts), own) for name, own in least.items()}
-        energies = self._measure.sums(energy, scalars=thresholds.__getitem__)
-        weights = {}
-        for name, threshold in thresholds.items():
-            own = energies[name].cpu()
-            shares = own / own.sum() if own.sum() > 0 else torch.zeros(n_experts)
-            weights[name] = torch.cat([threshold, shares[None].float()])
-        return weights
+        energies = self._measure.sums(
+            energy, scalars=lambda name: pack(SelectionScalars([least[name]] * n_experts))
+        )
+        weighed = {}
+        for name in self._measure.names:
+            of_experts = energies[name].cpu()
+            total = of_experts.sum()
+            shares = of_experts / total if total > 0 else torch.zeros(n_experts)
+            weighed[name] = _Weighed(least[name], shares.float())
+        return weighed
 
     def _least(self, name: str, density: float) -> float:
         """Return the smallest variance that is selected."""
         if len(self._measure.experts) == 1 or density == 1:
             return 0.0
-        found = self._measure.compute(variance, name)[0]
-        n_varying = int(torch.count_nonzero(found))
+        variances = self._measure.compute(variance, name)[0]
+        n_varying = int(torch.count_nonzero(variances))
         if not n_varying:
             return 0.0
         n_selected = max(1, int(n_varying * density))
-        return float(found.kthvalue(len(found) - n_selected + 1).values)
+        return float(variances.kthvalue(len(variances) - n_selected + 1).values)
 
 
 def variance(chunk: Chunk) -> tuple[Tensor]:
@@ -97,11 +142,10 @@ def variance(chunk: Chunk) -> tuple[Tensor]:
 
     As the sum over pairs of squared differences: exactly 0 where all are equal.
     """
-    own = chunk.deltas
-    total = torch.zeros_like(own[0])
-    for i, one in enumerate(own):
-        for other in own[i + 1 :]:
-            total = total.add_((one - other).square_())
+    total = torch.zeros_like(chunk.deltas[0])
+    for i, delta in enumerate(chunk.deltas):
+        for other in chunk.deltas[i + 1 :]:
+            total = total.add_((delta - other).square_())
     return (total,)
 
 
@@ -109,24 +153,26 @@ def energy(chunk: Chunk) -> tuple[Tensor, ...]:
     """Return each expert's squared entries that are selected, ``(m,)`` float32.
 
     Args:
-        chunk: Task vectors; scalars ``(1 or more, n_experts)``: the smallest variance selected.
+        chunk: Task vectors and :class:`SelectionScalars`.
     """
-    selected = is_at_least(variance(chunk)[0], chunk.scalars[0, 0])
-    return tuple(own.square().mul_(selected) for own in chunk.deltas)
+    scalars: SelectionScalars[Tensor] = unpack(SelectionScalars, chunk)
+    selected = is_at_least(variance(chunk)[0], scalars.least[0])
+    return tuple(delta.square().mul_(selected) for delta in chunk.deltas)
 
 
 def merge_selected(chunk: Chunk) -> tuple[Tensor]:
     """Return the merged task vector ``(m,)`` float32.
 
     Args:
-        chunk: Task vectors; scalars ``(3, n_experts)``: the smallest variance selected, in all
-            columns; the tensor's weight; coefficient.
+        chunk: Task vectors and :class:`SceScalars`.
     """
-    weights, coefficients = chunk.scalars[1], chunk.scalars[2]
-    selected = is_at_least(variance(chunk)[0], chunk.scalars[0, 0])
+    scalars: SceScalars[Tensor] = unpack(SceScalars, chunk)
+    selected = is_at_least(variance(chunk)[0], scalars.least[0])
     signs = is_at_least(add_up(chunk.deltas), 0.0).mul_(2.0).sub_(1.0)
-    agreeing = [(own * signs).relu_() for own in chunk.deltas]
-    shares = [is_positive(own * signs).mul_(weights[i]) for i, own in enumerate(chunk.deltas)]
+    agreeing = [(delta * signs).relu_() for delta in chunk.deltas]
+    shares = [
+        is_positive(delta * signs).mul_(scalars.weights[i]) for i, delta in enumerate(chunk.deltas)
+    ]
     divisor = add_up(shares)
-    merged = weighted_sum(agreeing, weights * coefficients)
+    merged = weighted_sum(agreeing, scalars.weights * scalars.coefficients)
     return (merged.div_(divisor.clamp_(min=1e-12)).mul_(signs).mul_(selected),)

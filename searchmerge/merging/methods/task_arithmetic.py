@@ -13,7 +13,7 @@ from searchmerge.merging.method import (
     Setting,
     by_group,
 )
-from searchmerge.merging.methods.linear import weighted
+from searchmerge.merging.methods.linear import SumScalars, weighted
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -40,5 +40,5 @@ class TaskArithmetic:
 
     def bind(self, plan: MergePlan) -> Pass:
         """Fix the coefficients."""
-        rows = [[row] for row in plan.values["coefficient"]]
-        return Pass(weighted, by_group(plan, self._names, rows))
+        scalars = [SumScalars(row) for row in plan.values["coefficient"]]
+        return Pass(weighted, by_group(plan, self._names, scalars))

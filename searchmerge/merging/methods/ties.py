@@ -3,14 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple
 
 from torch import Tensor
 
-from searchmerge.merging.election import Majority, merge_elected, undecided_rows
-from searchmerge.merging.kernels import Chunk, keep_at_least
+from searchmerge.merging.election import Majority, merge_elected, positive_bound
+from searchmerge.merging.kernels import Chunk, Numbers, Row, keep_at_least, unpack
 from searchmerge.merging.method import (
     COEFFICIENT,
+    DENSITY,
     DEPTH_SLOPE,
     METHODS,
     Hyperparameter,
@@ -26,6 +27,22 @@ if TYPE_CHECKING:
     from searchmerge.merging.measure import Measure
 
 AGGREGATE = Setting("aggregate", default="mean", choices=("mean", "sum", "max"))
+
+
+class TiesScalars(NamedTuple, Generic[Row]):
+    """What the arithmetic reads of each expert.
+
+    Attributes:
+        thresholds: The magnitude below which an entry is trimmed.
+        coefficients: The factor on what agrees.
+        majority: See :class:`~searchmerge.merging.election.ElectionScalars`.
+        bound: See there.
+    """
+
+    thresholds: Row
+    coefficients: Row
+    majority: Row
+    bound: Row
 
 
 @METHODS.register("ties")
@@ -47,7 +64,7 @@ class Ties:
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
         replace(COEFFICIENT, search=(0.0, 2.5)),
-        Hyperparameter("density", 0.0, 1.0, default=0.2, search=(0.05, 0.5), step=0.01),
+        replace(DENSITY, default=0.2, search=(0.05, 0.5)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (AGGREGATE, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
@@ -71,31 +88,30 @@ class Ties:
         """
         d = self._measure.n_parameters
         n_kept = [int(d * density) for density in densities]
-        found = self._measure.magnitudes([d - 1 - min(n, d - 1) for n in n_kept])
-        return [0.0 if n >= d else value for n, value in zip(n_kept, found, strict=True)]
+        smallest = self._measure.magnitudes([d - 1 - min(n, d - 1) for n in n_kept])
+        return [0.0 if n >= d else value for n, value in zip(n_kept, smallest, strict=True)]
 
     def _pass(self, plan: MergePlan, trims: Sequence[Sequence[float]], majority: float) -> Pass:
         aggregate = str(setting(plan, AGGREGATE))
         # with no majority, the authors' mean and sum merge the negative entries, their max none
         sign = majority or (0.0 if aggregate == "max" else -1.0)
-        rows = [
-            [trim, coefficients, *undecided_rows(sign, len(trim))]
+        scalars: list[TiesScalars[Numbers]] = [
+            TiesScalars(trim, coefficients, majority=sign, bound=positive_bound(sign))
             for trim, coefficients in zip(trims, plan.values["coefficient"], strict=True)
         ]
-        return Pass(_MERGE[aggregate], by_group(plan, self._measure.names, rows))
+        return Pass(_MERGE[aggregate], by_group(plan, self._measure.names, scalars))
 
 
 def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
     """Trim, elect signs and merge; return what :func:`merge_elected` does.
 
     Args:
-        chunk: Task vectors; scalars ``(4, n_experts)``: magnitude below which an entry is
-            trimmed; coefficient; the two of :func:`undecided_rows`.
+        chunk: Task vectors and :class:`TiesScalars`.
         aggregate: ``mean`` of those that agree, their ``sum``, or the ``max`` in magnitude.
     """
-    thresholds, coefficients, undecided = chunk.scalars[0], chunk.scalars[1], chunk.scalars[2:4]
-    deltas = [keep_at_least(own, thresholds[i]) for i, own in enumerate(chunk.deltas)]
-    return merge_elected(deltas, coefficients, undecided, aggregate)
+    scalars: TiesScalars[Tensor] = unpack(TiesScalars, chunk)
+    trimmed = [keep_at_least(delta, scalars.thresholds[i]) for i, delta in enumerate(chunk.deltas)]
+    return merge_elected(trimmed, scalars, aggregate)
 
 
 _MERGE: dict[str, Callable[[Chunk], tuple[Tensor, ...]]] = {

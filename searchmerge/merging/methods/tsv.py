@@ -17,7 +17,7 @@ from searchmerge.merging.method import (
     Setting,
     by_group,
 )
-from searchmerge.merging.methods.linear import weighted_kept
+from searchmerge.merging.methods.linear import SumScalars, weighted_kept
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -56,22 +56,20 @@ class Tsv:
         """Fix the coefficients."""
         if self._parts is None:
             self._parts = self._measure.keep_whole(_separate, len(plan.experts))
-        rows = [[row] for row in plan.values["coefficient"]]
-        return Pass(weighted_kept, by_group(plan, self._measure.names, rows), (), self._parts)
+        scalars = [SumScalars(row) for row in plan.values["coefficient"]]
+        return Pass(weighted_kept, by_group(plan, self._measure.names, scalars), (), self._parts)
 
 
 def _separate(name: str, deltas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return each expert's part of the merged task vector, in its shape, float32."""
     n_experts = len(deltas)
     if deltas[0].ndim != 2 or not deltas[0].numel():
-        return tuple(own / n_experts for own in deltas)
-    left, sizes, right = zip(*(leading(own, n_experts) for own in deltas), strict=True)
-    counts = [len(own) for own in sizes]
-    lefts = torch.split(orthogonal(torch.cat(left, 1)), counts, 1)
-    rights = torch.split(orthogonal(torch.cat(right, 1)), counts, 1)
-    return tuple(
-        (one * size) @ other.T for one, size, other in zip(lefts, sizes, rights, strict=True)
-    )
+        return tuple(delta / n_experts for delta in deltas)
+    left, sizes, right = zip(*(leading(delta, n_experts) for delta in deltas), strict=True)
+    ranks = [len(of_expert) for of_expert in sizes]
+    lefts = torch.split(orthogonal(torch.cat(left, 1)), ranks, 1)
+    rights = torch.split(orthogonal(torch.cat(right, 1)), ranks, 1)
+    return tuple((u * size) @ v.T for u, size, v in zip(lefts, sizes, rights, strict=True))
 
 
 def leading(matrix: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:

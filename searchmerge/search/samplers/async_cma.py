@@ -11,14 +11,15 @@ import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from searchmerge.errors import SpecError
+from searchmerge.search.sampler import SAMPLERS, SamplerSetting
+from searchmerge.search.trials import FINISHED, by_completion, standing_of
 
 _SEED_STRIDE = 1_000_003
 _INC_POPSIZE = 2  # IPOP: each restart doubles the population
 _STAGNATION = 30  # generations without a better value, plus a term in d and the population size
-_FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 
 Vector = npt.NDArray[np.float64]
 Loss = tuple[float, float]
@@ -28,10 +29,10 @@ Loss = tuple[float, float]
 class AsyncCmaSampler(BaseSampler):
     r"""CMA-ES (Hansen, 2016, arXiv:1604.00772) for workers that never wait for one another.
 
-    The distribution is updated with every λ trials that finish, whichever generation they were
-    asked in: equations 41 to 47 hold for points from elsewhere, as injected solutions. So no
-    result is left out, enqueued trials count like the sampler's own, and a worker is never
-    idle. A failed trial counts as the worst of its λ.
+    The distribution of d parameters is updated with every λ = 4 + int(3 ln d) trials that finish,
+    whichever generation they were asked in: equations 41 to 47 hold for points from elsewhere, as
+    injected solutions. So no result is left out, enqueued trials count like the sampler's own,
+    and a worker is never idle. A failed trial counts as the worst of its λ.
 
     There is no state but the study: the distribution is made anew from its finished trials, in
     the order in which they finished, and trial n draws from a generator of (seed, n). A resumed
@@ -48,7 +49,6 @@ class AsyncCmaSampler(BaseSampler):
         start: Parameter name to the first mean, e.g. a published setting; the middle of the
             range where it says nothing. Values outside a range are moved to its end.
         sigma: First standard deviation, as a fraction of each range, in (0, 1].
-        popsize: Trials an update is made of; ``4 + int(3 ln d)`` where it is ``None``.
 
     Raises:
         SpecError: If there are fewer than two parameters, or one is no number.
@@ -61,7 +61,6 @@ class AsyncCmaSampler(BaseSampler):
         seed: int,
         start: Mapping[str, float] | None = None,
         sigma: float = 1 / 5,
-        popsize: int | None = None,
     ) -> None:
         self._axes = {name: _Axis(name, d) for name, d in sorted(distributions.items())}
         if len(self._axes) < 2:  # what the update is defined for
@@ -78,7 +77,6 @@ class AsyncCmaSampler(BaseSampler):
                 for name, axis in self._axes.items()
             ]
         )
-        self._first_popsize = popsize or 4 + int(3 * math.log(len(self._axes)))
         self._others = RandomSampler(seed)
         self._told: set[int] = set()
         self._n_restarts = 0
@@ -129,10 +127,10 @@ class AsyncCmaSampler(BaseSampler):
         """Tell the trials that have finished since the last one was asked."""
         finished = [
             trial
-            for trial in study.get_trials(deepcopy=False, states=_FINISHED)
+            for trial in study.get_trials(deepcopy=False, states=FINISHED)
             if trial.number not in self._told and self._axes.keys() <= trial.params.keys()
         ]
-        for trial in sorted(finished, key=lambda t: (t.datetime_complete, t.number)):
+        for trial in by_completion(finished):
             self._told.add(trial.number)
             units = [axis.unit(trial.params[name]) for name, axis in self._axes.items()]
             if self._descent.tell(np.array(units), _loss(trial)):
@@ -141,13 +139,14 @@ class AsyncCmaSampler(BaseSampler):
                 self._descent = self._begin(generator.random(len(self._axes)))
 
     def _begin(self, mean: Vector) -> "_Descent":
+        first_popsize = 4 + int(3 * math.log(len(self._axes)))  # Hansen, 2016, table 1
         return _Descent(
             cmaes.CMA(
                 mean=mean,
                 sigma=self._sigma,
                 bounds=np.array([[0.0, 1.0]] * len(self._axes)),
                 seed=self._seed,
-                population_size=self._first_popsize * _INC_POPSIZE**self._n_restarts,
+                population_size=first_popsize * _INC_POPSIZE**self._n_restarts,
             )
         )
 
@@ -227,6 +226,20 @@ class _Axis:
 
 def _loss(trial: FrozenTrial) -> Loss:
     """Return what trials are ordered by; a failed one comes last."""
-    if trial.state == TrialState.FAIL or not trial.values or math.isnan(trial.values[0]):
-        return (math.inf, math.inf)
-    return (sum(max(0.0, v) for v in trial.constraints.values()), -trial.values[0])
+    standing = standing_of(trial)
+    return (-standing.kept, -standing.value)
+
+
+@SAMPLERS.register("cma_es")
+def cma_es(setting: SamplerSetting) -> BaseSampler:
+    """Search the numbers of one method, from its published setting on."""
+    if setting.n_objectives > 1:
+        raise SpecError("search.sampler: cma_es takes one objective; use nsga2, tpe or gp")
+    if not setting.space.is_flat:
+        raise SpecError(
+            "search.sampler: cma_es searches numbers of one method, and this space holds choices; "
+            "use tpe"
+        )
+    return AsyncCmaSampler(
+        setting.space.distributions(), seed=setting.seed, start=setting.space.start()
+    )

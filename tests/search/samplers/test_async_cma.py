@@ -6,7 +6,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from searchmerge.errors import SpecError
-from searchmerge.search.async_cma import AsyncCmaSampler
+from searchmerge.search.sampler import SamplerSetting, make_sampler
+from searchmerge.search.samplers.async_cma import AsyncCmaSampler
+from searchmerge.search.searched import Range
+from searchmerge.search.space import Alternative, SearchSpace
 
 SPACE = {f"x{i}": FloatDistribution(0.0, 2.0) for i in range(4)}
 
@@ -147,3 +150,13 @@ def test_a_choice_or_too_few_parameters_are_refused():
         AsyncCmaSampler({**SPACE, "how": CategoricalDistribution(("a", "b"))}, seed=0)
     with pytest.raises(SpecError, match="needs 2 parameters or more, and the space has 1"):
         AsyncCmaSampler({"x": FloatDistribution(0.0, 1.0)}, seed=0)
+
+
+def test_several_objectives_and_several_methods_are_refused_by_key():
+    flat = [Alternative("t", "task_arithmetic", values={"coefficient": Range(0.0, 2.0)})]
+    space = SearchSpace(("math", "code"), flat)
+    with pytest.raises(SpecError, match=r"search\.sampler: cma_es takes one objective; use nsga2"):
+        make_sampler("cma_es", SamplerSetting(0, space, n_objectives=2))
+    mixed = SearchSpace(("math", "code"), [*flat, Alternative("p", "pcb")])
+    with pytest.raises(SpecError, match=r"search\.sampler: cma_es .* this space holds choices"):
+        make_sampler("cma_es", SamplerSetting(0, mixed))

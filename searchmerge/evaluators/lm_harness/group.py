@@ -1,0 +1,108 @@
+"""A group or tag of lm-eval's as one task of a study: its members' examples, one score."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import Member, TaskInfo
+from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
+from searchmerge.evaluators.lm_harness.task import PreparedTask, answer
+from searchmerge.evaluators.score_kind import Mean
+
+
+class PreparedGroup:
+    """All tasks of a group, one after the other.
+
+    The score is the mean over examples that are drawn of the members in proportion to their
+    weights: by size or alike, as the group says of its metric; alike for each direct member where
+    a group aggregates nothing, or its members have no metric in common.
+
+    Args:
+        name: The study's name of the task.
+        tree: The group.
+        members: Its tasks, in the order of ``tree.leaves()``.
+        metric: The metric that the study asks for, if any.
+
+    Raises:
+        SpecError: If a member's score is no mean over its examples.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tree: Branch,
+        members: Sequence[PreparedTask],
+        metric: str | None = None,
+    ) -> None:
+        self._name = name
+        self._members = members
+        for member in members:
+            if not isinstance(member.info.kind, Mean):
+                raise SpecError(
+                    f"tasks.{name}: {member.info.metric!r} of {member.lm_name!r} is no mean over "
+                    "examples, so that it cannot be part of a group's score; choose another metric"
+                )
+        sizes = [member.info.n_examples for member in members]
+        metrics = {member.info.metric for member in members}
+        by_leaf = dict(zip(map(id, tree.leaves()), sizes, strict=True))
+        shared = metric or (next(iter(metrics)) if len(metrics) == 1 else None)
+        weights = _weights(tree, by_leaf, shared)
+        self._starts = [0, *accumulate(sizes)]
+        self.info = TaskInfo(
+            n_examples=sum(sizes),
+            metric=next(iter(metrics)) if len(metrics) == 1 else "mean",
+            members=tuple(
+                Member(member.lm_name, size, weights[id(leaf)])
+                for member, size, leaf in zip(members, sizes, tree.leaves(), strict=True)
+            ),
+        )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are turns of a chat template."""
+        return self._members[0].is_chat
+
+    def _place(self, example: int) -> tuple[int, int]:
+        """Return the member that an example is of, and its place there."""
+        member = next(i for i, end in enumerate(self._starts[1:]) if example < end)
+        return member, example - self._starts[member]
+
+    def prompts(self, example: int) -> tuple[str, ...]:
+        """Return the text of each request of an example, its continuation left out."""
+        member, place = self._place(example)
+        return self._members[member].prompts(place)
+
+    def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return one score per example, higher is better."""
+        places = [self._place(example) for example in examples]
+        by_member: dict[int, list[int]] = defaultdict(list)
+        for member, place in places:
+            by_member[member].append(place)
+        requests = {m: self._members[m].requests(own) for m, own in by_member.items()}
+        asked = [r for groups in requests.values() for group in groups for r in group]
+        answer(lm, asked, self._name)
+        scores: dict[tuple[int, int], float] = {}
+        for member, wanted in by_member.items():
+            given = self._members[member].scores(requests[member], wanted)
+            scores |= {(member, p): score for p, score in zip(wanted, given, strict=True)}
+        return tuple(scores[place] for place in places)
+
+
+def _weights(
+    node: Leaf | Branch, sizes: Mapping[int, int], metric: str | None
+) -> dict[int, float]:
+    """Return each task's part of a group's score, by the identity of its leaf; they sum to 1."""
+    if isinstance(node, Leaf):
+        return {id(node): 1.0}
+    rule = next((m for m in node.metrics if m.name == metric), None)
+    leaves = node.leaves()
+    if rule is not None:
+        parts = [float(sizes[id(leaf)]) if rule.by_size else 1.0 for leaf in leaves]
+        return {id(leaf): part / sum(parts) for leaf, part in zip(leaves, parts, strict=True)}
+    return {
+        leaf: weight / len(node.children)
+        for child in node.children
+        for leaf, weight in _weights(child, sizes, metric).items()
+    }

@@ -1,0 +1,99 @@
+"""What a study may say of lm-eval tasks: of each, and of all of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt, MinLen
+
+from searchmerge.evaluators.evaluator import needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptKeys:
+    """How prompts are made of documents. A task's own keys come before the section's.
+
+    Attributes:
+        chat_template: ``True``: prompts are turns of the tokenizer's chat template; a text: of
+            its template of that name; ``False`` or ``None``: plain text.
+        system_instruction: Stands before the prompt; with a chat template it is the system's turn.
+        fewshot_as_multiturn: Whether each few-shot example is a turn of the user and one of the
+            assistant, as it is with a chat template where nothing is said.
+        template_arguments: What else the chat template is given, e.g. ``enable_thinking``.
+        gen_prefix: What the answer begins with; a template of the document, like lm-eval's.
+    """
+
+    chat_template: bool | str | None = None
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    template_arguments: Mapping[str, Any] | None = None
+    gen_prefix: str | None = None
+
+
+@dataclass(frozen=True)
+class LmTask(PromptKeys):
+    """Which lm-eval task is scored, and how: the keys of a task of a study.
+
+    Attributes:
+        task: The name of a task, a group or a tag in lm-eval, the study's name of the task if
+            ``None``; or a whole definition, as it would stand in a YAML file of lm-eval's.
+        split: The split of its dataset whose examples are scored; of a group it may be a mapping
+            from a member, or a group within, to its split, where ``rest`` is all others.
+        metric: One of the task's metrics, or metric and filter as lm-eval's results name them:
+            ``exact_match,flexible-extract``; its first if ``None``.
+        filter: One of the task's filters of the model's answers; its first if ``None``.
+        num_fewshot: Examples that are shown before the question, 0 or more; what the task says
+            if ``None``, and 0 if it says nothing.
+        samples: Positions of the split's examples that are scored; all if ``None``.
+        generation: Replaces arguments of the task's generation: ``max_gen_toks``, ``until``,
+            ``temperature`` and others.
+    """
+
+    task: str | Mapping[str, Any] | None = None
+    split: str | Mapping[str, str] = needed("name the dataset split that is scored")
+    metric: str | None = None
+    filter: str | None = None
+    num_fewshot: Annotated[int, Ge(0)] | None = None
+    samples: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(2)] | None = None
+    generation: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and len(set(self.samples)) != len(self.samples):
+            raise ValueError("samples: a position stands twice")
+        if self.metric is not None and "," in self.metric and self.filter is not None:
+            raise ValueError(
+                f"metric {self.metric!r} names a filter, and filter another; give one"
+            )
+
+    @property
+    def metric_and_filter(self) -> tuple[str | None, str | None]:
+        """Return what is asked for of either."""
+        metric, _, named = (self.metric or "").partition(",")
+        return metric or None, named or self.filter
+
+
+@dataclass(frozen=True)
+class LmHarnessSection(PromptKeys):
+    """How lm-eval tasks are scored.
+
+    Attributes:
+        include_path: Folders of the user's own task YAMLs, from the study's folder on. They come
+            before lm-eval's tasks of the same name; ``data_files`` in them are relative to the
+            YAML's folder.
+        batch_tokens: Tokens of one forward pass; by the device if ``None``.
+        max_length: Window in tokens; the model's own if ``None``.
+        fewshot_seed: Seed of the choice of few-shot examples.
+        metadata: What lm-eval hands to tasks that ask for it, e.g. RULER's lengths.
+        confirm_run_unsafe_code: Whether tasks are scored that run what a model has written.
+        engine: What runs the model.
+        vllm_memory: The part of the GPU's memory that vLLM may take.
+    """
+
+    include_path: tuple[str, ...] = ()
+    batch_tokens: Annotated[int, Ge(64)] | None = None
+    max_length: Annotated[int, Ge(2)] | None = None
+    fewshot_seed: int = 1234
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    confirm_run_unsafe_code: bool = False
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm_memory: Annotated[float, Gt(0), Lt(1)] = 0.5

@@ -1,0 +1,121 @@
+"""From what a study has scored to what its report shows: rows, constraints, points, counts."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from searchmerge.execution.blocks import Part
+from searchmerge.plan import MergePlan
+from searchmerge.report.results import Bound, Point, PointKind, Row
+from searchmerge.search.confirm import Confirmation
+from searchmerge.search.objective import Objective
+from searchmerge.search.references import BASE
+from searchmerge.search.schedule import Schedule
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.trials import TrialRecord, front_of
+
+
+def make_rows(
+    board: Scoreboard,
+    plans: Mapping[str, MergePlan],
+    candidates: Collection[str],
+    confirmation: Confirmation,
+) -> list[Row]:
+    """Return what each plan scores, in the order of ``plans``.
+
+    Args:
+        board: Holds their scores, all in full.
+        plans: Name to plan, references and candidates.
+        candidates: The names of those that the search found.
+        confirmation: Their objective on held-out examples.
+    """
+    rows = []
+    for name, plan in plans.items():
+        interval = confirmation.objective[name]
+        rows.append(
+            Row(
+                name,
+                board.scores(plan, "select"),
+                board.scores(plan, "hold_out"),
+                (interval.value, interval.low, interval.high),
+                name in candidates,
+            )
+        )
+    return rows
+
+
+def held_out_objective(
+    objective: Objective, rows: Iterable[Row], experts: Mapping[str, str]
+) -> Objective:
+    """Return the objective relative to what the experts and the base score on held-out examples.
+
+    Args:
+        objective: Relative to what they score on what trials see.
+        rows: All rows; those of experts and base may be missing.
+        experts: Task name to the row name of its own expert.
+    """
+    hold_out = {row.name: row.hold_out for row in rows}
+    return replace(
+        objective,
+        expert_scores={t: hold_out[name][t] for t, name in experts.items() if name in hold_out},
+        base_scores=hold_out.get(BASE, {}),
+    )
+
+
+def make_bounds(winner: Row, objective: Objective, held_out: Objective) -> list[Bound]:
+    """Return how the winner stands to each constraint, on what trials saw and held out.
+
+    Args:
+        winner: The winner's row.
+        objective: Relative to what experts and base score on what trials saw.
+        held_out: The same, relative to what they score on held-out examples.
+    """
+    return [
+        Bound(
+            constraint.name,
+            constraint.at_least,
+            constraint.at_least - objective.violation(constraint, winner.select),
+            constraint.at_least - held_out.violation(constraint, winner.hold_out),
+        )
+        for constraint in objective.constraints
+    ]
+
+
+def make_points(
+    scored: Sequence[TrialRecord], rows: Sequence[Row], objective: Objective
+) -> list[Point]:
+    """Return all that was scored in full as points of several objectives; none of one.
+
+    Args:
+        scored: The trials that have a score.
+        rows: All rows, of which the references become points.
+        objective: What the search maximised.
+    """
+    if len(objective.names) < 2:
+        return []
+    full = [record for record in scored if record.is_full]
+    front = {record.number for record in front_of(full)}
+    points: list[tuple[str, Mapping[str, float], PointKind]] = [
+        (record.name, record.scores, "front" if record.number in front else "trial")
+        for record in full
+    ]
+    points += [(row.name, row.select, "reference") for row in rows if not row.is_candidate]
+    return [
+        Point(name, dict(zip(objective.names, objective.values(scores), strict=True)), kind)
+        for name, scores, kind in points
+    ]
+
+
+def make_counts(
+    records: Sequence[TrialRecord], schedule: Schedule, elapsed_s: float
+) -> dict[str, float]:
+    """Return the numbers of trials by what became of them, of examples, and of seconds."""
+    n_failed = sum(record.value is None for record in records)
+    n_stopped = sum(record.stopped_after is not None for record in records)
+    counts: dict[str, float] = {
+        "trials in full": len(records) - n_failed - n_stopped,
+        "trials stopped early": n_stopped,
+        "trials failed": n_failed,
+    }
+    parts: dict[str, Part] = {"select": "select", "hold-out": "hold_out"}
+    counts |= {f"{label} examples": schedule.n_examples(part) for label, part in parts.items()}
+    return counts | {"search seconds": round(elapsed_s)}

@@ -1,0 +1,129 @@
+"""The trials of a study as jobs: those a stopped run left behind, then new ones."""
+
+import logging
+from dataclasses import replace
+
+import optuna
+from optuna.trial import TrialState
+
+from searchmerge.errors import StudyError
+from searchmerge.search.budget import Spending
+from searchmerge.search.candidates import candidates
+from searchmerge.search.dispatch import MAX_TRIES, Job
+from searchmerge.search.incumbents import Incumbents
+from searchmerge.search.objective import Objective
+from searchmerge.search.observer import Observer
+from searchmerge.search.space import SearchSpace
+from searchmerge.search.study import StudyDirectory
+from searchmerge.search.trials import TrialRecord, begin, by_completion, count_cut_off
+
+_logger = logging.getLogger(__name__)
+
+_FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
+
+TrialJob = Job[optuna.Trial]
+
+
+class TrialSource:
+    """The trials of a study: those a stopped run left behind, then new ones.
+
+    Args:
+        directory: The study and its scores.
+        space: What to search.
+        objective: With the experts' scores put in.
+        incumbents: What candidates are compared with; earlier runs' trials enter here.
+        spending: Says when to ask no more.
+        observer: Shows a person what happens.
+    """
+
+    def __init__(
+        self,
+        directory: StudyDirectory,
+        space: SearchSpace,
+        objective: Objective,
+        incumbents: Incumbents,
+        spending: Spending,
+        observer: Observer,
+    ) -> None:
+        self._directory = directory
+        self._space = space
+        self._objective = objective
+        self._incumbents = incumbents
+        self._spending = spending
+        self._observer = observer
+        self._left_running = directory.left_running()
+        for record in by_completion(candidates(directory.records(), objective)):
+            self._enter(record)
+
+    def next_job(self) -> TrialJob | None:
+        """Return a trial left behind, or a new one while the budget lasts."""
+        while self._left_running:
+            job = self._job(self._left_running.pop(0))
+            if not self._is_given_up(job):
+                return job
+            self.failed(job, f"{MAX_TRIES} runs ended abruptly while they were at it")
+        if self._spending.is_over:
+            return None
+        return self._job(self._directory.study.ask())
+
+    def goes_on(self, job: TrialJob) -> bool:
+        """Return whether the candidate may still win."""
+        self._spending.clock.tick()
+        return self._incumbents.may_win(job.plan)
+
+    def finished(self, job: TrialJob) -> None:
+        """Tell the study what the trial scored, in full or by paired estimate."""
+        scores, stopped_after = self._incumbents.outcome(job.plan)
+        record = replace(
+            TrialRecord.of(job.subject, job.plan).judged(self._objective, scores),
+            stopped_after=stopped_after,
+            merge_s=job.merge_s,
+            score_s=job.score_s,
+        )
+        record.write(job.subject)
+        is_best = self._enter(record)
+        self._directory.scores.flush()
+        self._directory.study.tell(job.subject, record.values)
+        _logger.info("%s: %s", record.name, record.value)
+        self._end(record, is_best=is_best)
+
+    def failed(self, job: TrialJob, reason: str) -> None:
+        """Tell the study that the trial cannot be scored.
+
+        Raises:
+            StudyError: If none of the first trials could be scored.
+        """
+        record = replace(TrialRecord.of(job.subject, job.plan), failure=reason)
+        record.write(job.subject)
+        self._directory.study.tell(job.subject, state=TrialState.FAIL)
+        _logger.info("%s: %s", record.name, reason)
+        self._end(record, is_best=False)
+        if self._incumbents.best is None and self._spending.n_finished >= _FIRST_TRIALS:
+            first = next(r.failure for r in self._directory.records() if r.value is None)
+            raise StudyError(
+                f"the first {self._spending.n_finished} trials all failed; the first: {first}"
+            )
+
+    def _is_given_up(self, job: TrialJob) -> bool:
+        """Return whether run after run died over this trial, with no block more scored of it."""
+        if not self._directory.was_cut_off:
+            return False
+        n_blocks = len(self._directory.scores.get(job.plan))
+        return count_cut_off(job.subject, n_blocks) >= MAX_TRIES
+
+    def _job(self, trial: optuna.Trial) -> TrialJob:
+        plan = self._space.suggest(trial)
+        begin(trial, plan)
+        self._spending.begin()
+        return Job(f"trial {trial.number}", plan, self._incumbents.rounds(), trial)
+
+    def _enter(self, record: TrialRecord) -> bool:
+        """Compare later candidates with this one; return whether it is the best so far."""
+        is_best = record.is_full and self._incumbents.enter(record)
+        self._spending.scored(is_best=is_best)
+        return is_best
+
+    def _end(self, record: TrialRecord, *, is_best: bool) -> None:
+        self._spending.end()
+        self._spending.clock.tick()
+        self._observer.trial(record, is_best=is_best)

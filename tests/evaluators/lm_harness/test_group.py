@@ -1,0 +1,125 @@
+"""Groups and tags of lm-eval's as one task: its own aggregates, member by member."""
+
+import pytest
+import yaml
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import Member
+from searchmerge.evaluators.lm_harness.keys import LmTask
+from tests.evaluators.lm_harness.tasks import harness
+from tests.evaluators.models import tiny_tokenizer
+
+ACC = {"metric": "acc", "aggregation": "mean"}
+
+
+@pytest.fixture(scope="module")
+def groups(folder, tmp_path_factory):
+    """Groups of a 7-example and a 10-example task, in several shapes."""
+    root = tmp_path_factory.mktemp("groups")
+    config = yaml.safe_load((folder / "mc.yaml").read_text())
+    config["dataset_kwargs"]["data_files"] = {
+        split: str(folder / name) for split, name in config["dataset_kwargs"]["data_files"].items()
+    }
+    files = {
+        "small": config | {"task": "small", "tag": ["pair"]},
+        "large": config
+        | {
+            "task": "large",
+            "tag": ["pair"],
+            "dataset_kwargs": {
+                "data_files": {
+                    "test": str(folder / "data" / "validation.jsonl"),
+                    "validation": str(folder / "data" / "test.jsonl"),
+                    "train": str(folder / "data" / "train.jsonl"),
+                }
+            },
+        },
+        "by_size": {
+            "group": "by_size",
+            "task": ["small", "large"],
+            "aggregate_metric_list": [ACC | {"weight_by_size": True}],
+        },
+        "alike": {
+            "group": "alike",
+            "task": ["small", {"task": "large", "num_fewshot": 1, "fewshot_split": "train"}],
+            "aggregate_metric_list": [ACC | {"weight_by_size": False}],
+        },
+        "nested": {"group": "nested", "task": ["by_size", {"group": "inner", "task": ["small"]}]},
+        "broken": {"group": "broken", "task": ["small", "largee"]},
+    }
+    for name, content in files.items():
+        text = yaml.safe_dump(content | {"metadata": {"version": 1.0}})
+        (root / f"{name}.yaml").write_text(text)
+    return root
+
+
+def theirs(groups, model, name):
+    lm = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    loaded = TaskManager(include_path=str(groups), include_defaults=False).load([name])
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(1234)
+    return evaluate(lm, loaded, bootstrap_iters=0)
+
+
+@pytest.mark.parametrize("name", ["by_size", "alike"])
+def test_the_whole_groups_score_is_lm_evals(groups, model, name):
+    results = theirs(groups, model, name)
+    evaluator = harness(groups, LmTask(name, "test", metric="acc"))
+    info = evaluator.tasks["mine"]
+    scores = evaluator.score(model, "mine", range(info.n_examples))
+    start, total = 0, 0.0
+    for member in info.members:
+        values = scores[start : start + member.n_examples]
+        mean = sum(values) / len(values)
+        assert mean == pytest.approx(results["results"][member.name]["acc,none"])
+        total += member.weight * mean
+        start += member.n_examples
+    assert total == pytest.approx(results["groups"][name]["acc,none"])
+
+
+def test_weights_are_those_of_the_groups(groups):
+    def members(name, **keys):
+        return harness(groups, LmTask(name, "test", **keys)).tasks["mine"].members
+
+    assert members("by_size") == (Member("small", 7, 7 / 17), Member("large", 10, 10 / 17))
+    assert members("alike") == (Member("small", 7, 0.5), Member("large", 10, 0.5))
+    assert members("pair") == (Member("large", 10, 0.5), Member("small", 7, 0.5))
+    assert [m.weight for m in members("nested")] == pytest.approx([3.5 / 17, 5 / 17, 0.5])
+
+
+def test_examples_of_several_members_are_scored_in_the_order_asked(groups, model):
+    evaluator = harness(groups, LmTask("by_size", "test"))
+    whole = evaluator.score(model, "mine", range(17))
+    order = [16, 0, 9, 3, 8]
+    assert evaluator.score(model, "mine", order) == tuple(whole[e] for e in order)
+    assert evaluator.prompts("mine", 7) == harness(groups, LmTask("large", "test")).prompts(
+        "mine", 0
+    )
+
+
+def test_members_may_have_splits_of_their_own(groups):
+    split = {"large": "validation", "rest": "test"}
+    evaluator = harness(groups, LmTask("by_size", split))
+    assert [member.n_examples for member in evaluator.tasks["mine"].members] == [7, 7]
+    split = {"inner": "validation", "by_size": "test"}
+    evaluator = harness(groups, LmTask("nested", split))
+    assert [member.n_examples for member in evaluator.tasks["mine"].members] == [7, 10, 10]
+    with pytest.raises(SpecError, match=r"split: names none for 'small' \(it names: large\)"):
+        harness(groups, LmTask("by_size", {"large": "test"}))
+
+
+def test_a_member_that_does_not_exist_is_named(groups):
+    with pytest.raises(SpecError, match=r"'largee', a member of 'broken',.*did you mean 'large'"):
+        harness(groups, LmTask("broken", "test"))
+    with pytest.raises(SpecError, match="'by_size' is a group of several tasks"):
+        harness(groups, LmTask("by_size", "test", samples=(0, 1)))
+
+
+def test_a_study_may_define_its_task_itself(groups, folder, model):
+    config = yaml.safe_load((folder / "mc.yaml").read_text())
+    evaluator = harness(folder, LmTask(config, "test"))
+    expected = harness(folder, LmTask("mc", "test")).score(model, "mine", range(7))
+    assert evaluator.score(model, "mine", range(7)) == expected

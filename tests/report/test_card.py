@@ -1,0 +1,60 @@
+"""The card of a saved model: metadata of the hub, scores, and the command that makes it again."""
+
+import shlex
+
+import yaml
+
+from searchmerge.report.card import model_card
+
+EXPERTS = {"math": "someone/math", "code": "./my models/code"}
+
+
+def parts(card):
+    """Return the metadata and the text of a card."""
+    _, metadata, text = card.split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_models_of_the_hub_are_named_in_the_metadata(make_results):
+    metadata, text = parts(model_card(make_results(), "someone/base", EXPERTS, {}, {}))
+    assert metadata == {
+        "base_model": ["someone/base", "someone/math"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "searchmerge", "task_arithmetic"],
+    }
+    assert "- code: `./my models/code`" in text
+
+
+def test_local_models_make_no_relation(make_results):
+    experts = {"math": "../math", "code": "/data/x/code"}
+    metadata, _ = parts(model_card(make_results(), "~/models/base", experts, {}, {}))
+    assert "base_model" not in metadata
+    assert "base_model_relation" not in metadata
+
+
+def test_the_card_says_what_the_report_says(make_results):
+    results = make_results()
+    _, text = parts(model_card(results, "base", EXPERTS, {}, {}))
+    assert text.lstrip().startswith("# toy")
+    assert results.verdict in text
+    for cells in results.table()[1]:
+        assert f"| {' | '.join(cells)} |" in text
+
+
+def test_the_command_takes_names_and_settings_as_a_shell_reads_them(make_results):
+    overrides = {"exclude": "[norm, embed]", "dtype": "float32"}
+    card = model_card(make_results(), "base model", EXPERTS, {}, overrides)
+    [line] = [line for line in card.splitlines() if line.startswith("searchmerge merge")]
+    assert shlex.split(line) == [
+        "searchmerge", "merge", "merge_plan.yaml", "--base", "base model",
+        "--expert", "math=someone/math", "--expert", "code=./my models/code",
+        "--set", "exclude=[norm, embed]", "--set", "dtype=float32", "--out", "merged",
+    ]  # fmt: skip
+
+
+def test_heads_are_explained_where_there_are_some(make_results):
+    assert "heads/" not in model_card(make_results(), "base", EXPERTS, {}, {})
+    card = model_card(make_results(), "base", EXPERTS, {"math": ["no", "yes"]}, {})
+    assert "| `math` | no, yes |" in card
+    assert "load_classifier(\"PATH OF THIS FOLDER\", 'math')" in card

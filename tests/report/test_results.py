@@ -1,0 +1,89 @@
+"""The written report, and the data that it is made of."""
+
+import json
+
+import pytest
+
+from searchmerge.errors import StudyError
+from searchmerge.plan import MergePlan
+from searchmerge.report.results import REPORT_FILE, RESULTS_FILE, Results, markdown_table
+from tests.search.test_trials import plan
+
+
+def test_results_are_read_as_they_were_saved(make_results, bounds, points, tmp_path):
+    results = make_results(bounds=bounds, points=points)
+    results.save(tmp_path)
+    assert Results.load(tmp_path) == results
+    assert sorted(file.name for file in tmp_path.iterdir()) == [REPORT_FILE, RESULTS_FILE]
+    data = json.loads((tmp_path / RESULTS_FILE).read_text())
+    assert data["rows"][1] == {
+        "name": "trial 3",
+        "select": {"math": 0.75, "code": 0.5},
+        "hold_out": {"math": 0.7, "code": 0.45},
+        "objective": [1.1, 1.0, 1.2],
+        "is_candidate": True,
+    }
+
+
+def test_a_study_without_results_says_when_they_come(tmp_path):
+    with pytest.raises(StudyError, match=r"no results yet; the study writes results\.json once"):
+        Results.load(tmp_path)
+    (tmp_path / RESULTS_FILE).write_text("{half")
+    with pytest.raises(StudyError, match="no results yet"):
+        Results.load(tmp_path)
+
+
+def test_results_that_cannot_be_written_are_an_error_of_the_study(make_results, tmp_path):
+    with pytest.raises(StudyError, match="nowhere: cannot be written: No such file"):
+        make_results().save(tmp_path / "nowhere")
+
+
+def test_the_table_shows_select_and_held_out_scores_in_per_cent(make_results):
+    header, cells = make_results().table()
+    assert header == ["", "math", "code", "normalised, held out"]
+    assert cells == [
+        ["TIES", "50.0 / 40.0", "25.0 / 30.0", "90.0 [85.0, 95.0]"],
+        ["trial 3", "75.0 / 70.0", "50.0 / 45.0", "110.0 [100.0, 120.0]"],
+    ]
+
+
+def test_the_report_holds_verdict_table_counts_plan_and_sources(make_results):
+    report = make_results().markdown()
+    assert report.startswith("# toy\n\n**The found merge is better")
+    assert "| **trial 3** | **75.0 / 70.0** |" in report
+    assert "| TIES | 50.0 / 40.0 |" in report
+    assert "metrics: math: acc, code: macro_f1" in report
+    assert "the 95 % interval" in report
+    assert "Counts: trials in full 3, trials stopped early 2, search seconds 12." in report
+    assert "| base | `models/base`, 0123abcd |" in report
+    text = report.split("```yaml\n")[1].split("```")[0]
+    assert text == plan(0.5).to_yaml()
+    assert "constraints" not in report
+    assert "The front" not in report
+
+
+def test_the_plan_in_the_results_is_the_winners(make_results):
+    assert make_results().merge_plan == plan(0.5)
+    assert isinstance(make_results().merge_plan, MergePlan)
+
+
+def test_a_constraint_that_is_broken_on_held_out_examples_is_marked(make_results, bounds):
+    report = make_results(bounds=bounds).markdown()
+    assert "| math at least 0.9 | 0.950 | 0.850 (broken) |" in report
+    assert "| code at least 0.4 of the base's | 0.500 | 0.450 |" in report
+
+
+def test_the_front_is_a_table_in_the_order_of_its_first_objective(make_results, points):
+    report = make_results(points=points).markdown()
+    third, first = (report.index(f"| {name} | 0.") for name in ("trial 3", "trial 1"))
+    assert third < first
+    assert "| trial 2 | 0." not in report
+
+
+def test_one_row_of_a_table_stands_out():
+    assert markdown_table(["a", "b"], [["x", "1"], ["y", "2"]], bold="y").splitlines() == [
+        "| a | b |",
+        "|---|---|",
+        "| x | 1 |",
+        "| **y** | **2** |",
+    ]

@@ -1,0 +1,119 @@
+"""From scores to the rows, constraints, points and counts of a report."""
+
+import pytest
+
+from searchmerge.evaluators.score_kind import Mean
+from searchmerge.report.results import Row
+from searchmerge.report.tables import (
+    held_out_objective,
+    make_bounds,
+    make_counts,
+    make_points,
+    make_rows,
+)
+from searchmerge.search.confirm import Bootstrap, confirm
+from searchmerge.search.objective import Constraint, Goal, Objective
+from searchmerge.search.references import reference_plans
+from searchmerge.search.trials import TrialRecord
+from tests.search.conftest import Toy, toy_schedule
+from tests.search.test_trials import plan
+from tests.toy import EXPERTS
+
+GOALS = {"math": Goal(expert="math"), "code": Goal()}
+
+
+def row(name, math, code, held_out=None, is_candidate=False):
+    select = {"math": math, "code": code}
+    return Row(name, select, held_out or select, (0.0, 0.0, 0.0), is_candidate)
+
+
+def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
+    study = Toy(tmp_path)
+    plans = {**reference_plans(EXPERTS), "trial 3": plan(0.5)}
+    plans = {name: p for name, p in plans.items() if p.method == "task_arithmetic"}
+    runner = study.runner(references=plans)
+    for part in ("select", "hold_out"):
+        runner.score_plans(part, plans, part)
+    board = runner.board
+    confirmation = confirm(
+        {name: board.values(p, "hold_out") for name, p in plans.items()},
+        ["trial 3"],
+        dict.fromkeys(EXPERTS, Mean()),
+        study.objective,
+        {},
+        Bootstrap(0.9, 100, 0),
+    )
+    rows = make_rows(board, plans, {"trial 3"}, confirmation)
+    assert [r.name for r in rows] == list(plans)
+    assert [r.name for r in rows if r.is_candidate] == ["trial 3"]
+    assert rows[-1].select == board.scores(plan(0.5), "select")
+    assert rows[-1].hold_out == board.scores(plan(0.5), "hold_out")
+    value, low, high = rows[-1].objective
+    assert value == pytest.approx(study.objective.scalar(rows[-1].hold_out))
+    assert low < value < high
+    study.directory.close()
+
+
+def test_held_out_scores_are_relative_to_what_experts_and_base_score_there():
+    objective = Objective("normalised", GOALS).relative_to({"math": 0.9}, {"math": 0.1})
+    rows = [
+        row("base", 0.1, 0.1, {"math": 0.2, "code": 0.3}),
+        row("expert math", 0.9, 0.1, {"math": 0.8, "code": 0.0}),
+    ]
+    held_out = held_out_objective(objective, rows, {"math": "expert math", "code": "expert code"})
+    assert held_out.expert_scores == {"math": 0.8}
+    assert held_out.base_scores == {"math": 0.2, "code": 0.3}
+
+
+def test_bounds_show_the_value_that_each_constraint_is_held_against():
+    constraints = (Constraint("math", "expert", 0.9), Constraint("code", "score", 0.5))
+    objective = Objective("normalised", GOALS, constraints=constraints)
+    winner = row("trial 3", 0.72, 0.6, {"math": 0.6, "code": 0.4})
+    select, held_out = (
+        objective.relative_to({"math": 0.8}, {}),
+        objective.relative_to({"math": 0.5}, {}),
+    )
+    of_expert, of_score = make_bounds(winner, select, held_out)
+    assert (of_expert.at_least, of_expert.select, of_expert.hold_out) == pytest.approx(
+        (0.9, 0.72 / 0.8, 0.6 / 0.5)
+    )
+    assert (of_score.at_least, of_score.select, of_score.hold_out) == pytest.approx(
+        (0.5, 0.6, 0.4)
+    )
+
+
+def test_points_are_the_full_trials_and_the_references():
+    objective = Objective("tasks", GOALS).relative_to({"math": 0.5}, {})
+    scores = [(0.5, 0.1), (0.1, 0.5), (0.05, 0.05), (0.9, 0.9)]
+    records = [
+        TrialRecord(i, plan(i), stopped_after=4 if i == 3 else None).judged(
+            objective, {"math": math, "code": code}
+        )
+        for i, (math, code) in enumerate(scores)
+    ]
+    rows = [row("TIES", 0.25, 0.2), row("trial 0", 0.5, 0.1, is_candidate=True)]
+    points = make_points(records, rows, objective)
+    assert [(p.name, p.kind) for p in points] == [
+        ("trial 0", "front"), ("trial 1", "front"), ("trial 2", "trial"), ("TIES", "reference"),
+    ]  # fmt: skip
+    assert points[-1].values == pytest.approx({"math": 0.5, "code": 0.2})
+    assert make_points(records, rows, Objective("mean", GOALS)) == []
+
+
+def test_every_trial_is_counted_once_by_what_became_of_it():
+    objective = Objective("mean", GOALS)
+    scored = {"math": 0.5, "code": 0.5}
+    records = [
+        TrialRecord(0, plan(0)).judged(objective, scored),
+        TrialRecord(1, plan(1), stopped_after=3).judged(objective, scored),
+        TrialRecord(2, plan(2), stopped_after=3, is_completed=True).judged(objective, scored),
+        TrialRecord(3, plan(3), failure="NaN"),
+    ]
+    assert make_counts(records, toy_schedule(), 12.6) == {
+        "trials in full": 1,
+        "trials stopped early": 2,
+        "trials failed": 1,
+        "select examples": 60,
+        "hold-out examples": 60,
+        "search seconds": 13,
+    }

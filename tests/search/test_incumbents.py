@@ -1,0 +1,130 @@
+"""What candidates are compared with: the best plan so far, or the front."""
+
+import numpy as np
+import pytest
+
+from searchmerge.errors import StudyError
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import BlockScores, make_blocks
+from searchmerge.search.incumbents import Incumbents
+from searchmerge.search.objective import Constraint, Goal, Objective
+from searchmerge.search.racing import Racing
+from searchmerge.search.schedule import Schedule
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.scores import ScoreStore
+from searchmerge.search.trials import TrialRecord
+from tests.search.test_trials import plan
+
+N = 64
+GOALS = {"a": Goal(), "b": Goal()}
+TASKS = dict.fromkeys(GOALS, TaskInfo(N))
+BLOCKS = {task: make_blocks(task, "select", range(N), TASKS[task], 8) for task in GOALS}
+
+
+@pytest.fixture
+def board(tmp_path):
+    store = ScoreStore(tmp_path / "scores.db")
+    schedule = Schedule.interleaved(TASKS, {"select": BLOCKS}, round_blocks=2, seed=0)
+    yield Scoreboard(schedule, store)
+    store.close()
+
+
+def right(share, seed=1):
+    """Return 64 values, right wherever a smaller share is right as well."""
+    return (np.random.default_rng(seed).random(N) < share).astype(float)
+
+
+def score(board, number, a, b, n_rounds=None):
+    """Score a plan on the first rounds, or on all of them; return it."""
+    values = {"a": a, "b": b}
+    for blocks in board.schedule.rounds["select"][:n_rounds]:
+        board.store.put(
+            plan(number),
+            [BlockScores(x, tuple(values[x.task][list(x.examples)].tolist())) for x in blocks],
+        )
+    return plan(number)
+
+
+def enter(incumbents, objective, board, number, a, b):
+    """Score a plan in full and enter it; return whether it is the best."""
+    scored = score(board, number, a, b)
+    record = TrialRecord(number, scored).judged(objective, board.scores(scored, "select"))
+    return incumbents.enter(record)
+
+
+def test_the_best_is_replaced_only_by_a_better_one(board):
+    objective = Objective("mean", GOALS)
+    incumbents = Incumbents(board, objective, Racing())
+    assert incumbents.best is None
+    shares = {1: 0.5, 2: 0.7, 3: 0.7, 4: 0.6, 5: 0.9}
+    told = [enter(incumbents, objective, board, n, right(s), right(s)) for n, s in shares.items()]
+    assert told == [True, True, False, False, True]
+    assert incumbents.best.number == 5
+
+
+def test_a_plan_that_breaks_a_constraint_is_not_the_best_beside_one_that_keeps_it(board):
+    objective = Objective("mean", GOALS, constraints=(Constraint("a", "score", 0.5),))
+    incumbents = Incumbents(board, objective, Racing())
+    assert enter(incumbents, objective, board, 1, right(0.3), right(0.9))
+    assert enter(incumbents, objective, board, 2, right(0.6), right(0.2))
+    assert not enter(incumbents, objective, board, 3, right(0.4), right(0.99))
+    assert incumbents.best.number == 2
+
+
+def test_a_candidate_is_stopped_where_it_cannot_win_and_its_scores_are_estimated(board):
+    objective = Objective("mean", GOALS)
+    incumbents = Incumbents(board, objective, Racing())
+    enter(incumbents, objective, board, 1, right(0.8), right(0.8))
+    enter(incumbents, objective, board, 2, right(0.7), right(0.7))
+    worse = score(board, 3, right(0.3), right(0.3), n_rounds=5)
+    assert not incumbents.may_win(worse)
+    scores, stopped_after = incumbents.outcome(worse)
+    assert stopped_after == 10
+    assert 0.2 < scores["a"] < 0.5
+    better = score(board, 4, right(0.95), right(0.95), n_rounds=5)
+    assert incumbents.may_win(better)
+    full = score(board, 4, right(0.95), right(0.95))
+    assert incumbents.outcome(full) == (board.scores(full, "select"), None)
+
+
+def test_without_racing_nothing_is_stopped(board):
+    objective = Objective("mean", GOALS)
+    incumbents = Incumbents(board, objective)
+    enter(incumbents, objective, board, 1, right(0.9), right(0.9))
+    assert incumbents.may_win(score(board, 2, right(0.0), right(0.0), n_rounds=7))
+    assert incumbents.rounds() == board.schedule.rounds["select"]
+
+
+def test_with_several_objectives_a_candidate_is_compared_with_the_whole_front(board):
+    objective = Objective("tasks", GOALS)
+    incumbents = Incumbents(board, objective, Racing())
+    enter(incumbents, objective, board, 1, right(0.9), right(0.5))
+    beside = score(board, 2, right(0.4), right(0.9), n_rounds=6)
+    below_second = score(board, 3, right(0.2), right(0.7), n_rounds=6)
+    assert incumbents.may_win(beside)
+    assert incumbents.may_win(below_second)
+    enter(incumbents, objective, board, 2, right(0.4), right(0.9))
+    assert not incumbents.may_win(below_second)
+
+
+def test_blocks_on_which_plans_differ_are_scored_first(board):
+    objective = Objective("mean", GOALS)
+    incumbents = Incumbents(board, objective, Racing())
+    same, last = np.ones(N), np.ones(N)
+    last[-8:] = 0.0
+    enter(incumbents, objective, board, 1, same, same)
+    enter(incumbents, objective, board, 2, last, same)
+    first = incumbents.rounds()[0]
+    assert ("a", "select", 7) in {block.key for block in first}
+    assert sorted(map(id, incumbents.rounds())) == sorted(map(id, board.schedule.rounds["select"]))
+
+
+def test_a_plan_is_paired_with_the_base_while_there_is_nothing_better(board):
+    base = score(board, 0, right(0.5), right(0.5))
+    stopped = score(board, 1, right(0.1), right(0.1), n_rounds=4)
+    paired = Incumbents(board, Objective("mean", GOALS), Racing(), base=base)
+    assert not paired.may_win(stopped)
+    assert paired.outcome(stopped)[1] == 8
+    alone = Incumbents(board, Objective("mean", GOALS), Racing())
+    with pytest.raises(StudyError, match="though nothing was scored in full"):
+        alone.outcome(stopped)

@@ -1,0 +1,71 @@
+"""What is shown of a study is what the study would do."""
+
+import pytest
+
+from searchmerge.search.candidates import best_candidates, candidates
+from searchmerge.search.objective import Constraint, Objective
+from searchmerge.search.racing import Racing
+from searchmerge.search.status import describe_status, read_status
+
+
+def test_a_plan_that_breaks_a_constraint_is_not_shown_as_the_best(toy):
+    free = toy(run_dir="free")
+    free.run(20, references={})
+    highest = max(free.directory.records(), key=lambda record: record.value)
+    bound = highest.scores["code"] + 0.001
+    study = toy()
+    study.objective = Objective(
+        "mean", study.objective.goals, constraints=(Constraint("code", "score", bound),)
+    )
+    study.run(20, references={})
+    [picked] = best_candidates(candidates(study.directory.records(), study.objective), 1, [])
+    best = read_status(study.directory.run_dir)["best"]
+    assert best[0]["trial"] == picked.number != highest.number
+    assert all(shown["scores"]["code"] >= bound for shown in best)
+    assert "breaks" not in "".join(describe_status(study.directory.run_dir))
+
+
+def test_where_no_plan_keeps_the_constraints_that_is_said(toy):
+    study = toy()
+    study.objective = Objective(
+        "mean", study.objective.goals, constraints=(Constraint("math", "score", 2.0),)
+    )
+    study.run(3, references={})
+    lines = describe_status(study.directory.run_dir)[1:]
+    assert len(lines) == 3
+    assert all(line.endswith("breaks a constraint") for line in lines)
+
+
+@pytest.mark.parametrize("pick", ["mean", "worst"])
+def test_of_a_front_the_plan_that_is_picked_comes_first(toy, pick):
+    study = toy(n_objectives=3)
+    study.objective = Objective("tasks", study.objective.goals, pick=pick)
+    study.run(20, references={})
+    [picked] = best_candidates(candidates(study.directory.records(), study.objective), 1, [])
+    assert read_status(study.directory.run_dir)["best"][0]["trial"] == picked.number
+
+
+def test_references_are_named(toy):
+    study = toy()
+    study.run(6)
+    lines = describe_status(study.directory.run_dir)
+    assert lines[0].startswith("toy: 6 trials complete (0 stopped early), 0 running, 0 failed")
+    assert any(line.endswith("task arithmetic") for line in lines)
+    kinds = {b["trial"]: b["kind"] for b in read_status(study.directory.run_dir)["best"]}
+    assert kinds[4] == "task arithmetic"
+    assert kinds.get(5, "") == ""
+
+
+def test_a_trial_that_was_completed_after_the_search_is_shown_with_its_scores(toy):
+    study = toy()
+    study.run(20, racing=Racing())
+    run_dir = study.directory.run_dir
+    stopped = next(r for r in study.directory.records() if r.stopped_after is not None)
+    before = read_status(run_dir)
+    assert stopped.number not in {best["trial"] for best in before["best"]}
+    full = stopped.judged(study.objective, {"math": 2.0, "code": 2.0, "chat": 2.0})
+    study.directory.keep_completed(full)
+    after = read_status(run_dir)
+    assert after["best"][0]["trial"] == stopped.number
+    assert after["best"][0]["values"] == [2.0]
+    assert after["stopped_early"] == before["stopped_early"]

@@ -1,0 +1,87 @@
+"""A run directory keeps its study, and what is kept of it."""
+
+import pytest
+from optuna.trial import TrialState
+
+from searchmerge.errors import StudyError
+from searchmerge.search.study import locked, records_of, stored_study
+
+
+def test_a_directory_is_held_by_one_driver(tmp_path):
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(StudyError, match="another searchmerge is running this study"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_study_whose_scores_are_elsewhere_is_refused(toy, tmp_path):
+    toy().run(2)
+    (tmp_path / "scores.db").rename(tmp_path / "elsewhere.db")
+    with pytest.raises(StudyError, match=r"scores\.db, with their scores, is not here"):
+        toy()
+
+
+def test_a_study_of_an_earlier_version_is_refused_before_anything_is_scored(toy):
+    study = toy()
+    trial = study.directory.study.ask()
+    trial.set_user_attr("plan", study.space.suggest(trial).to_dict())
+    trial.set_user_attr("result", {"scores": {}, "partial": None})
+    study.directory.study.tell(trial, 0.5)
+    study.directory.close()
+    with pytest.raises(StudyError, match="trial 0 was scored by an earlier version"):
+        toy()
+
+
+def test_the_references_that_decide_are_those_of_the_first_run(toy):
+    study = toy()
+    assert study.directory.keep_deciding(["TIES", "PCB"]) == ["TIES", "PCB"]
+    study.directory.close()
+    resumed = toy()
+    assert resumed.directory.keep_deciding(["TIES"]) == ["TIES", "PCB"]
+    resumed.directory.close()
+
+
+def test_a_study_is_begun_with_its_first_trial(toy):
+    study = toy()
+    study.directory.enqueue("warm start", [{"coefficient.math": 0.5}])
+    assert not study.directory.is_begun
+    study.directory.study.ask()
+    assert study.directory.is_begun
+    study.directory.close()
+
+
+def test_a_run_that_is_killed_leaves_a_mark(toy):
+    study = toy()
+    study.directory.begin_run()
+    study.directory.close()
+    killed = toy()
+    assert killed.directory.was_cut_off
+    killed.directory.begin_run()
+    killed.directory.end_run()
+    killed.directory.close()
+    assert not toy().directory.was_cut_off
+
+
+def test_records_are_the_same_for_the_driver_and_for_readers(toy):
+    study = toy()
+    study.run(6)
+    records = study.directory.records()
+    assert records == records_of(stored_study(study.directory.run_dir))
+    assert [record.number for record in records] == list(range(6))
+    assert len(study.directory.trials(TrialState.COMPLETE)) == 6
+
+
+def test_what_was_completed_since_is_in_the_record(toy):
+    study = toy()
+    study.run(3)
+    [first, *_] = study.directory.records()
+    scores = {"math": 0.1, "code": 0.2, "chat": 0.3}
+    study.directory.keep_completed(first.judged(study.objective, scores))
+    [completed, second, _] = study.directory.records()
+    assert completed.scores == scores
+    assert completed.is_completed
+    assert not second.is_completed
