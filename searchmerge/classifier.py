@@ -50,6 +50,9 @@ def head_files(
     Args:
         heads: By expert.
         dtype: Of the floating tensors; ``None`` is each as it is.
+
+    Raises:
+        CheckpointError: If a tensor is not finite in that dtype.
     """
     files: dict[str, str | bytes] = {}
     for expert, head in heads.items():
@@ -57,6 +60,9 @@ def head_files(
             name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
             for name, t in head.tensors.items()
         }
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{expert!r}: {name!r} is not finite in {tensor.dtype}")
         recipe = {
             "expert": expert,
             "model_class": head.model_class,

@@ -18,7 +18,7 @@ from searchmerge.checkpoints.chosen_tokenizer import (
     with_tokenizer,
 )
 from searchmerge.checkpoints.compatibility import check_compatible, doubts
-from searchmerge.checkpoints.files import default_cache_dir
+from searchmerge.checkpoints.files import CONFIG_FILE, check_config, default_cache_dir
 from searchmerge.checkpoints.heads import exclude_patterns, trained_class, unused_tensors
 from searchmerge.checkpoints.model_class import check_class
 from searchmerge.checkpoints.tokenizer_files import AddedToken
@@ -159,6 +159,8 @@ def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint
         base=base,
         trust_remote_code=study.spec.trust_remote_code,
     )
+    if checkpoint.adapter is None:
+        check_config(checkpoint.path / CONFIG_FILE, checkpoint.config)
     return checkpoint if base is None else checkpoint.named_as(base)
 
 

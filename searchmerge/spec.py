@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Union
 
-import yaml
 from pydantic import (
     BeforeValidator,
     Discriminator,
@@ -23,6 +22,7 @@ from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model
+from searchmerge.yaml_text import dump_yaml
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*$")
 _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -364,5 +364,5 @@ def merge_overrides(spec: StudySpec) -> dict[str, str]:
 
 
 def _in_one_line(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    text = dump_yaml(value, flow=True, width=float("inf"))
     return text.removesuffix("...\n").strip()

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import aliases, untied_config
-from searchmerge.checkpoints.files import CONFIG_FILE, default_cache_dir, read_json
+from searchmerge.checkpoints.files import (
+    CONFIG_FILE,
+    CONFIG_KEYS,
+    default_cache_dir,
+    read_json,
+)
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.hub import fetch, is_hub_id
 from searchmerge.checkpoints.lora import (
@@ -216,7 +221,7 @@ def open_checkpoint(
     directory = _adapter_within(_locate(name, revision))
     if (directory / ADAPTER_CONFIG).exists():
         return _open_adapter(name, directory, base, cache_dir)
-    config = read_json(directory / CONFIG_FILE)
+    config = read_json(directory / CONFIG_FILE, CONFIG_KEYS)
     files, headers = read_model(directory, config)
     return Checkpoint(
         name=name,

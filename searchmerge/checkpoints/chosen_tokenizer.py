@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.companions import companions
-from searchmerge.checkpoints.files import CONFIG_FILE, read_json
-from searchmerge.checkpoints.model_config import in_one_line
+from searchmerge.checkpoints.files import CONFIG_FILE, in_one_line, read_json
 from searchmerge.checkpoints.tokenizer_files import AddedToken, is_of_tokenizer
+from searchmerge.durable import read_checked, with_checksum, write_atomically
 from searchmerge.errors import CheckpointError
 
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -106,7 +107,7 @@ def with_tokenizer(
     if template is not None:
         files = _with_template(files, template)
     folder = base.cache_dir / "tokenizers" / _digest(files, added)
-    if not folder.is_dir():
+    if not _is_whole(folder):
         _make(folder, files, added, trust_remote_code=base.trust_remote_code)
     return replace(base, chosen_tokenizer=folder)
 
@@ -148,6 +149,24 @@ def _digest(files: Mapping[str, bytes], added: Sequence[AddedToken]) -> str:
     return digest.hexdigest()[:32]
 
 
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder was made before, and its files are as they were written."""
+    try:
+        return read_checked(_noted(folder)).get("content") == _content(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _noted(folder: Path) -> Path:
+    return folder.with_suffix(".json")
+
+
+def _content(folder: Path) -> str:
+    names = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in names}
+    return _digest(files, ())
+
+
 def _make(
     folder: Path,
     files: Mapping[str, bytes],
@@ -155,21 +174,25 @@ def _make(
     *,
     trust_remote_code: bool,
 ) -> None:
-    """Put the folder in place once it is whole."""
+    """Put the folder in place once it is whole; processes that ask at once make it once."""
+    from filelock import FileLock
+
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=".part") as part:
+        with FileLock(folder.with_suffix(".lock")), TemporaryDirectory(dir=folder.parent) as part:
+            if _is_whole(folder):
+                return
             directory = Path(part) / "tokenizer"
             for name, content in files.items():
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 (directory / name).write_bytes(content)
             if added:
                 _add_tokens(directory, added, trust_remote_code=trust_remote_code)
-            if not folder.is_dir():
-                directory.rename(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            directory.rename(folder)
+            write_atomically(_noted(folder), with_checksum({"content": _content(folder)}))
     except OSError as error:
-        if not folder.is_dir():  # another process may have been first
-            raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
 def _add_tokens(directory: Path, added: Sequence[AddedToken], *, trust_remote_code: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
-from searchmerge.checkpoints.files import read_json
+from searchmerge.checkpoints.files import COUNT, NUMBER, NUMBERS, SWITCH, TEXT, read_json
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
@@ -56,6 +56,17 @@ _NEEDED = {
     "arrow_config": ({},),
 }
 """Settings under which an adapter is something else."""
+_KEYS = {
+    "peft_type": TEXT,
+    "r": COUNT,
+    "lora_alpha": NUMBER,
+    "rank_pattern": NUMBERS,
+    "alpha_pattern": NUMBERS,
+    "use_rslora": SWITCH,
+    "use_dora": SWITCH,
+    "lora_bias": SWITCH,
+    "fan_in_fan_out": SWITCH,
+}
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
 
@@ -125,7 +136,7 @@ def read_adapter(
         CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
             fit the base.
     """
-    config = read_json(directory / ADAPTER_CONFIG)
+    config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
     headers = read_headers(file)
@@ -163,7 +174,9 @@ def materialise(
         CheckpointError: If the adapter can no longer be read, or the file cannot be written.
     """
     folder = cache_dir / "adapters" / adapter.fingerprint(base_fingerprint, cache_dir)[:32]
-    return made_once(folder, adapter.headers, lambda: _results(adapter, base_weights))
+    return made_once(
+        folder, adapter.headers, lambda: _results(adapter, base_weights), cache_dir=cache_dir
+    )
 
 
 def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:

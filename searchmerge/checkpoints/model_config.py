@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from searchmerge.errors import CheckpointError
+from searchmerge.checkpoints.files import library_errors
 
 _COMPARED_ELSEWHERE = {
     "model_type",
@@ -73,11 +73,6 @@ _FREE_KINDS = re.compile(
 _IN_LAYER_TYPES = {"use_sliding_window", "max_window_layers"}
 """What transformers turns into ``sliding_window`` and ``layer_types``, which are compared."""
 
-_LISTS = re.compile(
-    r"(model type should be one of|should contain one of|,? or contain one of the following).*",
-    re.IGNORECASE,
-)
-
 _LENGTH = "max_position_embeddings"
 _LENGTH_MATTERS = ("dynamic", "yarn", "longrope")
 """The kinds of rotary embedding whose angles may depend on the longest sequence."""
@@ -103,15 +98,12 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: If it cannot be read, or needs code that may not run.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    with library_errors(f"{model_dir}: config.json"):
         return AutoConfig.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, TypeError, KeyError, OSError, ImportError, StrictDataclassError) as error:
-        raise CheckpointError(f"{model_dir}: config.json: {in_one_line(error)}") from error
 
 
 def comparable_config(
@@ -136,17 +128,6 @@ def comparable_config(
     if values.get("model_type") in CONFIG_MAPPING or trust_remote_code:
         return load_config(model_dir, trust_remote_code=trust_remote_code)
     return SimpleNamespace(**values)
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return what an error of transformers says, in one line, without the lists of all it has."""
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return (
-            "it needs Python code that comes with it, which is not run; allow that with "
-            "`trust_remote_code: true`, if you trust whoever wrote it"
-        )
-    return _LISTS.sub("", text).strip(" ,.")
 
 
 def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import device, nn
 
-from searchmerge.checkpoints.files import CONFIG_FILE
-from searchmerge.checkpoints.model_config import in_one_line, load_config
+from searchmerge.checkpoints.files import CONFIG_FILE, library_errors
+from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import CheckpointError
 
 
@@ -212,15 +212,10 @@ def _empty_model(
     config = load_config(model_dir, trust_remote_code=trust_remote_code)
     name = auto_class or _own_class(config, trust_remote_code=trust_remote_code)
     loader = loader_class(name)
-    try:
-        with device("meta"):
-            if hasattr(loader, "from_config"):
-                return loader.from_config(config, trust_remote_code=trust_remote_code)
-            return loader(config)
-    except (ValueError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{model_dir}: cannot be loaded as {name}: {in_one_line(error)}"
-        ) from error
+    with library_errors(f"{model_dir}: cannot be loaded as {name}"), device("meta"):
+        if hasattr(loader, "from_config"):
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
+        return loader(config)
 
 
 def loader_class(name: str) -> Any:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
+from searchmerge.checkpoints.files import library_errors
 from searchmerge.checkpoints.model_class import check_class
-from searchmerge.checkpoints.model_config import in_one_line
 from searchmerge.checkpoints.renames import aligned, loader_class, stored_names
 from searchmerge.errors import CheckpointError
 
@@ -59,19 +59,15 @@ def load_resident(
             "label2id": {label: i for i, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,  # the base's own head may have other classes
         }
-    try:
-        with quiet():
+    with quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
+        try:
             model, found = loader.from_pretrained(
                 checkpoint.path, output_loading_info=True, **options
             )
-    except torch.OutOfMemoryError as error:
-        raise CheckpointError(
-            f"{checkpoint.name}: there is no room for it on {device}: {error}"
-        ) from error
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise CheckpointError(
-            f"{checkpoint.name}: cannot be loaded as {auto_class}: {in_one_line(error)}"
-        ) from error
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"{checkpoint.name}: there is no room for it on {device}: {error}"
+            ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
     if checkpoint.extension is not None:
         n_rows = next(iter(checkpoint.extension.headers.values())).shape[0]
@@ -80,6 +76,8 @@ def load_resident(
     _untie(model, checkpoint, twins)
     check_spread(checkpoint.name, model, device)
     resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
+    if dtype == torch.float16:
+        _check_range(checkpoint, resident)
     changed = {
         **(checkpoint.adapter.headers if checkpoint.adapter else {}),
         **(checkpoint.extension.headers if checkpoint.extension else {}),
@@ -230,6 +228,16 @@ def _check_loaded(
             f"{checkpoint.name}: has no weights for {inner[0]!r} of {type(model).__name__} "
             f"({len(inner)} missing), so it cannot be loaded as {auto_class}"
         )
+
+
+def _check_range(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse weights that float16, which ends at 65504, does not hold."""
+    for name, tensor in model.named_parameters():
+        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+            raise CheckpointError(
+                f"{checkpoint.name}: {name!r} is not finite in {tensor.dtype}; "
+                "use dtype: bfloat16 or float32"
+            )
 
 
 @torch.no_grad()

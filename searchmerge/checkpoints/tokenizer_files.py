@@ -8,7 +8,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from searchmerge.checkpoints.files import read_json
+from searchmerge.checkpoints.files import (
+    COUNT,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    TOKENS,
+    Kind,
+    check_keys,
+    read_json,
+)
+from searchmerge.errors import CheckpointError
 
 _VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt")
 _BINARY_SUFFIXES = (".model", ".tiktoken")
@@ -81,11 +91,14 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     digests = {
         file.name: hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
         for file in sorted(directory.iterdir())
-        if file.name in _VOCABULARY_FILES or file.suffix in _BINARY_SUFFIXES
+        if (file.name in _VOCABULARY_FILES or file.suffix in _BINARY_SUFFIXES) and file.is_file()
     }
     tokens = {}
     if (file := directory / "vocab.json").exists():
-        tokens = {str(token): int(index) for token, index in read_json(file).items()}
+        vocabulary = read_json(file)
+        if not TOKENS.allows(vocabulary):
+            raise CheckpointError(f"{file}: {TOKENS.words} is needed")
+        tokens = dict(vocabulary)
         digests["vocab.json"] = _digest(sorted(tokens.items()))
     return Tokenizer(tokens, digests) if digests else None
 
@@ -104,15 +117,52 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
     return f"they differ in {apart[0]!r}{more}"
 
 
+def _is_scored(value: Any) -> bool:
+    """Return whether a unigram model's vocabulary is pairs of token and score."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in value
+    )
+
+
+def _is_merges(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, str) or (TEXTS.allows(pair) and len(pair) == 2) for pair in value
+    )
+
+
+def _is_added(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and COUNT.allows(token.get("id"))
+        for token in value
+    )
+
+
+_KEYS = {
+    "model": OBJECT,
+    "added_tokens": Kind("a list of objects with content and id", _is_added),
+}
+_MODEL_KEYS = {
+    "type": TEXT,
+    "vocab": Kind(
+        "an object of ids by token, or a list of tokens with scores,",
+        lambda v: TOKENS.allows(v) or _is_scored(v),
+    ),
+    "merges": Kind("a list of pairs of tokens", _is_merges),
+}
+
+
 def _read_fast(file: Path) -> Tokenizer:
-    data = read_json(file)
+    data = read_json(file, _KEYS)
     model = data.get("model") or {}
+    check_keys(file, model, _MODEL_KEYS)
     tokens = _tokens(model.get("vocab") or {})
     listed = dict(tokens)
     added = [_added(token) for token in data.get("added_tokens") or []]
     tokens |= {token.content: token.index for token in added}
     merges = [
-        pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])
+        pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []
     ]
     parts: dict[str, Any] = {"tokenizer.json": [model.get("type"), sorted(tokens.items()), merges]}
     if len(listed) == len(tokens):
@@ -130,8 +180,8 @@ def _added(token: Mapping[str, Any]) -> AddedToken:
 def _tokens(vocabulary: Any) -> dict[str, int]:
     """Return token to id; a unigram model lists pairs of token and score, in order of id."""
     if isinstance(vocabulary, Mapping):
-        return {str(token): int(index) for token, index in vocabulary.items()}
-    return {str(token): index for index, (token, _) in enumerate(vocabulary)}
+        return dict(vocabulary)
+    return {token: index for index, (token, _) in enumerate(vocabulary)}
 
 
 def _digest(part: Any) -> str:

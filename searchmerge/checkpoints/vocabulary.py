@@ -122,7 +122,9 @@ class Extension:
         """
         cache_dir = self.union.models[_BASE].cache_dir
         folder = cache_dir / "vocabularies" / self.key()[:32]
-        return made_once(folder, self.headers, lambda: self.union.made(self.model))
+        return made_once(
+            folder, self.headers, lambda: self.union.made(self.model), cache_dir=cache_dir
+        )
 
 
 def with_union(

@@ -22,12 +22,10 @@ from searchmerge.checkpoints.files import (
     check_free_space,
     describe_write_error,
     read_json,
-    sync_directory,
-    write_bytes,
-    write_text,
 )
 from searchmerge.checkpoints.tensor_files import TensorFileWriter, TensorHeader
 from searchmerge.checkpoints.tokenizer_files import is_of_tokenizer
+from searchmerge.durable import sync_directory, write_bytes, write_text
 from searchmerge.errors import CheckpointError
 
 PLAN_FILE = "merge_plan.yaml"

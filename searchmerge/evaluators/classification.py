@@ -11,7 +11,8 @@ import torch
 from annotated_types import Ge, Len
 from torch import Tensor, nn
 
-from searchmerge.checkpoints.model_config import in_one_line, load_config
+from searchmerge.checkpoints.files import in_one_line
+from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,

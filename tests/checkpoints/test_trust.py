@@ -98,7 +98,7 @@ def test_nothing_of_a_checkpoint_runs_unless_the_study_says_so(touched, tmp_path
         load_resident(base, dtype=torch.float32, device="cpu")
     with pytest.raises(CheckpointError, match=rf"base: config\.json: {_WANTS}"):
         load_config(tmp_path / "base")
-    with pytest.raises(SpecError, match=rf"base: the tokenizer cannot be loaded: {_WANTS}"):
+    with pytest.raises(SpecError, match=rf"base.*: the tokenizer cannot be loaded: {_WANTS}"):
         load_tokenizer(tmp_path / "base")
     assert not touched.exists()
 

@@ -293,6 +293,16 @@ def test_the_merged_model_has_the_tokenizer_of_an_expert_and_its_endings(save, t
         _merged(base, {"chat": expert}, tmp_path / "out", tokenizer="other")
 
 
+def test_a_tokenizer_that_was_damaged_in_the_cache_is_made_again(save, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path / "cache"))
+    base, expert = save("base", 0), save("chat", 1, ["<|im|>"])
+    for _ in range(2):
+        _, tokenizer = _merged(base, {"chat": expert}, tmp_path / "out", vocabulary="union")
+        assert tokenizer("<|im|>").input_ids == [22]
+        (file,) = (tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json")
+        file.write_text(file.read_text().replace("<|im|>", "<|xx|>"))
+
+
 def test_templates_that_differ_are_remarked_upon_until_one_is_chosen(save):
     base, expert = save("base", 0), save("chat", 1, template=_TEMPLATE)
 

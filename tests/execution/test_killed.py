@@ -82,11 +82,11 @@ def check_all_scores(run_dir, n_trials):
         plan = study.space.plan(trial.params)
         expected = {
             scores.block.key: scores.values
-            for result in worker.score(plan, study.schedule.rounds["select"])
+            for result in worker.score(plan, study.board.schedule.rounds["select"])
             for scores in result.scores
         }
         assert study.directory.scores.get(plan) == expected
-        scores = study.schedule.scores(study.directory.scores, plan, "select")
+        scores = study.board.scores(plan, "select")
         assert tuple(trial.values) == study.objective.values(scores)
     study.directory.close()
     return trials
@@ -127,6 +127,4 @@ def test_300_trials_with_workers_killed_every_few_seconds_all_finish(drive, tmp_
     assert driver.returncode == 0, (tmp_path / "driver.log").read_text()
     assert n_killed >= 10
     assert len(finished(run_dir)) == 300
-    trials = check_all_scores(run_dir, 300)
-    best = max(trials, key=lambda trial: trial.value)
-    assert best.value == max(trial.value for trial in trials)
+    check_all_scores(run_dir, 300)

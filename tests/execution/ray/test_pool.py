@@ -42,7 +42,7 @@ def pool(cluster):
 
 def jobs(*kinds):
     return ListSource(
-        [Job(f"job {i}", plan(kind, i / 100), ROUNDS) for i, kind in enumerate(kinds)]
+        [Job(f"job {i}", plan(kind, i / 100), ROUNDS, None) for i, kind in enumerate(kinds)]
     )
 
 
@@ -64,7 +64,7 @@ def test_two_workers_score_what_one_in_process_does_and_each_block_once(pool, st
 
 def test_a_worker_that_is_killed_in_a_block_is_replaced_and_its_job_goes_on(pool, store, notes):
     executor = pool(functools.partial(workers.make, notes, 0.05), workers=1)
-    job = Job("job", plan(FINE), ROUNDS)
+    job = Job("job", plan(FINE), ROUNDS, None)
     executor.tasks()
     executor.submit(1, job.plan, ROUNDS)
     first = executor.next_event(30.0)
