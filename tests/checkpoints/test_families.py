@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from searchmerge import assemble
 from searchmerge.checkpoints.checkpoint import open_checkpoint
 from searchmerge.checkpoints.resident import load_resident
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError
+from searchmerge.evaluators.causal.generation import GenerationOptions, Generator
+from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.models import load_task_vectors, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.spec import study_model
@@ -254,3 +258,34 @@ def test_a_worker_merges_into_the_resident_model_exactly(kind, save, tmp_path):
     list(worker.score(plan, [tuple(schedule.blocks["pilot"]["t"])]))
     found = torch.load(tmp_path / "logits.pt")
     assert torch.allclose(found, _logits(_loaded(expert, kind)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
+@torch.no_grad()
+def test_a_multimodal_model_scores_and_generates_text_as_it_does_by_itself(kind, save):
+    checkpoint = open_checkpoint(save(kind, 0))
+    model = load_resident(
+        checkpoint, dtype=torch.float32, device="cpu", auto_class=_class_of(kind)
+    )
+    shared = tuple(range(3, 30))
+    pairs = [((*shared, *range(40, 40 + n)), (50, 51, n)) for n in (2, 9, 5)]
+    found = CausalScorer(128).score(model, pairs, 64)
+    for (context, tokens), (score, _) in zip(pairs, found, strict=True):
+        logits = model(input_ids=torch.tensor([context + tokens])).logits[0]
+        likely = torch.log_softmax(logits, -1)
+        expected = sum(float(likely[len(context) - 1 + i, t]) for i, t in enumerate(tokens))
+        assert score == pytest.approx(expected, abs=1e-5)
+    prompts = [context for context, _ in pairs]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, "w0")),
+        eos_token="w1",
+        pad_token="w0",
+    )
+    options = GenerationOptions((), 5, {})
+    answers = Generator(128).generate(model, tokenizer, prompts, options)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = list(prompt)
+        for token in answer:
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            assert token == int(logits.argmax())
+            tokens.append(token)
