@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 _MAX_SHOWN = 100  # characters of a value that is not allowed
+
+_LISTS = re.compile(
+    r"(model type should be one of|should contain one of|,? or contain one of the following).*",
+    re.IGNORECASE,
+)
 
 COMPANIONS = (
     CONFIG_FILE,
@@ -161,8 +167,18 @@ def library_errors(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{what}: {reason}") from error
+        raise CheckpointError(f"{what}: {in_one_line(error)}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error of transformers says, in one line, without the lists of all it has."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code that comes with it, which is not run; allow that with "
+            "`trust_remote_code: true`, if you trust whoever wrote it"
+        )
+    return _LISTS.sub("", text).strip(" ,.") or type(error).__name__
 
 
 def check_keys(file: Path, data: Mapping[str, Any], keys: Mapping[str, Kind]) -> None:
