@@ -92,6 +92,8 @@ def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Eval
         device=device,
         dtype=models.dtype,
         head=functools.partial(expert_head, study, models),
+        trust_remote_code=study.spec.trust_remote_code,
+        base_dir=None if models.base.extension else models.base.path,
     )
     evaluators: dict[str, Evaluator] = {}
     for name, kind in study.spec.kinds.items():

@@ -18,7 +18,7 @@ _ADDRESS = re.compile(r"local|auto|[^/\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 class RayConfig(BaseModel):
     """Where a Ray study's workers are, and what each of them needs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     address: str = "local"
     workers: int | None = Field(default=None, ge=1)
@@ -44,7 +44,7 @@ class RayConfig(BaseModel):
 class RunConfig(BaseModel):
     """A file in ``configs/``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     executor: Literal["local", "ray"] = "local"
     ray: RayConfig | None = None
@@ -54,7 +54,7 @@ class RunConfig(BaseModel):
     residency: Residency = "auto"
     keep_memory: float | None = Field(default=None, ge=0)
     runs_dir: str = "runs"
-    storage: str | None = None
+    storage: str | None = Field(default=None, repr=False)  # may hold a password
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":

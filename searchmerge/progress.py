@@ -8,6 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from searchmerge.errors import printable
 from searchmerge.search.trials import TrialRecord
 
 
@@ -24,7 +25,7 @@ class ProgressView:
         self._crowding = crowding
         self._start = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -77,7 +78,11 @@ class ProgressView:
     def _line(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
         self._bar.console.print(
-            f"{minutes:3d}:{seconds:02d} {text}", highlight=False, markup=False, soft_wrap=True
+            f"{minutes:3d}:{seconds:02d} {printable(text)}",
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
         )
 
 

@@ -59,7 +59,7 @@ def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(run_dir))
-        stack.enter_context(storage_errors(run_dir))
+        stack.enter_context(storage_errors(run_dir, config.storage))
         models = open_models(study)
         check_groups(study, models)
         warn_of_doubts(models)
@@ -216,7 +216,7 @@ def _write_plans(folder: Path, plans: Plans) -> None:
 def _described(models: Models) -> dict[str, str]:
     """Return each model's name as the user wrote it, and its fingerprint."""
     sources = {"base": models.base.name, **models.sources}
-    return {name: f"`{sources[name]}`, {mark}" for name, mark in models.fingerprints().items()}
+    return {name: f"{sources[name]}, {mark}" for name, mark in models.fingerprints().items()}
 
 
 def _save(

@@ -10,8 +10,10 @@ import searchmerge
 ROOT = Path(searchmerge.__file__).parent
 LAYERS = [
     {"errors"},
+    {"durable", "yaml_text"},
     {"registry", "plan", "yaml_file", "machine"},
-    {"checkpoints", "merging", "evaluators"},
+    {"checkpoints"},
+    {"merging", "evaluators"},
     {"execution"},
     {"search"},
     {"keys"},
@@ -32,6 +34,7 @@ ONLY_HERE = {
     "lm_eval": {"evaluators/lm_harness"},
     "vllm": {"evaluators/lm_harness"},
     "pydantic": {"spec.py", "space_spec.py", "keys.py", "config.py", "yaml_file.py"},
+    "yaml": {"yaml_text.py", "evaluators/lm_harness"},
     "typer": {"cli.py"},
     "rich": {"cli.py", "progress.py"},
     "transformers": {"checkpoints", "evaluators", "execution/int8_merger.py"},

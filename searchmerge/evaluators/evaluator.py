@@ -121,6 +121,9 @@ class EvaluationContext:
         dtype: Of the resident model.
         head: Returns an expert's own classification head: of a linear layer on a pooled output
             where a pooling is given, else of the model's class.
+        trust_remote_code: Whether Python files of the model may run.
+        base_dir: Where the base's weights are; ``None`` where the resident model has rows for
+            tokens that they do not have.
     """
 
     folder: Path
@@ -129,6 +132,8 @@ class EvaluationContext:
     device: str
     dtype: torch.dtype
     head: Callable[[str, Pooling | None], ExpertHead]
+    trust_remote_code: bool = False
+    base_dir: Path | None = None
 
     def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
         """Return the size asked for, or that for the kind of device; a CPU's for others."""

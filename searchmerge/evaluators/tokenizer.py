@@ -1,16 +1,22 @@
 """The base's tokenizer, as the evaluators load it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from searchmerge.checkpoints.files import in_one_line
 from searchmerge.errors import SpecError
 
+_SETTINGS = "tokenizer_config.json"
+_VOCABULARY = "tokenizer.json"
 
-def load_tokenizer(model_dir: str | Path) -> Any:
+
+def load_tokenizer(model_dir: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model, from files that are on this machine.
 
     Args:
         model_dir: The directory of its files.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         SpecError: If it cannot be loaded, or knows no tokens but special ones: where the files of
@@ -19,13 +25,38 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise SpecError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except Exception as error:  # odd values lead transformers to any, and tokenizers to bare ones
+        reason = in_one_line(error)
+        where = _odd_file(Path(model_dir))
+        raise SpecError(f"{where}: the tokenizer cannot be loaded: {reason}") from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise SpecError(
+            f"{Path(model_dir) / _SETTINGS}: model_max_length is {tokenizer.model_max_length!r}; "
+            "a number is needed"
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise SpecError(
             f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, all of them special; its "
             "files (e.g. tokenizer.json) are missing there"
         )
     return tokenizer
+
+
+def _odd_file(model_dir: Path) -> Path:
+    """Return the file for which a tokenizer cannot be loaded, as far as that can be told."""
+    from tokenizers import Tokenizer
+
+    for name in (_SETTINGS, "special_tokens_map.json", "added_tokens.json", _VOCABULARY):
+        file = model_dir / name
+        if not file.is_file():
+            continue
+        try:
+            is_object = isinstance(json.loads(file.read_bytes()), dict)
+            if name == _VOCABULARY:
+                Tokenizer.from_file(str(file))
+        except Exception:  # noqa: BLE001 - what is wrong with it was told already
+            return file
+        if not is_object:
+            return file
+    return model_dir / _SETTINGS if (model_dir / _SETTINGS).is_file() else model_dir

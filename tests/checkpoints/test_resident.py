@@ -1,10 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
 from searchmerge.checkpoints.resident import check_spread, load_resident, writable_views
@@ -109,7 +111,7 @@ def test_an_unknown_class_is_refused(name, opened):
 
 
 def test_a_model_of_another_kind_is_refused(opened):
-    with pytest.raises(CheckpointError, match=r"cannot be loaded as AutoModelForCausalLM: Unrec"):
+    with pytest.raises(CheckpointError, match="is a vit model, which is no AutoModelForC"):
         load(opened("vit"))
 
 
@@ -181,3 +183,17 @@ def test_loading_makes_no_copy_of_the_model_in_host_memory(tmp_path, save):
     n_bytes, grown = json.loads(found.stdout)
     assert n_bytes > 2 * shards[-1]
     assert grown < 1.3 * shards[-1]
+
+
+def test_weights_that_float16_does_not_hold_are_refused_by_name(save, tmp_path, cache_dir):
+    shutil.copytree(save("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "model", cache_dir=cache_dir)
+    load_resident(checkpoint, dtype=torch.bfloat16, device="cpu")
+    with pytest.raises(
+        CheckpointError, match=r"'model\.norm\.weight' is not finite in torch\.flo"
+    ):
+        load_resident(checkpoint, dtype=torch.float16, device="cpu")

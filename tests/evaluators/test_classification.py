@@ -496,7 +496,7 @@ def test_an_expert_without_a_head_is_refused(write, tmp_path):
 
 def test_an_encoder_of_no_such_class_is_refused(write):
     file = write("vit", text_tasks(data="data/first/test"))
-    with pytest.raises(CheckpointError, match="cannot be loaded as AutoModelForSequenceClassific"):
+    with pytest.raises(CheckpointError, match="which is no AutoModelForSequenceClassification;"):
         score(file, "second")
 
 

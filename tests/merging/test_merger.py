@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import searchmerge
-from searchmerge.errors import SpecError
+from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.merging.merger import Merger, merge_weights
 from searchmerge.merging.method import METHODS, default_plan
 from searchmerge.merging.residency import Memory
 from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.plan import Groups
+from searchmerge.plan import Groups, MergePlan
 
 EXPERTS = ("math", "code", "law")
 
@@ -183,6 +183,36 @@ def test_plans_that_do_not_fit_are_refused():
         merger.apply(default_plan("linear", EXPERTS))
     with pytest.raises(SpecError, match="the model has 2 layers"):
         dict(merger.merged(default_plan("linear", EXPERTS, groups=Groups(depth=3))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_tensor_that_is_not_finite_in_its_dtype_is_refused_by_name(dtype):
+    base, experts = weights()
+    base["norm"][3] = torch.finfo(dtype).max / 2
+    for own in experts.values():
+        own["norm"][3] = torch.finfo(dtype).max * 0.9
+    own = TaskVectors.from_weights(base, experts)
+    targets = {n: torch.empty_like(t, dtype=dtype) for n, t in base.items()}
+    merger = Merger(own, targets=targets)
+    merger.apply(MergePlan("task_arithmetic", EXPERTS[:1], {"coefficient": ((0.5,),)}))
+    too_far = MergePlan("task_arithmetic", EXPERTS, {"coefficient": ((0.9, 0.9, 0.9),)})
+    message = rf"merged tensor 'norm' is not finite in {dtype}, which ends at"
+    if dtype == torch.float16:
+        with pytest.raises(EvaluationError, match=message):
+            merger.apply(too_far)
+    with pytest.raises(EvaluationError, match=message):
+        dict(merger.merged(too_far, dtype=dtype))
+    merger.apply(default_plan("linear", EXPERTS))
+    assert all(target.isfinite().all() for target in targets.values())
+
+
+def test_what_is_not_merged_is_refused_where_the_dtype_does_not_hold_it():
+    base, experts = weights()
+    base["norm"][3] = 70_000.0
+    own = TaskVectors.from_weights(base, experts, exclude=["norm"])
+    merged = Merger(own).merged(default_plan("linear", EXPERTS), dtype=torch.float16)
+    with pytest.raises(EvaluationError, match=r"'norm' is not finite in torch\.float16, which"):
+        dict(merged)
 
 
 def test_the_package_is_light_to_import_and_still_merges():

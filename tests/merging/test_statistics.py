@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.torch import load_file, save_file
 
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.measure import Measure, MemoryBudget
@@ -97,16 +98,21 @@ def test_what_was_cached_is_not_measured_again(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "other"])
+@pytest.mark.parametrize("damage", ["cut", "text", "other", "flip", "unsigned"])
 def test_a_cache_that_cannot_be_used_is_measured_anew(tmp_path, caplog, damage):
     rows, file = torch.randn(2, 300), tmp_path / "statistics.safetensors"
     if damage == "text":
         file.write_text("not at all")
     else:
-        other = rows if damage == "cut" else torch.randn(2, 299)
-        statistics_of(other, cache=file)[0].at([0, 0])
+        other = torch.randn(2, 299) if damage == "other" else rows
+        statistics_of(other, cache=file)[0].at([5, 6])
+        data = file.read_bytes()
         if damage == "cut":
-            file.write_bytes(file.read_bytes()[:-100])
+            file.write_bytes(data[:-100])
+        if damage == "flip":  # the values come last: one of them is another number now
+            file.write_bytes(data[:-2] + bytes([data[-2] ^ 32]) + data[-1:])
+        if damage == "unsigned":
+            save_file(load_file(file), file)
     with caplog.at_level(logging.WARNING):
         statistics, passes = statistics_of(rows, cache=file)
         assert statistics.at([5, 6]) == [rows[i].sort().values[5 + i].item() for i in range(2)]

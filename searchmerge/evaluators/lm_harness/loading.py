@@ -32,10 +32,11 @@ def explained(name: str, what: str) -> Iterator[None]:
         raise
     except (
         *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
-        *(TypeError, ValueError, TemplateError, yaml.YAMLError),
+        *(TypeError, ValueError, TemplateError, yaml.YAMLError, RecursionError, SystemExit),
     ) as error:
+        reason = " ".join(str(error).split())
         raise SpecError(
-            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {error})"
+            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -56,10 +57,10 @@ def load_task(
     """
     split = _split_of(leaf, spec.split, f"tasks.{name}.split")
     path = None if leaf.entry is None else leaf.entry.yaml_path
-    overrides = data_files(leaf.config, folder if path is None else data_folder(Path(path)))
-    if spec.gen_prefix is not None:
-        overrides["gen_prefix"] = spec.gen_prefix
     with explained(name, f"load its task {leaf.name!r}"), quiet():
+        overrides = data_files(leaf.config, folder if path is None else data_folder(Path(path)))
+        if spec.gen_prefix is not None:
+            overrides["gen_prefix"] = spec.gen_prefix
         task = leaf.build(overrides)
         splits = list(task.dataset)
         if split not in splits:
