@@ -19,7 +19,6 @@ from searchmerge.merging.method import (
     hyperparameter,
     validate_plan,
 )
-from searchmerge.merging.residency import Memory
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import Groups, MergePlan
 
@@ -192,10 +191,9 @@ def test_arithmetic_runs_where_numbers_lie_on_the_cpu_and_parameters_do_not(meth
     """As on a GPU where nothing is compiled; the meta device is as far from the CPU."""
     base, experts = weights()
     for keep_bytes in (0, 2**20):
-        merger = Merger(
-            TaskVectors.from_weights(base, experts), memory=Memory(keep_bytes=keep_bytes)
-        )
-        _, work, _ = merger._bind(default_plan(method, EXPERTS, **settings))
+        vectors = TaskVectors.from_weights(base, experts)
+        measure = Measure(vectors, Engine("eager"), MemoryBudget(keep_bytes))
+        work = METHODS[method](measure).bind(default_plan(method, EXPERTS, **settings))
         name = "model.layers.1.fc.weight"
         chosen = range(len(EXPERTS)) if work.experts is None else work.experts
         kept = work.kept[name] if work.kept else ()
