@@ -18,7 +18,12 @@ _CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
 }
 _ON_RAY = "tests/execution/"
-_LONGEST_FIRST = (_ON_RAY, "tests/test_cli.py", "tests/merging/test_engine.py")
+_LONGEST_FIRST = (
+    _ON_RAY,
+    "tests/gpu/test_check.py",
+    "tests/test_cli.py",
+    "tests/merging/test_engine.py",
+)
 _is_controller = "PYTEST_XDIST_WORKER" not in os.environ  # or there is one process only
 
 if _is_controller:  # the others inherit its environment
