@@ -12,7 +12,7 @@ import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
 from searchmerge.checkpoints.compatibility import check_compatible, doubts
-from searchmerge.checkpoints.files import CONFIG_FILE, check_config, default_cache_dir
+from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.heads import exclude_patterns, trained_class, unused_tensors
 from searchmerge.checkpoints.tying import untie_where_needed
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
@@ -111,8 +111,6 @@ def _trained_as(experts: Mapping[str, Checkpoint]) -> str | None:
 
 def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint:
     checkpoint = open_checkpoint(study.resolve(model.path), revision=model.revision, base=base)
-    if checkpoint.adapter is None:
-        check_config(checkpoint.path / CONFIG_FILE, checkpoint.config)
     return checkpoint if base is None else checkpoint.named_as(base)
 
 

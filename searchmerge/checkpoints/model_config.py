@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from searchmerge.errors import CheckpointError
+from searchmerge.checkpoints.files import library_errors
 
 _COMPARED_ELSEWHERE = {
     "model_type",
@@ -95,15 +95,12 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: If it cannot be read, or needs code that may not run.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    with library_errors(f"{model_dir}: config.json"):
         return AutoConfig.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, TypeError, KeyError, OSError, ImportError, StrictDataclassError) as error:
-        raise CheckpointError(f"{model_dir}: config.json: {in_one_line(error)}") from error
 
 
 def comparable_config(
@@ -128,11 +125,6 @@ def comparable_config(
     if values.get("model_type") in CONFIG_MAPPING or trust_remote_code:
         return load_config(model_dir, trust_remote_code=trust_remote_code)
     return SimpleNamespace(**values)
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split())
 
 
 def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
