@@ -61,6 +61,7 @@ def make_worker(study: Study, models: Models, config: RunConfig) -> Worker:
         models.base,
         dtype=models.dtype,
         device=device,
+        n_devices=config.devices_per_worker,
         auto_class=study.spec.resident_class,
     )
     views = writable_views(model)
@@ -188,8 +189,7 @@ def load_worker(study: Study, config: RunConfig) -> Worker:
     Raises:
         SearchMergeError: If it cannot be loaded here.
     """
-    threads = config.threads or max(1, int(config.workers.cpus_per_worker))
-    config = config.model_copy(update={"threads": threads})
+    config = config.model_copy(update={"threads": config.worker_threads()})
     return make_worker(study, open_models(study), config)
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from searchmerge.errors import SearchMergeError, SpecError, StudyError, printable
+from searchmerge.machine import use_allowed_cores, wait_asleep
 
 app = typer.Typer(
     help="Find the best merge of several fine-tuned experts of one base model.",
@@ -53,6 +54,8 @@ def _main(
     for switch in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(switch, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wait_asleep()
+    use_allowed_cores()
 
 
 @app.command()
@@ -73,7 +76,7 @@ def run(
     asked = read_study(study, _read_overrides(set_))
     run_dir = (runs_dir or Path(settings.runs_dir)) / asked.name
     try:
-        with stopped_by_signals(), ProgressView(_err) as view:
+        with stopped_by_signals(), ProgressView(_err, crowding=settings.crowding) as view:
             results = run_study(asked, settings, run_dir, view)
     except Stopped as stopped:
         _print_stopped(run_dir, settings.storage)

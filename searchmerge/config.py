@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from searchmerge.machine import available_cores, crowding
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.residency import Memory, Residency
 from searchmerge.spec import Duration
@@ -71,6 +72,35 @@ class RunConfig(BaseModel):
     def workers(self) -> RayConfig:
         """Return where the Ray workers are; what is left out has its default."""
         return self.ray or RayConfig()
+
+    @property
+    def devices_per_worker(self) -> int:
+        """Return how many devices a worker's model is spread over."""
+        return max(1, int(self.workers.gpus_per_worker)) if self.executor == "ray" else 1
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether the workers are on this machine."""
+        return self.executor == "local" or self.workers.address == "local"
+
+    @property
+    def n_workers_here(self) -> int:
+        """Return how many workers this machine has; 1 where its GPUs decide."""
+        if self.executor == "local":
+            return 1
+        fitting = int(available_cores() / self.workers.cpus_per_worker)
+        return self.workers.workers or (1 if self.workers.gpus_per_worker else max(1, fitting))
+
+    def crowding(self) -> str:
+        """Return a few words where others use the processors of the workers' machine too.
+
+        Nothing where the workers are elsewhere.
+        """
+        return crowding() if self.is_here else ""
+
+    def worker_threads(self) -> int:
+        """Return how many threads a Ray worker has: a whole one per CPU that it may use."""
+        return self.threads or min(max(1, int(self.workers.cpus_per_worker)), available_cores())
 
 
 def read_config(path: Path | None) -> RunConfig:

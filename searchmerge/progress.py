@@ -1,7 +1,7 @@
 """Showing a run to a person: a bar in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -17,10 +17,12 @@ class ProgressView:
 
     Args:
         console: Where to print.
+        crowding: Says in a few words that others use the workers' machine too, or nothing.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, crowding: Callable[[], str] = str) -> None:
         self._console = console
+        self._crowding = crowding
         self._start = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -68,6 +70,8 @@ class ProgressView:
             marks.append(f"stopped after {record.stopped_after} blocks")
         if is_best:
             marks.append("best so far")
+        if crowded := self._crowding():
+            marks.append(crowded)
         line = f"{name:12} {record.value:.4f}  {_scores(record.scores)}  {record.seconds:5.1f} s"
         self._line(f"{line}  {', '.join(marks)}".rstrip())
 

@@ -249,6 +249,9 @@ class StudySpec(Strict):
         for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
             data["search"].pop(key)
         for name, kind in EVALUATORS.items():
+            if name not in self.kinds and name not in self.model_fields_set:
+                data.pop(name, None)  # so that a new kind of evaluator changes no other study
+                continue
             for key in kind.cost_keys:
                 data[name].pop(key)
         return data

@@ -11,7 +11,7 @@ ROOT = Path(searchmerge.__file__).parent
 LAYERS = [
     {"errors"},
     {"durable", "yaml_text"},
-    {"registry", "plan", "yaml_file"},
+    {"registry", "plan", "yaml_file", "machine"},
     {"checkpoints", "merging", "evaluators"},
     {"execution"},
     {"search"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"spec", "config"},
     {"study"},
     {"report"},
-    {"classifier"},
+    {"classifier", "estimate"},
     {"models"},
     {"heads", "fingerprint"},
     {"assemble"},

@@ -20,29 +20,41 @@ def load_resident(
     *,
     dtype: torch.dtype,
     device: str,
+    n_devices: int = 1,
     auto_class: str = "AutoModelForCausalLM",
     labels: Sequence[str] = (),
 ) -> nn.Module:
     """Return the model, ready to be evaluated and to be written over: no gradients, no dropout.
 
+    Each tensor goes from its mapped file straight to where it is to lie: no second copy of the
+    model is made in host memory. On a CPU, in the dtype of the files, a parameter is the mapped
+    page itself until it is first written to.
+
     Args:
         checkpoint: What to load; an adapter is loaded merged with its base.
         dtype: Of the parameters, except where transformers keeps some in float32.
-        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``; of several devices, what they are.
+        n_devices: Devices that the model is spread over, layer by layer, all that this process
+            may use; parameters are written over where they lie.
         auto_class: The class of transformers to load it with. A task head that the checkpoint
             does not have is made, with random weights.
         labels: The classes of its head, where these are not what the configuration says.
 
     Raises:
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
-            weight of the model itself, other than a head, is not in the checkpoint.
+            weight of the model itself, other than a head, is not in the checkpoint; or if the
+            devices have no room for it.
     """
     import transformers
 
     loader: Any = getattr(transformers, auto_class, None)
     if not hasattr(loader, "from_pretrained"):
         raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "device_map": "balanced" if n_devices > 1 else {"": _indexed(device)},
+    }
     if labels:
         options |= {
             "id2label": dict(enumerate(labels)),
@@ -50,16 +62,46 @@ def load_resident(
             "ignore_mismatched_sizes": True,  # the base's own head may have other classes
         }
     with quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
-        model, found = loader.from_pretrained(checkpoint.path, output_loading_info=True, **options)
+        try:
+            model, found = loader.from_pretrained(
+                checkpoint.path, output_loading_info=True, **options
+            )
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"{checkpoint.name}: there is no room for it on {device}: {error}"
+            ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
     twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
     _untie(model, checkpoint, twins)
-    resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
+    check_spread(checkpoint.name, model, device)
+    resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
     if dtype == torch.float16:
         _check_range(checkpoint, resident)
     if checkpoint.adapter is not None:
         _write_over(checkpoint.adapter, checkpoint.weights(), resident)
     return resident
+
+
+def check_spread(name: str, model: nn.Module, device: str) -> None:
+    """Refuse a model of which a part was left on another kind of device than asked for.
+
+    Raises:
+        CheckpointError: If so.
+    """
+    kind = torch.device(device).type
+    left = [key for key, own in model.state_dict().items() if own.device.type != kind]
+    if left:
+        raise CheckpointError(
+            f"{name}: there is no room for it on the {kind} devices of a worker: {left[0]!r} and "
+            f"{len(left) - 1} more tensors are left over; give each worker more of them"
+        )
+
+
+def _indexed(device: str) -> torch.device:
+    """Return the device with its index: that of the GPU in use where none is given."""
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
 
 
 def writable_views(model: nn.Module) -> dict[str, Tensor]:

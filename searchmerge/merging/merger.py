@@ -83,7 +83,9 @@ class Merger:
         Raises:
             SpecError: If the plan is not legal, or names an expert that is not loaded, or the
                 merger was given no targets.
-            EvaluationError: If a merged tensor is not finite in its target's dtype.
+            EvaluationError: If a merged tensor is not finite in float16, whose range merges may
+                leave; in wider dtypes that is left to :meth:`merged`, as looking takes a pass of
+                its own over memory.
         """
         if self._targets is None:
             raise SpecError("merger: there are no targets to apply a plan to; use merged")
@@ -94,10 +96,14 @@ class Merger:
             for name, own in self._inputs(vectors, work):
                 first, *others = self._targets[name]
                 tallies.append(self._write(name, own, work, scales[name], first))
-                ends[name] = _ends(first)
+                if first.dtype == torch.float16:
+                    ends[name] = _ends(first)
                 for other in others:
                     other.copy_(first)
             work = _revised(work, tallies)
+        for device in dict.fromkeys(self._devices.values()):
+            if device.type == "cuda":  # what fails or takes long here is not a score's doing
+                torch.cuda.synchronize(device)
         _check_finite(ends)
 
     @torch.no_grad()
@@ -150,7 +156,7 @@ class Merger:
 
     def _measure(self, vectors: TaskVectors) -> Measure:
         everyone = None if vectors is self._vectors else self._everyone
-        return Measure(vectors, self._engine, self._budget, self._cache, everyone)
+        return Measure(vectors, self._engine, self._budget, self._cache, everyone, self._devices)
 
     def _inputs(
         self, vectors: TaskVectors, work: Pass

@@ -1,12 +1,50 @@
-"""JSON files of a model: what each key may hold, and what is refused by file and key."""
+"""Files are whole or absent, and sizes are said in words."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from searchmerge.checkpoints import files
-from searchmerge.checkpoints.files import library_errors, read_json
+from searchmerge.checkpoints.files import (
+    default_cache_dir,
+    in_words,
+    library_errors,
+    read_json,
+)
 from searchmerge.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1500, "1.5 kB"),
+        (999_990, "1 MB"),
+        (2_500_000, "2.5 MB"),
+        (7e9, "7 GB"),
+        (2.5e12, "2500 GB"),
+    ],
+)
+def test_a_size_is_said_in_powers_of_1000(size_bytes, words):
+    assert in_words(size_bytes) == words
+
+
+def test_the_cache_is_where_the_environment_says_or_in_the_home(monkeypatch):
+    monkeypatch.setenv("SEARCHMERGE_CACHE", "~/elsewhere")
+    assert default_cache_dir() == Path.home() / "elsewhere"
+    monkeypatch.delenv("SEARCHMERGE_CACHE")
+    assert default_cache_dir() == Path.home() / ".cache" / "searchmerge"
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{os.sep}{tmp_path.name}: cannot be read"):
+        read_json(tmp_path)
+    with pytest.raises(CheckpointError, match=r"a\.json: no such file"):
+        read_json(tmp_path / "a.json")
+
 
 KINDS = {
     files.TEXT: (["", "x"], [1, [], {}, True]),

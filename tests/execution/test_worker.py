@@ -1,11 +1,10 @@
-"""What a worker makes of errors, and when it counts as hung."""
+"""What a worker makes of errors."""
 
 import pytest
 import torch
 
 from searchmerge.errors import DeviceFault, EvaluationError
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.execution.deadline import FACTOR, FIRST_S, LEAST_S, Deadline
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
 from tests.execution.workers import FINE, ROUNDS, plan
@@ -49,17 +48,3 @@ def test_a_full_device_is_no_fault():
 def test_a_candidates_failure_stays_one():
     event = executor(ValueError("CUDA error in the text of an answer"), wrapped=True).next_event(0)
     assert event.reason.endswith("CUDA error in the text of an answer")
-
-
-def test_a_deadline_follows_the_longest_round_unless_it_is_given():
-    derived = Deadline(None)
-    assert derived.seconds == FIRST_S
-    derived.saw(1.0)
-    assert derived.seconds == LEAST_S
-    derived.saw(100.0)
-    derived.saw(2.0)
-    assert derived.seconds == FACTOR * 100.0
-    assert str(derived) == "its deadline (1000 s, derived; set ray.deadline in the config)"
-    given = Deadline(7.0)
-    given.saw(100.0)
-    assert given.seconds == 7.0

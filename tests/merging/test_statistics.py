@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
+from searchmerge.merging.engine import Engine
+from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.statistics import Block, OrderStatistics
+from searchmerge.merging.task_vectors import TaskVectors
 
 ODD = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0 + 2**-23, 3.4e38, -3.4e38, 0.5]
 NUMBERS = hnp.arrays(
@@ -125,3 +128,18 @@ def test_an_error_while_counting_is_raised():
     statistics = OrderStatistics(lambda: [Block(3, [fail])], 1, 3)
     with pytest.raises(RuntimeError, match="no"):
         statistics.at([0])
+
+
+def test_parameters_are_measured_where_they_are_merged_wherever_they_lie():
+    """As on a GPU whose experts are streamed; the meta device is as far from the CPU."""
+    base = {"fc.weight": torch.ones(3, 4)}
+    vectors = TaskVectors.from_weights(base, {"math": {"fc.weight": torch.zeros(3, 4)}})
+    there = {"fc.weight": torch.device("meta")}
+    measure = Measure(vectors, Engine("eager"), MemoryBudget(1000), devices=there)
+    ((_, part),) = measure.parts()
+    assert {tensor.device.type for tensor in (part.base, *part.experts)} == {"meta"}
+    kept = measure.keep(lambda name, part: (part.base,), 1)
+    assert kept["fc.weight"][0].device.type == "meta"
+    assert measure.deltas("fc.weight")[0].device.type == "meta"
+    here = Measure(vectors, Engine("eager"), MemoryBudget(0))
+    assert next(here.parts())[1].base.device.type == "cpu"
