@@ -87,7 +87,9 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     return f"AutoModel{ending[0]}" if ending else None
 
 
-def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") -> nn.Module:
+def load_classifier(
+    model_dir: str | Path, expert: str, *, device: str = "cpu", trust_remote_code: bool = False
+) -> nn.Module:
     """Return a saved encoder with the head of one of its experts, ready for inference.
 
     Called with what the tokenizer or image processor in ``model_dir`` gives, it returns an
@@ -97,11 +99,12 @@ def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") 
         model_dir: A model that a study or ``searchmerge merge`` has saved.
         expert: The expert's name in the study.
         device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         CheckpointError: If there is no such model or head, or they do not fit.
     """
-    encoder = open_checkpoint(model_dir)
+    encoder = open_checkpoint(model_dir, trust_remote_code=trust_remote_code)
     head = _read_head(encoder.path, expert)
     where = f"{encoder.path / HEADS_DIR}: {expert!r}"
     if head.model_class is None:
@@ -114,7 +117,9 @@ def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") 
             model = _loaded(encoder, head, device)
             return PooledClassifier(model, linear, head.labels).to(device).eval()
         shared = [name for name in encoder.headers if name not in head.tensors]
-        needed, _ = head_names(encoder.path, shared, head.model_class)
+        needed, _ = head_names(
+            encoder.path, shared, head.model_class, trust_remote_code=trust_remote_code
+        )
         model_head(head.tensors, needed, len(head.labels), where)
     except SpecError as error:
         raise CheckpointError(str(error)) from error

@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -15,7 +15,13 @@ from searchmerge.errors import CheckpointError
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_MAX_DIGITS = 300  # what a float holds, so that any two numbers can be compared
 _MAX_SHOWN = 100  # characters of a value that is not allowed
+
+_LISTS = re.compile(
+    r"(model type should be one of|should contain one of|,? or contain one of the following).*",
+    re.IGNORECASE,
+)
 
 COMPANIONS = (
     CONFIG_FILE,
@@ -133,23 +139,6 @@ def read_json(file: Path, keys: Mapping[str, Kind] | None = None) -> dict[str, A
     return data
 
 
-def check_config(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration with values that its architecture does not take.
-
-    Args:
-        file: The ``config.json``, to be named in the error.
-        config: What it says; a kind of model that transformers does not have is not checked.
-
-    Raises:
-        CheckpointError: If transformers cannot read it.
-    """
-    from transformers import CONFIG_MAPPING
-
-    if config.get("model_type") in CONFIG_MAPPING:
-        with library_errors(f"{file}: transformers cannot read it"):
-            CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
-
-
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
     """Raise ``CheckpointError`` in place of whatever a library raises over a user's file.
@@ -161,8 +150,18 @@ def library_errors(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{what}: {reason}") from error
+        raise CheckpointError(f"{what}: {in_one_line(error)}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error of transformers says, in one line, without the lists of all it has."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code that comes with it, which is not run; allow that with "
+            "`trust_remote_code: true`, if you trust whoever wrote it"
+        )
+    return _LISTS.sub("", text).strip(" ,.") or type(error).__name__
 
 
 def check_keys(file: Path, data: Mapping[str, Any], keys: Mapping[str, Kind]) -> None:
@@ -186,7 +185,7 @@ def check_keys(file: Path, data: Mapping[str, Any], keys: Mapping[str, Kind]) ->
 
 def _parsed(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes().decode("utf-8"))
+        return json.loads(file.read_bytes().decode("utf-8"), parse_int=_whole_number)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except OSError as error:
@@ -197,6 +196,12 @@ def _parsed(file: Path) -> Any:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from error
     except RecursionError as error:
         raise CheckpointError(f"{file}: not valid JSON: it is nested too deep") from error
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def check_free_space(directory: Path, headers: Mapping[str, TensorHeader], target: Path) -> None:

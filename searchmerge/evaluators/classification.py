@@ -115,6 +115,7 @@ class Classification:
         batch_tokens: Tokens of one forward pass over texts, padding included, 1 or more.
         batch_images: Images of one forward pass, 1 or more.
         max_length: Tokens after which a text is cut; the tokenizer's own if ``None``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         SpecError: If data, split or column are not there, a text has no tokens, or a label is
@@ -129,11 +130,12 @@ class Classification:
         batch_tokens: int = 2048,
         batch_images: int = 16,
         max_length: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self._tasks = tasks
         self._inputs: dict[str, Inputs] = {}
         self._targets: dict[str, Tensor] = {}
-        processors = Processors(model_dir, max_length)
+        processors = Processors(model_dir, max_length, trust_remote_code=trust_remote_code)
         for name, task in tasks.items():
             where = f"tasks.{name}"
             rows = load_rows(task.data, where)
@@ -282,6 +284,7 @@ def _build(
             for name, task in tasks.items()
         },
         model_dir=context.model_dir,
+        trust_remote_code=context.trust_remote_code,
         batch_tokens=context.sized(section.batch_tokens, _BATCH_TOKENS),
         batch_images=context.sized(section.batch_images, _BATCH_IMAGES),
         max_length=section.max_length,

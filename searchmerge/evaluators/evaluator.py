@@ -121,6 +121,9 @@ class EvaluationContext:
         dtype: Of the resident model.
         head: Returns an expert's own classification head: of a linear layer on a pooled output
             where a pooling is given, else of the model's class.
+        trust_remote_code: Whether Python files of the model may run.
+        base_dir: Where the base's weights are; ``None`` where the resident model has rows for
+            tokens that they do not have.
     """
 
     folder: Path
@@ -129,6 +132,8 @@ class EvaluationContext:
     device: str
     dtype: torch.dtype
     head: Callable[[str, Pooling | None], ExpertHead]
+    trust_remote_code: bool = False
+    base_dir: Path | None = None
 
     def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
         """Return the size asked for, or that for the kind of device; a CPU's for others."""
@@ -162,6 +167,7 @@ class EvaluatorKind(Generic[Keys, Section]):
         model_classes: The classes of transformers that the resident model is loaded as, by the
             tasks' keys and the section's; none where any will do.
         places: Files, folders and modules of the study's folder that decide scores.
+        referred: Files elsewhere that these refer to, given the study's folder too.
         packages: Distributions whose versions decide scores, by the section's keys.
         heads: The experts whose heads the tasks use, and how.
         cost_keys: Keys of the section that can only change the time taken.
@@ -174,6 +180,9 @@ class EvaluatorKind(Generic[Keys, Section]):
     section: type[Section]
     model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
     places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
+    referred: Callable[[Mapping[str, Keys], Section, Path], Iterable[Path]] = (
+        lambda tasks, section, folder: ()
+    )
     packages: Callable[[Section], Sequence[str]] = lambda section: ()
     heads: Callable[[Mapping[str, Keys], Section], Mapping[str, HeadUse]] = lambda tasks, keys: {}
     cost_keys: tuple[str, ...] = ()

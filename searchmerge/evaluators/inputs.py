@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from searchmerge.checkpoints.files import in_one_line
+from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
@@ -33,10 +35,14 @@ class Processors:
     Args:
         model_dir: Where they are.
         max_length: Tokens after which a text is cut; the tokenizer's own if ``None``.
+        trust_remote_code: Whether Python files of the model may run.
     """
 
-    def __init__(self, model_dir: Path, max_length: int | None) -> None:
+    def __init__(
+        self, model_dir: Path, max_length: int | None, *, trust_remote_code: bool = False
+    ) -> None:
         self._model_dir = model_dir
+        self._trust_remote_code = trust_remote_code
         self._max_length = max_length
         self._loaded: dict[str, Any] = {}
 
@@ -67,32 +73,35 @@ class Processors:
         return prepare
 
     def _window(self, tokenizer: Any) -> int:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(self._model_dir, local_files_only=True)
+        config = load_config(self._model_dir, trust_remote_code=self._trust_remote_code)
         places = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         asked = self._max_length or _LONGEST
         return int(min(asked, places, tokenizer.model_max_length, _LONGEST))
 
     def _tokenizer(self) -> Any:
         if "tokenizer" not in self._loaded:
-            self._loaded["tokenizer"] = load_tokenizer(self._model_dir)
+            self._loaded["tokenizer"] = load_tokenizer(
+                self._model_dir, trust_remote_code=self._trust_remote_code
+            )
         return self._loaded["tokenizer"]
 
     def _image_processor(self) -> Any:
         from transformers import AutoImageProcessor
 
         try:
-            return AutoImageProcessor.from_pretrained(self._model_dir, local_files_only=True)
+            return AutoImageProcessor.from_pretrained(
+                self._model_dir,
+                local_files_only=True,
+                trust_remote_code=self._trust_remote_code,
+            )
         except ImportError as error:
             raise SpecError(
                 f"{self._model_dir}: images need another package: "
                 "pip install 'searchmerge[vision]'"
             ) from error
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
             raise SpecError(
-                f"{self._model_dir}: the image processor cannot be loaded: {reason}"
+                f"{self._model_dir}: the image processor cannot be loaded: {in_one_line(error)}"
             ) from error
 
 
