@@ -143,10 +143,12 @@ def merge(
     ] = None,
 ) -> None:
     """Merge once, as a plan says, and write the model."""
+    from searchmerge.classifier import head_files
     from searchmerge.heads import saved_heads
     from searchmerge.models import load_task_vectors, open_models, save_merge, warn_of_doubts
     from searchmerge.plan import MergePlan
     from searchmerge.study import plain_study
+    from searchmerge.watch import Watch
 
     what = MergePlan.from_yaml(plan)
     experts = dict(_pair(text, "--expert") for text in expert)
@@ -156,8 +158,10 @@ def merge(
     study = plain_study(base, named, _read_overrides(set_))
     models = open_models(study, resident=False)
     warn_of_doubts(models)
-    vectors, heads = load_task_vectors(study, models), saved_heads(study, models)
-    save_merge(models, vectors, what, out, heads=heads)
+    watch = Watch(models)
+    vectors = load_task_vectors(study, models)
+    heads = head_files(saved_heads(study, models), models.dtype)
+    save_merge(models, vectors, what, out, files=heads, check=watch.check)
     _out.print(f"Written: {out}", soft_wrap=True)
 
 

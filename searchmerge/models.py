@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from searchmerge.checkpoints.chosen_tokenizer import (
     with_tokenizer,
 )
 from searchmerge.checkpoints.compatibility import check_compatible, doubts
-from searchmerge.checkpoints.files import CONFIG_FILE, check_config, default_cache_dir
+from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.heads import exclude_patterns, trained_class, unused_tensors
 from searchmerge.checkpoints.model_class import check_class
 from searchmerge.checkpoints.tokenizer_files import AddedToken
 from searchmerge.checkpoints.tying import untie_where_needed
 from searchmerge.checkpoints.vocabulary import with_union
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
-from searchmerge.classifier import SavedHead, class_of, head_files
+from searchmerge.classifier import class_of
 from searchmerge.errors import CheckpointError, SpecError
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.groups import assign_groups, depth_positions
@@ -159,8 +159,6 @@ def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint
         base=base,
         trust_remote_code=study.spec.trust_remote_code,
     )
-    if checkpoint.adapter is None:
-        check_config(checkpoint.path / CONFIG_FILE, checkpoint.config)
     return checkpoint if base is None else checkpoint.named_as(base)
 
 
@@ -241,23 +239,36 @@ def save_merge(
     plan: MergePlan,
     out: Path,
     *,
-    heads: Mapping[str, SavedHead],
-    card: str | None = None,
+    files: Mapping[str, str | bytes],
+    check: Callable[[], None],
 ) -> None:
-    """Merge ``plan`` and write the model, its plan and the experts' heads, in the study's dtype.
+    """Merge ``plan`` and write the model and its plan, in the study's dtype.
+
+    Args:
+        models: The models.
+        vectors: What is merged of them.
+        plan: How.
+        out: The directory to make.
+        files: What else is written, e.g. the experts' heads: content by file name.
+        check: Raises an error where a file of the models has changed.
 
     Raises:
-        CheckpointError: If it cannot be written; what was at ``out`` before is kept.
+        CheckpointError: If it cannot be written, or a model changed before all of it was; what
+            was at ``out`` before is kept.
     """
-    extra = {
-        PLAN_FILE: plan.to_yaml(),
-        **head_files(heads, models.dtype),
-        **({"README.md": card} if card else {}),
-    }
+    check()
     save_model(
-        make_merger(models, vectors).merged(plan, dtype=models.dtype),
+        _checked(make_merger(models, vectors).merged(plan, dtype=models.dtype), check),
         out,
         like=models.base,
         dtype=models.dtype,
-        extra_files=extra,
+        extra_files={PLAN_FILE: plan.to_yaml(), **files},
     )
+
+
+def _checked(
+    weights: Iterator[tuple[str, torch.Tensor]], check: Callable[[], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all weights, and check the files that they were read from before the last is done."""
+    yield from weights
+    check()

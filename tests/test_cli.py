@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from searchmerge.plan import MergePlan
+from searchmerge.report.results import Results, Row
 from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
 from tests.waiting import wait_for
 
@@ -161,7 +163,7 @@ def test_the_card_of_a_found_merge_holds_the_command_that_makes_it(study, search
     assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
     code, _, err = searchmerge(*arguments, "--set", "vocabulary=some")
     assert code == 2
-    assert "--set: vocabulary: Input should be 'same' or 'base'; found 'some'" in err
+    assert "--set: vocabulary: Input should be 'same', 'base' or 'union'; found 'some'" in err
 
 
 def test_check_says_what_a_trial_will_cost(study, searchmerge):
@@ -356,3 +358,37 @@ def test_groups_that_do_not_divide_the_model_are_refused_before_anything_is_scor
     assert code == 2
     assert message in err
     assert n_scored(tmp_path / "runs" / "divided") == 0
+
+
+def test_names_in_a_table_are_shown_as_they_are(searchmerge, tmp_path):
+    names = ("[/x]", "[bold]b[/bold]", ":smile:", "c\x1b[2Jd")
+    scores = dict.fromkeys(names, 0.5)
+    plan = MergePlan("ties", names, {"coefficient": ((0.5,) * len(names),)})
+    Results(
+        study="names",
+        tasks=dict.fromkeys(names, "acc"),
+        objective="mean",
+        rows=[Row(f"expert {name}", scores, scores, (0.5, 0.4, 0.6), False) for name in names],
+        winner=f"expert {names[0]}",
+        verdict=f"The best is {names[0]}.",
+        plan=plan.to_dict(),
+        counts={},
+        level=0.95,
+        made_of={},
+    ).save(tmp_path)
+    code, out, err = searchmerge("report", tmp_path)
+    assert (code, err) == (0, "")
+    assert "The best is [/x]." in out
+    for name in ("[/x]", "[bold]b[/bold]", ":smile:", "c\\x1b[2Jd"):
+        assert out.count(name) >= 2
+    assert "\x1b" not in out
+
+
+def test_a_function_that_leaves_does_not_end_a_run_as_if_all_were_well(
+    study, searchmerge, tmp_path
+):
+    (tmp_path / "leaves.py").write_text("import sys\ndef score(*_): sys.exit(0)\n")
+    task = {"evaluator": "function", "function": "leaves:score", "n_examples": 40}
+    code, _, err = searchmerge("run", study(name="leaves", tasks={"own": task}))
+    assert code == 2
+    assert "leaves:score called sys.exit(0)" in err

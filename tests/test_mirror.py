@@ -25,17 +25,19 @@ ELSEWHERE = {
     # parts of a checkpoint, which is opened and told apart as a whole
     "checkpoints/fingerprint.py": "checkpoints/test_checkpoint.py",
     "checkpoints/tensor_files.py": "checkpoints/test_checkpoint.py",
+    "checkpoints/lora_fit.py": "checkpoints/test_lora.py",
     "checkpoints/lora_update.py": "checkpoints/test_lora.py",
-    "checkpoints/made_once.py": "checkpoints/test_lora.py",
     "checkpoints/chosen_tokenizer.py": "checkpoints/test_vocabulary.py",
+    "checkpoints/made_once.py": "checkpoints/test_vocabulary.py",
     "checkpoints/model_class.py": "checkpoints/test_families.py",
+    "execution/watched_merger.py": "test_watch.py",
     # samplers: every entry of the registry runs the same tests, and has its own where it has more
     "search/samplers": "search/test_sampler.py",
 }
 """A module, or a folder of them, and what tests it instead of a file of the same name."""
 
 NO_CODE = ("search/observer.py",)
-"""Modules that only declare: protocols, or classes without a method."""
+"""Modules that only declare: classes without a method, or protocols."""
 
 
 def mirrored(module: str) -> Path:

@@ -10,6 +10,7 @@ from searchmerge.merging.merger import merge_weights
 from searchmerge.merging.method import default_plan
 from searchmerge.models import check_groups, load_task_vectors, open_models, save_merge
 from searchmerge.study import read_study
+from searchmerge.watch import Watch
 from tests.tiny import EXPERTS, make_models, make_study
 
 SOME = {"low": 0.1, "high": 0.9}
@@ -76,7 +77,9 @@ def test_what_is_saved_is_the_plans_merge_with_the_plan_beside_it(study, tmp_pat
     told = study(exclude=["norm"])
     opened = open_models(told)
     plan = default_plan("ties", EXPERTS, coefficient=[0.5, 1.5])
-    save_merge(opened, load_task_vectors(told, opened), plan, tmp_path / "out", heads={})
+    vectors, check = load_task_vectors(told, opened), Watch(opened).check
+    save_merge(opened, vectors, plan, tmp_path / "out", files={"a/b": "c"}, check=check)
+    assert (tmp_path / "out" / "a" / "b").read_text() == "c"
     base, *experts = (
         load_file(tmp_path / name / "model.safetensors") for name in ("base", *EXPERTS)
     )

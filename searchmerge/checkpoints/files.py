@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from searchmerge.errors import CheckpointError
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_MAX_DIGITS = 300  # what a float holds, so that any two numbers can be compared
 _MAX_SHOWN = 100  # characters of a value that is not allowed
 
 _LISTS = re.compile(
@@ -23,9 +23,7 @@ _LISTS = re.compile(
     re.IGNORECASE,
 )
 
-COMPANIONS = (
-    CONFIG_FILE,
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -35,6 +33,13 @@ COMPANIONS = (
     "*.tiktoken",
     "*.jinja",
     "chat_template*",
+)
+"""Shell patterns of the files of a tokenizer, by their names in a model's directory."""
+
+COMPANIONS = (
+    CONFIG_FILE,
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "additional_chat_templates/*.jinja",
     "modules.json",
     "config_sentence_transformers.json",
@@ -139,23 +144,6 @@ def read_json(file: Path, keys: Mapping[str, Kind] | None = None) -> dict[str, A
     return data
 
 
-def check_config(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration with values that its architecture does not take.
-
-    Args:
-        file: The ``config.json``, to be named in the error.
-        config: What it says; a kind of model that transformers does not have is not checked.
-
-    Raises:
-        CheckpointError: If transformers cannot read it.
-    """
-    from transformers import CONFIG_MAPPING
-
-    if config.get("model_type") in CONFIG_MAPPING:
-        with library_errors(f"{file}: transformers cannot read it"):
-            CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
-
-
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
     """Raise ``CheckpointError`` in place of whatever a library raises over a user's file.
@@ -202,7 +190,7 @@ def check_keys(file: Path, data: Mapping[str, Any], keys: Mapping[str, Kind]) ->
 
 def _parsed(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes().decode("utf-8"))
+        return json.loads(file.read_bytes().decode("utf-8"), parse_int=_whole_number)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: no such file") from error
     except OSError as error:
@@ -213,6 +201,12 @@ def _parsed(file: Path) -> Any:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from error
     except RecursionError as error:
         raise CheckpointError(f"{file}: not valid JSON: it is nested too deep") from error
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def check_free_space(directory: Path, headers: Mapping[str, TensorHeader], target: Path) -> None:

@@ -167,6 +167,7 @@ class EvaluatorKind(Generic[Keys, Section]):
         model_classes: The classes of transformers that the resident model is loaded as, by the
             tasks' keys and the section's; none where any will do.
         places: Files, folders and modules of the study's folder that decide scores.
+        referred: Files elsewhere that these refer to, given the study's folder too.
         packages: Distributions whose versions decide scores, by the section's keys.
         heads: The experts whose heads the tasks use, and how.
         cost_keys: Keys of the section that can only change the time taken.
@@ -179,6 +180,9 @@ class EvaluatorKind(Generic[Keys, Section]):
     section: type[Section]
     model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
     places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
+    referred: Callable[[Mapping[str, Keys], Section, Path], Iterable[Path]] = (
+        lambda tasks, section, folder: ()
+    )
     packages: Callable[[Section], Sequence[str]] = lambda section: ()
     heads: Callable[[Mapping[str, Keys], Section], Mapping[str, HeadUse]] = lambda tasks, keys: {}
     cost_keys: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from searchmerge.fingerprint import fingerprint
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
+from searchmerge.watch import content_of
 from tests.tiny import make_models, make_study
 
 MODULE = """
@@ -254,6 +255,6 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
             for scores in result.scores:
                 expected = [float(weight[example]) for example in scores.block.examples]
                 assert scores.values == pytest.approx(expected, abs=1e-6)
-    before = fingerprint(study, models, "cpu")
+    before = fingerprint(study, content_of(models), "cpu")
     (tmp_path / "own_scores.py").write_text("def score(model, task, examples): return []")
-    assert fingerprint(study, models, "cpu") != before
+    assert fingerprint(study, content_of(models), "cpu") != before

@@ -1,6 +1,6 @@
 """The ``lm_harness`` evaluator: any task of lm-eval, scored fast on the resident model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from searchmerge.evaluators.lm_harness.language_model import (
 )
 from searchmerge.evaluators.lm_harness.loading import load_task
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
+from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
 from searchmerge.evaluators.lm_harness.task import PreparedTask
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
 from searchmerge.evaluators.tokenizer import load_tokenizer
@@ -166,6 +167,16 @@ def _backend(section: LmHarnessSection, context: EvaluationContext) -> Backend:
     )
 
 
+def _referred(
+    tasks: Mapping[str, LmTask], section: LmHarnessSection, folder: Path
+) -> Iterator[Path]:
+    for place in section.include_path:
+        yield from referred_files(folder / Path(place).expanduser())
+    for task in tasks.values():
+        if isinstance(task.task, Mapping):
+            yield from local_data(task.task, folder)
+
+
 EVALUATORS.register("lm_harness")(
     EvaluatorKind(
         keys=LmTask,
@@ -173,6 +184,7 @@ EVALUATORS.register("lm_harness")(
         build=_build,
         model_classes=lambda tasks, section: (MODEL_CLASS,),
         places=lambda tasks, section: section.include_path,
+        referred=_referred,
         packages=lambda section: ["lm-eval"] + ["vllm"] * (section.engine == "vllm"),
         cost_keys=("vllm_memory",),
     )
