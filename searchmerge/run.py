@@ -66,6 +66,7 @@ def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer
         directory = stack.enter_context(
             contextlib.closing(assemble.open_directory(study, models, config, run_dir))
         )
+        study.keep(run_dir)
         if not directory.is_begun:  # a study that was resumed has them already
             directory.enqueue("warm start", assemble.warm_start(study))
         executor = stack.enter_context(

@@ -24,6 +24,7 @@ LAYERS = [
     {"heads", "fingerprint"},
     {"assemble"},
     {"run", "check", "progress", "interrupts"},
+    {"verify"},
     {"cli"},
 ]
 ONLY_HERE = {

@@ -26,7 +26,7 @@ from searchmerge.evaluators.lm_harness.language_model import (
 )
 from searchmerge.evaluators.lm_harness.loading import load_task
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
-from searchmerge.evaluators.lm_harness.task import PreparedTask
+from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
 
 
@@ -58,8 +58,8 @@ class LmHarness:
     ) -> None:
         self._backend = backend
         self._lm = make_lm(tokenizer, backend, max_length=section.max_length)
-        self._section = section
-        self._folder = folder
+        self.section = section
+        self.folder = folder
         self._catalogue = Catalogue(
             [folder / name for name in section.include_path], metadata=section.metadata
         )
@@ -69,7 +69,7 @@ class LmHarness:
         }
 
     def _prepare(self, name: str, task: LmTask) -> PreparedTask | PreparedGroup:
-        task = prompted(task, self._section)
+        task = prompted(task, self.section)
         tree = self._catalogue.find(task.task or name, f"tasks.{name}.task")
         if isinstance(tree, Leaf):
             return self._prepare_leaf(name, task, tree)
@@ -83,20 +83,24 @@ class LmHarness:
         return PreparedGroup(name, tree, members, task.metric_and_filter[0])
 
     def _prepare_leaf(self, name: str, task: LmTask, leaf: Leaf) -> PreparedTask:
-        section = self._section
+        section = self.section
         loaded = load_task(
             name,
             task,
             leaf,
-            folder=self._folder,
+            folder=self.folder,
             allow_unsafe_code=section.confirm_run_unsafe_code,
         )
         prompting = request_arguments(task, self._lm, f"tasks.{name}")
-        return PreparedTask(name, task, loaded, section.fewshot_seed, prompting)
+        return PreparedTask(name, task, leaf, loaded, section.fewshot_seed, prompting)
 
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Let what runs the model take over the weights that a merge has left in it."""
         self._backend.follow(model, weights)
+
+    def parts(self, task: str, examples: Sequence[int]) -> list[TaskPart]:
+        """Return which documents of which tasks of lm-eval's the examples of a task are."""
+        return self._tasks[task].parts(examples)
 
     def prompts(self, task: str, example: int) -> tuple[str, ...]:
         """Return what the model is given for an example: one text for each of its requests."""

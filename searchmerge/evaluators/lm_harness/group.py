@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Member, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
-from searchmerge.evaluators.lm_harness.task import PreparedTask, answer
+from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart, answer
 from searchmerge.evaluators.score_kind import Mean
 
 
@@ -68,6 +69,18 @@ class PreparedGroup:
         """Return the member that an example is of, and its place there."""
         member = next(i for i, end in enumerate(self._starts[1:]) if example < end)
         return member, example - self._starts[member]
+
+    def parts(self, examples: Sequence[int]) -> list[TaskPart]:
+        """Return which documents of which tasks of lm-eval's the examples are."""
+        placed: dict[int, list[int]] = defaultdict(list)
+        for place, example in enumerate(examples):
+            placed[self._place(example)[0]].append(place)
+        parts = []
+        for member, places in placed.items():
+            its = [self._place(examples[place])[1] for place in places]
+            [part] = self._members[member].parts(its)
+            parts.append(replace(part, places=tuple(places)))
+        return parts
 
     def prompts(self, example: int) -> tuple[str, ...]:
         """Return the text of each request of an example, its continuation left out."""

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.generation import NonFiniteLogits
 from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet
 from searchmerge.evaluators.score_kind import Mean, Whole
@@ -21,6 +23,7 @@ class PreparedTask:
     Args:
         name: The study's name of the task.
         spec: What the study says of it.
+        leaf: The task in lm-eval.
         task: lm-eval's task object, from :func:`load_task`.
         fewshot_seed: Seed of the choice of few-shot examples.
         prompting: Arguments of lm-eval's that say how prompts are made.
@@ -33,27 +36,29 @@ class PreparedTask:
         self,
         name: str,
         spec: LmTask,
+        leaf: Leaf,
         task: Any,
         fewshot_seed: int,
         prompting: Mapping[str, Any],
     ) -> None:
         self._name = name
-        self._spec = spec
+        self.spec = spec
+        self.leaf = leaf
         self._task = task
         self._prompting = prompting
         metrics = list(self._task.aggregation())
         metric, answer_filter = spec.metric_and_filter
-        self._metric = _chosen(f"tasks.{name}.metric", metric, metrics)
+        self.metric = _chosen(f"tasks.{name}.metric", metric, metrics)
         self._filters = _filters(self._task)
-        self._filter = _chosen(f"tasks.{name}.filter", answer_filter, list(self._filters))
+        self.filter = _chosen(f"tasks.{name}.filter", answer_filter, list(self._filters))
         self._documents = self._positions()
-        higher = self._task.higher_is_better().get(self._metric, True)
+        higher = self._task.higher_is_better().get(self.metric, True)
         self._sign = 1.0 if higher else -1.0
-        self._aggregate = self._task.aggregation()[self._metric]
+        self._aggregate = self._task.aggregation()[self.metric]
         self._is_mean = _is_mean(self._aggregate)
         self.info = TaskInfo(
             n_examples=len(self._documents),
-            metric=self._metric,
+            metric=self.metric,
             kind=Mean() if self._is_mean else Whole(),
         )
         self._requests: dict[int, list[Any]] = {}
@@ -66,6 +71,11 @@ class PreparedTask:
         """Return the task's name in lm-eval."""
         return str(self._task.config.task)
 
+    def parts(self, examples: Sequence[int]) -> "list[TaskPart]":
+        """Return which documents of which task of lm-eval's the examples are: one task's."""
+        documents = tuple(self._documents[example] for example in examples)
+        return [TaskPart(self, documents, tuple(range(len(examples))))]
+
     def _positions(self) -> tuple[int, ...]:
         """Return where in the split each example stands.
 
@@ -73,14 +83,25 @@ class PreparedTask:
             SpecError: If the study names one that is not there.
         """
         n_documents = len(self._task.eval_docs)
-        if self._spec.samples is None:
+        if self.spec.samples is None:
             return tuple(range(n_documents))
-        if (last := max(self._spec.samples)) >= n_documents:
+        if (last := max(self.spec.samples)) >= n_documents:
             raise SpecError(
                 f"tasks.{self._name}.samples: there is no position {last}; the split "
-                f"{self._spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
+                f"{self.spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
             )
-        return self._spec.samples
+        return self.spec.samples
+
+    @property
+    def n_fewshot(self) -> int:
+        """Return how many examples are shown before the question."""
+        return int(self._task.config.num_fewshot or 0)
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether answers are drawn at random."""
+        arguments = self._task.config.generation_kwargs or {}
+        return self._task.OUTPUT_TYPE == "generate_until" and bool(arguments.get("do_sample"))
 
     @property
     def _draws_in_order(self) -> bool:
@@ -89,6 +110,10 @@ class PreparedTask:
         fewshot = config.fewshot_config
         sampler = getattr(fewshot, "sampler", None) or (fewshot or {}).get("sampler")
         return bool(config.num_fewshot) and sampler != "first_n"
+
+    def prompted_with(self, documents: Sequence[int]) -> list[int]:
+        """Return the documents whose prompts have to be made, in this order, for those of some."""
+        return sorted(self._documents if self._draws_in_order else documents)
 
     def requests(self, examples: Sequence[int]) -> list[list[Any]]:
         """Return the requests of examples, made when they are first asked for.
@@ -99,10 +124,8 @@ class PreparedTask:
         documents = [self._documents[example] for example in examples]
         missing = [document for document in documents if document not in self._requests]
         if missing:
-            if self._draws_in_order:
-                missing = sorted(self._documents)
             with explained(self._name, f"make prompts of its task {self.lm_name!r}"), quiet():
-                for document in missing:
+                for document in self.prompted_with(missing):
                     self._requests[document] = self._make_requests(document)
             if not self._is_rendered:
                 for template in ("doc_to_text", "doc_to_target", "doc_to_choice"):
@@ -153,30 +176,48 @@ class PreparedTask:
             requests: Of each example.
             examples: Which they are, for messages.
         """
-        self._filters[self._filter].apply([request for group in requests for request in group])
-        with explained(self._name, f"compute {self._metric!r} of its task {self.lm_name!r}"):
+        self._filters[self.filter].apply([request for group in requests for request in group])
+        with explained(self._name, f"compute {self.metric!r} of its task {self.lm_name!r}"):
             values = [self._value(group) for group in requests]
-            if not self._is_mean:
-                values = [self._aggregate(values)]
-            scores = [self._sign * float(value) for value in values]
+            scores = list(self.aggregated(values))
         for place, score in enumerate(scores):
             if not math.isfinite(score):
                 which = f"example {examples[place]}" if self._is_mean else "all examples"
                 raise EvaluationError(
-                    f"task {self._name!r}, {which}: {self._metric} is {score}, not a finite number"
+                    f"task {self._name!r}, {which}: {self.metric} is {score}, not a finite number"
                 )
         return tuple(scores)
 
+    def aggregated(self, values: Sequence[Any]) -> tuple[float, ...]:
+        """Return the scores that come of the metric's values of examples, higher is better."""
+        values = values if self._is_mean else [self._aggregate(values)]
+        return tuple(self._sign * float(value) for value in values)
+
     def _value(self, requests: Sequence[Any]) -> Any:
         """Return the metric of one example."""
-        answers = [request.filtered_resps[self._filter] for request in requests]
+        answers = [request.filtered_resps[self.filter] for request in requests]
         metrics = self._task.process_results(requests[0].doc, answers)
-        if self._metric not in metrics:
+        if self.metric not in metrics:
             raise SpecError(
                 f"tasks.{self._name}: lm-eval's {self.lm_name!r} gave no metric "
-                f"{self._metric!r} for an example (it gave: {', '.join(metrics)})"
+                f"{self.metric!r} for an example (it gave: {', '.join(metrics)})"
             )
-        return metrics[self._metric]
+        return metrics[self.metric]
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """Which documents of a task of lm-eval's some examples of a study's task are.
+
+    Attributes:
+        task: The task of lm-eval's.
+        documents: Positions in the split that is scored.
+        places: Where each stands among the examples.
+    """
+
+    task: PreparedTask
+    documents: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 def answer(lm: Any, requests: Sequence[Any], name: str) -> None:
