@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from searchmerge.errors import SearchMergeError, SpecError, StudyError
 
@@ -154,6 +155,22 @@ def verify(
 
 
 @app.command()
+def answers(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    task: Annotated[str, typer.Option(help="A task whose answers are kept.")],
+    plan: Annotated[str, typer.Option(help="best, or a name of the report's table.")] = "best",
+    against: Annotated[list[str] | None, typer.Option(help="Another plan, or several.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many examples.")] = 10,
+) -> None:
+    """Show what plans said to a task's held-out examples, side by side."""
+    from searchmerge.answers import kept_answers
+    from searchmerge.report.answers import answers_table
+
+    said = kept_answers(run_dir, task, [plan, *(against or ())])
+    _print_table(*answers_table([(name, given[:limit]) for name, given in said]))
+
+
+@app.command()
 def merge(
     plan: Annotated[Path, typer.Argument(help="A merge plan.")],
     base: Annotated[str, typer.Option(help="The base model: a directory or a hub id.")],
@@ -219,7 +236,7 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 def _print_table(header: list[str], cells: list[list[str]], bold: str = "") -> None:
     table = Table(*header)
     for row in cells:
-        table.add_row(*row, style="bold" if row[0] == bold else None)
+        table.add_row(*map(Text, row), style="bold" if row[0] == bold else None)
     Console(width=None if _out.is_terminal else 160).print(table)
 
 

@@ -248,9 +248,11 @@ class StudySpec(Strict):
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
         for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
             data["search"].pop(key)
+        tasks = data["tasks"].values()
         for name, kind in EVALUATORS.items():
-            for key in kind.cost_keys:
-                data[name].pop(key)
+            for key in kind.free_keys:
+                for keys in (data[name], *(t for t in tasks if t["evaluator"] == name)):
+                    keys.pop(key, None)
         return data
 
 

@@ -24,7 +24,7 @@ LAYERS = [
     {"heads", "fingerprint"},
     {"assemble"},
     {"run", "check", "progress", "interrupts"},
-    {"verify"},
+    {"verify", "answers"},
     {"cli"},
 ]
 ONLY_HERE = {

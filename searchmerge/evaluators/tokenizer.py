@@ -1,4 +1,4 @@
-"""The base's tokenizer, as the evaluators load it."""
+"""The base's tokenizer and configuration, as the evaluators load them."""
 
 from pathlib import Path
 from typing import Any
@@ -29,3 +29,13 @@ def load_tokenizer(model_dir: str | Path) -> Any:
             "files (e.g. tokenizer.json) are missing there"
         )
     return tokenizer
+
+
+def load_config(model_dir: str | Path) -> Any:
+    """Return the configuration of a model, or ``None`` where its directory has none to load."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_dir)
+    except (OSError, ValueError):
+        return None

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import Member, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart, answer
 from searchmerge.evaluators.score_kind import Mean
@@ -58,6 +58,9 @@ class PreparedGroup:
                 Member(member.lm_name, size, weights[id(leaf)])
                 for member, size, leaf in zip(members, sizes, tree.leaves(), strict=True)
             ),
+            other_metrics=members[0].info.other_metrics,
+            keeps_answers=members[0].info.keeps_answers,
+            reading_keys=members[0].info.reading_keys,
         )
 
     @property
@@ -86,6 +89,14 @@ class PreparedGroup:
         """Return the text of each request of an example, its continuation left out."""
         member, place = self._place(example)
         return self._members[member].prompts(place)
+
+    def answers(self, examples: Sequence[int]) -> tuple[Answer, ...]:
+        """Return what the model said to examples when they were last scored."""
+        placed = [(example, *self._place(example)) for example in examples]
+        return tuple(
+            replace(self._members[member].answers([place])[0], example=example)
+            for example, member, place in placed
+        )
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""

@@ -107,10 +107,7 @@ class ResidentLM:
     @property
     def max_length(self) -> int:
         """Return the window in tokens."""
-        from lm_eval.models.utils import resolve_max_length
-
-        whole = self._max_length or int(resolve_max_length(self.model.config, self.tokenizer))
-        return whole - self._runs.spare
+        return self._window(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -241,13 +238,7 @@ class ResidentLM:
 
         texts = [""] * len(requests)
         for options, members in self._by_options(requests):
-            room = self.max_length - options.max_new_tokens
-            if room < 1:
-                raise SpecError(
-                    f"generation.max_gen_toks: {options.max_new_tokens} tokens are to be "
-                    f"generated; allowed are up to {self.max_length - 1}, the model's window "
-                    "less one token of the prompt"
-                )
+            room = _room(options.max_new_tokens, self.max_length)
             prompts = [
                 tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])
                 for i in members
@@ -260,6 +251,24 @@ class ResidentLM:
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 texts[i] = postprocess_generated_text(text, list(options.stop), None)
         return texts
+
+    def check_generation(self, arguments: Mapping[str, Any], config: Any) -> None:
+        """Check, before there is a model, that what is to be generated fits its window.
+
+        Args:
+            arguments: Of a task's generation.
+            config: The model's configuration.
+
+        Raises:
+            SpecError: If not.
+        """
+        _room(self._options(dict(arguments)).max_new_tokens, self._window(config))
+
+    def _window(self, config: Any) -> int:
+        from lm_eval.models.utils import resolve_max_length
+
+        whole = self._max_length or int(resolve_max_length(config, self.tokenizer))
+        return whole - self._runs.spare
 
     def _by_options(
         self, requests: Sequence[Any]
@@ -281,6 +290,16 @@ class ResidentLM:
         if not rest.get("do_sample") and not rest.get("temperature"):
             rest.pop("temperature", None)
         return GenerationOptions(tuple(stop), max_new_tokens, rest)
+
+
+def _room(max_new_tokens: int, window: int) -> int:
+    """Return how many tokens of a prompt are left by those that are to be generated."""
+    if max_new_tokens >= window:
+        raise SpecError(
+            f"generation.max_gen_toks: {max_new_tokens} tokens are to be generated; allowed are "
+            f"up to {window - 1}, the model's window less one token of the prompt"
+        )
+    return window - max_new_tokens
 
 
 def make_lm(tokenizer: Any, backend: Backend, *, max_length: int | None = None) -> Any:

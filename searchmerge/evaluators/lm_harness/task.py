@@ -10,11 +10,17 @@ import numpy as np
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.generation import NonFiniteLogits
-from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet
 from searchmerge.evaluators.score_kind import Mean, Whole
+
+_READING_KEYS = {
+    True: ("chat_template", "filter", "generation"),
+    False: ("chat_template", "num_fewshot", "metric"),
+}
+"""What decides how answers are read, where they are generated and where they are not."""
 
 
 class PreparedTask:
@@ -46,25 +52,53 @@ class PreparedTask:
         self.leaf = leaf
         self._task = task
         self._prompting = prompting
-        metrics = list(self._task.aggregation())
-        metric, answer_filter = spec.metric_and_filter
-        self.metric = _chosen(f"tasks.{name}.metric", metric, metrics)
         self._filters = _filters(self._task)
-        self.filter = _chosen(f"tasks.{name}.filter", answer_filter, list(self._filters))
+        self._decides, *self._others = self._metrics()
         self._documents = self._positions()
-        higher = self._task.higher_is_better().get(self.metric, True)
-        self._sign = 1.0 if higher else -1.0
-        self._aggregate = self._task.aggregation()[self.metric]
-        self._is_mean = _is_mean(self._aggregate)
         self.info = TaskInfo(
             n_examples=len(self._documents),
             metric=self.metric,
-            kind=Mean() if self._is_mean else Whole(),
+            kind=Mean() if self._decides.is_mean else Whole(),
+            other_metrics=tuple(other.label for other in self._others),
+            keeps_answers=bool(self._others) or spec.answers == "keep",
+            reading_keys=_READING_KEYS[self._generates],
         )
         self._requests: dict[int, list[Any]] = {}
         self._is_rendered = False
         with explained(name, "set the seed of its few-shot examples"):
             task.set_fewshot_seed(fewshot_seed)
+
+    def _metrics(self) -> "list[_Metric]":
+        """Return the metric that decides, and the others.
+
+        Raises:
+            SpecError: If the task lacks one or its filter, or another is no mean over examples.
+        """
+        where, metrics = f"tasks.{self._name}", self._task.aggregation()
+        found = []
+        for asked, answer_filter in self.spec.metrics_and_filters():
+            metric = _chosen(f"{where}.metric", asked, list(metrics))
+            chosen = _chosen(f"{where}.filter", answer_filter, list(self._filters))
+            label = metric if chosen == next(iter(self._filters)) else f"{metric},{chosen}"
+            sign = 1.0 if self._task.higher_is_better().get(metric, True) else -1.0
+            found.append(_Metric(metric, chosen, label, sign, metrics[metric]))
+        for other in found[1:]:
+            if not other.is_mean:
+                raise SpecError(
+                    f"{where}.metric: {other.name!r} of {self.lm_name!r} is no mean over "
+                    "examples, so that it can decide, but not be reported beside another"
+                )
+        return found
+
+    @property
+    def metric(self) -> str:
+        """Return the metric that decides."""
+        return self._decides.name
+
+    @property
+    def filter(self) -> str:
+        """Return the filter of answers that the metric is of."""
+        return self._decides.filter
 
     @property
     def lm_name(self) -> str:
@@ -100,8 +134,16 @@ class PreparedTask:
     @property
     def samples_answers(self) -> bool:
         """Whether answers are drawn at random."""
-        arguments = self._task.config.generation_kwargs or {}
-        return self._task.OUTPUT_TYPE == "generate_until" and bool(arguments.get("do_sample"))
+        return bool((self.generation or {}).get("do_sample"))
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """Return the arguments of generation; ``None`` where nothing is generated."""
+        return dict(self._task.config.generation_kwargs or {}) if self._generates else None
+
+    @property
+    def _generates(self) -> bool:
+        return bool(self._task.OUTPUT_TYPE == "generate_until")
 
     @property
     def _draws_in_order(self) -> bool:
@@ -178,11 +220,12 @@ class PreparedTask:
         """
         self._filters[self.filter].apply([request for group in requests for request in group])
         with explained(self._name, f"compute {self.metric!r} of its task {self.lm_name!r}"):
-            values = [self._value(group) for group in requests]
+            values = [self._value(group, self._decides) for group in requests]
             scores = list(self.aggregated(values))
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                which = f"example {examples[place]}" if self._is_mean else "all examples"
+                is_mean = self._decides.is_mean
+                which = f"example {examples[place]}" if is_mean else "all examples"
                 raise EvaluationError(
                     f"task {self._name!r}, {which}: {self.metric} is {score}, not a finite number"
                 )
@@ -190,19 +233,73 @@ class PreparedTask:
 
     def aggregated(self, values: Sequence[Any]) -> tuple[float, ...]:
         """Return the scores that come of the metric's values of examples, higher is better."""
-        values = values if self._is_mean else [self._aggregate(values)]
-        return tuple(self._sign * float(value) for value in values)
+        decides = self._decides
+        values = values if decides.is_mean else [decides.aggregate(values)]
+        return tuple(decides.sign * float(value) for value in values)
 
-    def _value(self, requests: Sequence[Any]) -> Any:
-        """Return the metric of one example."""
-        answers = [request.filtered_resps[self.filter] for request in requests]
+    def _value(self, requests: Sequence[Any], metric: "_Metric") -> Any:
+        """Return a metric of one example."""
+        answers = [request.filtered_resps[metric.filter] for request in requests]
         metrics = self._task.process_results(requests[0].doc, answers)
-        if self.metric not in metrics:
+        if metric.name not in metrics:
             raise SpecError(
                 f"tasks.{self._name}: lm-eval's {self.lm_name!r} gave no metric "
-                f"{self.metric!r} for an example (it gave: {', '.join(metrics)})"
+                f"{metric.name!r} for an example (it gave: {', '.join(metrics)})"
             )
-        return metrics[self.metric]
+        return metrics[metric.name]
+
+    def answers(self, examples: Sequence[int]) -> tuple[Answer, ...]:
+        """Return what the model said to examples when they were last scored."""
+        requests = self.requests(examples)
+        for name in {metric.filter: None for metric in self._others}:
+            self._filters[name].apply([request for group in requests for request in group])
+        with explained(self._name, f"compute metrics of its task {self.lm_name!r}"):
+            return tuple(map(self._answer, examples, requests))
+
+    def _answer(self, example: int, requests: Sequence[Any]) -> Answer:
+        doc, task = requests[0].doc, self._task
+        target = task.doc_to_target(doc)
+        if isinstance(target, int) and task.config.doc_to_choice is not None:
+            target = task.doc_to_choice(doc)[target]
+        if self._generates:
+            said = [text for request in requests for text in request.resps]
+            read = [request.filtered_resps[self.filter] for request in requests]
+        else:
+            likelihoods = [(request.args[-1], _first(request.resps[0])) for request in requests]
+            said = [f"{text} ({likelihood:.3f})" for text, likelihood in likelihoods]
+            read = [max(likelihoods, key=lambda pair: pair[1])[0]] if len(requests) > 1 else []
+        return Answer(
+            example,
+            {m.label: m.sign * float(self._value(requests, m)) for m in self._others},
+            question=str(task.doc_to_text(doc)),
+            expected=str(target),
+            said=tuple(map(str, said)),
+            read=tuple(map(str, read)),
+        )
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A metric of a task's.
+
+    Attributes:
+        name: In lm-eval.
+        filter: Of the answers that it is of.
+        label: What reports call it: with its filter, where that is not the task's first.
+        sign: What makes higher better.
+        aggregate: Makes a score of its values.
+    """
+
+    name: str
+    filter: str
+    label: str
+    sign: float
+    aggregate: Callable[..., Any]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the score is the mean over examples."""
+        return _is_mean(self.aggregate)
 
 
 @dataclass(frozen=True)
@@ -260,6 +357,11 @@ def _check_finite(name: str, requests: Sequence[Any], answers: Sequence[Any]) ->
 
 def _not_finite(name: str, request: Any, what: str) -> EvaluationError:
     return EvaluationError(f"task {name!r}, example {request.doc_id}: the model gave {what}")
+
+
+def _first(given: Any) -> float:
+    """Return the log-likelihood of an answer."""
+    return float(given[0] if isinstance(given, tuple) else given)
 
 
 def _chosen(key: str, asked: str | None, known: Sequence[str]) -> str:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
@@ -253,7 +252,7 @@ def test_scores_are_those_of_evaluate(folder, model, task, metric):
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     samples, _ = lm_eval_samples(folder, theirs, task)
     expected = [s[metric] for s in samples if s["filter"] in ("none", "first")]
-    evaluator = harness(folder, LmTask(task, "test", metric=metric))
+    evaluator = harness(folder, LmTask(task, "test", metric=(metric,)))
     assert evaluator.score(model, "mine", range(7)) == tuple(expected)
 
 
@@ -264,8 +263,9 @@ def test_scores_are_those_of_evaluate(folder, model, task, metric):
 def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task, metric, sign):
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     _, results = lm_eval_samples(folder, theirs, task)
-    evaluator = harness(folder, LmTask(task, "test", metric=metric))
-    assert evaluator.tasks == {"mine": TaskInfo(7, metric, Whole())}
+    evaluator = harness(folder, LmTask(task, "test", metric=(metric,)))
+    info = evaluator.tasks["mine"]
+    assert (info.n_examples, info.metric, info.kind) == (7, metric, Whole())
     (score,) = evaluator.score(model, "mine", range(7))
     assert score == pytest.approx(sign * results[f"{metric},none"], rel=1e-5)
 
@@ -303,7 +303,8 @@ def test_sampling_is_repeatable(folder, model):
 @pytest.mark.parametrize(("split", "n"), [("validation", 10), ("test", 7), ("train", 6)])
 def test_the_split_that_the_study_names_is_scored(folder, model, split, n):
     evaluator = harness(folder, LmTask("mc", split))
-    assert evaluator.tasks == {"mine": TaskInfo(n, "acc", Mean())}
+    info = evaluator.tasks["mine"]
+    assert (info.n_examples, info.metric, info.kind) == (n, "acc", Mean())
     assert len(evaluator.score(model, "mine", range(n))) == n
     assert f"of {split} " in evaluator.prompts("mine", 0)[0]
 
@@ -372,6 +373,54 @@ def test_a_filter_of_the_task_may_be_chosen(folder, model):
     assert evaluator.score(model, "mine", range(7)) == tuple(expected)
 
 
+def test_other_metrics_and_filters_are_told_beside_the_one_that_decides(folder, model):
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    for task, metrics in (
+        ("mc", ("acc_norm", "acc")),
+        ("generate", ("exact_match,word", "exact_match,first")),
+    ):
+        evaluator = harness(folder, LmTask(task, "test", metric=metrics))
+        samples, _ = lm_eval_samples(folder, theirs, task)
+        (decides, _, its_filter), (other, _, other_filter) = (m.partition(",") for m in metrics)
+        by = {(s["doc_id"], s["filter"]): s for s in samples}
+        scores = evaluator.score(model, "mine", range(7))
+        assert scores == tuple(by[e, its_filter or "none"][decides] for e in range(7))
+        [label] = evaluator.tasks["mine"].other_metrics
+        told = [answer.metrics[label] for answer in evaluator.answers("mine", range(7))]
+        assert told == [by[e, other_filter or "none"][other] for e in range(7)]
+        assert evaluator.tasks["mine"].keeps_answers
+
+
+def test_what_the_model_said_is_told_with_what_a_filter_read_in_it(folder, model):
+    evaluator = harness(folder, LmTask("generate", "test", filter="word"))
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    samples, _ = lm_eval_samples(folder, theirs, "generate")
+    samples = [sample for sample in samples if sample["filter"] == "word"]
+    evaluator.score(model, "mine", range(7))
+    assert not evaluator.tasks["mine"].keeps_answers
+    for sample, answer in zip(samples, evaluator.answers("mine", range(7)), strict=True):
+        assert answer.example == sample["doc_id"]
+        assert answer.question == sample["doc"]["question"]
+        assert answer.expected == sample["target"]
+        assert list(answer.said) == sample["resps"][0]
+        assert list(answer.read) == sample["filtered_resps"]
+
+
+def test_of_choices_the_likeliest_is_what_was_said(folder, model):
+    evaluator = harness(folder, LmTask("mc", "test", answers="keep"))
+    scores = evaluator.score(model, "mine", range(7))
+    assert evaluator.tasks["mine"].keeps_answers
+    for score, answer in zip(scores, evaluator.answers("mine", range(7)), strict=True):
+        assert (answer.read[0].strip() == answer.expected) == bool(score)
+        assert [text.rpartition(" (")[0].strip() for text in answer.said] == list(
+            next(
+                doc["choices"]
+                for doc in documents("test", 7)
+                if doc["question"] in answer.question
+            )
+        )
+
+
 def test_a_metric_of_which_less_is_better_is_negated(folder, model):
     (score,) = harness(folder, LmTask("worse_is_higher", "validation")).score(model, "mine", [0])
     (acc,) = harness(folder, LmTask("mc", "validation")).score(model, "mine", [0])
@@ -392,8 +441,12 @@ def test_the_model_keeps_its_mode(folder, model):
     ("task", "message"),
     [
         (LmTask("mc", "dev"), r"tasks\.mine\.split.*'dev' \(it has: test, train, validation\)"),
-        (LmTask("mc", "test", metric="bleu"), r"tasks\.mine\.metric.*'bleu'.*acc, acc_norm, mcc"),
+        (
+            LmTask("mc", "test", metric=("bleu",)),
+            r"tasks\.mine\.metric.*'bleu'.*acc, acc_norm",
+        ),
         (LmTask("mc", "test", filter="best"), r"tasks\.mine\.filter.*'best'.*it has: none"),
+        (LmTask("mc", "test", metric=("acc", "mcc")), "'mcc' of 'mc' is no mean over examples"),
         (LmTask("both", "test"), "'bits_per_byte' of 'texts' is no mean over examples"),
     ],
 )
@@ -476,8 +529,26 @@ def test_a_continuation_longer_than_the_window_is_refused(folder, model):
 
 def test_a_generation_longer_than_the_window_is_refused(folder, model):
     evaluator = harness(folder, LmTask("generate", "test"), max_length=8)
-    with pytest.raises(SpecError, match="8 tokens are to be generated; allowed are up to 7"):
+    message = r"generation\.max_gen_toks: 8 tokens are to be generated; allowed are up to 7"
+    with pytest.raises(SpecError, match=rf"tasks\.mine: {message}"):
         evaluator.score(model, "mine", [0])
+
+
+def test_a_generation_longer_than_the_window_is_refused_before_there_is_a_model(folder, model):
+    def make(n_tokens):
+        return LmHarness(
+            {"mine": LmTask("generate", "test", generation={"max_gen_toks": n_tokens})},
+            tokenizer=tiny_tokenizer(),
+            backend=TransformersBackend(1024),
+            section=LmHarnessSection(include_path=(".",)),
+            folder=folder,
+            config=model.config,
+        )
+
+    make(63)
+    message = r"generation\.max_gen_toks: 64 tokens are to be generated; allowed are up to 63"
+    with pytest.raises(SpecError, match=rf"tasks\.mine: 'generate': {message}"):
+        make(64)
 
 
 def test_the_package_is_imported_without_lm_eval():
@@ -512,13 +583,13 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
 
 
 def test_a_metric_may_name_its_filter_as_lm_evals_results_do(folder, model):
-    named = harness(folder, LmTask("generate", "test", metric="exact_match,word"))
-    apart = harness(folder, LmTask("generate", "test", metric="exact_match", filter="word"))
+    named = harness(folder, LmTask("generate", "test", metric=("exact_match,word",)))
+    apart = harness(folder, LmTask("generate", "test", metric=("exact_match",), filter="word"))
     assert named.score(model, "mine", range(7)) == apart.score(model, "mine", range(7))
     with pytest.raises(SpecError, match=r"filter: no 'words' in the task \(it has: first, word"):
-        harness(folder, LmTask("generate", "test", metric="exact_match,words"))
+        harness(folder, LmTask("generate", "test", metric=("exact_match,words",)))
     with pytest.raises(ValueError, match="names a filter"):
-        LmTask("generate", "test", metric="exact_match,word", filter="first")
+        LmTask("generate", "test", metric=("exact_match,word",), filter="first")
 
 
 @pytest.mark.parametrize("task", ["mc", "fewshot"])
