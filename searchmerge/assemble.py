@@ -62,6 +62,7 @@ def make_worker(study: Study, models: Models, config: RunConfig) -> Worker:
         dtype=models.dtype,
         device=device,
         auto_class=study.spec.resident_class,
+        loading=study.spec.loading,
     )
     views = writable_views(model)
     names = aligned(views, models.base.headers)

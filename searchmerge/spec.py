@@ -213,6 +213,14 @@ class StudySpec(Strict):
         return self._model_classes()[0]
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """Return what else transformers is given to load the resident model."""
+        given: dict[str, Any] = {}
+        for name, kind in self.kinds.items():
+            given |= kind.loading(self.section(name))
+        return given
+
+    @property
     def private(self) -> list[str]:
         """Return the patterns of tensors that are each expert's own though the base has them."""
         return [

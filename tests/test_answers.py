@@ -57,9 +57,7 @@ def test_what_is_not_there_is_named(finished):
         kept_answers(finished, "first", ["best"])
     with pytest.raises(SpecError, match=r"--task second: no such task .there are: said, first."):
         kept_answers(finished, "second", ["best"])
-    with pytest.raises(
-        SpecError, match=r"no plan 'trial 99' .there are: best, base, expert first"
-    ):
+    with pytest.raises(SpecError, match=r"no plan 'trial 99' .there are: best, base, "):
         kept_answers(finished, "said", ["trial 99"])
 
 

@@ -26,6 +26,10 @@ def finished(tmp_path_factory):
     return run(
         root,
         name="verified",
+        lm_harness={
+            "include_path": "tasks",
+            "model_args": {"attn_implementation": "eager", "add_bos_token": True},
+        },
         tasks={
             "pair": {**parts, "chat_template": True, "system_instruction": "w1 w2"},
             "drawn": {**parts, "samples": list(range(40, 16, -1))},

@@ -21,6 +21,7 @@ def load_resident(
     device: str,
     auto_class: str = "AutoModelForCausalLM",
     labels: Sequence[str] = (),
+    loading: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the model, ready to be evaluated and to be written over: no gradients, no dropout.
 
@@ -31,6 +32,7 @@ def load_resident(
         auto_class: The class of transformers to load it with. A task head that the checkpoint
             does not have is made, with random weights.
         labels: The classes of its head, where these are not what the configuration says.
+        loading: What else transformers is given, e.g. ``attn_implementation``.
 
     Raises:
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
@@ -41,7 +43,7 @@ def load_resident(
     loader: Any = getattr(transformers, auto_class, None)
     if not hasattr(loader, "from_pretrained"):
         raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **(loading or {})}
     if labels:
         options |= {
             "id2label": dict(enumerate(labels)),

@@ -198,6 +198,8 @@ class EvaluatorKind(Generic[Keys, Section]):
         section: The keys of the study's section that has this kind's name.
         model_classes: The classes of transformers that the resident model is loaded as, by the
             tasks' keys and the section's; none where any will do.
+        loading: What else transformers is given to load the resident model, by the section's
+            keys.
         places: Files, folders and modules of the study's folder that decide scores.
         packages: Distributions whose versions decide scores, by the section's keys.
         heads: The experts whose heads the tasks use, and how.
@@ -210,6 +212,7 @@ class EvaluatorKind(Generic[Keys, Section]):
     build: Callable[[Mapping[str, Keys], Section, EvaluationContext], Mapping[str, "Evaluator"]]
     section: type[Section]
     model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
+    loading: Callable[[Section], Mapping[str, Any]] = lambda section: {}
     places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
     packages: Callable[[Section], Sequence[str]] = lambda section: ()
     heads: Callable[[Mapping[str, Keys], Section], Mapping[str, HeadUse]] = lambda tasks, keys: {}

@@ -6,11 +6,13 @@ from typing import Any
 from searchmerge.errors import SpecError
 
 
-def load_tokenizer(model_dir: str | Path) -> Any:
+def load_tokenizer(model_dir: str | Path, *, add_bos_token: bool | None = None) -> Any:
     """Return the tokenizer of a model, from files that are on this machine.
 
     Args:
         model_dir: The directory of its files.
+        add_bos_token: Whether it puts the token that begins a text before one; as its files say
+            if ``None``.
 
     Raises:
         SpecError: If it cannot be loaded, or knows no tokens but special ones: where the files of
@@ -19,7 +21,8 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error

@@ -62,7 +62,12 @@ class LmHarness:
         config: Any = None,
     ) -> None:
         self._backend = backend
-        self._lm = make_lm(tokenizer, backend, max_length=section.max_length)
+        self._lm = make_lm(
+            tokenizer,
+            backend,
+            max_length=section.max_length,
+            add_bos_token=section.add_bos_token,
+        )
         self.section = section
         self.folder = folder
         self._config = config
@@ -184,6 +189,7 @@ EVALUATORS.register("lm_harness")(
         section=LmHarnessSection,
         build=_build,
         model_classes=lambda tasks, section: (MODEL_CLASS,),
+        loading=lambda section: section.loading,
         places=lambda tasks, section: section.include_path,
         packages=lambda section: ["lm-eval"] + ["vllm"] * (section.engine == "vllm"),
         free_keys=("vllm_memory", "answers"),

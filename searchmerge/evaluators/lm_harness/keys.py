@@ -74,6 +74,32 @@ class LmTask(PromptKeys):
         return [(metric, named or self.filter) for metric, named in pairs] or [(None, self.filter)]
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("load_in_8bit", "load_in_4bit", "quantization_config", "bnb_4bit_quant_type"),
+        "merged weights are written into the loaded model, which a quantised one cannot take; "
+        "scoring: int8 scores candidates as rounded to int8",
+    ),
+    **dict.fromkeys(
+        ("autogptq", "gptqmodel", "gguf_file", "delta"), "merged weights cannot be written into it"
+    ),
+    **dict.fromkeys(
+        ("pretrained", "revision", "tokenizer"), "the study's base and experts name the models"
+    ),
+    "peft": "name the adapter as an expert",
+    "dtype": "give the study's dtype",
+    "device": "give device in the config",
+    "max_length": "give lm_harness.max_length",
+    **dict.fromkeys(("batch_size", "max_batch_size"), "give lm_harness.batch_tokens"),
+    **dict.fromkeys(
+        ("enable_thinking", "chat_template_args"), "give lm_harness.template_arguments"
+    ),
+    **dict.fromkeys(("parallelize", "device_map", "tp_plan"), "a worker's model is on one device"),
+    "trust_remote_code": "code that comes with a model is never run",
+}
+"""Arguments of lm-eval's model class that a study cannot give here, and what there is instead."""
+
+
 @dataclass(frozen=True)
 class LmHarnessSection(PromptKeys):
     """How lm-eval tasks are scored.
@@ -84,6 +110,8 @@ class LmHarnessSection(PromptKeys):
             YAML's folder.
         batch_tokens: Tokens of one forward pass; by the device if ``None``.
         max_length: Window in tokens; the model's own if ``None``.
+        model_args: What is given to transformers when the model and its tokenizer are loaded:
+            ``attn_implementation``, ``add_bos_token``.
         fewshot_seed: Seed of the choice of few-shot examples.
         metadata: What lm-eval hands to tasks that ask for it, e.g. RULER's lengths.
         confirm_run_unsafe_code: Whether tasks are scored that run what a model has written.
@@ -94,8 +122,32 @@ class LmHarnessSection(PromptKeys):
     include_path: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Ge(64)] | None = None
     max_length: Annotated[int, Ge(2)] | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
     fewshot_seed: int = 1234
     metadata: Mapping[str, Any] = field(default_factory=dict)
     confirm_run_unsafe_code: bool = False
     engine: Literal["transformers", "vllm"] = "transformers"
     vllm_memory: Annotated[float, Gt(0), Lt(1)] = 0.5
+
+    def __post_init__(self) -> None:
+        kinds = {"attn_implementation": str, "add_bos_token": bool}
+        for key, value in self.model_args.items():
+            if key in _ELSEWHERE:
+                raise ValueError(f"model_args.{key}: not here: {_ELSEWHERE[key]}")
+            if key not in kinds:
+                raise ValueError(f"model_args.{key}: allowed are {', '.join(kinds)}")
+            if not isinstance(value, kinds[key]):
+                raise ValueError(
+                    f"model_args.{key}: a {kinds[key].__name__} is needed; found {value!r}"
+                )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Return what the model is loaded with."""
+        return {k: v for k, v in self.model_args.items() if k == "attn_implementation"}
+
+    @property
+    def add_bos_token(self) -> bool | None:
+        """Return whether prompts begin with the token that begins a text, if that is said."""
+        added = self.model_args.get("add_bos_token")
+        return None if added is None else bool(added)

@@ -82,11 +82,19 @@ class ResidentLM:
     backend = "causal"
     model: nn.Module
 
-    def __init__(self, tokenizer: Any, *, runs: Backend, max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        runs: Backend,
+        max_length: int | None,
+        add_bos_token: bool | None,
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self._runs = runs
         self._max_length = max_length
+        self._add_bos_token = add_bos_token
         self._warned = False
         # The choices of a question follow one another and share its text.
         self._encode = lru_cache(maxsize=16)(self._tokenize)
@@ -168,6 +176,8 @@ class ResidentLM:
     def _tokenize(self, text: str, add_special_tokens: bool | None) -> Tokens:  # noqa: FBT001
         if add_special_tokens is None and text.startswith(self._prefix_text):
             add_special_tokens = False
+        elif add_special_tokens is None:
+            add_special_tokens = self._add_bos_token
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return tuple(self.tokenizer.encode(text, **options))
 
@@ -302,13 +312,21 @@ def _room(max_new_tokens: int, window: int) -> int:
     return window - max_new_tokens
 
 
-def make_lm(tokenizer: Any, backend: Backend, *, max_length: int | None = None) -> Any:
+def make_lm(
+    tokenizer: Any,
+    backend: Backend,
+    *,
+    max_length: int | None = None,
+    add_bos_token: bool | None = None,
+) -> Any:
     """Return a ``ResidentLM`` that is an ``lm_eval.api.model.LM``.
 
     Args:
         tokenizer: A tokenizer, or what ``AutoTokenizer.from_pretrained`` takes.
         backend: What runs the model.
         max_length: Window in tokens; the model's own if ``None``.
+        add_bos_token: Whether prompts begin with the token that begins a text; as the tokenizer
+            does it if ``None``.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -316,8 +334,10 @@ def make_lm(tokenizer: Any, backend: Backend, *, max_length: int | None = None) 
         """Our answers under lm-eval's type."""
 
     if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, add_bos_token=add_bos_token)
     if tokenizer.pad_token_id is None:
         tokenizer = copy(tokenizer)
         tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id
-    return ResidentTemplateLM(tokenizer, runs=backend, max_length=max_length)
+    return ResidentTemplateLM(
+        tokenizer, runs=backend, max_length=max_length, add_bos_token=add_bos_token
+    )

@@ -91,6 +91,7 @@ class OwnHarness:
                     dtype=self._dtype,
                     device=self._device,
                     max_length=self._ours.section.max_length,
+                    **self._ours.section.model_args,
                     batch_size=_BATCH_SIZE.get(kind, _BATCH_SIZE["cpu"]),
                 )
         except (OSError, ValueError) as error:

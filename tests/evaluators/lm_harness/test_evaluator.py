@@ -206,6 +206,18 @@ def both(request):
     return ours, theirs
 
 
+@pytest.mark.parametrize("added", [True, False])
+def test_the_token_that_begins_a_text_is_added_as_in_hflm(tmp_path, added):
+    make_models(tmp_path)
+    base = tmp_path / "base"
+    theirs = HFLM(str(base), add_bos_token=added, device="cpu")
+    ours = make_lm(base, TransformersBackend(96), add_bos_token=added)
+    for text in ("w1 is a", "<s> w1 is a", ""):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        assert ours.tok_encode(text, False) == theirs.tok_encode(text, False)
+    assert (ours.tok_encode("w1")[0] == ours.prefix_token_id) == added
+
+
 def test_log_likelihoods_are_those_of_hflm(both):
     ours, theirs = both
     found = ours.loglikelihood(instances("loglikelihood", REQUESTS))
