@@ -23,7 +23,8 @@ from searchmerge.study import Study, kept_study
 
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.02}
 """Difference of two scores up to which they may differ by the order of sums in a forward pass:
-of their size where that is above 1."""
+of their size where that is above 1. In half precision it may tip one example over however few
+there are."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Verification:
         infos = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
         self._schedule = assemble.make_schedule(study, infos)
         self._infos: Mapping[str, TaskInfo] = infos
-        self._rounding = _ROUNDING[models.dtype]
+        self._dtype = models.dtype
         self._theirs = {
             name: OwnHarness(
                 ours, model_dir=run_dir / MODEL_DIR, dtype=models.dtype, device=device
@@ -159,7 +160,10 @@ class Verification:
         found = self._theirs[task].score(task, examples)
         theirs = self._infos[task].kind.score(found.values)
         n_examples = len(examples)
-        return Comparison(task, part, n_examples, ours, theirs, self._rounding, found.notes)
+        rounding = _ROUNDING[self._dtype]
+        if self._dtype != torch.float32:
+            rounding = max(rounding, 1 / n_examples)
+        return Comparison(task, part, n_examples, ours, theirs, rounding, found.notes)
 
 
 def _check(run_dir: Path, study: Study, *, has_tasks: bool) -> None:

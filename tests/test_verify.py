@@ -51,6 +51,7 @@ def test_the_saved_model_scores_in_lm_eval_what_the_report_says(finished):
         (task, part, 8) for task in ("pair", "drawn", "said") for part in ("select", "hold_out")
     ]
     assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
+    assert {c.task for c in compared if 0 < c.ours < 1} == {"pair", "drawn", "said"}
     assert [*verification.told(compared)] == [
         "The saved model scores in lm-eval what the report says."
     ]

@@ -26,19 +26,24 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def task_errors() -> tuple[type[Exception], ...]:
+    """Return what a task's own files may raise where they are wrong."""
+    from jinja2 import TemplateError
+
+    return (
+        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+        *(TypeError, ValueError, TemplateError, yaml.YAMLError),
+    )
+
+
 @contextmanager
 def explained(name: str, what: str) -> Iterator[None]:
     """Turn what a task's own files got wrong into an error that names the task."""
-    from jinja2 import TemplateError
-
     try:
         yield
     except SpecError:
         raise
-    except (
-        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
-        *(TypeError, ValueError, TemplateError, yaml.YAMLError),
-    ) as error:
+    except task_errors() as error:
         raise SpecError(
             f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {error})"
         ) from error

@@ -13,7 +13,7 @@ from searchmerge.evaluators.causal.generation import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.loading import explained, quiet
+from searchmerge.evaluators.lm_harness.loading import explained, quiet, task_errors
 from searchmerge.evaluators.score_kind import Mean, Whole
 
 _READING_KEYS = {
@@ -21,6 +21,9 @@ _READING_KEYS = {
     False: ("chat_template", "num_fewshot", "metric"),
 }
 """What decides how answers are read, where they are generated and where they are not."""
+
+
+_TOLD_CHARACTERS = 100
 
 
 class PreparedTask:
@@ -257,25 +260,46 @@ class PreparedTask:
             return tuple(map(self._answer, examples, requests))
 
     def _answer(self, example: int, requests: Sequence[Any]) -> Answer:
-        doc, task = requests[0].doc, self._task
-        target = task.doc_to_target(doc)
-        if isinstance(target, int) and task.config.doc_to_choice is not None:
-            target = task.doc_to_choice(doc)[target]
         if self._generates:
             said = [text for request in requests for text in request.resps]
             read = [request.filtered_resps[self.filter] for request in requests]
         else:
-            likelihoods = [(request.args[-1], _first(request.resps[0])) for request in requests]
+            likelihoods = self._likelihoods(requests)
             said = [f"{text} ({likelihood:.3f})" for text, likelihood in likelihoods]
-            read = [max(likelihoods, key=lambda pair: pair[1])[0]] if len(requests) > 1 else []
+            read = [max(likelihoods, key=lambda pair: pair[1])[0]] if len(likelihoods) > 1 else []
         return Answer(
             example,
             {m.label: m.sign * float(self._value(requests, m)) for m in self._others},
-            question=str(task.doc_to_text(doc)),
-            expected=str(target),
+            *self._asked(requests[0].doc),
             said=tuple(map(str, said)),
             read=tuple(map(str, read)),
         )
+
+    def _likelihoods(self, requests: Sequence[Any]) -> list[tuple[str, float]]:
+        """Return each continuation of the question and its log-likelihood.
+
+        Where choices are put into the question, as in Winogrande, they are told by its end.
+        """
+        of_choices = getattr(self._task, "multiple_input", 0)
+        return [
+            (
+                "".join(request.args)[-_TOLD_CHARACTERS:] if of_choices else request.args[-1],
+                _first(request.resps[0]),
+            )
+            for request in requests
+            if of_choices or request.args[:-1] == requests[0].args[:-1]
+        ]
+
+    def _asked(self, doc: Any) -> tuple[str, str]:
+        """Return a document's question and right answer; nothing where a task cannot tell."""
+        task = self._task
+        try:
+            question, target = task.doc_to_text(doc), task.doc_to_target(doc)
+            if isinstance(target, int) and task.config.doc_to_choice is not None:
+                target = task.doc_to_choice(doc)[target]
+        except task_errors():
+            return "", ""
+        return question if isinstance(question, str) else "", str(target)
 
 
 @dataclass(frozen=True)

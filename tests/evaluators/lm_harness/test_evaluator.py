@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
 from searchmerge import assemble
+from searchmerge.check import check_study
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
@@ -23,6 +24,7 @@ from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
 from tests.evaluators.models import tiny_model, tiny_tokenizer
+from tests.studies_of_tasks import write_tasks
 from tests.tiny import make_models, make_study
 
 WORDS = ["fox", "dog", "cat", "horse", "fog", "word", "the lazy dog", "maybe"]
@@ -544,6 +546,18 @@ def test_a_generation_longer_than_the_window_is_refused(folder, model):
     message = r"generation\.max_gen_toks: 8 tokens are to be generated; allowed are up to 7"
     with pytest.raises(SpecError, match=rf"tasks\.mine: {message}"):
         evaluator.score(model, "mine", [0])
+
+
+def test_check_refuses_a_generation_longer_than_the_window(tmp_path):
+    make_models(tmp_path)
+    make_study(tmp_path)
+    write_tasks(tmp_path)
+    generation = {"max_gen_toks": 200}
+    tasks = {"said": {"split": "validation", "generation": generation}}
+    study = read_study(make_study(tmp_path, tasks=tasks))
+    message = "generation.max_gen_toks: 200 tokens are to be generated; allowed are up to 63"
+    with pytest.raises(SpecError, match=rf"tasks\.said: 'said': {message}"):
+        list(check_study(study, RunConfig()))
 
 
 def test_a_generation_longer_than_the_window_is_refused_before_there_is_a_model(folder, model):
