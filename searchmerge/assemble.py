@@ -20,6 +20,7 @@ from searchmerge.execution.blocks import Block, Part, make_blocks, split_example
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.followed_merger import FollowedMerger
 from searchmerge.execution.int8_merger import Int8Merger
+from searchmerge.execution.watched_merger import WatchedMerger
 from searchmerge.execution.worker import Merges, Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
@@ -32,6 +33,7 @@ from searchmerge.search.schedule import Schedule
 from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
 from searchmerge.study import Study
+from searchmerge.watch import Content, Watch
 
 
 def pick_device(config: RunConfig) -> str:
@@ -50,8 +52,21 @@ def pick_device(config: RunConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_worker(study: Study, models: Models, config: RunConfig) -> Worker:
-    """Load the resident model, map the experts and build the evaluators."""
+def make_worker(
+    study: Study, models: Models, config: RunConfig, content: Content | None = None
+) -> Worker:
+    """Load the resident model, map the experts and build the evaluators.
+
+    Args:
+        study: The study.
+        models: Its models.
+        config: What machine this is.
+        content: What the models have to hold; ``None`` for whatever they hold now.
+
+    Raises:
+        SearchMergeError: If it cannot be loaded here, or the models hold something else.
+    """
+    watch = Watch(models, content)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = pick_device(config)
@@ -61,6 +76,7 @@ def make_worker(study: Study, models: Models, config: RunConfig) -> Worker:
         models.base,
         dtype=models.dtype,
         device=device,
+        n_devices=config.devices_per_worker,
         auto_class=study.spec.resident_class,
         loading=study.spec.loading,
     )
@@ -70,12 +86,14 @@ def make_worker(study: Study, models: Models, config: RunConfig) -> Worker:
     merger: Merges = make_merger(
         models, vectors, config.engine, memory=config.memory, targets=targets
     )
+    merger = WatchedMerger(merger, watch.check)
     if study.spec.scoring == "int8":
         merged = [targets[name] for name in vectors.weights if name in targets]
         merger = Int8Merger(merger, model, merged)
     followers = {id(e): e for e in evaluators.values() if isinstance(e, Follower)}
     if followers:
         merger = FollowedMerger(merger, model, targets, list(followers.values()))
+    watch.check()
     return Worker(model, merger, evaluators)
 
 
@@ -92,6 +110,8 @@ def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Eval
         device=device,
         dtype=models.dtype,
         head=functools.partial(expert_head, study, models),
+        trust_remote_code=study.spec.trust_remote_code,
+        base_dir=None if models.base.extension else models.base.path,
     )
     evaluators: dict[str, Evaluator] = {}
     for name, kind in study.spec.kinds.items():
@@ -155,14 +175,20 @@ def make_budget(study: Study) -> Budget:
     return Budget(search.n_trials, search.timeout, search.patience)
 
 
-def make_executor(study: Study, models: Models, config: RunConfig) -> Executor:
+def make_executor(study: Study, models: Models, config: RunConfig, content: Content) -> Executor:
     """Return the executor that a config names, its workers ready or on their way.
+
+    Args:
+        study: The study.
+        models: Its models.
+        config: What machine this is.
+        content: What the models hold, here and wherever a worker is.
 
     Raises:
         SearchMergeError: If there is no place for a worker, or it cannot be loaded.
     """
     if config.executor == "local":
-        return InProcessExecutor(make_worker(study, models, config))
+        return InProcessExecutor(make_worker(study, models, config, content))
     try:
         from searchmerge.execution.ray.cluster import RaySettings
         from searchmerge.execution.ray.pool import RayExecutor
@@ -170,9 +196,9 @@ def make_executor(study: Study, models: Models, config: RunConfig) -> Executor:
         raise SpecError(
             f"executor: ray needs the package {error.name}: pip install 'searchmerge[ray]'"
         ) from error
-    workers = config.workers
+    workers, elsewhere = config.workers, config.model_copy(update={"storage": None})
     return RayExecutor(
-        functools.partial(load_worker, study.elsewhere(), config),
+        functools.partial(load_worker, study.elsewhere(), elsewhere, content),
         RaySettings(
             workers.address,
             workers.workers,
@@ -183,19 +209,18 @@ def make_executor(study: Study, models: Models, config: RunConfig) -> Executor:
     )
 
 
-def load_worker(study: Study, config: RunConfig) -> Worker:
+def load_worker(study: Study, config: RunConfig, content: Content) -> Worker:
     """Open the study's checkpoints here and load a worker: what a Ray worker begins with.
 
     Raises:
         SearchMergeError: If it cannot be loaded here.
     """
-    threads = config.threads or max(1, int(config.workers.cpus_per_worker))
-    config = config.model_copy(update={"threads": threads})
-    return make_worker(study, open_models(study), config)
+    config = config.model_copy(update={"threads": config.worker_threads()})
+    return make_worker(study, open_models(study), config, content)
 
 
 def open_directory(
-    study: Study, models: Models, config: RunConfig, run_dir: Path
+    study: Study, content: Content, config: RunConfig, run_dir: Path
 ) -> StudyDirectory:
     """Open the run directory, refusing a study that has changed.
 
@@ -207,7 +232,7 @@ def open_directory(
     return StudyDirectory(
         run_dir,
         name=study.name,
-        spec=fingerprint(study, models, pick_device(config)),
+        spec=fingerprint(study, content, pick_device(config)),
         sampler=sampler_after(search.sampler, setting),
         n_objectives=n_objectives,
         storage=config.storage,

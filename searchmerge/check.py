@@ -1,12 +1,13 @@
 """Checking a study before its weights are loaded, and estimating what it will cost."""
 
-import math
-import shutil
 import time
 from collections.abc import Iterator
 
 from searchmerge import assemble
 from searchmerge.config import RunConfig
+from searchmerge.errors import SpecError
+from searchmerge.estimate import describe, needs, refusal, room
+from searchmerge.evaluators.causal.model import BATCH_TOKENS
 from searchmerge.evaluators.evaluator import Evaluator, Prompting
 from searchmerge.execution.blocks import Block
 from searchmerge.execution.worker import Worker
@@ -26,7 +27,7 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     """
     models = open_models(study)
     check_groups(study, models)
-    yield from _models(study, models)
+    yield from _models(study, models, config)
     yield f"space: {_describe_space(study)}"
     if study.spec.search.warm_start:
         n_plans = len(assemble.warm_start(study))
@@ -44,20 +45,25 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     yield from _cost(study, assemble.make_worker(study, models, config), schedule)
 
 
-def _models(study: Study, models: Models) -> Iterator[str]:
-    """Yield how many models there are, and what they need of memory and disk."""
+def _models(study: Study, models: Models, config: RunConfig) -> Iterator[str]:
+    """Yield what the models are and what a worker needs; refuse what cannot fit."""
     names = ", ".join(models.experts)
     yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
     yield from (f"doubtful: {line}" for line in models.doubts())
-    n_parameters = sum(math.prod(header.shape) for header in models.base.headers.values())
-    resident = n_parameters * models.dtype.itemsize
-    stored = models.base.size_bytes + sum(e.size_bytes for e in models.experts.values())
-    yield (
-        f"memory: {_gib(resident)} for the resident model in {models.dtype}, and "
-        f"{_gib(stored)} of mapped files that are read in every merge"
-    )
-    free = shutil.disk_usage(study.folder).free
-    yield f"disk: {_gib(resident)} for the saved model, {_gib(free)} are free"
+    device = assemble.pick_device(config)
+    sections = [study.spec.section(name) for name in study.spec.kinds]
+    asked = [getattr(section, "batch_tokens", None) or 0 for section in sections]
+    usual = BATCH_TOKENS.get(device.partition(":")[0], BATCH_TOKENS["cpu"])
+    need = needs(models.base, tuple(models.experts.values()), models.dtype, max(asked) or usual)
+    have = None
+    if config.is_here:
+        share = config.workers.gpus_per_worker
+        have = room(device, share, config.n_workers_here, study.folder)
+    yield from describe(need, have)
+    if have is not None and (why := refusal(need, have)):
+        raise SpecError(f"{study.file}: this machine cannot run it: {why}")
+    if crowded := config.crowding():
+        yield f"machine: {crowded}: other processes use it too, and every trial takes longer"
 
 
 def _cost(study: Study, worker: Worker, schedule: Schedule) -> Iterator[str]:
@@ -88,10 +94,6 @@ def _prompts(evaluator: Evaluator, task: str, block: Block) -> Iterator[str]:
 
 def _first_examples(block: Block, n_examples: int) -> Block:
     return Block(block.task, block.part, block.index, block.examples[:n_examples])
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
 
 
 def _describe_space(study: Study) -> str:

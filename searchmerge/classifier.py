@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint
 from searchmerge.checkpoints.files import read_json
 from searchmerge.checkpoints.renames import head_names
-from searchmerge.checkpoints.resident import load_resident
+from searchmerge.checkpoints.resident import labelled, load_resident
 from searchmerge.errors import CheckpointError, SpecError
 from searchmerge.evaluators.heads import PooledClassifier, Pooling, model_head, pooled_head
 
@@ -50,6 +50,9 @@ def head_files(
     Args:
         heads: By expert.
         dtype: Of the floating tensors; ``None`` is each as it is.
+
+    Raises:
+        CheckpointError: If a tensor is not finite in that dtype.
     """
     files: dict[str, str | bytes] = {}
     for expert, head in heads.items():
@@ -57,6 +60,9 @@ def head_files(
             name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous()
             for name, t in head.tensors.items()
         }
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{expert!r}: {name!r} is not finite in {tensor.dtype}")
         recipe = {
             "expert": expert,
             "model_class": head.model_class,
@@ -80,7 +86,9 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     return f"AutoModel{own[0]}" if own else None
 
 
-def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") -> nn.Module:
+def load_classifier(
+    model_dir: str | Path, expert: str, *, device: str = "cpu", trust_remote_code: bool = False
+) -> nn.Module:
     """Return a saved encoder with the head of one of its experts, ready for inference.
 
     Called with what the tokenizer or image processor in ``model_dir`` gives, it returns an
@@ -90,11 +98,12 @@ def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") 
         model_dir: A model that a study or ``searchmerge merge`` has saved.
         expert: The expert's name in the study.
         device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         CheckpointError: If there is no such model or head, or they do not fit.
     """
-    encoder = open_checkpoint(model_dir)
+    encoder = open_checkpoint(model_dir, trust_remote_code=trust_remote_code)
     head = _read_head(encoder.path, expert)
     where = f"{encoder.path / HEADS_DIR}: {expert!r}"
     if head.model_class is None:
@@ -107,7 +116,9 @@ def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") 
             model = _loaded(encoder, head, device)
             return PooledClassifier(model, linear, head.labels).to(device).eval()
         shared = [name for name in encoder.headers if name not in head.tensors]
-        needed, _ = head_names(encoder.path, shared, head.model_class)
+        needed, _ = head_names(
+            encoder.path, shared, head.model_class, trust_remote_code=trust_remote_code
+        )
         model_head(head.tensors, needed, len(head.labels), where)
     except SpecError as error:
         raise CheckpointError(str(error)) from error
@@ -145,7 +156,7 @@ def _loaded(encoder: Checkpoint, head: SavedHead, device: str) -> nn.Module:
         dtype=main_dtype(encoder),
         device=device,
         auto_class=str(head.model_class),
-        labels=() if head.pooling else head.labels,
+        loading={} if head.pooling or not head.labels else labelled(head.labels),
     )
 
 

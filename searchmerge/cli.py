@@ -1,6 +1,7 @@
 """The command line: arguments in, lines out."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -13,9 +14,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from searchmerge.errors import SearchMergeError, SpecError, StudyError
+from searchmerge.errors import SearchMergeError, SpecError, StudyError, printable
+from searchmerge.machine import use_allowed_cores, wait_asleep
 
 app = typer.Typer(
     help="Find the best merge of several fine-tuned experts of one base model.",
@@ -23,8 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console()
-_err = Console(stderr=True)
+_out = Console(markup=False, emoji=False, highlight=False)  # names are shown, not obeyed
+_err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 _SIGNALLED = 128  # plus the signal's number, as a shell says it
 
 Study = Annotated[Path, typer.Argument(help="A study file, or the folder of a study.yaml.")]
@@ -53,6 +54,8 @@ def _main(
     for switch in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(switch, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wait_asleep()
+    use_allowed_cores()
 
 
 @app.command()
@@ -73,14 +76,14 @@ def run(
     asked = read_study(study, _read_overrides(set_))
     run_dir = (runs_dir or Path(settings.runs_dir)) / asked.name
     try:
-        with stopped_by_signals(), ProgressView(_err) as view:
+        with stopped_by_signals(), ProgressView(_err, crowding=settings.crowding) as view:
             results = run_study(asked, settings, run_dir, view)
     except Stopped as stopped:
         _print_stopped(run_dir, settings.storage)
         raise typer.Exit(_SIGNALLED + stopped.number) from None
     _print_table(*results.table(), bold=results.winner)
-    _out.print(results.verdict, highlight=False, soft_wrap=True)
-    _out.print(f"Report, plans and model are in {run_dir}.", highlight=False, soft_wrap=True)
+    _out.print(results.verdict, soft_wrap=True)
+    _out.print(f"Report, plans and model are in {run_dir}.", soft_wrap=True)
 
 
 @app.command()
@@ -91,7 +94,7 @@ def check(study: Study, config: ConfigFile = None, set_: Overrides = None) -> No
     from searchmerge.study import read_study
 
     for line in check_study(read_study(study, _read_overrides(set_)), read_config(config)):
-        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+        _out.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -122,8 +125,8 @@ def report(
     results = Results.load(run_dir)
     results.save(run_dir)
     _print_table(*results.table(), bold=results.winner)
-    _out.print(results.verdict, highlight=False, soft_wrap=True)
-    _out.print(f"Written: {run_dir / REPORT_FILE}", highlight=False, soft_wrap=True)
+    _out.print(results.verdict, soft_wrap=True)
+    _out.print(f"Written: {run_dir / REPORT_FILE}", soft_wrap=True)
 
 
 @app.command()
@@ -149,7 +152,7 @@ def verify(
         ],
     )  # fmt: skip
     for line in verification.told(compared):
-        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+        _out.print(line, soft_wrap=True)
     if any(c.is_wrong for c in compared):
         raise typer.Exit(1)
 
@@ -184,10 +187,12 @@ def merge(
     ] = None,
 ) -> None:
     """Merge once, as a plan says, and write the model."""
+    from searchmerge.classifier import head_files
     from searchmerge.heads import saved_heads
     from searchmerge.models import load_task_vectors, open_models, save_merge, warn_of_doubts
     from searchmerge.plan import MergePlan
     from searchmerge.study import plain_study
+    from searchmerge.watch import Watch
 
     what = MergePlan.from_yaml(plan)
     experts = dict(_pair(text, "--expert") for text in expert)
@@ -197,13 +202,18 @@ def merge(
     study = plain_study(base, named, _read_overrides(set_))
     models = open_models(study, resident=False)
     warn_of_doubts(models)
-    vectors, heads = load_task_vectors(study, models), saved_heads(study, models)
-    save_merge(models, vectors, what, out, heads=heads)
-    _out.print(f"Written: {out}", highlight=False, soft_wrap=True)
+    watch = Watch(models)
+    vectors = load_task_vectors(study, models)
+    heads = head_files(saved_heads(study, models), models.dtype)
+    save_merge(models, vectors, what, out, files=heads, check=watch.check)
+    _out.print(f"Written: {out}", soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; a wrong input ends it with one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that its encoding does not have
     with _one_line_errors():
         app()
 
@@ -215,7 +225,7 @@ def _one_line_errors() -> Iterator[None]:
     except SearchMergeError as error:
         if _State.debug:
             raise
-        _err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _err.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _err.print("Interrupted.")
@@ -234,10 +244,11 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 
 
 def _print_table(header: list[str], cells: list[list[str]], bold: str = "") -> None:
-    table = Table(*header)
+    table = Table(*map(printable, header))
     for row in cells:
-        table.add_row(*map(Text, row), style="bold" if row[0] == bold else None)
-    Console(width=None if _out.is_terminal else 160).print(table)
+        table.add_row(*map(printable, row), style="bold" if row[0] == bold else None)
+    width = None if _out.is_terminal else 160
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def _print_stopped(run_dir: Path, storage: str | None) -> None:
@@ -251,4 +262,4 @@ def _print_status(run_dir: Path, storage: str | None) -> None:
     from searchmerge.search.status import describe_status
 
     for line in describe_status(run_dir, storage):
-        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+        _out.print(line, soft_wrap=True)

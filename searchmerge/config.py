@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from searchmerge.machine import available_cores, crowding
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.residency import Memory, Residency
 from searchmerge.spec import Duration
@@ -17,7 +18,7 @@ _ADDRESS = re.compile(r"local|auto|[^/\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 class RayConfig(BaseModel):
     """Where a Ray study's workers are, and what each of them needs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     address: str = "local"
     workers: int | None = Field(default=None, ge=1)
@@ -43,7 +44,7 @@ class RayConfig(BaseModel):
 class RunConfig(BaseModel):
     """A file in ``configs/``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     executor: Literal["local", "ray"] = "local"
     ray: RayConfig | None = None
@@ -53,7 +54,7 @@ class RunConfig(BaseModel):
     residency: Residency = "auto"
     keep_memory: float | None = Field(default=None, ge=0)
     runs_dir: str = "runs"
-    storage: str | None = None
+    storage: str | None = Field(default=None, repr=False)  # may hold a password
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
@@ -71,6 +72,35 @@ class RunConfig(BaseModel):
     def workers(self) -> RayConfig:
         """Return where the Ray workers are; what is left out has its default."""
         return self.ray or RayConfig()
+
+    @property
+    def devices_per_worker(self) -> int:
+        """Return how many devices a worker's model is spread over."""
+        return max(1, int(self.workers.gpus_per_worker)) if self.executor == "ray" else 1
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether the workers are on this machine."""
+        return self.executor == "local" or self.workers.address == "local"
+
+    @property
+    def n_workers_here(self) -> int:
+        """Return how many workers this machine has; 1 where its GPUs decide."""
+        if self.executor == "local":
+            return 1
+        fitting = int(available_cores() / self.workers.cpus_per_worker)
+        return self.workers.workers or (1 if self.workers.gpus_per_worker else max(1, fitting))
+
+    def crowding(self) -> str:
+        """Return a few words where others use the processors of the workers' machine too.
+
+        Nothing where the workers are elsewhere.
+        """
+        return crowding() if self.is_here else ""
+
+    def worker_threads(self) -> int:
+        """Return how many threads a Ray worker has: a whole one per CPU that it may use."""
+        return self.threads or min(max(1, int(self.workers.cpus_per_worker)), available_cores())
 
 
 def read_config(path: Path | None) -> RunConfig:

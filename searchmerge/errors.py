@@ -1,8 +1,17 @@
 """Every error searchmerge raises on purpose; anything else that escapes is a bug."""
 
 
+def printable(text: str) -> str:
+    """Return text in one line, with an escape in place of each character that cannot be shown."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class SearchMergeError(Exception):
     """Base class, so that a caller can catch everything raised on purpose."""
+
+    def __str__(self) -> str:
+        """Return the message in one line; users' names in it move no cursor and colour nothing."""
+        return printable(super().__str__())
 
 
 class SpecError(SearchMergeError, ValueError):

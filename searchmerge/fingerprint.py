@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import SpecError
-from searchmerge.models import Models
 from searchmerge.study import Study
+from searchmerge.watch import Content
 
 _PACKAGES = ("searchmerge", "torch", "transformers")
 
 
-def fingerprint(study: Study, models: Models, device: str) -> dict[str, Any]:
+def fingerprint(study: Study, content: Content, device: str) -> dict[str, Any]:
     """Return all that may change a score.
 
     Args:
         study: The study.
-        models: Its models.
+        content: What its models hold.
         device: The torch device that candidates are scored on.
     """
     return {
         "study": study.spec.canonical(),
         "space": study.space.describe(),
-        "checkpoints": models.fingerprints(),
-        "task_files": _hash_of_files(study),
+        "checkpoints": content,
+        "files": _hashes_of_files(study),
         "device": device.partition(":")[0],
         "versions": versions(study),
     }
@@ -48,17 +48,23 @@ def versions(study: Study) -> dict[str, str]:
         ) from error
 
 
-def _hash_of_files(study: Study) -> str:
-    """Return a hash of the local task definitions, of the user's modules and of all local data."""
-    places: list[Path] = []
+def _hashes_of_files(study: Study) -> dict[str, str]:
+    """Return a hash of each place that holds code, task definitions or data of the user's."""
+    places = {file.name: file for file in study.folder.glob("*.py")}
     for name, kind in study.spec.kinds.items():
-        named = kind.places(study.spec.keys_of(name), study.spec.section(name))
-        places += [Path(study.resolve(place)) for place in named]
+        tasks, section = study.spec.keys_of(name), study.spec.section(name)
+        places |= {place: Path(study.resolve(place)) for place in kind.places(tasks, section)}
+        places |= {str(file): file for file in kind.referred(tasks, section, study.folder)}
+    return {name: _hash_of(place) for name, place in sorted(places.items()) if place.exists()}
+
+
+def _hash_of(place: Path) -> str:
+    """Return a hash of a file, or of all files in a folder."""
     digest = hashlib.sha256()
-    for place in dict.fromkeys(place for place in places if place.exists()):
-        files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
-        for file in files:
-            if "__pycache__" not in file.parts:
-                name = file.name if file == place else str(file.relative_to(place))
-                digest.update(name.encode() + b"\0" + file.read_bytes())
+    files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+    for file in files:
+        if "__pycache__" not in file.parts:
+            digest.update(f"{'' if file == place else file.relative_to(place)}\0".encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]

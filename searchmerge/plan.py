@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from searchmerge.durable import write_atomically
 from searchmerge.errors import SpecError
 
 Rows = tuple[tuple[float, ...], ...]
@@ -33,8 +35,8 @@ class Groups:
     def __post_init__(self) -> None:
         if self.depth is not None and self.patterns:
             raise SpecError("groups: give either depth or patterns, not both")
-        if self.depth is not None and self.depth < 1:
-            raise SpecError(f"groups: depth is {self.depth}; allowed is 1 or more")
+        if self.depth is not None and not 1 <= self.depth <= _MAX_DEPTH:
+            raise SpecError(f"groups: depth is {self.depth}; allowed is 1 to {_MAX_DEPTH}")
         if len(set(self.patterns)) != len(self.patterns):
             raise SpecError(f"groups: a pattern is listed twice in {list(self.patterns)}")
 
@@ -62,8 +64,9 @@ class Groups:
         match data:
             case {"depth": int(depth), **rest} if not rest and not isinstance(depth, bool):
                 return cls(depth=depth)
-            case {"patterns": [_, *_] as patterns, **rest} if not rest:
-                return cls(patterns=tuple(str(pattern) for pattern in patterns))
+            case {"patterns": [str(), *_] as patterns, **rest} if not rest:
+                if all(isinstance(pattern, str) for pattern in patterns):
+                    return cls(patterns=tuple(patterns))
         raise SpecError(
             f"groups: found {data!r}; allowed: whole, {{depth: k}} or {{patterns: [p, ...]}}"
         )
@@ -76,6 +79,8 @@ class Groups:
 
 
 WHOLE = Groups()
+_MAX_DEPTH = 1000  # blocks of layers; no model has as many
+_KEYS = ("method", "experts", "groups", "values", "settings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +147,23 @@ class MergePlan:
         Raises:
             SpecError: If a key is missing or unknown, or a value does not have the right form.
         """
-        known = ("method", "experts", "groups", "values", "settings")
         if not isinstance(data, Mapping):
             raise SpecError(f"plan: found {type(data).__name__}; a mapping is needed")
-        if unknown := [key for key in data if key not in known]:
-            raise SpecError(f"plan: unknown key {unknown[0]!r} (known: {', '.join(known)})")
+        if unknown := [key for key in data if key not in _KEYS]:
+            raise SpecError(f"plan: unknown key {unknown[0]!r} (known: {', '.join(_KEYS)})")
         if missing := [key for key in ("method", "experts", "values") if key not in data]:
             raise SpecError(f"plan: key {missing[0]!r} is missing")
-        experts = data["experts"]
-        if not isinstance(experts, list | tuple):
+        method, experts = data["method"], data["experts"]
+        if not isinstance(method, str):
+            raise SpecError(f"plan: method is {method!r}; a name is needed")
+        if not (isinstance(experts, list | tuple) and all(isinstance(e, str) for e in experts)):
             raise SpecError(f"plan: experts is {experts!r}; a list of names is needed")
         return cls(
-            method=str(data["method"]),
-            experts=tuple(str(expert) for expert in experts),
+            method=method,
+            experts=tuple(experts),
             groups=Groups.from_data(data.get("groups", "whole")),
             values=_read_values(data["values"]),
-            settings=_read_settings(data.get("settings") or {}),
+            settings=_read_settings({} if data.get("settings") is None else data["settings"]),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,26 +183,26 @@ class MergePlan:
         Raises:
             SpecError: If the file cannot be read, or does not hold a plan; it names the file.
         """
-        import yaml
+        from searchmerge.yaml_text import parse_yaml, read_yaml_file
 
-        where = "plan" if isinstance(source, str) and "\n" in source else str(source)
+        if isinstance(source, str) and "\n" in source:
+            return cls.from_dict(parse_yaml(source, "plan").data)
+        data, lines = read_yaml_file(Path(source))
         try:
-            text = str(source) if where == "plan" else Path(source).read_text(encoding="utf-8")
-            return cls.from_dict(yaml.safe_load(text))
-        except OSError as error:
-            raise SpecError(f"{where}: cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise SpecError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+            return cls.from_dict(data)
         except SpecError as error:
-            raise SpecError(f"{where}: {error}" if where != "plan" else str(error)) from error
+            named = re.search(rf"\b({'|'.join(_KEYS)})(?:\.(\w+))?", str(error))
+            keys = tuple(key for key in named.groups() if key) if named else ()
+            line = lines.get(keys, lines.get(keys[:1]))
+            raise SpecError(f"{source}{f':{line}' if line else ''}: {error}") from error
 
     def to_yaml(self, path: Path | None = None) -> str:
         """Return the plan as YAML text, and write it to ``path`` where one is given."""
-        import yaml
+        from searchmerge.yaml_text import dump_yaml
 
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+        text = dump_yaml(self.to_dict())
         if path is not None:
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text)
         return text
 
 
@@ -217,8 +223,8 @@ def _read_values(data: Any) -> dict[str, Rows]:
     values = {}
     for name, rows in data.items():
         try:
-            values[str(name)] = tuple(tuple(_number(number) for number in row) for row in rows)
-        except (TypeError, ValueError) as error:
+            values[str(name)] = tuple(tuple(map(_number, _listed(row))) for row in _listed(rows))
+        except (TypeError, OverflowError) as error:
             raise SpecError(
                 f"plan: values.{name} is {rows!r}; a list of rows of numbers is needed, "
                 "one row per group, one number per expert"
@@ -226,10 +232,16 @@ def _read_values(data: Any) -> dict[str, Rows]:
     return values
 
 
-def _number(data: Any) -> float:
-    if isinstance(data, bool):
+def _listed(data: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(data, list | tuple):
         raise TypeError(data)
-    return float(data)  # YAML 1.1 reads 1e-3 as text
+    return data
+
+
+def _number(data: Any) -> float:
+    if isinstance(data, bool) or not isinstance(data, int | float):
+        raise TypeError(data)
+    return float(data)
 
 
 def _read_settings(data: Any) -> dict[str, SettingValue]:

@@ -1,13 +1,14 @@
 """Showing a run to a person: a bar in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from searchmerge.errors import printable
 from searchmerge.search.trials import TrialRecord
 
 
@@ -16,13 +17,15 @@ class ProgressView:
 
     Args:
         console: Where to print.
+        crowding: Says in a few words that others use the workers' machine too, or nothing.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, crowding: Callable[[], str] = str) -> None:
         self._console = console
+        self._crowding = crowding
         self._start = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -67,13 +70,19 @@ class ProgressView:
             marks.append(f"stopped after {record.stopped_after} blocks")
         if is_best:
             marks.append("best so far")
+        if crowded := self._crowding():
+            marks.append(crowded)
         line = f"{name:12} {record.value:.4f}  {_scores(record.scores)}  {record.seconds:5.1f} s"
         self._line(f"{line}  {', '.join(marks)}".rstrip())
 
     def _line(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
         self._bar.console.print(
-            f"{minutes:3d}:{seconds:02d} {text}", highlight=False, markup=False, soft_wrap=True
+            f"{minutes:3d}:{seconds:02d} {printable(text)}",
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
         )
 
 

@@ -1,7 +1,7 @@
 """Running a study from its file to its results."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from searchmerge import assemble
@@ -45,6 +45,7 @@ from searchmerge.search.storage import storage_errors
 from searchmerge.search.study import StudyDirectory, locked
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
+from searchmerge.watch import Watch
 
 MODEL_DIR = "model"
 PLANS_DIR = "plans"
@@ -61,21 +62,23 @@ def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(run_dir))
-        stack.enter_context(storage_errors(run_dir))
+        stack.enter_context(storage_errors(run_dir, config.storage))
         models = open_models(study)
         check_groups(study, models)
+        watch = Watch(models)
         warn_of_doubts(models)
         directory = stack.enter_context(
-            contextlib.closing(assemble.open_directory(study, models, config, run_dir))
+            contextlib.closing(assemble.open_directory(study, watch.content, config, run_dir))
         )
         study.keep(run_dir)
         if not directory.is_begun:  # a study that was resumed has them already
             directory.enqueue("warm start", assemble.warm_start(study))
         executor = stack.enter_context(
-            contextlib.closing(assemble.make_executor(study, models, config))
+            contextlib.closing(assemble.make_executor(study, models, config, watch.content))
         )
         results = StudyRun(study, models, directory, executor, observer).run()
-        _save(results, study, models, run_dir, observer)
+        watch.check()
+        _save(results, study, models, run_dir, observer, watch.check)
         return results
 
 
@@ -231,11 +234,16 @@ def plan_file(folder: Path, name: str) -> Path:
 def _described(models: Models) -> dict[str, str]:
     """Return each model's name as the user wrote it, and its fingerprint."""
     sources = {"base": models.base.name, **models.sources}
-    return {name: f"`{sources[name]}`, {mark}" for name, mark in models.fingerprints().items()}
+    return {name: f"{sources[name]}, {mark}" for name, mark in models.fingerprints().items()}
 
 
 def _save(
-    results: Results, study: Study, models: Models, run_dir: Path, observer: Observer
+    results: Results,
+    study: Study,
+    models: Models,
+    run_dir: Path,
+    observer: Observer,
+    check: Callable[[], None],
 ) -> None:
     """Write the report, and the winner's model unless it is there already."""
     results.save(run_dir)
@@ -251,7 +259,8 @@ def _save(
         return
     observer.phase("saving the model", None)
     vectors = load_task_vectors(study, models)
-    save_merge(models, vectors, plan, out, heads=heads, card=card)
+    files = {**head_files(heads, models.dtype), "README.md": card}
+    save_merge(models, vectors, plan, out, files=files, check=check)
 
 
 def _is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead]) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Union
 
-import yaml
 from pydantic import (
     BeforeValidator,
     Discriminator,
@@ -17,11 +16,13 @@ from pydantic import (
     model_validator,
 )
 
+from searchmerge.checkpoints.model_class import CAUSAL_LM, is_also
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
 from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model
+from searchmerge.yaml_text import dump_yaml
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*$")
 _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -152,9 +153,12 @@ class StudySpec(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     scoring: Literal["dtype", "int8"] = "dtype"
     exclude: list[str] = Field(default_factory=list)
-    vocabulary: Literal["same", "base"] = "same"
+    vocabulary: Literal["same", "base", "union"] = "same"
+    tokenizer: str = "base"
+    chat_template: str | None = None
     tokenizers: Literal["same", "any"] = "same"
     may_differ: list[str] = Field(default_factory=list)
+    trust_remote_code: bool = False
     space: SpaceSpec | list[SpaceSpec]
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     objective: Kind = "normalised"
@@ -179,7 +183,30 @@ class StudySpec(Strict):
             self._check_constraint(f"constraints.{number}", constraint)
         if self.search.n_trials is None and self.search.timeout is None:
             raise ValueError("search: give n_trials, timeout, or both")
-        if len(classes := self._model_classes()) > 1:
+        return self
+
+    @model_validator(mode="after")
+    def _tokenizer_is_there(self) -> "StudySpec":
+        if self.tokenizer not in ("base", *self.experts):
+            raise ValueError(
+                f"tokenizer is {self.tokenizer!r}; choose base or an expert: "
+                f"{', '.join(self.experts)}"
+            )
+        if self.vocabulary == "union" and self.tokenizer != "base":
+            raise ValueError(
+                "tokenizer: with vocabulary: union it is the base's with the experts' tokens added"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_one_model(self) -> "StudySpec":
+        classes = self._model_classes()
+        if len(classes) > 1 and self.model_class:
+            raise ValueError(
+                f"model_class is {self.model_class}; the tasks need a model that is loaded as "
+                f"{' or '.join(classes[1:])}"
+            )
+        if len(classes) > 1:
             raise ValueError(
                 f"tasks: one model cannot be {' and '.join(classes)}; divide them into studies"
             )
@@ -204,8 +231,9 @@ class StudySpec(Strict):
         """Return the classes of transformers that the tasks need, without double."""
         classes = [self.model_class] if self.model_class else []
         for name, kind in self.kinds.items():
-            classes += kind.model_classes(self.keys_of(name), self.section(name))
-        return list(dict.fromkeys(classes)) or ["AutoModelForCausalLM"]
+            needed = kind.model_classes(self.keys_of(name), self.section(name))
+            classes += [one for one in needed if not is_also(self.model_class, one)]
+        return list(dict.fromkeys(classes)) or [CAUSAL_LM]
 
     @property
     def resident_class(self) -> str:
@@ -258,6 +286,9 @@ class StudySpec(Strict):
             data["search"].pop(key)
         tasks = data["tasks"].values()
         for name, kind in EVALUATORS.items():
+            if name not in self.kinds and name not in self.model_fields_set:
+                data.pop(name, None)  # so that a new kind of evaluator changes no other study
+                continue
             for key in kind.free_keys:
                 for keys in (data[name], *(t for t in tasks if t["evaluator"] == name)):
                     keys.pop(key, None)
@@ -329,7 +360,10 @@ def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, st
 def merge_overrides(spec: StudySpec) -> dict[str, str]:
     """Return the overrides with which :func:`plain_spec` merges as a study does."""
     said = spec.model_dump(mode="json", exclude_unset=True)
-    keys = ("dtype", "exclude", "vocabulary", "tokenizers", "may_differ")
+    keys = (
+        *("dtype", "exclude", "vocabulary", "tokenizer", "chat_template", "tokenizers"),
+        *("may_differ", "trust_remote_code"),
+    )
     found = {key: said[key] for key in keys if key in said}
     for name, kind in EVALUATORS.items():
         if kind.private_key and (patterns := getattr(spec.section(name), kind.private_key)):
@@ -340,5 +374,5 @@ def merge_overrides(spec: StudySpec) -> dict[str, str]:
 
 
 def _in_one_line(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    text = dump_yaml(value, flow=True, width=float("inf"))
     return text.removesuffix("...\n").strip()

@@ -90,7 +90,11 @@ class Verification:
         self._dtype = models.dtype
         self._theirs = {
             name: OwnHarness(
-                ours, model_dir=run_dir / MODEL_DIR, dtype=models.dtype, device=device
+                ours,
+                model_dir=run_dir / MODEL_DIR,
+                dtype=models.dtype,
+                device=device,
+                trust_remote_code=study.spec.trust_remote_code,
             )
             for name, ours in harnesses(evaluators).items()
         }

@@ -5,14 +5,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from searchmerge.errors import SpecError
+from searchmerge.yaml_text import KeyPath, parse_yaml, read_yaml_file
 
 Model = TypeVar("Model", bound=BaseModel)
-Marks = dict[tuple[str | int, ...], int]
+Lines = Mapping[KeyPath, int]
 """Path of a key to its line."""
+
+_MAX_SHOWN = 200  # characters of a value that is not allowed
 
 
 def read_yaml(path: Path, model: type[Model], overrides: Mapping[str, str] | None = None) -> Model:
@@ -27,21 +29,11 @@ def read_yaml(path: Path, model: type[Model], overrides: Mapping[str, str] | Non
         SpecError: If the file cannot be read, a key is unknown or stands twice, or a value is
             not allowed; it names the file, the line and the key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    marks: Marks = {}
-    if node is not None:
-        _mark(node, (), marks, path)
+    data, lines = read_yaml_file(path)
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise SpecError(f"{path}: holds {type(data).__name__}; a mapping of keys is needed")
-    return to_model(data, model, overrides, path, marks)
+    return to_model(data, model, overrides, path, lines)
 
 
 def to_model(
@@ -49,7 +41,7 @@ def to_model(
     model: type[Model],
     overrides: Mapping[str, str] | None,
     where: Path | str,
-    marks: Marks | None = None,
+    lines: Lines | None = None,
 ) -> Model:
     """Return what ``data`` holds.
 
@@ -58,33 +50,20 @@ def to_model(
         model: What it must be.
         overrides: Dotted key to YAML text that replaces a value.
         where: What errors begin with.
-        marks: Path of a key to the line that they name.
+        lines: Path of a key to the line that they name.
 
     Raises:
         SpecError: If a key is unknown or a value is not allowed.
     """
+    lines = dict(lines or {})
     for key, value in (overrides or {}).items():
         _override(data, key, value)
+        replaced = tuple(key.split("."))
+        lines = {path: n for path, n in lines.items() if path[: len(replaced)] != replaced}
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise SpecError(_describe(error, marks or {}, where, model)) from error
-
-
-def _mark(node: yaml.Node, where: tuple[str | int, ...], marks: Marks, path: Path) -> None:
-    marks.setdefault(where, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise SpecError(f"{path}:{line}: key {key.value!r} stands twice")
-            seen.add(key.value)
-            marks[(*where, key.value)] = line
-            _mark(value, (*where, key.value), marks, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            _mark(item, (*where, i), marks, path)
+        raise SpecError(_describe(error, lines, where, model, overrides or {})) from error
 
 
 def _override(data: dict[str, Any], key: str, value: str) -> None:
@@ -93,21 +72,26 @@ def _override(data: dict[str, Any], key: str, value: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise SpecError(f"--set {key}: {parent!r} holds no keys")
-    try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SpecError(f"--set {key}: {value!r} is not valid YAML") from error
+    data[last] = parse_yaml(value, f"--set {key}").data
 
 
 def _describe(
-    error: ValidationError, marks: Marks, path: Path | str, model: type[BaseModel]
+    error: ValidationError,
+    lines: Lines,
+    file: Path | str,
+    model: type[BaseModel],
+    overrides: Mapping[str, str],
 ) -> str:
     # a union reports every form that did not fit: the deepest one is what was meant
     details = max(error.errors(), key=lambda detail: len(detail["loc"]))
-    where = tuple(part for part in details["loc"] if _is_key(part))
-    known = where
-    while known and known not in marks:
-        known = known[:-1]
+    where = _key_path(details["loc"], lines)
+    set_by = [key for key in overrides if where[: key.count(".") + 1] == tuple(key.split("."))]
+    place = f"{file}: --set" if set_by and lines else f"{file}"
+    if not set_by:
+        known = where
+        while known and known not in lines:
+            known = known[:-1]
+        place += f":{lines[known]}" if known in lines else ""
     dotted = ".".join(str(part) for part in where)
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "extra_forbidden":
@@ -118,11 +102,27 @@ def _describe(
             message = "a key that is not known here"
     if details["type"] == "model_type":
         message = "a mapping of keys is needed"
-    found = details.get("input")
     if details["type"] not in ("extra_forbidden", "missing", "value_error"):
-        message += f"; found {found!r}"
-    line = f":{marks[known]}" if known in marks else ""
-    return f"{path}{line}: {dotted}: {message}" if dotted else f"{path}{line}: {message}"
+        message += _shown(details.get("input"), where, model)
+    return f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}"
+
+
+def _shown(value: Any, where: KeyPath, model: type[BaseModel]) -> str:
+    """Return the value that was found, unless it is of a key that may hold a password."""
+    field = model.model_fields.get(str(where[0])) if where else None
+    if field is not None and not field.repr:
+        return ""
+    text = repr(value)
+    return f"; found {text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + '...'}"
+
+
+def _key_path(location: KeyPath, lines: Lines) -> KeyPath:
+    """Return an error's location without the names of a union's forms, which stand in no file."""
+    where: KeyPath = ()
+    for part in location:
+        if (*where, part) in lines or _is_key(part):
+            where = (*where, part)
+    return where
 
 
 def _is_key(part: str | int) -> bool:

@@ -104,10 +104,10 @@ def test_an_expert_that_scores_nothing_on_its_own_task_is_heard(root):
     silent = {**PARTS, "filter": "word", "generation": {"max_gen_toks": 1}, "expert": "first"}
     message = (
         "tasks.said: its own expert 'first' scores 0 there, so that no score can be normalised "
-        r"by it; what it said first:\n"
-        r"  example \d+: it said '.*'; read in it was '.*'; right is '\d'\n"
-        r"  example \d+: it said .*\n"
-        "Look at the task's keys chat_template, filter, generation"
+        r"by it; what it said first: "
+        r"example \d+: it said '.*', read in it was '.*', right is '\d'; "
+        r"example \d+: it said .*; "
+        "look at the task's keys chat_template, filter, generation"
     )
     with pytest.raises(StudyError, match=message):
         run(root, name="silent", tasks={"said": silent}, objective="normalised")

@@ -1,181 +1,143 @@
-"""Adapters with a classification head each, whose class counts are not the base's."""
+"""A saved merge is a classifier again, with the head of any of its experts."""
 
 import json
 import shutil
 
-import peft
 import pytest
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForPreTraining,
-    BertForSequenceClassification,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    RobertaConfig,
-    RobertaModel,
-)
-from typer.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification
 
-from searchmerge import assemble
-from searchmerge.classifier import load_classifier
-from searchmerge.cli import app
-from searchmerge.config import RunConfig
-from searchmerge.models import open_models
-from searchmerge.search.references import reference_plans
-from searchmerge.study import read_study
-from tests.evaluators.classifiers import BERT, save_tokenizer, text_tasks, texts, write_study
+from searchmerge.classifier import SavedHead, class_of, head_files, load_classifier
+from searchmerge.errors import CheckpointError
+from tests.evaluators.classifiers import NAMES, make_experts, make_pooled_experts
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-COUNTS = {"first": 5, "second": 3}
-NAMES = [f"topic {i}" for i in range(5)]
-_DISTIL = {
-    "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": BERT["vocab_size"],
-    "max_position_embeddings": 24, "initializer_range": 0.5,
-}  # fmt: skip
-BASES = {
-    "bert": (lambda: BertModel(BertConfig(**BERT)), "query"),
-    "pretrained": (lambda: BertForPreTraining(BertConfig(**BERT)), "query"),
-    "with_a_head": (
-        lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=4)), "query"
-    ),
-    "distilbert": (lambda: DistilBertModel(DistilBertConfig(**_DISTIL)), "q_lin"),
-    "roberta": (
-        lambda: RobertaModel(RobertaConfig(**BERT | {"max_position_embeddings": 26})), "query"
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+SEQUENCES = "AutoModelForSequenceClassification"
+INPUTS = {
+    "input_ids": torch.tensor([[4, 9, 8], [7, 5, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Make each base with its adapters once; return their folder and PEFT's own logits."""
-    done = {}
-
-    def make(kind):
-        if kind not in done:
-            root = tmp_path_factory.mktemp(kind)
-            done[kind] = root, make_adapters(root, *BASES[kind])
-        return done[kind]
-
-    return make
+def experts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("experts")
+    make_experts(root)
+    make_pooled_experts(root / "pooled")
+    return root
 
 
-def make_adapters(root, make, layer):
-    torch.manual_seed(0)
-    make().save_pretrained(root / "base")
-    save_tokenizer(root / "base")
-    expected = {}
-    (root / "data").mkdir()
-    for seed, (expert, count) in enumerate(COUNTS.items()):
-        torch.manual_seed(seed + 1)
-        model = peft.get_peft_model(
-            load(root, count), peft.LoraConfig(r=2, target_modules=[layer], task_type="SEQ_CLS")
-        )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(0, 0.5)
-        model.save_pretrained(root / expert)
-        loaded = peft.PeftModel.from_pretrained(load(root, count), root / expert)
-        expected[expert] = logits(loaded, root / "base")
-        rows = [{"text": t, "label": i % count} for i, t in enumerate(texts())]
-        file = root / "data" / f"{expert}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return expected
+def head_of(folder, model_class=SEQUENCES, **how):
+    base = load_file(folder.parent / "base" / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    own = {n: t for n, t in tensors.items() if n.removeprefix("bert.") not in base}
+    return SavedHead(own, model_class, **how)
 
 
-def load(root, count):
-    return AutoModelForSequenceClassification.from_pretrained(
-        root / "base", num_labels=count, ignore_mismatched_sizes=True
-    )
+@pytest.fixture
+def saved(experts, tmp_path):
+    """Save an expert's encoder with heads beside it; return its folder."""
+
+    def saved(encoder, heads):
+        out = tmp_path / "out"
+        shutil.copytree(experts / encoder, out)
+        for name, content in head_files(heads).items():
+            file = out / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return out
+
+    return saved
 
 
 @torch.no_grad()
-def logits(model, tokenizer_dir):
-    """Return the logits of each text, alone."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    each = (tokenizer(text, truncation=True, return_tensors="pt") for text in texts())
-    return torch.cat([model.eval()(**inputs).logits for inputs in each])
+def test_an_encoder_with_its_own_head_is_the_expert_again(experts, saved):
+    heads = {
+        "first": head_of(experts / "first", labels=NAMES["first"]),
+        "second": head_of(experts / "second", labels=tuple("abcd")),
+    }
+    out = saved("first", heads)
+    expert = AutoModelForSequenceClassification.from_pretrained(experts / "first").eval()
+    classifier = load_classifier(out, "first")
+    assert not classifier.training
+    assert classifier.config.id2label == dict(enumerate(NAMES["first"]))
+    torch.testing.assert_close(classifier(**INPUTS).logits, expert(**INPUTS).logits)
+    other = load_classifier(out, "second")
+    assert other(**INPUTS).logits.shape == (2, 4)
+    assert other.config.id2label[3] == "d"
 
 
-def merge(root, out, expert, *options):
-    """Merge one adapter by the command line."""
-    plan = reference_plans(tuple(COUNTS))[f"expert {expert}"]
-    plan.to_yaml(out.parent / "plan.yaml")
-    experts = [f"--expert={name}={root / name}" for name in COUNTS]
-    given = [str(out.parent / "plan.yaml"), f"--base={root / 'base'}", *experts, f"--out={out}"]
-    done = CliRunner().invoke(app, ["merge", *given, *options])
-    assert done.exit_code == 0, done.output
+@torch.no_grad()
+def test_a_linear_head_is_put_on_the_pooled_output(experts, saved):
+    head = head_of(experts / "pooled" / "first", "AutoModel", pooling="cls", labels=tuple("abc"))
+    out = saved("pooled/first", {"first": head})
+    found = load_classifier(out, "first")(**INPUTS).logits
+    states = AutoModel.from_pretrained(out).eval()(**INPUTS).last_hidden_state[:, 0]
+    weight, bias = head.tensors["classifier.weight"], head.tensors["classifier.bias"]
+    torch.testing.assert_close(found, states @ weight.T + bias)
 
 
-def settings(kind):
-    return {"heads": [r"^classifier\."]} if kind == "with_a_head" else {}
+def test_files_hold_tensors_in_the_asked_dtype_and_how_they_are_used():
+    tensors = {"w": torch.ones(2, 3).t(), "ids": torch.tensor([1])}
+    files = head_files(
+        {"a/b": SavedHead(tensors, SEQUENCES, "mean", ("no", "yes"))}, torch.bfloat16
+    )
+    assert list(files) == ["heads/a%2Fb.safetensors", "heads/a%2Fb.json"]
+    assert json.loads(files["heads/a%2Fb.json"]) == {
+        "expert": "a/b",
+        "model_class": SEQUENCES,
+        "pooling": "mean",
+        "id2label": {"0": "no", "1": "yes"},
+    }
+    from safetensors.torch import load
+
+    kept = load(files["heads/a%2Fb.safetensors"])
+    assert kept["w"].dtype == torch.bfloat16
+    assert kept["w"].shape == (3, 2)
+    assert kept["ids"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_each_adapter_is_scored_with_its_own_classes(kind, made):
-    root, expected = made(kind)
-    study = read_study(write_study(root, text_tasks(), classification=settings(kind)))
-    models = open_models(study)
-    worker = assemble.make_worker(study, models, RunConfig(engine="eager", device="cpu"))
-    schedule = assemble.make_schedule(study, worker.tasks())
-    for expert, count in COUNTS.items():
-        plan = reference_plans(tuple(COUNTS))[f"expert {expert}"]
-        blocks = schedule.blocks["pilot"][expert]
-        [result] = list(worker.score(plan, [tuple(blocks)]))
-        found = [value for scores in result.scores for value in scores.values]
-        order = [example for block in blocks for example in block.examples]
-        right = expected[expert].argmax(1) == torch.arange(len(texts())) % count
-        assert found == right[order].float().tolist()
-        assert expected[expert].shape[1] == count
+def test_an_expert_without_a_head_is_refused_with_those_that_have_one(experts, saved):
+    with pytest.raises(CheckpointError, match=r"no head of an expert 'x' \(there are: none\)"):
+        load_classifier(experts / "first", "x")
+    out = saved("first", {"first": head_of(experts / "first", labels=NAMES["first"])})
+    with pytest.raises(CheckpointError, match=r"no head of an expert 'x' \(there are: first\)"):
+        load_classifier(out, "x")
+    (out / "heads" / "first.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"first\.safetensors: cannot be read"):
+        load_classifier(out, "first")
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_a_merge_saves_as_many_classes_as_each_adapter_has(kind, made, tmp_path):
-    root, expected = made(kind)
-    options = [
-        f"--set=classification.{key}={json.dumps(value)}" for key, value in settings(kind).items()
-    ]
-    for expert, count in COUNTS.items():
-        out = tmp_path / expert
-        merge(root, out, expert, *options)
-        model = load_classifier(out, expert)
-        assert model.config.id2label == {i: f"LABEL_{i}" for i in range(count)}
-        torch.testing.assert_close(logits(model, out), expected[expert], atol=5e-5, rtol=0)
+def test_tensors_of_which_nothing_says_how_they_are_used_are_refused(experts, saved):
+    out = saved("first", {"first": head_of(experts / "first", None)})
+    with pytest.raises(
+        CheckpointError,
+        match=r"'first' has tensors \(classifier\.bias, classifier\.weight\), and nothing says",
+    ):
+        load_classifier(out, "first")
 
 
-def test_the_names_of_classes_are_the_adapters_own_where_they_are_as_many(made, tmp_path):
-    root, _ = made("bert")
-    folder = tmp_path / "models"
-    shutil.copytree(root, folder)
-    labels = {str(i): name for i, name in enumerate(NAMES)}
-    for expert in COUNTS:
-        (folder / expert / "config.json").write_text(json.dumps({"id2label": labels}))
-    merge(folder, tmp_path / "out", "first")
-    named = {e: load_classifier(tmp_path / "out", e).config.id2label for e in COUNTS}
-    assert named["first"] == dict(enumerate(NAMES))
-    assert named["second"] == {i: f"LABEL_{i}" for i in range(3)}
+def test_a_head_of_another_shape_is_refused(experts, saved):
+    head = head_of(experts / "first", labels=NAMES["first"])
+    wide = {name: torch.ones(*t.shape[:-1], t.shape[-1] + 1) for name, t in head.tensors.items()}
+    out = saved("first", {"first": SavedHead(wide, SEQUENCES, labels=NAMES["first"])})
+    with pytest.raises(CheckpointError, match=r"'classifier\.\w+' has shape \[.*\]; the model ne"):
+        load_classifier(out, "first")
 
 
-def test_whole_classifiers_are_merged_on_a_pretrained_language_model(made, tmp_path):
-    root, _ = made("pretrained")
-    shutil.copytree(root / "base", tmp_path / "base")
-    for expert, count in COUNTS.items():
-        model = load(root, count)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        model.save_pretrained(tmp_path / expert)
-    for expert in COUNTS:
-        merge(tmp_path, tmp_path / "out", expert)
-        trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / expert)
-        found = logits(load_classifier(tmp_path / "out", expert), tmp_path / "base")
-        torch.testing.assert_close(found, logits(trained, tmp_path / "base"), atol=5e-5, rtol=0)
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["BertForSequenceClassification"]}, SEQUENCES),
+        (
+            {"architectures": ["ViTForImageClassification"]},
+            "AutoModelForImageClassification",
+        ),
+        ({"architectures": ["LlamaForCausalLM"]}, "AutoModelForCausalLM"),
+        ({"architectures": ["BertModel"]}, None),
+        ({"architectures": []}, None),
+        ({}, None),
+    ],
+)
+def test_the_class_of_a_model_follows_from_its_configuration(config, expected):
+    assert class_of(config) == expected

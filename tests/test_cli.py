@@ -1,7 +1,6 @@
-"""The main job on a tiny model, through the command line, in processes of its own."""
+"""The main job on a tiny model, through the command line."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -9,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import optuna
 import pytest
@@ -17,7 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from searchmerge.plan import MergePlan
+from searchmerge.report.results import Results, Row
 from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
+from tests.waiting import wait_for
 
 SOME = {"low": 0.1, "high": 0.9}
 RUN = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
@@ -40,30 +41,21 @@ def study(models, tmp_path):
 
 
 @pytest.fixture
-def searchmerge(tmp_path):
-    environment = {
-        **os.environ,
-        "SEARCHMERGE_CACHE": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "200",
-    }
+def killed(tmp_path):
+    """Begin a study in a process of its own, and kill it once a number of blocks is scored."""
 
-    def call(*words, wait=True):
+    def kill(file, run_dir, n_blocks):
         process = subprocess.Popen(
-            [*RUN, *map(str, words)],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*RUN, "run", file], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        if not wait:
-            return process
-        out, err = process.communicate(timeout=240)
-        return process.returncode, out, err
+        try:
+            wait_for(lambda: n_scored(run_dir) >= n_blocks or process.poll() is not None, 120)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        assert n_scored(run_dir) >= n_blocks
 
-    return call
+    return kill
 
 
 def trials(run_dir):
@@ -114,21 +106,12 @@ def test_a_study_runs_to_a_model_that_scores_what_the_report_says(study, searchm
 
 
 def test_a_killed_run_goes_on_and_repeats_nothing_unless_the_study_changed(
-    study, searchmerge, tmp_path
+    study, searchmerge, killed, tmp_path
 ):
     file = study(name="killed")
     run_dir = tmp_path / "runs" / "killed"
-    for wanted in (20, 60):
-        process = searchmerge("run", file, wait=False)
-        deadline = time.monotonic() + 120
-        while (
-            n_scored(run_dir) < wanted and time.monotonic() < deadline and process.poll() is None
-        ):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        known = n_scored(run_dir)
-        assert known >= wanted
+    for n_blocks in (20, 60):
+        killed(file, run_dir, n_blocks)
     code, out, err = searchmerge("run", file)
     assert code == 0, err
     assert [number for number, _ in trials(run_dir)] == list(range(6))
@@ -189,11 +172,17 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "2 experts (first, second) fit the base" in out
     assert "task first: acc, 48 examples, 24 to select, 24 held out" in out
     assert "a trial of 48 takes about" in out
+    assert re.search(r"memory: 0\.00 GiB for the resident model, .* for 512 tokens at once", out)
+    assert "GiB of base and experts are read in every merge" in out
     assert out.count("  | w") == 4  # two prompts of each task
     assert "chat template" not in out
 
 
 BAD = {
+    "more memory than any machine has": (
+        {"lm_harness": {"include_path": "tasks", "batch_tokens": 10**13}},
+        r"study.yaml: this machine cannot run it: the resident model and a batch need \d+",
+    ),
     "unknown key": (
         {"objektive": "mean"},
         r"study.yaml:\d+: objektive: unknown key; did you mean",
@@ -236,32 +225,24 @@ BAD = {
 
 
 @pytest.fixture
-def refusal(capsys, monkeypatch, tmp_path):
-    """Call the command line here and return its one line of error."""
-    from searchmerge.cli import main
+def refusal(searchmerge):
+    """Call the command line, and return its one line of error."""
 
     def refusal(*words):
-        monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(sys, "argv", ["searchmerge", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        errors = [line for line in lines if not line.startswith("WARNING")]
-        assert len(errors) == 1, lines
-        return errors[0]
+        code, _, err = searchmerge(*words)
+        assert code == 2
+        [line] = err.strip().splitlines()
+        return line
 
     return refusal
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_study_ends_with_one_line_and_exit_code_2(study, refusal, name):
     changes, message = BAD[name]
     assert re.search(message, refusal("check", study(**changes)))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_experts_that_do_not_fit_are_refused(study, refusal, models, tmp_path):
     file = study()
     broken = tmp_path / "broken"
@@ -285,7 +266,9 @@ def test_experts_that_do_not_fit_are_refused(study, refusal, models, tmp_path):
     assert "tokenizer" in refusal("check", file)
 
 
-def test_a_study_of_three_methods_is_killed_resumed_and_reported(study, searchmerge, tmp_path):
+def test_a_study_of_three_methods_is_killed_resumed_and_reported(
+    study, searchmerge, killed, tmp_path
+):
     mixed = {
         "name": "mixed",
         "space": [
@@ -299,12 +282,7 @@ def test_a_study_of_three_methods_is_killed_resumed_and_reported(study, searchme
     }  # fmt: skip
     file = study(**mixed)
     run_dir = tmp_path / "runs" / "mixed"
-    process = searchmerge("run", file, wait=False)
-    deadline = time.monotonic() + 120
-    while n_scored(run_dir) < 70 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed(file, run_dir, 70)
     code, _, err = searchmerge("run", file)
     assert code == 0, err
     assert [number for number, _ in trials(run_dir)] == list(range(14))
@@ -326,6 +304,12 @@ def test_a_study_of_three_methods_is_killed_resumed_and_reported(study, searchme
     assert sum(t.user_attrs.get("kind") == "warm start" for t in warmed) == 2
 
 
+def traces(page):
+    """Return what a page of plotly draws."""
+    call = page.read_text().rpartition("Plotly.newPlot(")[2]
+    return json.JSONDecoder().raw_decode(call[call.index("[") :])[0]
+
+
 def test_a_study_of_two_objectives_draws_its_front(study, searchmerge, tmp_path):
     tasks = {
         name: {"task": f"tiny_{name}", "split": "validation", "select": 24, "hold_out": 24,
@@ -345,8 +329,12 @@ def test_a_study_of_two_objectives_draws_its_front(study, searchmerge, tmp_path)
     results = json.loads((run_dir / "results.json").read_text())
     front = [point for point in results["points"] if point["kind"] == "front"]
     assert front
-    page = (run_dir / "front.html").read_text()
-    assert "plotly" in page
+    drawn = {trace["name"]: trace for trace in traces(run_dir / "front.html")}
+    front.sort(key=lambda point: point["values"]["first"])
+    assert drawn["front"]["text"] == [point["name"] for point in front]
+    for axis, task in zip("xy", EXPERTS, strict=True):
+        assert drawn["front"][axis] == [point["values"][task] for point in front]
+    assert drawn[f"saved: {results['winner']}"]["text"] == [results["winner"]]
     report = (run_dir / "report.md").read_text()
     for point in front:
         assert f"| {point['name']} |" in report
@@ -370,3 +358,37 @@ def test_groups_that_do_not_divide_the_model_are_refused_before_anything_is_scor
     assert code == 2
     assert message in err
     assert n_scored(tmp_path / "runs" / "divided") == 0
+
+
+def test_names_in_a_table_are_shown_as_they_are(searchmerge, tmp_path):
+    names = ("[/x]", "[bold]b[/bold]", ":smile:", "c\x1b[2Jd")
+    scores = dict.fromkeys(names, 0.5)
+    plan = MergePlan("ties", names, {"coefficient": ((0.5,) * len(names),)})
+    Results(
+        study="names",
+        tasks=dict.fromkeys(names, "acc"),
+        objective="mean",
+        rows=[Row(f"expert {name}", scores, scores, (0.5, 0.4, 0.6), False) for name in names],
+        winner=f"expert {names[0]}",
+        verdict=f"The best is {names[0]}.",
+        plan=plan.to_dict(),
+        counts={},
+        level=0.95,
+        made_of={},
+    ).save(tmp_path)
+    code, out, err = searchmerge("report", tmp_path)
+    assert (code, err) == (0, "")
+    assert "The best is [/x]." in out
+    for name in ("[/x]", "[bold]b[/bold]", ":smile:", "c\\x1b[2Jd"):
+        assert out.count(name) >= 2
+    assert "\x1b" not in out
+
+
+def test_a_function_that_leaves_does_not_end_a_run_as_if_all_were_well(
+    study, searchmerge, tmp_path
+):
+    (tmp_path / "leaves.py").write_text("import sys\ndef score(*_): sys.exit(0)\n")
+    task = {"evaluator": "function", "function": "leaves:score", "n_examples": 40}
+    code, _, err = searchmerge("run", study(name="leaves", tasks={"own": task}))
+    assert code == 2
+    assert "leaves:score called sys.exit(0)" in err

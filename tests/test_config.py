@@ -7,6 +7,7 @@ import yaml
 
 from searchmerge.config import read_config
 from searchmerge.errors import SpecError
+from searchmerge.machine import available_cores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -66,3 +67,28 @@ def test_the_cluster_file_starts_nodes_that_the_cluster_config_finds_room_on():
     assert "ray start --address=$RAY_HEAD_IP" in cluster["worker_start_ray_commands"][-1]
     wanted = read_config(CONFIGS / "ray-cluster.yaml")
     assert (wanted.executor, wanted.workers.address) == ("ray", "auto")
+
+
+def test_a_ray_worker_has_no_more_threads_than_it_may_use(config):
+    ray = {"cpus_per_worker": 1000}
+    assert config(executor="ray", ray=ray).worker_threads() == available_cores()
+    assert config(executor="ray", ray={"cpus_per_worker": 0.5}).worker_threads() == 1
+    assert config(executor="ray", ray=ray, threads=3).worker_threads() == 3
+
+
+def test_the_load_of_this_machine_is_of_no_meaning_for_workers_elsewhere(config):
+    assert config(executor="ray", ray={"address": "head:6379"}).crowding() == ""
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 1), (0.5, 1), (1, 1), (4, 4)])
+def test_a_worker_has_a_model_spread_over_all_of_its_gpus(config, gpus, expected):
+    workers = config(executor="ray", ray={"gpus_per_worker": gpus})
+    assert workers.devices_per_worker == expected
+    assert config().devices_per_worker == 1
+
+
+def test_where_nothing_is_said_there_are_as_many_workers_here_as_there_are_processors(config):
+    assert config().n_workers_here == 1
+    assert config(executor="ray").n_workers_here == available_cores()
+    assert config(executor="ray", ray={"workers": 3}).n_workers_here == 3
+    assert config(executor="ray", ray={"gpus_per_worker": 1}).n_workers_here == 1

@@ -27,7 +27,7 @@ class NormKeys:
     """The keys of a task: which tensor's norm is looked at."""
 
     tensor: str = needed("name a tensor of the model")
-    n_examples: Annotated[int, Ge(2)] = 32
+    n_entries: Annotated[int, Ge(2)] = 32
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SmallNorm:
 
     def __init__(self, tasks: Mapping[str, NormKeys], power: float) -> None:
         self._tasks, self._power = tasks, power
-        self.tasks = {name: TaskInfo(t.n_examples, metric="small") for name, t in tasks.items()}
+        self.tasks = {name: TaskInfo(t.n_entries, metric="small") for name, t in tasks.items()}
 
     def score(self, model, task, examples):
         entries = model.get_parameter(self._tasks[task].tensor).detach().flatten().float()
@@ -94,9 +94,7 @@ def fair_dice(setting):
 
 CHANGES = {
     "space": {"method": "first_only", "fraction": {"low": 0.0, "high": 1.0, "per": "all"}},
-    "tasks": {
-        "norm": {"evaluator": "small_norm", "tensor": "model.norm.weight", "n_examples": 16}
-    },
+    "tasks": {"norm": {"evaluator": "small_norm", "tensor": "model.norm.weight", "n_entries": 16}},
     "small_norm": {"power": 2.0},
     "search": {"sampler": "fair_dice", "n_trials": 4, "racing": "off"},
 }
@@ -137,8 +135,8 @@ def test_a_toy_evaluator_method_and_sampler_run_a_study_from_its_file(write, tmp
     [
         ({"tasks": {"norm": {"evaluator": "small_norm"}}}, "tensor is missing: name a tensor of"),
         (
-            {"tasks": {"norm": {"evaluator": "small_norm", "tensor": "t", "n_examples": 1}}},
-            r"study\.yaml:\d+: tasks\.norm\.n_examples: .*greater than or equal to 2; found 1",
+            {"tasks": {"norm": {"evaluator": "small_norm", "tensor": "t", "n_entries": 1}}},
+            r"study\.yaml:\d+: tasks\.norm\.n_entries: .*greater than or equal to 2; found 1",
         ),
         (
             {"tasks": {"norm": {"evaluator": "small_norm", "tensor": "t", "tensors": 1}}},
@@ -158,3 +156,11 @@ def test_a_toy_evaluator_method_and_sampler_run_a_study_from_its_file(write, tmp
 def test_its_keys_are_checked_like_all_others(write, changes, message):
     with pytest.raises(SpecError, match=message):
         read_study(write(**changes))
+
+
+def test_no_other_study_is_changed_by_them(write):
+    texts = {"texts": {"evaluator": "perplexity", "data": "texts.txt"}}
+    file = write(tasks=texts, space={"method": "ties", "density": {"low": 0.1, "high": 1.0}})
+    file.write_text(file.read_text().replace("small_norm:\n  power: 2.0\n", ""))
+    sections = read_study(file).spec.canonical().keys() & set(EVALUATORS)
+    assert sections == {"perplexity", "lm_harness"}  # the file has a section of the latter

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,6 +68,13 @@ settings: {aggregate: mean}
         ({"groups": {"depth": 2, "patterns": ["a"]}}, "allowed: whole"),
         ({"groups": "half"}, "found 'half'; allowed: whole"),
         ({"settings": {"aggregate": ["mean"]}}, "settings.aggregate"),
+        ({"settings": []}, r"settings is \[\]; a mapping is needed"),
+        ({"method": 3}, "method is 3; a name is needed"),
+        ({"experts": ["math", 7]}, r"experts is \['math', 7\]; a list of names"),
+        ({"values": {"density": ["12"]}}, r"values.density is \['12'\]"),
+        ({"values": {"density": [[0.1, 10**400]]}}, "values.density is"),
+        ({"groups": {"patterns": ["a", 1]}}, "allowed: whole"),
+        ({"groups": {"depth": 10**9}}, "depth is 1000000000; allowed is 1 to 1000"),
     ],
 )
 def test_a_plan_that_is_not_one_is_refused(change, message):
@@ -79,11 +87,29 @@ def test_a_file_that_holds_no_plan_is_named(tmp_path):
     with pytest.raises(SpecError, match=r"plan\.yaml: cannot be read: No such file"):
         MergePlan.from_yaml(file)
     file.write_text("method: [")
-    with pytest.raises(SpecError, match=r"plan\.yaml: not valid YAML"):
+    with pytest.raises(SpecError, match=r"plan\.yaml:1: not valid YAML"):
         MergePlan.from_yaml(file)
     file.write_text("method: ties\nexperts: [a]\n")
     with pytest.raises(SpecError, match=r"plan\.yaml: plan: key 'values' is missing"):
         MergePlan.from_yaml(file)
+    file.write_text(
+        "method: ties\nexperts: [a]\nvalues:\n  density: [[0.2]]\n  coefficient: [x]\n"
+    )
+    with pytest.raises(SpecError, match=r"plan\.yaml:5: plan: values\.coefficient is \['x'\]"):
+        MergePlan.from_yaml(file)
+    file.write_bytes("method: tiés".encode("latin-1"))
+    with pytest.raises(SpecError, match=r"plan\.yaml:1: is not UTF-8 text \(byte 0xe9\)"):
+        MergePlan.from_yaml(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "010", "no", "1:30", "2024-01-01", "=", "~", "[/x]", "a\nb"]
+)
+def test_names_that_look_like_something_else_are_read_back_as_they_are(tmp_path, name):
+    plan = MergePlan("ties", (name, "b"), {"density": ((0.1, 1e-7),)}, settings={"kind": name})
+    plan.to_yaml(tmp_path / "plan.yaml")
+    assert MergePlan.from_yaml(tmp_path / "plan.yaml") == plan
+    assert MergePlan.from_dict(yaml.safe_load(plan.to_yaml())) == plan
 
 
 def test_a_plan_in_another_order_of_experts_keeps_each_ones_numbers():

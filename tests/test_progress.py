@@ -63,3 +63,16 @@ def test_a_failed_trial_is_shown_with_its_reason(shown):
     view, lines = shown
     view.trial(TrialRecord(3, plan(0), failure="NaN logits"), is_best=False)
     assert lines() == ["  trial 3    failed: NaN logits"]
+
+
+def test_a_trial_on_a_crowded_machine_says_so():
+    file = io.StringIO()
+    crowded = iter(["load 8.1 on 2 processors", ""])
+    record = TrialRecord(12, plan(0), merge_s=0.5, score_s=125.5)
+    judged = record.judged(Objective("mean", {"math": Goal()}), {"math": 0.75})
+    with ProgressView(Console(file=file, width=200), crowding=lambda: next(crowded)) as view:
+        view.trial(judged, is_best=False)
+        view.trial(judged, is_best=False)
+    first, second = file.getvalue().splitlines()
+    assert first.endswith("0.7500  math 0.750  126.0 s  load 8.1 on 2 processors")
+    assert second.endswith("126.0 s")

@@ -26,14 +26,31 @@ def read(tmp_path, overrides=None, **changes):
     return read_study(file, overrides).spec
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("studies/*/study.yaml")), ids=str)
-def test_every_study_of_the_repository_is_read(file):
-    assert read_study(file).space.alternatives
+STUDIES = {file.parent.name: file for file in sorted(ROOT.glob("studies/*/study.yaml"))}
+CONFIGS = {file.stem: file for file in sorted(ROOT.glob("configs/*.yaml"))}
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=str)
-def test_every_config_of_the_repository_is_read(file):
-    assert read_config(file).runs_dir
+def test_there_are_studies_and_configs_to_read():
+    assert {"quickstart", "encoder"} <= STUDIES.keys()
+    assert {"local", "ray-local", "ray-cluster"} <= CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_of_the_repository_is_read(name):
+    written = yaml.safe_load(STUDIES[name].read_text())
+    space = written["space"] if isinstance(written["space"], list) else [written["space"]]
+    study = read_study(STUDIES[name])
+    methods = {alternative.method for alternative in study.space.alternatives.values()}
+    assert methods == {entry["method"] for entry in space}
+    assert study.experts == tuple(written["experts"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_of_the_repository_is_read(name):
+    config = read_config(CONFIGS[name])
+    written = yaml.safe_load(CONFIGS[name].read_text()) or {}
+    assert config.executor == ("ray" if name.startswith("ray") else "local")
+    assert config.model_dump(exclude_unset=True, include=set(written)) == written
 
 
 def test_the_readmes_study_is_read():

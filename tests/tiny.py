@@ -21,29 +21,32 @@ def save_tokenizer(folder: Path, words=WORDS) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_models(root: Path) -> None:
-    """Save a base and two experts, and their tokenizer."""
+def make_models(
+    root: Path, *, device: str = "cpu", dtype=torch.float32, noise: float = 0.2, **shape
+) -> None:
+    """Save a base, two experts and their tokenizer; ``shape`` is what a ``LlamaConfig`` says."""
+    sizes = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
     config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
+        **{**sizes, **shape}, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     for i, name in enumerate(("base", *EXPERTS)):
-        generator = torch.Generator().manual_seed(i)
+        generator = torch.Generator(device).manual_seed(i)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.2
-                parameter.copy_(base[key] + noise * min(i, 1))
+                drawn = torch.randn(parameter.shape, generator=generator, device=device)
+                parameter.copy_(base[key] + drawn * noise * min(i, 1))
         model.save_pretrained(root / name)
         save_tokenizer(root / name)
 

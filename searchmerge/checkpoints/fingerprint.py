@@ -5,10 +5,11 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from searchmerge.checkpoints.files import write_atomically
+from searchmerge.checkpoints.stamps import stamp
 from searchmerge.checkpoints.tensor_files import MappedTensors, as_bytes
-from searchmerge.errors import CheckpointError
+from searchmerge.durable import read_checked, with_checksum, write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ def fingerprint(files: Mapping[str, Path], cache_dir: Path) -> str:
     """Return the SHA-256 of all tensors: names, dtypes, shapes and data, in order of name.
 
     How the tensors are divided into files makes no difference. The result is remembered under
-    path, size and modification time of the files, so that a second call reads no tensor.
+    path and stamp of the files, so that a second call reads no tensor.
 
     Args:
         files: The file that holds each name.
@@ -26,7 +27,7 @@ def fingerprint(files: Mapping[str, Path], cache_dir: Path) -> str:
     Raises:
         CheckpointError: If a file is missing or cannot be read.
     """
-    stamps = [_stamp(file) for file in sorted(set(files.values()))]
+    stamps = [[str(file), *stamp(file)] for file in sorted(set(files.values()))]
     key = hashlib.sha256(json.dumps([sorted(files), stamps]).encode()).hexdigest()
     remembered = cache_dir / "fingerprints" / f"{key[:32]}.json"
     if (found := _recall(remembered, stamps)) is not None:
@@ -34,27 +35,22 @@ def fingerprint(files: Mapping[str, Path], cache_dir: Path) -> str:
     digest = _hash_tensors(files)
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(remembered, json.dumps({"files": stamps, "fingerprint": digest}))
+        write_atomically(remembered, with_checksum({"files": stamps, "fingerprint": digest}))
     except OSError as error:
         _logger.warning("%s: cannot be written: %s", remembered, error.strerror)
     return digest
 
 
-def _stamp(file: Path) -> list[str | int]:
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    return [str(file), status.st_size, status.st_mtime_ns]
-
-
-def _recall(remembered: Path, stamps: list[list[str | int]]) -> str | None:
+def _recall(remembered: Path, stamps: list[list[Any]]) -> str | None:
     """Return the remembered fingerprint; None where there is none, or its file is damaged."""
     try:
-        data = json.loads(remembered.read_text(encoding="utf-8"))
-        return str(data["fingerprint"]) if data["files"] == stamps else None
-    except (OSError, ValueError, KeyError, TypeError):
+        data = read_checked(remembered)
+    except OSError:
         return None
+    except ValueError as error:
+        _logger.warning("%s: %s; the weights are read again", remembered, error)
+        return None
+    return str(data["fingerprint"]) if data.get("files") == stamps else None
 
 
 def _hash_tensors(files: Mapping[str, Path]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,13 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
-from searchmerge.checkpoints.files import (
-    MODEL_FILE,
-    check_free_space,
-    describe_write_error,
-    read_json,
-    sync_directory,
-)
+from searchmerge.checkpoints.files import COUNT, NUMBER, NUMBERS, SWITCH, TEXT, read_json
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
+from searchmerge.checkpoints.made_once import made_once
 from searchmerge.checkpoints.renames import resident_names, transposed_weights
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
-    TensorFileWriter,
     TensorHeader,
     read_headers,
 )
@@ -45,6 +39,10 @@ _PARTS = {
     "rows": re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$"),
 }
 """What an adapter may hold of a module beside its two factors."""
+_WRAPPERS = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save)\.")
+"""Parts of names that PEFT puts around the base's modules and what takes their place."""
+_UNUSED = ".original_module."
+"""Part of the names of what ``modules_to_save`` stands in for, saved where tokens were added."""
 _SUPPORTED = "supported are LoRA and DoRA adapters of linear and embedding layers"
 _NEEDED = {
     "use_qalora": (False,),
@@ -58,6 +56,17 @@ _NEEDED = {
     "arrow_config": ({},),
 }
 """Settings under which an adapter is something else."""
+_KEYS = {
+    "peft_type": TEXT,
+    "r": COUNT,
+    "lora_alpha": NUMBER,
+    "rank_pattern": NUMBERS,
+    "alpha_pattern": NUMBERS,
+    "use_rslora": SWITCH,
+    "use_dora": SWITCH,
+    "lora_bias": SWITCH,
+    "fan_in_fan_out": SWITCH,
+}
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
 
@@ -99,7 +108,7 @@ def touches_embeddings(directory: Path) -> bool:
     Trainable tokens are none: PEFT keeps those of tied embeddings together.
     """
     plain = (
-        key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        _plain(key)
         for key in read_headers(_adapter_file(directory))
         if "trainable_tokens" not in key
     )
@@ -108,7 +117,11 @@ def touches_embeddings(directory: Path) -> bool:
 
 
 def read_adapter(
-    directory: Path, base_headers: Mapping[str, TensorHeader], base_dir: Path
+    directory: Path,
+    base_headers: Mapping[str, TensorHeader],
+    base_dir: Path,
+    *,
+    trust_remote_code: bool = False,
 ) -> Adapter:
     """Return what an adapter does to its base; no tensor is read.
 
@@ -117,18 +130,20 @@ def read_adapter(
         base_headers: Dtype and shape of the base's tensors, by their names in its checkpoint.
         base_dir: Where transformers can load the base from; it is asked for names that the
             checkpoint does not have.
+        trust_remote_code: Whether Python files of the base may run.
 
     Raises:
         CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
             fit the base.
     """
-    config = read_json(directory / ADAPTER_CONFIG)
+    config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
     headers = read_headers(file)
-    find = _finder(headers, base_headers, base_dir)
+    layers = _Layers(config, base_dir, trust_remote_code)
+    find = _finder(headers, base_headers, layers)
     updates = _plan(file, config, headers, find)
-    updates = _orient(file, updates, headers, base_headers, _Conv1D(config, base_dir))
+    updates = _orient(file, updates, headers, base_headers, layers)
     for name, update in updates.items():
         _check_parts(file, name, update, headers, base_headers)
     results = {name: _header(name, updates[name], headers, base_headers) for name in updates}
@@ -158,20 +173,10 @@ def materialise(
     Raises:
         CheckpointError: If the adapter can no longer be read, or the file cannot be written.
     """
-    from filelock import FileLock
-
-    digest = adapter.fingerprint(base_fingerprint, cache_dir)[:32]
-    target = cache_dir / "adapters" / digest / MODEL_FILE
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / "lock"):
-            if not target.exists():
-                _write(target, adapter.headers, _results(adapter, base_weights))
-    except OSError as error:
-        raise CheckpointError(describe_write_error(target, adapter.headers, error)) from error
-    return target
+    folder = cache_dir / "adapters" / adapter.fingerprint(base_fingerprint, cache_dir)[:32]
+    return made_once(
+        folder, adapter.headers, lambda: _results(adapter, base_weights), cache_dir=cache_dir
+    )
 
 
 def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
@@ -210,7 +215,7 @@ def _plan(
         raise CheckpointError(f"{file}: holds no tensor")
     updates: dict[str, Update] = {}
     modules: dict[str, dict[str, str]] = {}
-    for key in headers:
+    for key in (key for key in headers if _UNUSED not in key):
         name = _plain(key)
         if (part := _part(name)) is not None:
             modules.setdefault(part[0], {})[part[1]] = key
@@ -232,7 +237,7 @@ def _plan(
 
 def _plain(key: str) -> str:
     """Return the name of a tensor as it is without PEFT's layers around the model's."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return _WRAPPERS.sub(".", key.removeprefix(_PREFIX))
 
 
 def _part(name: str) -> tuple[str, str] | None:
@@ -291,7 +296,7 @@ def _tokens(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, ..
 
 
 def _finder(
-    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], base_dir: Path
+    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], layers: "_Layers"
 ) -> _Find:
     """Return the function that gives the base's name of a tensor, None where it has none.
 
@@ -301,7 +306,7 @@ def _finder(
     wanted = {f"{part[0]}.weight" for part in parts if part is not None}
     renames: Mapping[str, str] = {}
     if any(_find(name, base) is None for name in wanted):
-        known = resident_names(base_dir)
+        known = layers.names()
         renames = {name: stored for name, stored in known.items() if stored in base}
 
     def find(name: str) -> str | None:
@@ -333,15 +338,23 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 @dataclass(frozen=True)
-class _Conv1D:
-    """Which weights of a base are stored as ``(n_in, n_out)``, where no shape tells."""
+class _Layers:
+    """What is asked of the base's layers, where neither names nor shapes tell."""
 
     config: Mapping[str, Any]
     base_dir: Path
+    trust_remote_code: bool
 
-    def holds(self, name: str) -> bool:
-        """Return what the model says; where it cannot be made, what the adapter says."""
-        transposed = transposed_weights(self.base_dir)
+    def names(self) -> Mapping[str, str]:
+        """Return names in the base's checkpoint by names in the loaded model."""
+        return resident_names(self.base_dir, trust_remote_code=self.trust_remote_code)
+
+    def are_transposed(self, name: str) -> bool:
+        """Return whether the model stores a weight as ``(n_in, n_out)``.
+
+        Where the model cannot be made, that is as the adapter says.
+        """
+        transposed = transposed_weights(self.base_dir, trust_remote_code=self.trust_remote_code)
         if transposed is None:
             return bool(self.config.get("fan_in_fan_out"))
         return _find(name, dict.fromkeys(transposed)) is not None
@@ -352,7 +365,7 @@ def _orient(
     updates: Mapping[str, Update],
     headers: Mapping[str, TensorHeader],
     base: Mapping[str, TensorHeader],
-    conv1d: _Conv1D,
+    layers: _Layers,
 ) -> dict[str, Update]:
     """Settle which weights are stored transposed, and refuse those that do not fit.
 
@@ -376,7 +389,7 @@ def _orient(
         elif len(set(made)) > 1:
             flip = found != made
         else:
-            flip = any(others) if others else conv1d.holds(name)
+            flip = any(others) if others else layers.are_transposed(name)
         if found != (made[::-1] if flip else made):
             raise CheckpointError(
                 f"{file}: the update of {name!r} has shape {list(made)}; "
@@ -447,22 +460,6 @@ def _header(
     if update.rows:
         return replace(start, dtype=torch.promote_types(start.dtype, headers[update.rows].dtype))
     return replace(start, dtype=torch.float32) if update.factors or update.addend else start
-
-
-def _write(
-    target: Path, headers: Mapping[str, TensorHeader], results: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write the changed tensors to a file that is whole once it has its name."""
-    check_free_space(target.parent, headers, target)
-    part = target.with_name(f"{MODEL_FILE}.part")
-    try:
-        with TensorFileWriter(part, headers) as writer:
-            for name, tensor in results:
-                writer.write(name, tensor)
-        part.replace(target)
-        sync_directory(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

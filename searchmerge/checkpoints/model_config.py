@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from searchmerge.errors import CheckpointError
+from searchmerge.checkpoints.files import library_errors
 
 _COMPARED_ELSEWHERE = {
     "model_type",
@@ -77,6 +77,9 @@ _LENGTH = "max_position_embeddings"
 _LENGTH_MATTERS = ("dynamic", "yarn", "longrope")
 """The kinds of rotary embedding whose angles may depend on the longest sequence."""
 
+_ONLY_IMAGES = re.compile(r"\.mrope_")
+"""How positions of images are divided; those of a text are the same in all parts."""
+
 _ROPE_DEFAULTS = {
     "partial_rotary_factor": 1.0,
     "beta_fast": 32,
@@ -95,15 +98,12 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: If it cannot be read, or needs code that may not run.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    with library_errors(f"{model_dir}: config.json"):
         return AutoConfig.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, TypeError, KeyError, OSError, ImportError, StrictDataclassError) as error:
-        raise CheckpointError(f"{model_dir}: config.json: {in_one_line(error)}") from error
 
 
 def comparable_config(
@@ -130,11 +130,6 @@ def comparable_config(
     return SimpleNamespace(**values)
 
 
-def in_one_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split())
-
-
 def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
     """Return the fields that change a forward pass and differ, with both values.
 
@@ -153,6 +148,7 @@ def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
         name: (ours.get(name), theirs.get(name))
         for name in dict.fromkeys((*ours, *theirs))
         if not _equal(ours.get(name), theirs.get(name))
+        and not (_ONLY_IMAGES.search(name) and None in (ours.get(name), theirs.get(name)))
     }
 
 

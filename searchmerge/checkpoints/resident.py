@@ -1,6 +1,6 @@
 """The resident model: loaded once, and written through views that have the checkpoint's names."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
-from searchmerge.checkpoints.lora import Adapter
-from searchmerge.checkpoints.renames import aligned, stored_names
+from searchmerge.checkpoints.files import library_errors
+from searchmerge.checkpoints.model_class import check_class
+from searchmerge.checkpoints.renames import aligned, loader_class, stored_names
 from searchmerge.errors import CheckpointError
 
 
@@ -19,54 +20,98 @@ def load_resident(
     *,
     dtype: torch.dtype,
     device: str,
+    n_devices: int = 1,
     auto_class: str = "AutoModelForCausalLM",
-    labels: Sequence[str] = (),
     loading: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the model, ready to be evaluated and to be written over: no gradients, no dropout.
 
+    Each tensor goes from its mapped file straight to where it is to lie: no second copy of the
+    model is made in host memory. On a CPU, in the dtype of the files, a parameter is the mapped
+    page itself until it is first written to.
+
     Args:
         checkpoint: What to load; an adapter is loaded merged with its base.
         dtype: Of the parameters, except where transformers keeps some in float32.
-        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``; of several devices, what they are.
+        n_devices: Devices that the model is spread over, layer by layer, all that this process
+            may use; parameters are written over where they lie.
         auto_class: The class of transformers to load it with. A task head that the checkpoint
             does not have is made, with random weights.
-        labels: The classes of its head, where these are not what the configuration says.
-        loading: What else transformers is given, e.g. ``attn_implementation``.
+        loading: What else transformers is given: ``attn_implementation``, or what
+            :func:`labelled` returns.
 
     Raises:
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
-            weight of the model itself, other than a head, is not in the checkpoint.
+            weight of the model itself, other than a head, is not in the checkpoint; or if the
+            devices have no room for it.
     """
-    import transformers
-
-    loader: Any = getattr(transformers, auto_class, None)
-    if not hasattr(loader, "from_pretrained"):
-        raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, **(loading or {})}
-    if labels:
-        options |= {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,  # the base's own head may have other classes
-        }
-    try:
-        with quiet():
+    check_class(checkpoint, auto_class)
+    loader = loader_class(auto_class)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "trust_remote_code": checkpoint.trust_remote_code,
+        "device_map": "balanced" if n_devices > 1 else {"": _indexed(device)},
+        **(loading or {}),
+    }
+    with quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
+        try:
             model, found = loader.from_pretrained(
                 checkpoint.path, output_loading_info=True, **options
             )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{checkpoint.name}: cannot be loaded as {auto_class}: {reason}"
-        ) from error
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"{checkpoint.name}: there is no room for it on {device}: {error}"
+            ) from error
     _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
+    if checkpoint.extension is not None:
+        n_rows = next(iter(checkpoint.extension.headers.values())).shape[0]
+        model.resize_token_embeddings(n_rows, mean_resizing=False)
     twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
     _untie(model, checkpoint, twins)
-    resident: nn.Module = model.to(device).eval().requires_grad_(requires_grad=False)
-    if checkpoint.adapter is not None:
-        _write_over(checkpoint.adapter, checkpoint.weights(), resident)
+    check_spread(checkpoint.name, model, device)
+    resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
+    if dtype == torch.float16:
+        _check_range(checkpoint, resident)
+    changed = {
+        **(checkpoint.adapter.headers if checkpoint.adapter else {}),
+        **(checkpoint.extension.headers if checkpoint.extension else {}),
+    }
+    if changed:
+        _write_over(resident, checkpoint, changed)
     return resident
+
+
+def labelled(labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a classifier is loaded with that has other classes than its configuration."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "ignore_mismatched_sizes": True,  # the base's own head may have other classes
+    }
+
+
+def check_spread(name: str, model: nn.Module, device: str) -> None:
+    """Refuse a model of which a part was left on another kind of device than asked for.
+
+    Raises:
+        CheckpointError: If so.
+    """
+    kind = torch.device(device).type
+    left = [key for key, own in model.state_dict().items() if own.device.type != kind]
+    if left:
+        raise CheckpointError(
+            f"{name}: there is no room for it on the {kind} devices of a worker: {left[0]!r} and "
+            f"{len(left) - 1} more tensors are left over; give each worker more of them"
+        )
+
+
+def _indexed(device: str) -> torch.device:
+    """Return the device with its index: that of the GPU in use where none is given."""
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device)
 
 
 def writable_views(model: nn.Module) -> dict[str, Tensor]:
@@ -190,12 +235,24 @@ def _check_loaded(
         )
 
 
+def _check_range(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse weights that float16, which ends at 65504, does not hold."""
+    for name, tensor in model.named_parameters():
+        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+            raise CheckpointError(
+                f"{checkpoint.name}: {name!r} is not finite in {tensor.dtype}; "
+                "use dtype: bfloat16 or float32"
+            )
+
+
 @torch.no_grad()
-def _write_over(adapter: Adapter, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Write what an adapter changes into its base."""
-    views = writable_views(model)
-    for name in adapter.headers.keys() & views.keys():
-        views[name].copy_(weights[name])
+def _write_over(model: nn.Module, checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Write tensors of a checkpoint into a model that was loaded without them."""
+    views, weights = writable_views(model), checkpoint.weights()
+    stored = aligned(views, checkpoint.headers)
+    for name, view in views.items():
+        if stored[name] in names:
+            view.copy_(weights[stored[name]])
 
 
 @contextmanager

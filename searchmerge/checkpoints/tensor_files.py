@@ -35,6 +35,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_OTHER = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a header ends in that is not one."""
 _CHUNK = 1 << 20  # elements that are converted at once
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -81,7 +83,7 @@ def read_headers(file: Path) -> dict[str, TensorHeader]:
         raise
     except OSError as error:
         raise CheckpointError(f"{file}: {_system_error(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or another
+    except _OTHER as error:  # no JSON, or another
         raise CheckpointError(f"{file}: {_why_unreadable(start)}") from error
     if 8 + length + sum(header.size_bytes for header in headers.values()) != size:
         raise CheckpointError(f"{file}: {_why_unreadable(start)}")

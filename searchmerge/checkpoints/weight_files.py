@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from searchmerge.checkpoints.files import INDEX_FILE, MODEL_FILE, read_json
+from searchmerge.checkpoints.files import FILES, INDEX_FILE, MODEL_FILE, read_json
 from searchmerge.checkpoints.tensor_files import TensorHeader, read_headers
 from searchmerge.errors import CheckpointError
 
@@ -60,10 +60,10 @@ def _choose(directory: Path, config: Mapping[str, Any]) -> Path | None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    names: dict[str, str] | None = read_json(index, {"weight_map": FILES}).get("weight_map")
+    if not names:
         raise CheckpointError(f"{index}: weight_map is missing")
-    return {str(name): str(file) for name, file in names.items()}
+    return names
 
 
 def _shards_without_index(directory: Path) -> list[Path]:

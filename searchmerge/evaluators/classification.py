@@ -11,6 +11,8 @@ import torch
 from annotated_types import Ge, Len
 from torch import Tensor, nn
 
+from searchmerge.checkpoints.files import in_one_line
+from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
@@ -131,6 +133,7 @@ class Classification:
         batch_tokens: Tokens of one forward pass over texts, padding included, 1 or more.
         batch_images: Images of one forward pass, 1 or more.
         max_length: Tokens after which a text is cut; the tokenizer's own if ``None``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         SpecError: If data, split or column are not there, a text has no tokens, or a label is
@@ -145,11 +148,12 @@ class Classification:
         batch_tokens: int = 2048,
         batch_images: int = 16,
         max_length: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self._tasks = tasks
         self._inputs: dict[str, _Inputs] = {}
         self._targets: dict[str, Tensor] = {}
-        processors = _Processors(model_dir, max_length)
+        processors = _Processors(model_dir, max_length, trust=trust_remote_code)
         for name, task in tasks.items():
             where = f"tasks.{name}"
             rows = load_rows(task.data, where)
@@ -283,8 +287,9 @@ def _is_index(value: Any, n: int) -> TypeGuard[int]:
 class _Processors:
     """The base's tokenizer and image processor, loaded when they are first needed."""
 
-    def __init__(self, model_dir: Path, max_length: int | None) -> None:
+    def __init__(self, model_dir: Path, max_length: int | None, *, trust: bool) -> None:
         self._model_dir = model_dir
+        self._trust = trust
         self._max_length = max_length
         self._loaded: dict[str, Any] = {}
 
@@ -315,32 +320,33 @@ class _Processors:
         return prepare
 
     def _window(self, tokenizer: Any) -> int:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(self._model_dir, local_files_only=True)
+        config = load_config(self._model_dir, trust_remote_code=self._trust)
         places = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         asked = self._max_length or _LONGEST
         return int(min(asked, places, tokenizer.model_max_length, _LONGEST))
 
     def _tokenizer(self) -> Any:
         if "tokenizer" not in self._loaded:
-            self._loaded["tokenizer"] = load_tokenizer(self._model_dir)
+            self._loaded["tokenizer"] = load_tokenizer(
+                self._model_dir, trust_remote_code=self._trust
+            )
         return self._loaded["tokenizer"]
 
     def _image_processor(self) -> Any:
         from transformers import AutoImageProcessor
 
         try:
-            return AutoImageProcessor.from_pretrained(self._model_dir, local_files_only=True)
+            return AutoImageProcessor.from_pretrained(
+                self._model_dir, local_files_only=True, trust_remote_code=self._trust
+            )
         except ImportError as error:
             raise SpecError(
                 f"{self._model_dir}: images need another package: "
                 "pip install 'searchmerge[vision]'"
             ) from error
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
             raise SpecError(
-                f"{self._model_dir}: the image processor cannot be loaded: {reason}"
+                f"{self._model_dir}: the image processor cannot be loaded: {in_one_line(error)}"
             ) from error
 
 
@@ -445,6 +451,7 @@ def _build(
             for name, task in tasks.items()
         },
         model_dir=context.model_dir,
+        trust_remote_code=context.trust_remote_code,
         batch_tokens=context.sized(section.batch_tokens, _BATCH_TOKENS),
         batch_images=context.sized(section.batch_images, _BATCH_IMAGES),
         max_length=section.max_length,

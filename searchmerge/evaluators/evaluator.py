@@ -158,6 +158,9 @@ class EvaluationContext:
         dtype: Of the resident model.
         head: Returns an expert's own classification head: of a linear layer on a pooled output
             where a pooling is given, else of the model's class.
+        trust_remote_code: Whether Python files of the model may run.
+        base_dir: Where the base's weights are; ``None`` where the resident model has rows for
+            tokens that they do not have.
     """
 
     folder: Path
@@ -166,6 +169,8 @@ class EvaluationContext:
     device: str
     dtype: torch.dtype
     head: Callable[[str, Pooling | None], ExpertHead]
+    trust_remote_code: bool = False
+    base_dir: Path | None = None
 
     def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
         """Return the size asked for, or that for the kind of device; a CPU's for others."""
@@ -201,6 +206,7 @@ class EvaluatorKind(Generic[Keys, Section]):
         loading: What else transformers is given to load the resident model, by the section's
             keys.
         places: Files, folders and modules of the study's folder that decide scores.
+        referred: Files elsewhere that these refer to, given the study's folder too.
         packages: Distributions whose versions decide scores, by the section's keys.
         heads: The experts whose heads the tasks use, and how.
         free_keys: Keys of the section or of tasks that can change no score.
@@ -214,6 +220,9 @@ class EvaluatorKind(Generic[Keys, Section]):
     model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
     loading: Callable[[Section], Mapping[str, Any]] = lambda section: {}
     places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
+    referred: Callable[[Mapping[str, Keys], Section, Path], Iterable[Path]] = (
+        lambda tasks, section, folder: ()
+    )
     packages: Callable[[Section], Sequence[str]] = lambda section: ()
     heads: Callable[[Mapping[str, Keys], Section], Mapping[str, HeadUse]] = lambda tasks, keys: {}
     free_keys: tuple[str, ...] = ()

@@ -1,7 +1,6 @@
 """Scores from the user's own function."""
 
 import importlib
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from searchmerge.evaluators.evaluator import (
     TaskInfo,
     needed,
 )
+from searchmerge.evaluators.user_code import as_scores, model_kept, user_code
 
 UserFunction = Callable[[nn.Module, str, Sequence[int]], Sequence[float]]
 """Takes the resident model, a task and examples; returns one score per example."""
@@ -63,26 +63,13 @@ class FunctionEvaluator:
         """Return what the user's function returns for these examples.
 
         Raises:
-            EvaluationError: If it raises, or returns another count, or a number not finite.
+            EvaluationError: If it raises, or returns anything but one finite number each.
+            StudyError: If it changes the model.
         """
-        try:
-            scores = tuple(float(score) for score in self._function(model, task, examples))
-        except Exception as error:  # the user's code may raise anything
-            reason = " ".join(str(error).split())
-            raise EvaluationError(
-                f"task {task!r}: {self._name} raised {type(error).__name__}: {reason}"
-            ) from error
-        if len(scores) != len(examples):
-            raise EvaluationError(
-                f"task {task!r}: {self._name} returned {len(scores)} scores "
-                f"for {len(examples)} examples"
-            )
-        for example, score in zip(examples, scores, strict=True):
-            if not math.isfinite(score):
-                raise EvaluationError(
-                    f"task {task!r}: {self._name} scored example {example} {score}"
-                )
-        return scores
+        what = f"task {task!r}: {self._name}"
+        with model_kept(model, what), user_code(what, EvaluationError):
+            returned = self._function(model, task, examples)
+            return as_scores(returned, examples, what)
 
 
 def import_function(name: str, search_path: Path | None = None) -> UserFunction:
@@ -96,14 +83,8 @@ def import_function(name: str, search_path: Path | None = None) -> UserFunction:
         raise SpecError(f"function {name!r} is not of the form module:function")
     if search_path is not None and str(search_path) not in sys.path:
         sys.path.insert(0, str(search_path))
-    try:
+    with user_code(f"function {name!r}: importing module {module_name!r}", SpecError):
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing the user's module runs the user's code
-        reason = " ".join(str(error).split())
-        raise SpecError(
-            f"function {name!r}: module {module_name!r} cannot be imported "
-            f"({type(error).__name__}: {reason})"
-        ) from error
     function: UserFunction | None = getattr(module, attribute, None)
     if not callable(function):
         raise SpecError(f"function {name!r}: module {module_name!r} has no function {attribute!r}")

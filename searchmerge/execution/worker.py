@@ -80,7 +80,12 @@ class Worker:
         for task, group in itertools.groupby(blocks, key=lambda block: block.task):
             task_blocks, evaluator = list(group), self._evaluators[task]
             examples = [example for block in task_blocks for example in block.examples]
-            values = iter(evaluator.score(self._model, task, examples))
+            try:
+                values = iter(evaluator.score(self._model, task, examples))
+            except SystemExit as error:  # it would end the run as if all had gone well
+                raise EvaluationError(
+                    f"task {task!r}: what it is scored by called sys.exit({error.code!r})"
+                ) from error
             for block in task_blocks:
                 wanted = evaluator.tasks[task].kind.n_values(len(block.examples))
                 scores = tuple(itertools.islice(values, wanted))

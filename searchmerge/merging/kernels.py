@@ -104,6 +104,19 @@ def add_scaled(total: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
     return total.add_(numbers, alpha=factor.item())
 
 
+def clamp_between(numbers: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Clamp, in place, to what lies between two numbers; return ``numbers``.
+
+    Args:
+        numbers: ``(m,)`` float32.
+        low: One number, on the CPU unless compiled.
+        high: The same.
+    """
+    if torch.compiler.is_compiling():
+        return numbers.clamp_(low, high)
+    return numbers.clamp_(low.item(), high.item())
+
+
 def weighted_sum(numbers: Sequence[Tensor], factors: Tensor) -> Tensor:
     """Return the sum of ``(m,)`` tensors, each times its factor, in place of the first.
 

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from searchmerge.merging.engine import CHUNK, Engine, Operands
+from searchmerge.merging.engine import CHUNK, MOST_AT_ONCE, Engine, Operands
 from searchmerge.merging.kernels import GRID, Chunk, ChunkFunction
 from searchmerge.merging.statistics import Block, OrderStatistics
 from searchmerge.merging.task_vectors import TaskVectors
 
 _logger = logging.getLogger(__name__)
 
-_MEASURED_AT_ONCE = 4 * CHUNK
+_MEASURED_AT_ONCE = {"cpu": 4 * CHUNK}
+"""Entries by kind of device; as many as possible where each operation is a launch."""
 
 Scalars = Callable[[str], Tensor]
 """Parameter name to ``(n_scalars, n_experts)`` float32 on the CPU."""
@@ -57,6 +58,8 @@ class Measure:
         cache: File-name prefix for what is kept on disk; ``None`` for nothing.
         everyone: The measure of all experts that are loaded, if these are some of them: what is
             measured of each expert alone is measured there, once.
+        devices: Parameter name to where it is merged, and so measured, wherever it lies; where
+            its base lies if nothing is said.
     """
 
     vectors: TaskVectors
@@ -64,6 +67,7 @@ class Measure:
     budget: MemoryBudget
     cache: Path | None = None
     everyone: "Measure | None" = None
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
     _magnitudes: list[OrderStatistics] = field(default_factory=list, init=False)
     _products: dict[str, np.ndarray] = field(default_factory=dict, init=False)
     _sorted: dict[tuple[str, int], dict[int, float]] = field(default_factory=dict, init=False)
@@ -83,6 +87,10 @@ class Measure:
         """Return the names of the parameters that are merged."""
         return tuple(self.vectors.weights)
 
+    def device(self, name: str) -> torch.device:
+        """Return where a parameter is merged and measured."""
+        return self.devices.get(name, self.vectors.base[name].device)
+
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a parameter."""
         return self.vectors.base[name].shape
@@ -92,10 +100,11 @@ class Measure:
         return self.vectors.is_zero(expert)
 
     def deltas(self, name: str) -> tuple[Tensor, ...]:
-        """Return each expert's task vector of one parameter, float32, where the base lies."""
-        base = self.vectors.base[name].detach().float()
+        """Return each expert's task vector of one parameter, float32, where it is merged."""
+        device = self.device(name)
+        base = self.vectors.base[name].detach().to(device).float()
         return tuple(
-            own.detach().to(base.device, torch.float32, copy=True).sub_(base)
+            own.detach().to(device, torch.float32, copy=True).sub_(base)
             for own in self.vectors.weights[name]
         )
 
@@ -114,7 +123,7 @@ class Measure:
             d = self.n_parameters
             self._magnitudes.append(
                 OrderStatistics(
-                    lambda: _magnitude_blocks(self.vectors),
+                    self._magnitude_blocks,
                     len(self.experts),
                     d,
                     grid=[d - 1 - int(d * (step / GRID)) for step in range(GRID)],
@@ -170,8 +179,11 @@ class Measure:
         if not self.budget.take(size_bytes):
             return None
         kept = {
-            name: tuple(torch.empty(base.numel(), device=base.device) for _ in range(n_rows))
-            for name, base in ((name, self.vectors.base[name]) for name in self.names)
+            name: tuple(
+                torch.empty(self.shape(name).numel(), device=self.device(name))
+                for _ in range(n_rows)
+            )
+            for name in self.names
         }
         for name, part in self.parts(experts):
             for own, found in zip(kept[name], numbers(name, part), strict=True):
@@ -203,7 +215,7 @@ class Measure:
 
     def compute(self, function: ChunkFunction, name: str) -> tuple[Tensor, ...]:
         """Return what ``function`` returns of one whole parameter, without scalars."""
-        return self.engine.compute(function, operands(self.vectors, name))
+        return self.engine.compute(function, self.operands(name))
 
     def inner_products(self) -> dict[str, np.ndarray]:
         """Return, per parameter, all inner products of two task vectors, ``(n, n)`` float64."""
@@ -233,7 +245,7 @@ class Measure:
     def _tensor_magnitude(self, name: str, row: int, rank: int) -> float:
         known = self._sorted.setdefault((name, row), {})
         if rank not in known:
-            base = self.vectors.base[name].detach()
+            base = self.vectors.base[name].detach().to(self.device(name))
             own = self.vectors.weights[name][row].detach().to(base.device)
             ordered = _sort(_magnitude(own.reshape(-1), base.reshape(-1))(slice(None)))
             n = len(ordered)
@@ -263,28 +275,34 @@ class Measure:
     def parts(self, experts: Sequence[int] | None = None) -> Iterator[tuple[str, Operands]]:
         """Yield every parameter's name with a part of it, one at least, until all was seen."""
         for name in self.names:
-            whole = operands(self.vectors, name, experts)
-            for start in range(0, max(1, len(whole.base)), _MEASURED_AT_ONCE):
-                yield name, whole.part(start, start + _MEASURED_AT_ONCE)
+            whole = self.operands(name, experts)
+            step = _MEASURED_AT_ONCE.get(whole.base.device.type, MOST_AT_ONCE)
+            for start in range(0, max(1, len(whole.base)), step):
+                yield name, whole.part(start, start + step)
+
+    def operands(self, name: str, experts: Sequence[int] | None = None) -> Operands:
+        """Return one whole parameter, 1-D, where it is merged; without scalars."""
+        every = self.vectors.weights[name]
+        chosen = every if experts is None else tuple(every[i] for i in experts)
+        base, *flat = (
+            tensor.detach().to(self.device(name)).reshape(-1)
+            for tensor in (self.vectors.base[name], *chosen)
+        )
+        return Operands(base, tuple(flat), torch.empty(0, len(chosen)))
+
+    def _magnitude_blocks(self) -> Iterator[Block]:
+        for _, part in self.parts():
+            yield Block(len(part.base), [_magnitude(own, part.base) for own in part.experts])
 
     def _file(self, label: str) -> Path | None:
         """Return where to cache; the name tells the method's code path and the layout apart."""
         if self.cache is None:
             return None
         layout = [(name, tuple(self.shape(name))) for name in self.names]
-        device = next((self.vectors.base[name].device for name in self.names), torch.device("cpu"))
+        device = next(map(self.device, self.names), torch.device("cpu"))
         way = (torch.__version__, device.type, self.engine.is_compiled(device))
         digest = hashlib.sha256(repr((label, self.experts, layout, way)).encode()).hexdigest()
         return self.cache.with_name(f"{self.cache.name}-{digest[:24]}.safetensors")
-
-
-def operands(vectors: TaskVectors, name: str, experts: Sequence[int] | None = None) -> Operands:
-    """Return one whole parameter, 1-D, where its base lies; without scalars."""
-    base = vectors.base[name].detach()
-    own = vectors.weights[name]
-    chosen = own if experts is None else tuple(own[i] for i in experts)
-    flat = tuple(tensor.detach().to(base.device).reshape(-1) for tensor in chosen)
-    return Operands(base.reshape(-1), flat, torch.empty(0, len(chosen)))
 
 
 class _Computed(Mapping[str, tuple[Tensor, ...]]):
@@ -318,15 +336,6 @@ def _sort(numbers: Tensor) -> Tensor:
 
 def _block(numbers: tuple[Tensor, ...]) -> Block:
     return Block(len(numbers[0]), [own.__getitem__ for own in numbers])
-
-
-def _magnitude_blocks(vectors: TaskVectors) -> Iterator[Block]:
-    for name in vectors.weights:
-        whole = operands(vectors, name)
-        for start in range(0, len(whole.base), _MEASURED_AT_ONCE):
-            part = whole.part(start, start + _MEASURED_AT_ONCE)
-            rows = [_magnitude(own, part.base) for own in part.experts]
-            yield Block(len(part.base), rows)
 
 
 def _magnitude(expert: Tensor, base: Tensor) -> Callable[[slice], Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from searchmerge.errors import SpecError
+from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.merging.engine import Engine, EngineKind, Operands
 from searchmerge.merging.groups import depth_positions
 from searchmerge.merging.measure import Measure, MemoryBudget
@@ -83,19 +83,28 @@ class Merger:
         Raises:
             SpecError: If the plan is not legal, or names an expert that is not loaded, or the
                 merger was given no targets.
+            EvaluationError: If a merged tensor is not finite in float16, whose range merges may
+                leave; in wider dtypes that is left to :meth:`merged`, as looking takes a pass of
+                its own over memory.
         """
         if self._targets is None:
             raise SpecError("merger: there are no targets to apply a plan to; use merged")
         vectors, first_pass, scales = self._bind(plan)
         work: Pass | None = first_pass
         while work is not None:
-            tallies = []
+            tallies, ends = [], {}
             for name, own in self._inputs(vectors, work):
                 first, *others = self._targets[name]
                 tallies.append(self._write(name, own, work, scales[name], first))
+                if first.dtype == torch.float16:
+                    ends[name] = _ends(first)
                 for other in others:
                     other.copy_(first)
             work = _revised(work, tallies)
+        for device in dict.fromkeys(self._devices.values()):
+            if device.type == "cuda":  # what fails or takes long here is not a score's doing
+                torch.cuda.synchronize(device)
+        _check_finite(ends)
 
     @torch.no_grad()
     def merged(
@@ -111,6 +120,7 @@ class Merger:
 
         Raises:
             SpecError: If the plan is not legal, or names an expert that is not loaded.
+            EvaluationError: If a tensor is not finite in the dtype that it comes out in.
         """
         vectors, work, scales = self._bind(plan)
         work = self._settled(vectors, work, scales)
@@ -118,12 +128,16 @@ class Merger:
             base = vectors.base[name]
             out = torch.empty(base.shape, dtype=dtype or base.dtype, device=own[0].device)
             self._write(name, own, work, scales[name], out)
+            _check_finite({name: _ends(out)})
             for each in (name, *_aliases(vectors, name)):
                 yield each, out
         for name, tensor in vectors.base.items():
             if vectors.tied.get(name, name) not in vectors.weights:
-                cast = dtype is not None and tensor.is_floating_point()
-                yield name, tensor.detach().to(dtype) if cast else tensor.detach()
+                tensor = tensor.detach()
+                if dtype is not None and tensor.is_floating_point():
+                    tensor = tensor.to(dtype)
+                    _check_finite({name: _ends(tensor)})
+                yield name, tensor
 
     def _bind(self, plan: MergePlan) -> tuple[TaskVectors, Pass, dict[str, float]]:
         validate_plan(plan)
@@ -142,7 +156,7 @@ class Merger:
 
     def _measure(self, vectors: TaskVectors) -> Measure:
         everyone = None if vectors is self._vectors else self._everyone
-        return Measure(vectors, self._engine, self._budget, self._cache, everyone)
+        return Measure(vectors, self._engine, self._budget, self._cache, everyone, self._devices)
 
     def _inputs(
         self, vectors: TaskVectors, work: Pass
@@ -193,6 +207,29 @@ class Merger:
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
         return tally
+
+
+def _ends(tensor: Tensor) -> Tensor:
+    """Return the least and the greatest entry, ``(2,)`` where they lie; NaN where one is."""
+    return torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor.new_zeros(2)
+
+
+def _check_finite(ends: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that hold NaN or inf; a device is waited for once.
+
+    Raises:
+        EvaluationError: If one does; it names the first.
+    """
+    together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, own in ends.items():
+        together.setdefault((own.device, own.dtype), []).append(name)
+    for (_, dtype), names in together.items():
+        finite = torch.stack([ends[name] for name in names]).isfinite().all(1).tolist()
+        if not all(finite):
+            raise EvaluationError(
+                f"merged tensor {names[finite.index(False)]!r} is not finite in {dtype}, which "
+                f"ends at {torch.finfo(dtype).max:.4g}"
+            )
 
 
 def _find_targets(

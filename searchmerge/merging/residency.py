@@ -116,10 +116,20 @@ def _choose(needed: Mapping[torch.device, int]) -> Residency:
     on_gpu = {device: size for device, size in needed.items() if device.type != "cpu"}
     if not on_gpu:
         return "mapped"
-    if all(size <= (1 - _LEFT_FREE) * free_bytes(device) for device, size in on_gpu.items()):
+    if all(fits_device(size, free_bytes(device)) for device, size in on_gpu.items()):
         return "device"
-    fits_host = sum(on_gpu.values()) <= free_bytes(torch.device("cpu")) // 2
-    return "pinned" if fits_host else "mapped"
+    free = free_bytes(torch.device("cpu"))
+    return "pinned" if fits_pinned(sum(on_gpu.values()), free) else "mapped"
+
+
+def fits_device(size_bytes: float, free: float) -> bool:
+    """Return whether base and experts are held on a device with so much free memory."""
+    return size_bytes <= (1 - _LEFT_FREE) * free
+
+
+def fits_pinned(size_bytes: float, free: float) -> bool:
+    """Return whether base and experts are held in page-locked memory of a host."""
+    return size_bytes <= free / 2
 
 
 def _gib(needed: Mapping[torch.device, int]) -> float:

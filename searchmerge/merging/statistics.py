@@ -1,18 +1,21 @@
 """Exact order statistics of whole models, measured without sorting or copying them."""
 
+import hashlib
 import itertools
+import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+
+from searchmerge.durable import write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -21,6 +24,8 @@ _LOW = 1 << _LOW_BITS
 _STRIDE = _LOW + 16  # counters a power of two apart would evict one another
 _HIGH = 1 << (32 - _LOW_BITS)
 _MAGNITUDE = 0x7FFFFFFF
+
+_CHECKSUM = "sha256"  # of what a cache holds, in its metadata
 
 _AT_ONCE = 1 << 15  # entries per operation on a CPU: torch starts no threads of its own for them
 
@@ -169,7 +174,7 @@ class OrderStatistics:
         if self._cache is None or not self._cache.exists():
             return
         try:
-            stored = load_file(self._cache)
+            stored = _read_cache(self._cache)
             bins, counts = stored["bins"].numpy(), stored["counts"].numpy()
             places, values = stored["places"].tolist(), stored["values"].tolist()
             high = np.zeros((self._n_rows, _HIGH), np.int64)
@@ -196,10 +201,33 @@ class OrderStatistics:
             "places": torch.tensor(places, dtype=torch.int64),  # row and rank
             "values": torch.tensor(values, dtype=torch.float32),
         }
-        self._cache.parent.mkdir(parents=True, exist_ok=True)
-        part = self._cache.with_name(f"{self._cache.name}.{os.getpid()}.part")
-        save_file(tensors, part)
-        part.replace(self._cache)
+        try:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._cache, save(tensors, {_CHECKSUM: _checksum(tensors)}))
+        except OSError as error:
+            _logger.warning("%s: cannot be written: %s", self._cache, error.strerror)
+
+
+def _read_cache(file: Path) -> dict[str, Tensor]:
+    """Return what a cache holds.
+
+    Raises:
+        ValueError: If it is not as it was written.
+    """
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        written = (opened.metadata() or {}).get(_CHECKSUM)
+    if written != _checksum(tensors):
+        raise ValueError("it is not as it was written")
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _keys(numbers: Tensor) -> Tensor:

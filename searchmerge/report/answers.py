@@ -14,14 +14,14 @@ def explained_zero(answers: Sequence[Answer], info: TaskInfo) -> str:
     if not answers:
         return ""
     lines = [
-        f"  example {answer.example}: it said {_short(answer.said)}; read in it was "
-        f"{_short(answer.read)}; right is {answer.expected!r}"
+        f"example {answer.example}: it said {_short(answer.said)}, read in it was "
+        f"{_short(answer.read)}, right is {answer.expected!r}"
         for answer in answers[:_N_SHOWN]
     ]
     keys = ", ".join(info.reading_keys)
     return (
-        "what it said first:\n" + "\n".join(lines) + "\nLook at the task's keys "
-        f"{keys}: whether it is asked as it was trained, and its answers are read as they come"
+        f"what it said first: {'; '.join(lines)}; look at the task's keys {keys}: whether it is "
+        "asked as it was trained, and its answers are read as they come"
     )
 
 
@@ -43,8 +43,8 @@ def answers_table(
 
 def _both(answer: Answer) -> str:
     """Return what was said, and what was read in it where that is something else."""
-    said, read = "\n".join(answer.said), "\n".join(answer.read)
-    return said if read in ("", said) else f"{said}\n=> {read}"
+    said, read = " | ".join(answer.said), " | ".join(answer.read)
+    return said if read in ("", said) else f"{said} => {read}"
 
 
 def _short(texts: Sequence[str]) -> str:

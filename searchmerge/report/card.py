@@ -3,9 +3,10 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-import yaml
-
+from searchmerge.checkpoints.hub import is_hub_id
+from searchmerge.report.escape import code, code_block, markdown
 from searchmerge.report.results import Results, markdown_table
+from searchmerge.yaml_text import dump_yaml
 
 
 def model_card(
@@ -24,33 +25,32 @@ def model_card(
         classes: Expert name to the names of its head's classes, where it has a head of its own.
         overrides: What ``searchmerge merge`` has to be told beside plan and models.
     """
-    hub_ids = [name for name in (base, *experts.values()) if _is_hub_id(name)]
+    hub_ids = [name for name in (base, *experts.values()) if is_hub_id(name)]
     metadata = {
         **({"base_model": hub_ids, "base_model_relation": "merge"} if hub_ids else {}),
         "library_name": "transformers",
         "tags": ["merge", "searchmerge", results.merge_plan.method],
     }
-    models = "\n".join(f"- {name}: `{source}`" for name, source in experts.items())
+    models = "\n".join(f"- {markdown(name)}: {code(source)}" for name, source in experts.items())
+    verdict = markdown(results.verdict)
     header, cells = results.table()
     table = markdown_table(header, cells)
     return f"""---
-{yaml.safe_dump(metadata, sort_keys=False)}---
+{dump_yaml(metadata, flow=False)}---
 
-# {results.study}
+# {markdown(results.study)}
 
-A merge of these experts on the base `{base}`, found by searchmerge:
+A merge of these experts on the base {code(base)}, found by searchmerge:
 
 {models}
 
-{results.verdict} Scores times 100, as select / held out: the search saw the select examples only.
+{verdict} Scores times 100, as select / held out: the search saw the select examples only.
 
 {table}
 
 {_heads_text(classes)}With `merge_plan.yaml` and these models this one is made again:
 
-```
-{_command(base, experts, overrides)}
-```
+{code_block(_command(base, experts, overrides))}
 """
 
 
@@ -67,7 +67,7 @@ def _heads_text(classes: Mapping[str, Sequence[str]]) -> str:
     """Return how the encoder becomes a classifier again, or nothing where no expert has a head."""
     if not classes:
         return ""
-    cells = [[f"`{expert}`", ", ".join(names)] for expert, names in classes.items()]
+    cells = [[expert, ", ".join(names)] for expert, names in classes.items()]
     return f"""The model is the merged encoder. Every expert keeps a head of its own, in `heads/`:
 
 {markdown_table(["head", "classes"], cells)}
@@ -81,7 +81,3 @@ label = model.config.id2label[int(logits[0].argmax())]
 ```
 
 """
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

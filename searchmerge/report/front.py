@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from searchmerge.durable import write_atomically
 from searchmerge.errors import StudyError
+from searchmerge.report.escape import html_text
 from searchmerge.report.results import Point, PointKind
 
 FRONT_FILE = "front.html"
@@ -31,10 +33,10 @@ def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) 
         StudyError: If it cannot be written.
     """
     figure = _scatter(points, winner) if len(points[0].values) == 2 else _parallel(points)
-    figure.update_layout(title=title, template="plotly_white")
+    figure.update_layout(title=html_text(title), template="plotly_white")
     path = run_dir / FRONT_FILE
     try:
-        path.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
+        write_atomically(path, figure.to_html(include_plotlyjs=True))
     except OSError as error:
         raise StudyError(f"{path}: cannot be written: {error.strerror}") from error
     return path
@@ -51,7 +53,7 @@ def _scatter(points: Sequence[Point], winner: str) -> Any:
         figure.add_scatter(
             x=[point.values[first] for point in drawn],
             y=[point.values[second] for point in drawn],
-            text=[point.name for point in drawn],
+            text=[html_text(point.name) for point in drawn],
             mode="lines+markers" if kind == "front" else "markers",
             line={"shape": "vh", "width": 1.5},
             marker={"color": colour, "symbol": symbol, "size": 9},
@@ -61,13 +63,14 @@ def _scatter(points: Sequence[Point], winner: str) -> Any:
         figure.add_scatter(
             x=[point.values[first]],
             y=[point.values[second]],
-            text=[winner],
+            text=[html_text(winner)],
             mode="markers",
             marker={"symbol": "circle-open", "size": 18, "color": "#d73a49", "line": {"width": 2}},
-            name=f"saved: {winner}",
+            name=html_text(f"saved: {winner}"),
         )
     return figure.update_layout(
-        xaxis_title=f"{first}, over its own expert", yaxis_title=f"{second}, over its own expert"
+        xaxis_title=html_text(f"{first}, over its own expert"),
+        yaxis_title=html_text(f"{second}, over its own expert"),
     )
 
 
@@ -80,9 +83,9 @@ def _parallel(points: Sequence[Point]) -> Any:
     for kind, (label, colour, _) in _LOOK.items():
         for index, point in enumerate(_of_kind(points, kind)):
             figure.add_scatter(
-                x=names,
+                x=[html_text(name) for name in names],
                 y=list(point.values.values()),
-                text=[point.name] * len(names),
+                text=[html_text(point.name)] * len(names),
                 mode="lines+markers",
                 line={"color": colour, "width": 2.5 if kind == "front" else 1},
                 name=label,

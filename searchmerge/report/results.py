@@ -1,13 +1,14 @@
 """The results of a study, as data and as the written report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from searchmerge.durable import read_checked, with_checksum, write_atomically
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
+from searchmerge.report.escape import code_block, code_cell, markdown
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.md"
@@ -128,11 +129,8 @@ class Results:
             StudyError: If they cannot be written.
         """
         try:
-            data = json.dumps(asdict(self), indent=1)
-            for file, text in ((RESULTS_FILE, data), (REPORT_FILE, self.markdown())):
-                unfinished = run_dir / f".{file}"
-                unfinished.write_text(text, encoding="utf-8")
-                unfinished.replace(run_dir / file)
+            write_atomically(run_dir / REPORT_FILE, self.markdown())
+            write_atomically(run_dir / RESULTS_FILE, with_checksum(asdict(self)))
         except OSError as error:
             raise StudyError(f"{run_dir}: cannot be written: {error.strerror}") from error
 
@@ -141,14 +139,20 @@ class Results:
         """Read what :meth:`save` wrote.
 
         Raises:
-            StudyError: If there are no results in ``run_dir``.
+            StudyError: If there are no results in ``run_dir``, or they are damaged.
         """
         file = run_dir / RESULTS_FILE
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = read_checked(file)
+        except FileNotFoundError as error:
             raise StudyError(
                 f"{run_dir}: no results yet; the study writes {RESULTS_FILE} once it is confirmed"
+            ) from error
+        except OSError as error:
+            raise StudyError(f"{file}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise StudyError(
+                f"{file}: {error}; `searchmerge run` with the same study writes it again"
             ) from error
         data["rows"] = [
             Row(**{**row, "objective": tuple(row["objective"])}) for row in data["rows"]
@@ -174,14 +178,16 @@ class Results:
     def markdown(self) -> str:
         """Return the report."""
         header, cells = self.table()
-        metrics = ", ".join(f"{task}: {metric}" for task, metric in self.tasks.items())
+        metrics = ", ".join(markdown(f"{task}: {name}") for task, name in self.tasks.items())
         counts = ", ".join(f"{name} {number:g}" for name, number in self.counts.items())
-        sources = "\n".join(f"| {name} | {source} |" for name, source in self.made_of.items())
+        sources = "\n".join(
+            f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
+        )
         parts = (self._bounds_text(), self._front_text(), self._details_text())
         more = "".join(part + "\n\n" for part in parts if part)
-        return f"""# {self.study}
+        return f"""# {markdown(self.study)}
 
-**{self.verdict}**
+**{markdown(self.verdict)}**
 
 Scores times 100, as select / held out. The trials saw the select examples only; the held-out
 ones were scored after the search. Objective: {self.objective}; metrics: {metrics}. In brackets
@@ -194,8 +200,7 @@ corrected for having chosen the winner among the candidates.
 
 ## The winner's plan
 
-```yaml
-{self.merge_plan.to_yaml()}```
+{code_block(self.merge_plan.to_yaml(), "yaml")}
 
 ## Made of
 
@@ -247,9 +252,11 @@ corrected for having chosen the winner among the candidates.
 
 
 def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]], bold: str = "") -> str:
-    """Return a Markdown table; the row whose first cell is ``bold`` stands out."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    """Return plain text as a Markdown table; the row whose first cell is ``bold`` stands out."""
+    lines = ["| " + " | ".join(map(markdown, header)) + " |", "|" + "---|" * len(header)]
     for row in cells:
-        shown = [f"**{cell}**" for cell in row] if row[0] == bold else row
+        shown = list(map(markdown, row))
+        if row[0] == bold:
+            shown = [f"**{cell}**" for cell in shown]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -1,12 +1,15 @@
 """The score cache: every block that was ever scored, kept as soon as it is known."""
 
+import contextlib
+import hashlib
 import json
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from searchmerge.errors import StudyError
 from searchmerge.evaluators.evaluator import Answer
@@ -24,7 +27,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS plans (digest TEXT PRIMARY KEY, plan TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scores (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, block INTEGER NOT NULL,
-    vals TEXT NOT NULL, PRIMARY KEY (digest, task, part, block)
+    vals TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (digest, task, part, block)
 );
 CREATE TABLE IF NOT EXISTS answers (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, example INTEGER NOT NULL,
@@ -39,18 +42,27 @@ class ScoreStore:
     """Block scores by plan, in an SQLite file that belongs to one study.
 
     A plan that was scored on a block is never scored on it again: the study's fingerprint
-    guards the file, so equal plans have equal scores.
+    guards the file, so equal plans have equal scores. Every row has a checksum.
 
     Args:
         path: The file; made where there is none.
+
+    Raises:
+        StudyError: From any method, if the file is damaged, or is none of these.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._connection = sqlite3.connect(path, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=NORMAL")  # outlives a kill, not a power cut
-        self._connection.executescript(_SCHEMA)
+        try:
+            with self._read_errors():
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute("PRAGMA synchronous=NORMAL")  # outlives a kill alone
+                self._connection.executescript(_SCHEMA)
+                self._connection.execute("SELECT checksum FROM scores LIMIT 0")
+        except StudyError:
+            self._connection.close()
+            raise
         self._cached: OrderedDict[str, dict[BlockKey, tuple[float, ...]]] = OrderedDict()
 
     def put(self, plan: MergePlan, scores: Iterable[BlockScores]) -> None:
@@ -61,7 +73,7 @@ class ScoreStore:
         """
         scores = list(scores)
         entries = [
-            (plan.digest, s.block.task, s.block.part, s.block.index, json.dumps(s.values))
+            _signed(plan.digest, s.block.task, s.block.part, s.block.index, json.dumps(s.values))
             for s in scores
         ]
         answers = [
@@ -76,7 +88,7 @@ class ScoreStore:
                 (plan.digest, json.dumps(plan.to_dict())),
             )
             self._connection.executemany(
-                "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?)", entries
+                "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?,?)", entries
             )
             self._connection.executemany(
                 "INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?)", answers
@@ -87,10 +99,7 @@ class ScoreStore:
                 self._connection.execute("ROLLBACK")
             raise StudyError(f"{self._path}: scores cannot be written: {error}") from error
         self._of(plan.digest).update(
-            {
-                (task, part, block): tuple(json.loads(vals))
-                for _, task, part, block, vals in entries
-            }
+            {(task, part, block): tuple(json.loads(v)) for _, task, part, block, v, _ in entries}
         )
 
     def get(self, plan: MergePlan) -> BlockValues:
@@ -115,19 +124,18 @@ class ScoreStore:
         )
 
     def _answered(self, digest: str, part: Part) -> set[tuple[str, int]]:
-        return set(
-            self._connection.execute(
-                "SELECT task, example FROM answers WHERE digest = ? AND part = ?", (digest, part)
-            )
-        )
+        query = "SELECT task, example FROM answers WHERE digest = ? AND part = ?"
+        with self._read_errors():
+            return set(self._connection.execute(query, (digest, part)))
 
     def answers(self, plan: MergePlan, task: str, part: Part) -> tuple[Answer, ...]:
         """Return what is kept of what a plan said to a task's examples, by example."""
-        entries = self._connection.execute(
-            "SELECT answer FROM answers WHERE digest = ? AND task = ? AND part = ? "
-            "ORDER BY example",
-            (plan.digest, task, part),
-        )
+        with self._read_errors():
+            entries = self._connection.execute(
+                "SELECT answer FROM answers WHERE digest = ? AND task = ? AND part = ? "
+                "ORDER BY example",
+                (plan.digest, task, part),
+            ).fetchall()
         answers = [json.loads(text) for (text,) in entries]
         return tuple(
             Answer(**{**a, "said": tuple(a["said"]), "read": tuple(a["read"])}) for a in answers
@@ -165,10 +173,39 @@ class ScoreStore:
         if digest in self._cached:
             self._cached.move_to_end(digest)
             return self._cached[digest]
-        entries = self._connection.execute(
-            "SELECT task, part, block, vals FROM scores WHERE digest = ?", (digest,)
-        )
-        self._cached[digest] = {(t, p, b): tuple(json.loads(v)) for t, p, b, v in entries}
+        with self._read_errors():
+            entries = self._connection.execute(
+                "SELECT digest, task, part, block, vals, checksum FROM scores WHERE digest = ?",
+                (digest,),
+            ).fetchall()
+        self._cached[digest] = {entry[1:4]: self._values(entry) for entry in entries}
         if len(self._cached) > _MAX_CACHED:
             self._cached.popitem(last=False)
         return self._cached[digest]
+
+    def _values(self, entry: tuple[Any, ...]) -> tuple[float, ...]:
+        _, task, part, block, values, _ = entry
+        if entry != _signed(*entry[:5]):
+            raise StudyError(
+                f"{self._path}: damaged: the scores of block {block} of task {task!r} ({part}) "
+                "are not as they were written; put back a copy of the file, or begin the study "
+                "anew under another name"
+            )
+        return tuple(json.loads(values))
+
+    @contextlib.contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StudyError(
+                f"{self._path}: cannot be used ({error}); if it is damaged put back a copy, or "
+                "begin the study anew under another name"
+            ) from error
+
+
+def _signed(digest: str, task: str, part: str, block: int, values: str) -> tuple[Any, ...]:
+    """Return a row with the checksum of all that stands in it."""
+    text = json.dumps((digest, task, part, block, values), default=repr)  # bytes: damaged
+    checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest, task, part, block, values, checksum

@@ -15,7 +15,14 @@ from optuna.trial import FrozenTrial, TrialState
 from searchmerge.errors import StudyError
 from searchmerge.plan import SettingValue
 from searchmerge.search.scores import ScoreStore
-from searchmerge.search.storage import find_study, open_storage, prepare_storage, storage_errors
+from searchmerge.search.storage import (
+    claim_study,
+    close_storage,
+    find_study,
+    open_storage,
+    prepare_storage,
+    storage_errors,
+)
 from searchmerge.search.trials import FINISHED, TrialRecord, enqueue, left_running
 
 SCORES_FILE = "scores.db"
@@ -86,16 +93,18 @@ class StudyDirectory:
     ) -> None:
         self.run_dir = run_dir
         quiet_optuna()
-        with storage_errors(run_dir):
+        with contextlib.ExitStack() as opened, storage_errors(run_dir, storage):
             is_new = not (run_dir / SCORES_FILE).exists()
-            prepare_storage(run_dir, storage, name)
+            prepare_storage(run_dir, storage)
             self._storage = open_storage(run_dir, storage)
+            opened.callback(close_storage, self._storage)
             self.study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
                 directions=["maximize"] * n_objectives,
                 load_if_exists=True,
             )
+            claim_study(run_dir, storage, self.study)
             if sampler is not None:
                 self.study.sampler = sampler(len(self.trials()))
             self._guard(spec)
@@ -108,6 +117,8 @@ class StudyDirectory:
                 )
             self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
             self.scores = ScoreStore(run_dir / SCORES_FILE)
+            opened.callback(self.scores.close)
+            self._opened = opened.pop_all()
 
     def _guard(self, spec: Mapping[str, Any]) -> None:
         text = json.dumps(spec, sort_keys=True)
@@ -185,8 +196,8 @@ class StudyDirectory:
             enqueue(self.study, kind, trial_params)
 
     def close(self) -> None:
-        """Close the score cache."""
-        self.scores.close()
+        """Close the score cache and the storage."""
+        self._opened.close()
 
 
 def stored_study(run_dir: Path, storage: str | None = None) -> optuna.Study:

@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from searchmerge.merging.engine import Engine
+from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import default_plan
 from searchmerge.merging.residency import Memory
@@ -56,6 +58,7 @@ SHAPES = {
     "tiny": Shape(512, 64, 128, 4, 32),
     "135m": Shape(49152, 576, 1536, 30, 192),
     "1b": Shape(128256, 2048, 8192, 16, 512),
+    "3b": Shape(128256, 3072, 8192, 28, 1024),
     "7b": Shape(128256, 4096, 12288, 32, 1024),
 }
 
@@ -214,8 +217,8 @@ class Bench:
 
     def statistics(self) -> None:
         def measure() -> None:
-            merger = Merger(self.vectors, targets=self.targets, engine="eager")
-            merger._everyone.magnitudes([0] * N_EXPERTS)
+            measured = Measure(self.vectors, Engine("eager"), MemoryBudget(0))
+            measured.magnitudes([0] * N_EXPERTS)
 
         read = N_EXPERTS * 2 * 4 * self.d  # base and expert, twice
         self.record("statistics of |τ|, all densities", measure, n=3, warm_ups=0, moved=read)

@@ -38,7 +38,7 @@ from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 
 STUDY = Path(__file__).parents[2] / "studies" / "quickstart"
-BATCH_SIZES = (8, 16, 32, 64)
+BATCH_SIZES = (8, 16, 32, 64)  # of HFLM, from small to large
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,71 @@ class Timer:
         return self.now() - start, result
 
 
+@dataclass(frozen=True)
+class Measured:
+    """How one case was scored both ways.
+
+    Attributes:
+        batch_size: At which ``HFLM`` was fastest.
+        theirs_s: Seconds that it took, at its best.
+        ours_s: Seconds that we took, at our best.
+        difference: The largest of log-likelihoods; ``None`` where there are none.
+        n_same: Examples with the same answer.
+        n_examples: All examples.
+    """
+
+    batch_size: int
+    theirs_s: float
+    ours_s: float
+    difference: float | None
+    n_same: int
+    n_examples: int
+
+    @property
+    def ratio(self) -> float:
+        return self.theirs_s / self.ours_s
+
+    def cells(self) -> list[str]:
+        """Return them as cells of the table."""
+        return [
+            str(self.n_examples),
+            f"{self.theirs_s:.2f} ({self.batch_size})",
+            f"{self.ours_s:.2f}",
+            f"{self.ratio:.1f}",
+            "" if self.difference is None else f"{self.difference:.1e}",
+            f"{self.n_same}/{self.n_examples}",
+        ]
+
+
 class Contest:
-    """One model, scored both ways."""
+    """One model, scored both ways.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        folder: Where the tasks' YAMLs are.
+        timer: Measures seconds.
+        batch_tokens: Of our passes.
+        cases: What may be scored.
+        batch_sizes: Among which ``HFLM``'s is chosen.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, folder: Path, timer: Timer, *, batch_tokens: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        folder: Path,
+        timer: Timer,
+        *,
+        batch_tokens: int,
+        cases: Sequence[Case] = CASES,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
     ) -> None:
         self._model = model
         self._timed = timer
         self._tokenizer = tokenizer
-        tasks = {case.task: LmTask(case.task, "validation") for case in CASES}
+        self._batch_sizes = batch_sizes
+        tasks = {case.task: LmTask(case.task, "validation") for case in cases}
         backend = TransformersBackend(batch_tokens)
         self._harness = LmHarness(
             tasks,
@@ -144,7 +199,7 @@ class Contest:
         self._lm = make_lm(tokenizer, backend)
         self._lm.model = model
         self._manager = TaskManager(include_path=str(folder), include_defaults=False)
-        self._tasks = self._manager.load([case.task for case in CASES])["tasks"]
+        self._tasks = self._manager.load([case.task for case in cases])["tasks"]
 
     def evaluate(self, lm: Any, case: Case, limit: int) -> Any:
         """Return lm-eval's own result; the task and its data are loaded already."""
@@ -156,18 +211,22 @@ class Contest:
         """Return lm-eval's model around ours."""
         return HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=batch_size)
 
-    def best_batch_size(self, case: Case) -> int:
+    def best_batch_size(self, case: Case, n_examples: int) -> int:
         """Return the batch size at which ``HFLM`` is fastest on a third of the examples."""
-        limit = max(8, case.n_examples // 3)
-        seconds = {
-            size: self._timed(lambda size=size: self.evaluate(self.hflm(size), case, limit))[0]
-            for size in BATCH_SIZES
-        }
+        limit = max(8, n_examples // 3)
+        seconds = {}
+        for size in self._batch_sizes:
+            try:
+                seconds[size], _ = self._timed(
+                    lambda size=size: self.evaluate(self.hflm(size), case, limit)
+                )
+            except torch.OutOfMemoryError:
+                break  # larger ones need more
         return min(seconds, key=lambda size: seconds[size])
 
-    def row(self, case: Case, n_examples: int, rounds: int) -> list[str]:
-        """Return the table's row of one case."""
-        size = self.best_batch_size(case)
+    def measure(self, case: Case, n_examples: int, rounds: int) -> Measured:
+        """Return how long one case takes both ways, and how far the answers agree."""
+        size = self.best_batch_size(case, n_examples)
         lm = self.hflm(size)
         self._harness.score(self._model, case.task, range(2))  # prompts are made once a study
         theirs, ours = [], []
@@ -180,17 +239,8 @@ class Contest:
             ours.append(seconds)
         samples = result["samples"][case.task]
         _, again = self._timed(lambda: self.evaluate(self._lm, case, n_examples))
-        again = again["samples"][case.task]
-        difference, same = compare(samples, again)
-        return [
-            case.title,
-            str(n_examples),
-            f"{min(theirs):.2f} ({size})",
-            f"{min(ours):.2f}",
-            f"{min(theirs) / min(ours):.1f}",
-            difference,
-            same,
-        ]
+        difference, n_same = compare(samples, again["samples"][case.task])
+        return Measured(size, min(theirs), min(ours), difference, n_same, len(samples))
 
     def overhead_s(self, n_examples: int, rounds: int) -> float:
         """Return the seconds of a trial outside the forward passes: the best of some trials.
@@ -221,7 +271,7 @@ class Contest:
         return min(found[1:])
 
 
-def compare(first: Sequence[Any], second: Sequence[Any]) -> tuple[str, str]:
+def compare(first: Sequence[Any], second: Sequence[Any]) -> tuple[float | None, int]:
     """Return the largest difference of log-likelihoods, and how many answers are the same."""
     difference, same = 0.0, 0
     for one, other in zip(first, second, strict=True):
@@ -232,7 +282,7 @@ def compare(first: Sequence[Any], second: Sequence[Any]) -> tuple[str, str]:
         values = [[float(a[0] if isinstance(a, list | tuple) else a) for a in s] for s in answers]
         difference = max([difference, *(abs(a - b) for a, b in zip(*values, strict=True))])
         same += values[0].index(max(values[0])) == values[1].index(max(values[1]))
-    return ("" if isinstance(answers[0][0], str) else f"{difference:.1e}"), f"{same}/{len(first)}"
+    return (None if isinstance(answers[0][0], str) else difference), same
 
 
 def main() -> None:
@@ -269,8 +319,9 @@ def main() -> None:
             for case in CASES:
                 if case.task in options.cases:
                     n_examples = case.n_examples // 4 if options.quick else case.n_examples
-                    title, *cells = contest.row(case, n_examples, 1 if options.quick else 3)
-                    print("| " + " | ".join([title, name, *cells]) + " |", flush=True)
+                    found = contest.measure(case, n_examples, 1 if options.quick else 3)
+                    cells = [case.title, name, *found.cells()]
+                    print("| " + " | ".join(cells) + " |", flush=True)
             overheads.append((name, contest.overhead_s(300, 1 if options.quick else 3)))
     for name, seconds in overheads:
         print(f"\n{name}: {1000 * seconds:.0f} ms outside forward passes, a trial of 300 examples")

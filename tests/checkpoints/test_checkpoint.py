@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from searchmerge.checkpoints.checkpoint import open_checkpoint, tied
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.tensor_files import TensorHeader
+from searchmerge.durable import read_checked, with_checksum
 from searchmerge.errors import CheckpointError
 from tests.checkpoints.conftest import ARCHITECTURES
 
@@ -108,18 +109,42 @@ def test_the_fingerprint_is_remembered_until_a_file_changes(copy, cache_dir):
     data[-1] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert checkpoint.fingerprint() == first  # was not read again
-    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     assert checkpoint.fingerprint() != first
 
 
-def test_a_damaged_memory_of_fingerprints_is_not_believed(opened, tmp_path):
+def test_weights_are_not_read_again_while_their_file_stays(opened, tmp_path):
+    files = opened("llama").files
+    fingerprint(files, tmp_path)
+    (remembered,) = (tmp_path / "fingerprints").iterdir()
+    noted = read_checked(remembered)
+    remembered.write_text(with_checksum({**noted, "fingerprint": "f" * 64}))
+    assert fingerprint(files, tmp_path) == "f" * 64
+
+
+def test_a_copy_that_keeps_times_is_told_apart(copy, save, cache_dir):
+    directory = copy()
+    checkpoint = open_checkpoint(directory, cache_dir=cache_dir)
+    first = checkpoint.fingerprint()
+    stamp = (directory / "model.safetensors").stat()
+    other = save("llama", 1) / "model.safetensors"
+    assert other.stat().st_size == stamp.st_size
+    shutil.copyfile(other, directory / "model.safetensors")
+    os.utime(directory / "model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert checkpoint.fingerprint() != first
+
+
+def test_a_damaged_memory_of_fingerprints_is_not_believed(opened, tmp_path, caplog):
     files = opened("llama").files
     first = fingerprint(files, tmp_path)
     (remembered,) = (tmp_path / "fingerprints").iterdir()
-    for damage in ("", "{", "[]", '{"files": []}'):
+    whole = remembered.read_text()
+    changed = whole.replace(first, first[::-1])
+    assert changed != whole
+    for damage in ("", "{", "[]", '{"files": []}', changed, "[" * 100_000, "\0" * len(whole)):
         remembered.write_text(damage)
+        caplog.clear()
         assert fingerprint(files, tmp_path) == first
+        assert f"{remembered}: it is" in caplog.text
 
 
 def test_fingerprints_work_where_nothing_can_be_remembered(opened, tmp_path):
@@ -257,6 +282,7 @@ def test_an_unusable_configuration_is_named(copy, text, message):
 _HUB_SCRIPT = """
 import sys
 from searchmerge.checkpoints.checkpoint import open_checkpoint
+from searchmerge.durable import read_checked, with_checksum
 from searchmerge.errors import CheckpointError
 print(len(open_checkpoint(sys.argv[1]).headers))
 print([name for name in ("transformers", "huggingface_hub", "peft") if name in sys.modules])

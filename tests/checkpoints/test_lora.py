@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -260,7 +261,8 @@ def test_an_adapter_is_materialised_once(opened, tmp_path):
     assert own() == file
     assert file.stat().st_mtime_ns == stamp
     assert len(load_file(file)) == 2 * len(_LINEAR)
-    assert {path.name for path in file.parent.iterdir()} <= {"model.safetensors", "lock"}
+    names = {path.name for path in file.parent.iterdir()}
+    assert names <= {"model.safetensors", "content.json", "lock"}
 
 
 def test_another_setting_or_base_is_another_file(opened, edit, cache_dir):
@@ -448,3 +450,25 @@ def test_a_file_that_was_left_unfinished_is_made_again(edit, opened, tmp_path):
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     assert not Path(f"{file}.part").exists()
     shutil.rmtree(cache)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no note"])
+def test_a_damaged_adapter_in_the_cache_is_made_again_with_a_warning(
+    edit, opened, tmp_path, caplog, damage
+):
+    base, directory, cache = opened("llama"), edit(), tmp_path / "cache"
+    first = open_checkpoint(directory, base=base, cache_dir=cache)
+    (file,) = set(first.files.values()) - set(base.files.values())
+    whole, stamp = file.read_bytes(), file.stat()
+    if damage == "no note":
+        file.with_name("content.json").unlink()
+    else:
+        file.write_bytes(whole[:-9] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 64]))
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    again = open_checkpoint(directory, base=base, cache_dir=cache)
+    assert set(again.files.values()) == set(first.files.values())
+    assert file.read_bytes() == whole
+    assert f"{file}: damaged, and made again" in caplog.text
+    caplog.clear()
+    assert open_checkpoint(directory, base=base, cache_dir=cache).files == again.files
+    assert caplog.text == ""

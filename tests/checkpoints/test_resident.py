@@ -1,9 +1,15 @@
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from searchmerge.checkpoints.checkpoint import open_checkpoint
-from searchmerge.checkpoints.resident import load_resident, writable_views
+from searchmerge.checkpoints.resident import check_spread, load_resident, writable_views
 from searchmerge.errors import CheckpointError
 from tests.checkpoints.conftest import ARCHITECTURES
 
@@ -111,7 +117,7 @@ def test_an_unknown_class_is_refused(name, opened):
 
 
 def test_a_model_of_another_kind_is_refused(opened):
-    with pytest.raises(CheckpointError, match=r"cannot be loaded as AutoModelForCausalLM: Unrec"):
+    with pytest.raises(CheckpointError, match="is a vit model, which is no AutoModelForC"):
         load(opened("vit"))
 
 
@@ -126,3 +132,74 @@ def test_a_model_whose_weights_are_permuted_is_refused(opened):
         CheckpointError, match=r"LlamaForCausalLM cannot be written in place: 'mod"
     ):
         writable_views(model)
+
+
+def test_a_model_of_which_a_part_is_left_over_is_refused():
+    model = ARCHITECTURES["llama"].make()
+    check_spread("tiny", model, "cpu")
+    model.lm_head.to("meta")
+    with pytest.raises(CheckpointError, match=r"tiny: there is no room for it on the cpu devices"):
+        check_spread("tiny", model, "cpu")
+    with pytest.raises(CheckpointError, match=r"'model.embed_tokens.weight' and 20 more tensors"):
+        check_spread("tiny", model, "cuda:1")
+
+
+LOADS = """
+import json, sys, threading, torch
+from searchmerge.checkpoints.checkpoint import open_checkpoint
+from searchmerge.checkpoints.resident import load_resident
+
+def own_bytes():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+def load(folder):
+    return load_resident(open_checkpoint(folder), dtype=torch.bfloat16, device="cpu")
+
+load(sys.argv[1])  # what is imported at first use is not of interest
+peaks, done = [own_bytes()], threading.Event()
+
+def watch():
+    while not done.wait(0.001):
+        peaks.append(own_bytes())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load(sys.argv[2])
+done.set()
+watcher.join()
+peaks.append(own_bytes())
+print(json.dumps([sum(p.nbytes for p in model.parameters()), max(peaks) - peaks[0]]))
+"""
+
+
+@pytest.mark.slow
+def test_loading_makes_no_copy_of_the_model_in_host_memory(tmp_path, save):
+    sizes = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048}
+    model = ARCHITECTURES["llama"].make(**sizes, num_hidden_layers=8).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    shards = sorted(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3
+    found = subprocess.run(
+        [sys.executable, "-c", LOADS, str(save("llama")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    n_bytes, grown = json.loads(found.stdout)
+    assert n_bytes > 2 * shards[-1]
+    assert grown < 1.3 * shards[-1]
+
+
+def test_weights_that_float16_does_not_hold_are_refused_by_name(save, tmp_path, cache_dir):
+    shutil.copytree(save("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "model", cache_dir=cache_dir)
+    load_resident(checkpoint, dtype=torch.bfloat16, device="cpu")
+    with pytest.raises(
+        CheckpointError, match=r"'model\.norm\.weight' is not finite in torch\.flo"
+    ):
+        load_resident(checkpoint, dtype=torch.float16, device="cpu")

@@ -35,6 +35,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
+from searchmerge.watch import Watch
 from tests.evaluators.classifiers import (
     CLASSES,
     NAMES,
@@ -327,7 +328,8 @@ def test_a_saved_head_is_used_by_transformers_alone(write, tmp_path):
     plan = reference_plans(study.experts)["expert first"]
     heads = saved_heads(study, models)
     out = tmp_path / "out"
-    save_merge(models, load_task_vectors(study, models), plan, out, heads=heads)
+    files, check = head_files(heads, models.dtype), Watch(models).check
+    save_merge(models, load_task_vectors(study, models), plan, out, files=files, check=check)
     head = json.loads((out / "heads" / "first.json").read_text())
     names = {int(i): name for i, name in head["id2label"].items()}
     assert names == dict(enumerate(NAMES["first"]))
@@ -496,7 +498,7 @@ def test_an_expert_without_a_head_is_refused(write, tmp_path):
 
 def test_an_encoder_of_no_such_class_is_refused(write):
     file = write("vit", text_tasks(data="data/first/test"))
-    with pytest.raises(CheckpointError, match="cannot be loaded as AutoModelForSequenceClassific"):
+    with pytest.raises(CheckpointError, match="which is no AutoModelForSequenceClassification;"):
         score(file, "second")
 
 

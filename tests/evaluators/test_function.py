@@ -1,19 +1,26 @@
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from searchmerge import assemble
 from searchmerge.config import RunConfig
-from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.errors import EvaluationError, SpecError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.function import FunctionEvaluator
 from searchmerge.fingerprint import fingerprint
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
+from searchmerge.watch import content_of
 from tests.tiny import make_models, make_study
 
 MODULE = """
+import sys
+
+import numpy as np
+import torch
+
 def bias(model, task, examples):
     return [model.bias.item() * len(task) + example for example in examples]
 
@@ -32,6 +39,90 @@ def lines(model, task, examples):
 def words(model, task, examples):
     return ["good" for _ in examples]
 
+def digits(model, task, examples):
+    return ["0.5" for _ in examples]
+
+def text(model, task, examples):
+    return "55"
+
+def mapping(model, task, examples):
+    return {0: 0.5, 3: 0.5}
+
+def truths(model, task, examples):
+    return [True for _ in examples]
+
+def empty(model, task, examples):
+    return None
+
+def nones(model, task, examples):
+    return [None for _ in examples]
+
+def single(model, task, examples):
+    return 0.5
+
+def imaginary(model, task, examples):
+    return [0.5 + 0j for _ in examples]
+
+def huge(model, task, examples):
+    return [10**400 for _ in examples]
+
+def leave(model, task, examples):
+    sys.exit()
+
+def leave_late(model, task, examples):
+    def scores():
+        yield 0.5
+        raise SystemExit(0)
+    return scores()
+
+def base_error(model, task, examples):
+    raise BaseException("no  more")
+
+def tensor(model, task, examples):
+    return torch.tensor(examples, dtype=torch.float32)
+
+def array(model, task, examples):
+    return np.array(examples, dtype=np.float32)
+
+def scalars(model, task, examples):
+    return (torch.tensor(e) if e else np.int64(e) for e in examples)
+
+def half(model, task, examples):
+    model.half()
+    return [0.5 for _ in examples]
+
+def double_and_back(model, task, examples):
+    model.double().float()
+    return [0.5 for _ in examples]
+
+def meta(model, task, examples):
+    model.to("meta")
+    raise ValueError("no data")
+
+def replace(model, task, examples):
+    model.bias = torch.nn.Parameter(model.bias.detach().clone())
+    return [0.5 for _ in examples]
+
+def take(model, task, examples):
+    del model.bias
+    return [0.5 for _ in examples]
+
+def put(model, task, examples):
+    model.more = torch.nn.Linear(1, 1)
+    return [0.5 for _ in examples]
+
+def turn(model, task, examples):
+    model.weight.data = model.weight.data.repeat(2, 1)
+    return [0.5 for _ in examples]
+
+def train(model, task, examples):
+    model.train().requires_grad_()
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    with torch.enable_grad():
+        model(torch.ones(1, 1, dtype=torch.float32)).sum().backward()
+    return [0.5 for _ in examples]
+
 not_a_function = 3
 """
 
@@ -41,6 +132,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "scores_of_mine.py").write_text(MODULE)
     (tmp_path / "raises.py").write_text("raise RuntimeError('no data here')\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     return tmp_path
 
 
@@ -68,7 +160,19 @@ def test_the_users_function_scores_the_model(folder, model):
         ("endless", r"task 'mine': scores_of_mine:endless scored example 3 inf"),
         ("broken", r"task 'mine': scores_of_mine:broken raised KeyError: 'gold'"),
         ("lines", r"task 'mine': scores_of_mine:lines raised ValueError: no such row"),
-        ("words", r"task 'mine': scores_of_mine:words raised ValueError: .*'good'"),
+        ("words", r"words scored example 0 'good' \(str\); a finite number is needed"),
+        ("digits", r"digits scored example 0 '0\.5' \(str\)"),
+        ("text", r"text returned '55' \(str\); a list of one number per example is needed"),
+        ("mapping", r"mapping returned \{0: 0\.5, 3: 0\.5\} \(dict\)"),
+        ("truths", r"truths scored example 0 True \(bool\)"),
+        ("empty", r"empty returned None \(NoneType\)"),
+        ("nones", r"nones scored example 0 None"),
+        ("single", r"single returned 0\.5 \(float\)"),
+        ("imaginary", r"imaginary scored example 0 \(0\.5\+0j\) \(complex\)"),
+        ("huge", r"huge scored example 0 10{20}"),
+        ("leave", r"task 'mine': scores_of_mine:leave called sys\.exit\(None\)"),
+        ("leave_late", r"scores_of_mine:leave_late called sys\.exit\(0\)"),
+        ("base_error", r"base_error raised BaseException: no more"),
     ],
 )
 def test_what_is_no_score_fails_the_candidate(folder, model, name, message):
@@ -84,11 +188,48 @@ def test_what_is_no_score_fails_the_candidate(folder, model, name, message):
         ("scores_of_mine:not_a_function", r"has no function 'not_a_function'"),
         ("no_such_module:score", r"module 'no_such_module'.*No module named"),
         ("raises:score", r"module 'raises'.*RuntimeError: no data here"),
+        ("leaves:score", r"importing module 'leaves' called sys\.exit\(0\)"),
     ],
 )
 def test_a_function_that_cannot_be_imported_is_refused(folder, name, message):
     with pytest.raises(SpecError, match=message):
         FunctionEvaluator(name, {"mine": 5}, search_path=folder)
+
+
+@pytest.mark.parametrize("name", ["tensor", "array", "scalars"])
+def test_numbers_may_come_in_any_list_of_numbers(folder, model, name):
+    assert evaluator(folder, name).score(model, "mine", [0, 3]) == (0.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("half", r"'weight', torch\.float32 \[1, 1\] on cpu, torch\.float16 \[1, 1\] on cpu"),
+        (
+            "double_and_back",
+            r"'weight', torch\.float32 \[1, 1\] on cpu, the same in another place",
+        ),
+        ("meta", r"'weight', .*, torch\.float32 \[1, 1\] on meta"),
+        ("replace", r"'bias', torch\.float32 \[1\] on cpu, the same in another place"),
+        ("turn", r"'weight', torch\.float32 \[1, 1\] on cpu, torch\.float32 \[2, 1\] on cpu"),
+        ("take", "took 'bias' out of the model"),
+        ("put", r"put 'more\.weight' into the model"),
+    ],
+)
+def test_a_function_that_changes_the_model_stops_the_study(folder, model, name, change):
+    message = rf"task 'mine': scores_of_mine:{name} .*{change}; it may read the model"
+    with pytest.raises(StudyError, match=message):
+        evaluator(folder, name).score(model, "mine", [0, 3])
+
+
+def test_what_a_function_leaves_switched_is_put_right(folder, model):
+    model.eval().requires_grad_(requires_grad=False)
+    evaluator(folder, "train").score(model, "mine", [0, 3])
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
 
 
 def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
@@ -114,6 +255,6 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
             for scores in result.scores:
                 expected = [float(weight[example]) for example in scores.block.examples]
                 assert scores.values == pytest.approx(expected, abs=1e-6)
-    before = fingerprint(study, models, "cpu")
+    before = fingerprint(study, content_of(models), "cpu")
     (tmp_path / "own_scores.py").write_text("def score(model, task, examples): return []")
-    assert fingerprint(study, models, "cpu") != before
+    assert fingerprint(study, content_of(models), "cpu") != before

@@ -7,12 +7,19 @@ from searchmerge.search.scores import ScoreStore
 
 STORE_BYTES = 128 * 2**20
 
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_DEDUP_LOGS_SKIP_REGEX=".",
+    # that a node or a worker is dead is heard of at once, and not after seconds
+    RAY_health_check_initial_delay_ms="0",
+    RAY_health_check_period_ms="300",
+    RAY_kill_worker_timeout_milliseconds="200",
+)
+
 
 @pytest.fixture(scope="session")
 def cluster():
     """Start a cluster of one node with 4 CPUs once for all tests; executors join it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     import ray
     from ray.cluster_utils import Cluster
 

@@ -1,4 +1,4 @@
-"""A study on Ray in a process of its own, to be killed: RUN_DIR N_TRIALS DELAY_S."""
+"""A study on Ray in a process of its own, to be killed: RUN_DIR N_TRIALS DELAY_S ADDRESS."""
 
 import functools
 import sys
@@ -10,12 +10,13 @@ from tests.execution import workers
 from tests.search.conftest import Toy
 
 
-def main(run_dir, n_trials, delay_s):
+def main(run_dir, n_trials, delay_s, address):
     notes = run_dir / "notes"
     notes.mkdir(exist_ok=True)
     study = Toy(run_dir)
     study.executor = RayExecutor(
-        functools.partial(workers.make, notes, delay_s), RaySettings(workers=2, cpus=0.5)
+        functools.partial(workers.make, notes, delay_s),
+        RaySettings(address, workers=2, cpus=0.5),
     )
     try:
         study.run(n_trials)
@@ -24,4 +25,4 @@ def main(run_dir, n_trials, delay_s):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4])

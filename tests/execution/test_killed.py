@@ -14,8 +14,8 @@ import pytest
 
 from searchmerge.search.status import read_status
 from tests.execution import workers
-from tests.execution.ray.test_pool import wait_for
 from tests.search.conftest import Toy, toy_schedule
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -27,12 +27,12 @@ def drive(tmp_path):
     """Start drivers of one study; none outlives the test."""
     processes = []
 
-    def start(n_trials, delay_s):
+    def start(n_trials, delay_s, address):
         command = [sys.executable, "-W", "ignore", "-m", "tests.execution.driver"]
         with (tmp_path / "driver.log").open("a") as log:
             processes.append(
                 subprocess.Popen(
-                    [*command, tmp_path / "run", str(n_trials), str(delay_s)],
+                    [*command, tmp_path / "run", str(n_trials), str(delay_s), address],
                     cwd=ROOT,
                     stderr=log,
                 )
@@ -82,19 +82,19 @@ def check_all_scores(run_dir, n_trials):
         plan = study.space.plan(trial.params)
         expected = {
             scores.block.key: scores.values
-            for result in worker.score(plan, study.schedule.rounds["select"])
+            for result in worker.score(plan, study.board.schedule.rounds["select"])
             for scores in result.scores
         }
         assert study.directory.scores.get(plan) == expected
-        scores = study.schedule.scores(study.directory.scores, plan, "select")
+        scores = study.board.scores(plan, "select")
         assert tuple(trial.values) == study.objective.values(scores)
     study.directory.close()
     return trials
 
 
-def test_a_driver_that_is_killed_goes_on_with_the_same_trials(drive, tmp_path):
+def test_a_driver_that_is_killed_goes_on_with_the_same_trials(drive, cluster, tmp_path):
     run_dir = tmp_path / "run"
-    driver = drive(14, 0.02)
+    driver = drive(14, 0.02, cluster.address)
     wait_for(lambda: len(finished(run_dir)) >= 5, seconds=120)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
@@ -102,7 +102,8 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_trials(drive, tmp_path):
     status = read_status(run_dir)
     assert status["trials"]["running"] >= 1
     known = rows(run_dir, "SELECT number FROM trials WHERE state = 'RUNNING'")
-    assert drive(14, 0.0).wait(timeout=120) == 0, (tmp_path / "driver.log").read_text()
+    resumed = drive(14, 0.0, cluster.address)
+    assert resumed.wait(timeout=120) == 0, (tmp_path / "driver.log").read_text()
     trials = check_all_scores(run_dir, 14)
     assert {number: params(run_dir)[number] for number in before} == before
     assert all(trials[number].values for (number,) in known)
@@ -112,7 +113,7 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_trials(drive, tmp_path):
 @pytest.mark.slow
 def test_300_trials_with_workers_killed_every_few_seconds_all_finish(drive, tmp_path):
     run_dir = tmp_path / "run"
-    driver = drive(300, 0.03)
+    driver = drive(300, 0.03, "local")
     draws = random.Random(0)
     n_killed, next_kill = 0, time.monotonic() + 10
     while driver.poll() is None:
@@ -126,6 +127,4 @@ def test_300_trials_with_workers_killed_every_few_seconds_all_finish(drive, tmp_
     assert driver.returncode == 0, (tmp_path / "driver.log").read_text()
     assert n_killed >= 10
     assert len(finished(run_dir)) == 300
-    trials = check_all_scores(run_dir, 300)
-    best = max(trials, key=lambda trial: trial.value)
-    assert best.value == max(trial.value for trial in trials)
+    check_all_scores(run_dir, 300)

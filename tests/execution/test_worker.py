@@ -1,4 +1,4 @@
-"""What a worker makes of errors, and when it counts as hung."""
+"""What a worker makes of errors."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 from searchmerge.errors import DeviceFault, EvaluationError
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.execution.blocks import Block
-from searchmerge.execution.deadline import FACTOR, FIRST_S, LEAST_S, Deadline
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
 from tests.execution.workers import FINE, ROUNDS, plan
@@ -68,17 +67,3 @@ def test_answers_come_with_the_scores_of_blocks_that_keep_them():
     silent = Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, ToyEvaluator()))
     [result] = silent.score(plan(FINE), [blocks])
     assert [scores.answers for scores in result.scores] == [(), ()]
-
-
-def test_a_deadline_follows_the_longest_round_unless_it_is_given():
-    derived = Deadline(None)
-    assert derived.seconds == FIRST_S
-    derived.saw(1.0)
-    assert derived.seconds == LEAST_S
-    derived.saw(100.0)
-    derived.saw(2.0)
-    assert derived.seconds == FACTOR * 100.0
-    assert str(derived) == "its deadline (1000 s, derived; set ray.deadline in the config)"
-    given = Deadline(7.0)
-    given.saw(100.0)
-    assert given.seconds == 7.0

@@ -10,10 +10,9 @@ from hypothesis.extra import numpy as hnp
 from searchmerge.errors import SpecError
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import default_plan
-from searchmerge.merging.randomness import N_DRAWS, draw, keep_drawn, random_keys
 from searchmerge.merging.task_vectors import TaskVectors
 from tests.merging import oracles
-from tests.merging.test_ties_and_pcb import SHAPES, WHOLE_NUMBERS, drawn, merged, vectors_of
+from tests.merging.test_ties_and_pcb import SHAPES, WHOLE_NUMBERS, drawn, merging
 
 
 def draws_of(n_experts, d, seed):
@@ -29,14 +28,14 @@ def draws_of(n_experts, d, seed):
 @given(hnp.arrays(np.float64, SHAPES, elements=WHOLE_NUMBERS), st.data())
 def test_dare_is_the_papers(deltas, data):
     n, d = deltas.shape
-    merger = Merger(vectors_of(deltas), engine="eager")
+    merged = merging(deltas, engine="eager")
     numbers = {"coefficient": drawn(data, n, -2, 2), "density": drawn(data, n, 0, 1)}
     seed = data.draw(st.integers(0, 2**31 - 1))
     for election in ("none", "ties", "ties"):
         # rescaled by different densities, what cancels would not cancel in both precisions
         rescale = election == "none" and data.draw(st.booleans())
         choices = {"election": election, "rescale": rescale}
-        found = merged(merger, "dare", **numbers, **choices, seed=seed)
+        found = merged("dare", **numbers, **choices, seed=seed)
         expected = oracles.dare(deltas, *numbers.values(), draws_of(n, d, seed), **choices)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -44,7 +43,7 @@ def test_dare_is_the_papers(deltas, data):
 def test_rescaling_comes_before_the_election():
     deltas = np.array([[3.0] * 600, [-4.0] * 600])
     numbers = {"coefficient": [1.0, 1.0], "density": [0.5, 1.0]}
-    found = merged(Merger(vectors_of(deltas)), "dare", election="ties", **numbers)
+    found = merging(deltas)("dare", election="ties", **numbers)
     expected = oracles.dare(deltas, *numbers.values(), draws_of(2, 600, 0), election="ties")
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert set(found.tolist()) == {6.0, -4.0}  # 2 x 3 is more than 4
@@ -52,48 +51,11 @@ def test_rescaling_comes_before_the_election():
 
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.9])
 def test_the_share_that_is_kept_and_the_mean_are_as_told(density):
-    merger = Merger(vectors_of(torch.ones(1, 400_000)))
-    found = merged(merger, "dare", density=density, coefficient=1.0)
+    merged = merging(torch.ones(1, 400_000))
+    found = merged("dare", density=density, coefficient=1.0)
     error = 5 * np.sqrt(density * (1 - density) / found.size)  # 5 standard deviations
     assert abs((found != 0).mean() - density) < error
     assert found.max() == pytest.approx(1 / density, rel=1e-6)
-
-
-def test_draws_are_uniform_and_do_not_go_together():
-    position = torch.arange(1 << 20)
-    rows = [
-        draw(position, random_keys(seed, ("one", "two"), name)[i]).double() / N_DRAWS - 0.5
-        for seed in (0, 1)
-        for name in ("a", "b")
-        for i in (0, 1)
-    ]
-    columns = torch.stack([*rows, *(own.roll(lag) for own in rows[:2] for lag in (1, 2, 64, 576))])
-    correlations = torch.corrcoef(columns) - torch.eye(len(columns))
-    assert correlations.abs().max() < 6 / len(position) ** 0.5
-    for own in rows:
-        counts = torch.histc(own, 256, -0.5, 0.5)
-        expected = len(position) / 256
-        chi2 = ((counts - expected) ** 2 / expected).sum()
-        assert 150 < chi2 < 380  # 255 degrees of freedom, +- 5 standard deviations
-        pairs = torch.histc(
-            (own[1:] + 0.5) * 16 // 1 * 16 + (own[:-1] + 0.5) * 16 // 1, 256, 0, 256
-        )
-        chi2 = ((pairs - expected) ** 2 / expected).sum()
-        assert 150 < chi2 < 380
-
-
-def test_draws_far_into_a_parameter_differ_from_those_at_its_start():
-    key = random_keys(3, ("one",), "a")[0]
-    near, far = torch.arange(1000), torch.arange(1000) + (1 << 32)
-    assert (draw(near, key) == draw(far, key)).sum() < 5
-
-
-def test_an_entry_is_kept_if_its_draw_is_below_the_limit():
-    key, position = random_keys(0, ("one",), "a")[0], torch.arange(5000)
-    limit = draw(position, key)[7]
-    kept = keep_drawn(torch.ones(5000), position, key, limit.float())
-    assert torch.equal(kept != 0, draw(position, key) < limit)
-    assert kept[7] == 0
 
 
 def test_the_seed_and_the_names_decide_what_is_dropped():
@@ -117,8 +79,8 @@ def test_the_seed_and_the_names_decide_what_is_dropped():
 def test_compiled_code_drops_the_same_entries():
     deltas = torch.randn(3, 5000)
     plan = {"density": [0.2, 0.5, 0.9], "seed": 2, "election": "ties"}
-    found = merged(Merger(vectors_of(deltas), engine="compiled"), "dare", **plan)
-    expected = merged(Merger(vectors_of(deltas), engine="eager"), "dare", **plan)
+    found = merging(deltas, engine="compiled")("dare", **plan)
+    expected = merging(deltas, engine="eager")("dare", **plan)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 

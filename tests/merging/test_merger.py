@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import searchmerge
-from searchmerge.errors import SpecError
+from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.merging.merger import Merger, merge_weights
 from searchmerge.merging.method import METHODS, default_plan
-from searchmerge.merging.residency import Memory, free_bytes
+from searchmerge.merging.residency import Memory
 from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.plan import Groups
+from searchmerge.plan import Groups, MergePlan
 
 EXPERTS = ("math", "code", "law")
 
@@ -87,15 +87,6 @@ def test_what_does_not_fit_is_computed_each_time_and_said_so(caplog):
     ]
 
 
-def test_what_was_kept_is_given_back_when_it_is_replaced():
-    merger = Merger(vectors(), memory=Memory(keep_bytes=2**20))
-    for ratio in (0.1, 0.2, 0.3, 0.4):  # each decomposes anew; two would not fit
-        plan = default_plan("iso_c", EXPERTS, coefficient=[1.0, ratio, 1.0])
-        _, work, _ = merger._bind(plan)
-        assert isinstance(work.kept, dict)
-    assert merger._budget.left_bytes == 2**20 - 4 * vectors().n_parameters
-
-
 def test_targets_of_any_layout_are_written():
     own = vectors()
     store = torch.zeros(2, 7, 300)
@@ -123,14 +114,14 @@ def test_a_tied_tensor_is_written_under_every_name_with_memory_of_its_own():
     assert torch.equal(targets["lm_head.weight"], expected)
 
 
-def test_a_subset_of_the_experts_in_any_order_is_merged_as_if_it_were_all():
+@pytest.mark.parametrize("method", METHODS)
+def test_a_subset_of_the_experts_in_any_order_is_merged_as_if_it_were_all(method):
     base, experts = weights()
-    for method in METHODS:
-        plan = default_plan(method, ("law", "math"), coefficient=[0.3, 0.9])
-        found = dict(Merger(vectors()).merged(plan))
-        some = {name: experts[name] for name in ("law", "math")}
-        for name, tensor in merge_weights(base, some, plan).items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+    plan = default_plan(method, ("law", "math"), coefficient=[0.3, 0.9])
+    found = dict(Merger(vectors()).merged(plan))
+    some = {name: experts[name] for name in ("law", "math")}
+    for name, tensor in merge_weights(base, some, plan).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_other_tensors_of_the_base_come_out_as_they_are():
@@ -194,14 +185,34 @@ def test_plans_that_do_not_fit_are_refused():
         dict(merger.merged(default_plan("linear", EXPERTS, groups=Groups(depth=3))))
 
 
-def test_memory_is_used_as_told():
-    assert free_bytes(torch.device("cpu")) > 2**20
-    assert Memory(keep_bytes=5).budget_bytes(torch.device("cpu")) == 5
-    assert Memory().budget_bytes(torch.device("cuda")) == 0
-    own = vectors()
-    for residency in ("mapped", "device", "auto"):
-        merger = Merger(own, memory=Memory(residency))
-        assert merger._vectors.base["norm"] is own.base["norm"]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_tensor_that_is_not_finite_in_its_dtype_is_refused_by_name(dtype):
+    base, experts = weights()
+    base["norm"][3] = torch.finfo(dtype).max / 2
+    for own in experts.values():
+        own["norm"][3] = torch.finfo(dtype).max * 0.9
+    own = TaskVectors.from_weights(base, experts)
+    targets = {n: torch.empty_like(t, dtype=dtype) for n, t in base.items()}
+    merger = Merger(own, targets=targets)
+    merger.apply(MergePlan("task_arithmetic", EXPERTS[:1], {"coefficient": ((0.5,),)}))
+    too_far = MergePlan("task_arithmetic", EXPERTS, {"coefficient": ((0.9, 0.9, 0.9),)})
+    message = rf"merged tensor 'norm' is not finite in {dtype}, which ends at"
+    if dtype == torch.float16:
+        with pytest.raises(EvaluationError, match=message):
+            merger.apply(too_far)
+    with pytest.raises(EvaluationError, match=message):
+        dict(merger.merged(too_far, dtype=dtype))
+    merger.apply(default_plan("linear", EXPERTS))
+    assert all(target.isfinite().all() for target in targets.values())
+
+
+def test_what_is_not_merged_is_refused_where_the_dtype_does_not_hold_it():
+    base, experts = weights()
+    base["norm"][3] = 70_000.0
+    own = TaskVectors.from_weights(base, experts, exclude=["norm"])
+    merged = Merger(own).merged(default_plan("linear", EXPERTS), dtype=torch.float16)
+    with pytest.raises(EvaluationError, match=r"'norm' is not finite in torch\.float16, which"):
+        dict(merged)
 
 
 def test_the_package_is_light_to_import_and_still_merges():

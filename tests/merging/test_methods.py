@@ -4,9 +4,12 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from searchmerge.errors import SpecError
 from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.merger import Merger, merge_weights
 from searchmerge.merging.method import (
     COEFFICIENT,
@@ -16,6 +19,7 @@ from searchmerge.merging.method import (
     hyperparameter,
     validate_plan,
 )
+from searchmerge.merging.residency import Memory
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import Groups, MergePlan
 
@@ -136,8 +140,9 @@ def test_other_parameters_do_not_matter_to_draws_and_whole_tensors(method, engin
 def test_a_parameter_may_be_cut_anywhere_while_it_is_merged(method, engine):
     """As the engine does with large ones: draws go on where they were."""
     base, experts = weights()
-    merger = Merger(TaskVectors.from_weights(base, experts))
-    _, work, _ = merger._bind(default_plan(method, EXPERTS))
+    vectors = TaskVectors.from_weights(base, experts)
+    measure = Measure(vectors, Engine("eager"), MemoryBudget(2**30))
+    work = METHODS[method](measure).bind(default_plan(method, EXPERTS))
     name = "model.layers.1.fc.weight"
     chosen = range(len(EXPERTS)) if work.experts is None else work.experts
     parameter = Operands(
@@ -155,6 +160,58 @@ def test_a_parameter_may_be_cut_anywhere_while_it_is_merged(method, engine):
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU refuses: a number of the CPU in other than the two-sided operations."""
+
+    TWO_SIDED = frozenset(
+        {
+            *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"),
+            *("ge", "gt", "le", "lt", "eq", "ne", "where", "copy_", "_to_copy"),
+            *("bitwise_and", "bitwise_xor", "bitwise_xor_", "bitwise_right_shift"),
+        }
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {own.device.type for own in tree_leaves((args, kwargs)) if torch.is_tensor(own)}
+        name = func.overloadpacket.__name__
+        assert len(devices) < 2 or name in self.TWO_SIDED, f"{name} takes one device only"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (name, {setting.name: choice})
+        for name, method in METHODS.items()
+        for setting in method.settings
+        for choice in setting.choices or (setting.default,)
+    ],
+    ids=str,
+)
+def test_arithmetic_runs_where_numbers_lie_on_the_cpu_and_parameters_do_not(method, settings):
+    """As on a GPU where nothing is compiled; the meta device is as far from the CPU."""
+    base, experts = weights()
+    for keep_bytes in (0, 2**20):
+        merger = Merger(
+            TaskVectors.from_weights(base, experts), memory=Memory(keep_bytes=keep_bytes)
+        )
+        _, work, _ = merger._bind(default_plan(method, EXPERTS, **settings))
+        name = "model.layers.1.fc.weight"
+        chosen = range(len(EXPERTS)) if work.experts is None else work.experts
+        kept = work.kept[name] if work.kept else ()
+        parameter = Operands(
+            base[name].reshape(-1).to("meta"),
+            tuple(experts[EXPERTS[i]][name].reshape(-1).to("meta") for i in chosen),
+            work.scalars(name),
+            tuple(own.to("meta") for own in kept),
+            work.keys(name) if work.keys else None,
+        )
+        out = torch.empty(360, device="meta")
+        with OneDevice():
+            tally = Engine("eager").merge(work.function, parameter, 0.5, out)
+        assert tally is None or tally.device == out.device
+
+
 @on_both_ways
 @pytest.mark.parametrize("groups", [Groups(depth=3), Groups(patterns=("fc", "rest"))])
 def test_groups_with_equal_rows_equal_the_whole_plan(method, engine, groups):
@@ -165,7 +222,7 @@ def test_groups_with_equal_rows_equal_the_whole_plan(method, engine, groups):
 
 
 @of_every_method
-def test_compiled_and_eager_code_agree(method, request):
+def test_compiled_and_eager_code_agree(method, request, caplog):
     if method not in COMPILED_BY_DEFAULT and "not slow" in request.config.option.markexpr:
         pytest.skip("slow: compiles")
     base, experts = weights(seed=3)
@@ -175,7 +232,7 @@ def test_compiled_and_eager_code_agree(method, request):
         merger = Merger(TaskVectors.from_weights(own, experts), engine="compiled")
         found = dict(merger.merged(plan))
         assert_same(found, run(plan, own, experts, "eager"), rtol=1e-5, atol=1e-6)
-        assert merger._engine.is_compiled(torch.device("cpu"))
+    assert "runs uncompiled" not in caplog.text
 
 
 @of_every_method

@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from searchmerge.merging.engine import Engine
+from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.merger import Merger
-from searchmerge.merging.method import default_plan
+from searchmerge.merging.method import METHODS, default_plan
 from searchmerge.merging.residency import Memory
 from searchmerge.merging.task_vectors import TaskVectors
 from tests.merging import oracles
-from tests.merging.test_ties_and_pcb import SHAPES, WHOLE_NUMBERS, drawn, merged, vectors_of
+from tests.merging.test_ties_and_pcb import SHAPES, WHOLE_NUMBERS, drawn, merging
 
 matrices = st.tuples(st.integers(2, 4), st.integers(2, 9), st.integers(2, 9), st.integers(0, 999))
 
@@ -25,9 +27,9 @@ def one_tensor(deltas):
 
 
 def of_tensor(deltas, method, memory=None, **numbers):
-    merger = Merger(one_tensor(deltas), engine="eager", memory=memory)
-    plan = default_plan(method, merger._vectors.experts, **numbers)
-    return dict(merger.merged(plan))["w"].numpy()
+    vectors = one_tensor(deltas)
+    merger = Merger(vectors, engine="eager", memory=memory)
+    return dict(merger.merged(default_plan(method, vectors.experts, **numbers)))["w"].numpy()
 
 
 def normal(n, *shape):
@@ -39,7 +41,7 @@ def normal(n, *shape):
 @given(hnp.arrays(np.float64, SHAPES, elements=WHOLE_NUMBERS), st.data())
 def test_magmax_is_the_papers(deltas, data):
     numbers = drawn(data, len(deltas), -2, 2)
-    found = merged(Merger(vectors_of(deltas)), "magmax", coefficient=numbers)
+    found = merging(deltas)("magmax", coefficient=numbers)
     np.testing.assert_allclose(found, oracles.magmax(deltas, numbers), rtol=1e-5, atol=1e-5)
 
 
@@ -52,7 +54,7 @@ def test_consensus_is_the_papers(deltas, data):
     )
     numbers = {"coefficient": drawn(data, n, -2, 2), "threshold": thresholds}
     agreement = data.draw(st.integers(0, 6))
-    found = merged(Merger(vectors_of(deltas)), "consensus", **numbers, agreement=agreement)
+    found = merging(deltas)("consensus", **numbers, agreement=agreement)
     expected = oracles.consensus(deltas, *numbers.values(), agreement)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -190,11 +192,12 @@ def test_tsv_of_orthogonal_matrices_of_low_rank_is_their_sum():
 def test_iso_c_is_the_papers(sizes, data):
     n, rows, columns, seed = sizes
     deltas = np.random.default_rng(seed).standard_normal((n, rows, columns))
-    merger = Merger(one_tensor(deltas), engine="eager")
+    vectors = one_tensor(deltas)
+    merger = Merger(vectors, engine="eager")
     numbers = [(-1) ** i * (0.1 + x) for i, x in enumerate(drawn(data, n, 0, 2))]
     for scale in (1.0, -0.5, 2.0):
         scaled = [scale * x for x in numbers]
-        plan = default_plan("iso_c", merger._vectors.experts, coefficient=scaled)
+        plan = default_plan("iso_c", vectors.experts, coefficient=scaled)
         found = dict(merger.merged(plan))["w"].numpy()
         expected = oracles.iso_c(deltas, scaled)
         sizes = np.linalg.svd(np.tensordot(scaled, deltas, 1), compute_uv=False)
@@ -222,8 +225,9 @@ def test_an_expert_equal_to_the_base_gives_nothing_and_breaks_nothing(method):
 @pytest.mark.parametrize("method", ["tsv", "iso_c"])
 def test_matrices_are_decomposed_once(method):
     """A changed scale alone reads what was kept, and no expert."""
-    merger = Merger(one_tensor(normal(3, 9, 8)), engine="eager")
-    plans = [default_plan(method, merger._vectors.experts, coefficient=c) for c in (0.3, 0.7)]
-    first, second = (merger._bind(plan)[1] for plan in plans)
+    vectors = one_tensor(normal(3, 9, 8))
+    measured = METHODS[method](Measure(vectors, Engine("eager"), MemoryBudget(2**30)))
+    plans = [default_plan(method, vectors.experts, coefficient=c) for c in (0.3, 0.7)]
+    first, second = map(measured.bind, plans)
     assert first.kept is second.kept
     assert first.experts == ()

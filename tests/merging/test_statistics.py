@@ -8,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.torch import load_file, save_file
 
+from searchmerge.merging.engine import Engine
+from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.statistics import Block, OrderStatistics
+from searchmerge.merging.task_vectors import TaskVectors
 
 ODD = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0 + 2**-23, 3.4e38, -3.4e38, 0.5]
 NUMBERS = hnp.arrays(
@@ -94,16 +98,21 @@ def test_what_was_cached_is_not_measured_again(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "other"])
+@pytest.mark.parametrize("damage", ["cut", "text", "other", "flip", "unsigned"])
 def test_a_cache_that_cannot_be_used_is_measured_anew(tmp_path, caplog, damage):
     rows, file = torch.randn(2, 300), tmp_path / "statistics.safetensors"
     if damage == "text":
         file.write_text("not at all")
     else:
-        other = rows if damage == "cut" else torch.randn(2, 299)
-        statistics_of(other, cache=file)[0].at([0, 0])
+        other = torch.randn(2, 299) if damage == "other" else rows
+        statistics_of(other, cache=file)[0].at([5, 6])
+        data = file.read_bytes()
         if damage == "cut":
-            file.write_bytes(file.read_bytes()[:-100])
+            file.write_bytes(data[:-100])
+        if damage == "flip":  # the values come last: one of them is another number now
+            file.write_bytes(data[:-2] + bytes([data[-2] ^ 32]) + data[-1:])
+        if damage == "unsigned":
+            save_file(load_file(file), file)
     with caplog.at_level(logging.WARNING):
         statistics, passes = statistics_of(rows, cache=file)
         assert statistics.at([5, 6]) == [rows[i].sort().values[5 + i].item() for i in range(2)]
@@ -119,3 +128,18 @@ def test_an_error_while_counting_is_raised():
     statistics = OrderStatistics(lambda: [Block(3, [fail])], 1, 3)
     with pytest.raises(RuntimeError, match="no"):
         statistics.at([0])
+
+
+def test_parameters_are_measured_where_they_are_merged_wherever_they_lie():
+    """As on a GPU whose experts are streamed; the meta device is as far from the CPU."""
+    base = {"fc.weight": torch.ones(3, 4)}
+    vectors = TaskVectors.from_weights(base, {"math": {"fc.weight": torch.zeros(3, 4)}})
+    there = {"fc.weight": torch.device("meta")}
+    measure = Measure(vectors, Engine("eager"), MemoryBudget(1000), devices=there)
+    ((_, part),) = measure.parts()
+    assert {tensor.device.type for tensor in (part.base, *part.experts)} == {"meta"}
+    kept = measure.keep(lambda name, part: (part.base,), 1)
+    assert kept["fc.weight"][0].device.type == "meta"
+    assert measure.deltas("fc.weight")[0].device.type == "meta"
+    here = Measure(vectors, Engine("eager"), MemoryBudget(0))
+    assert next(here.parts())[1].base.device.type == "cpu"

@@ -24,7 +24,7 @@ def make_results():
             "plan": plan(0.5).to_dict(),
             "counts": {"trials in full": 3, "trials stopped early": 2, "search seconds": 12},
             "level": 0.95,
-            "made_of": {"base": "`models/base`, 0123abcd", "torch": "2.9"},
+            "made_of": {"base": "models/base, 0123abcd", "torch": "2.9"},
         }  # fmt: skip
         return Results(**{**fields, **changes})
 

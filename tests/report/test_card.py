@@ -56,5 +56,5 @@ def test_the_command_takes_names_and_settings_as_a_shell_reads_them(make_results
 def test_heads_are_explained_where_there_are_some(make_results):
     assert "heads/" not in model_card(make_results(), "base", EXPERTS, {}, {})
     card = model_card(make_results(), "base", EXPERTS, {"math": ["no", "yes"]}, {})
-    assert "| `math` | no, yes |" in card
+    assert "| math | no, yes |" in card
     assert "load_classifier(\"PATH OF THIS FOLDER\", 'math')" in card

@@ -29,7 +29,7 @@ def test_a_study_without_results_says_when_they_come(tmp_path):
     with pytest.raises(StudyError, match=r"no results yet; the study writes results\.json once"):
         Results.load(tmp_path)
     (tmp_path / RESULTS_FILE).write_text("{half")
-    with pytest.raises(StudyError, match="no results yet"):
+    with pytest.raises(StudyError, match=r"results\.json: it is cut off or overwritten; `searchm"):
         Results.load(tmp_path)
 
 
@@ -55,7 +55,7 @@ def test_the_report_holds_verdict_table_counts_plan_and_sources(make_results):
     assert "metrics: math: acc, code: macro_f1" in report
     assert "the 95 % interval" in report
     assert "Counts: trials in full 3, trials stopped early 2, search seconds 12." in report
-    assert "| base | `models/base`, 0123abcd |" in report
+    assert "| base | `models/base, 0123abcd` |" in report
     text = report.split("```yaml\n")[1].split("```")[0]
     assert text == plan(0.5).to_yaml()
     assert "constraints" not in report
@@ -96,3 +96,14 @@ def test_one_row_of_a_table_stands_out():
         "| x | 1 |",
         "| **y** | **2** |",
     ]
+
+
+def test_damaged_results_are_named(make_results, tmp_path):
+    make_results().save(tmp_path)
+    file = tmp_path / RESULTS_FILE
+    file.write_text(file.read_text().replace("0.75", "0.76", 1))
+    with pytest.raises(StudyError, match=r"results\.json: it is not as it was written; `searchm"):
+        Results.load(tmp_path)
+    file.write_text("[]")
+    with pytest.raises(StudyError, match=r"results\.json: it is not as it was written"):
+        Results.load(tmp_path)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.evaluators.causal.documents import Tokens
+from searchmerge.evaluators.causal.fitting import Fitting
 from searchmerge.evaluators.causal.model import Prefix, device_of, run_prefix, takes
 from searchmerge.evaluators.causal.scoring import honours_packing, packed_window
 
@@ -114,11 +115,13 @@ class Generator:
     """Generates with whatever weights a model holds now.
 
     Args:
-        batch_tokens: Tokens of a batch of prompts, padding included, 1 or more.
+        batch_tokens: Tokens of a batch of prompts, padding included, 1 or more. Where a batch
+            does not fit into memory, fewer prompts are continued at once.
     """
 
     def __init__(self, batch_tokens: int) -> None:
         self._batch_tokens = batch_tokens
+        self._fitting = Fitting()
         self._honours: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     @torch.no_grad()
@@ -144,41 +147,31 @@ class Generator:
             NonFiniteLogits: If the logits of a prompt are not finite.
         """
         longest = max(map(len, prompts), default=0) + options.max_new_tokens
-        if is_greedy(model, options) and self._takes_masks(model, longest):
-            return self._greedy(model, tokenizer, prompts, options)
-        results: list[list[int]] = [[]] * len(prompts)
-        device = device_of(model)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(_SAMPLING_SEED)
-            for rows in self._batches(prompts, options):
-                new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
-                for i, tokens in zip(rows, new, strict=True):
-                    results[i] = tokens
-        return results
+        greedy = is_greedy(model, options) and self._takes_masks(model, longest)
+        generate = _generate_greedily if greedy else _generate_through_model
 
-    def _greedy(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        prompts: Sequence[Tokens],
-        options: GenerationOptions,
+        def run(part: float) -> list[list[int]]:
+            batches = self._batches(prompts, options, part)
+            return generate(model, tokenizer, prompts, options, batches)
+
+        return self._fitting.run(run)
+
+    def _batches(
+        self, prompts: Sequence[Tokens], options: GenerationOptions, part: float
     ) -> list[list[int]]:
-        results: list[list[int]] = [[]] * len(prompts)
-        n_shared = _n_shared(prompts)
-        prefix = run_prefix(model, prompts[0][:n_shared])
-        for rows in self._batches(prompts, options):
-            batch = _GreedyBatch(model, {i: prompts[i][n_shared:] for i in rows}, tokenizer)
-            for i, tokens in zip(rows, batch.run(prefix, options), strict=True):
-                results[i] = tokens
-        return results
+        """Return which prompts are generated together: those of about one length.
 
-    def _batches(self, prompts: Sequence[Tokens], options: GenerationOptions) -> list[list[int]]:
-        """Return which prompts are generated together: those of about one length."""
+        Args:
+            prompts: What to continue.
+            options: How far.
+            part: Of a usual batch's prompts that are continued at once, in (0, 1].
+        """
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         batches = []
         while order:
             longest = len(prompts[order[0]]) + options.max_new_tokens
-            n_rows = max(1, min(_MAX_ROWS, _CACHE_FACTOR * self._batch_tokens // longest))
+            n_usual = min(_MAX_ROWS, _CACHE_FACTOR * self._batch_tokens // longest)
+            n_rows = max(1, int(part * n_usual))
             batches.append(order[:n_rows])
             order = order[n_rows:]
         return batches
@@ -193,6 +186,43 @@ class Generator:
                 return False
             self._honours[model] = verdict
         return self._honours[model]
+
+
+def _generate_greedily(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Tokens],
+    options: GenerationOptions,
+    batches: Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """Return the new tokens of every prompt, by the loop of our own."""
+    results: list[list[int]] = [[]] * len(prompts)
+    n_shared = _n_shared(prompts)
+    prefix = run_prefix(model, prompts[0][:n_shared])
+    for rows in batches:
+        batch = _GreedyBatch(model, {i: prompts[i][n_shared:] for i in rows}, tokenizer)
+        for i, tokens in zip(rows, batch.run(prefix, options), strict=True):
+            results[i] = tokens
+    return results
+
+
+def _generate_through_model(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Tokens],
+    options: GenerationOptions,
+    batches: Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """Return the new tokens of every prompt, by ``model.generate``, drawn alike in every call."""
+    results: list[list[int]] = [[]] * len(prompts)
+    devices = {own.device for own in model.parameters() if own.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices, key=str)):
+        torch.manual_seed(_SAMPLING_SEED)
+        for rows in batches:
+            new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
+            for i, tokens in zip(rows, new, strict=True):
+                results[i] = tokens
+    return results
 
 
 def is_greedy(model: Any, options: GenerationOptions) -> bool:
@@ -282,7 +312,7 @@ class _GreedyBatch:
             inputs, positions = chosen[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             if len(left) <= _LEAVE * len(rows):
-                kept = torch.tensor(left, device=device)
+                kept = torch.tensor(left)  # on the CPU: a model's layers may lie on many devices
                 cache.batch_select_indices(kept)
                 inputs, positions, mask = inputs[kept], positions[kept], mask[kept]
                 rows = [rows[place] for place in left]

@@ -28,7 +28,8 @@ class Batch:
     Attributes:
         tokens: Token ids, ``(n_rows, n_tokens)``, int64.
         n_keep: How many of the last columns have their logits computed.
-        at: For each token read, its place in the kept logits of all rows one after another.
+        kept: Which logits are read, by their places in those columns, row after row.
+        at: For each token read, its place in ``kept``.
         targets: For each token read, its id.
         owners: For each token read, the index of its continuation.
         layout: Position, order and end of every token of packed rows, padded on the left (order
@@ -38,6 +39,7 @@ class Batch:
 
     tokens: Tensor
     n_keep: int
+    kept: Tensor
     at: Tensor
     targets: Tensor
     owners: Tensor
@@ -62,9 +64,10 @@ class _Reads:
     def batch(self, tokens: Tensor, layout: Tensor | None = None) -> Batch:
         first = min(self.columns)
         n_keep = tokens.shape[1] - first
-        at = torch.tensor(self.columns) - first + torch.tensor(self.rows) * n_keep
+        places = torch.tensor(self.columns) - first + torch.tensor(self.rows) * n_keep
+        kept, at = torch.unique(places, return_inverse=True)  # choices share their first place
         targets, owners = torch.tensor(self.targets), torch.tensor(self.owners)
-        return Batch(tokens, n_keep, at, targets, owners, layout)
+        return Batch(tokens, n_keep, kept, at, targets, owners, layout)
 
 
 @dataclass

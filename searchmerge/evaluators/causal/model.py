@@ -1,14 +1,15 @@
 """What scoring and generating both ask of a causal language model of transformers."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from searchmerge.evaluators.causal.documents import Tokens
 
@@ -60,8 +61,55 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the model is."""
+    """Return where a model takes its inputs: where its first parameter, the embedding, lies.
+
+    A model that is spread over several devices moves what goes from one to the next itself; its
+    logits come out on the device of its head.
+    """
     return next(model.parameters()).device
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU's tensor on a device; to a GPU it is on its way, and nothing waits for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def head_of(
+    model: nn.Module, shape: tuple[int, int], rows: Tensor
+) -> Iterator[Callable[[], bool]]:
+    """Have the head of a model compute the logits of some rows only, in the next forward pass.
+
+    All logits of a batch are the largest tensor that a pass makes, and few of them are read.
+
+    Args:
+        model: A model of transformers.
+        shape: Rows and tokens of what its head is given.
+        rows: Which of these are wanted, row after row, ``(n,)``.
+
+    Yields:
+        What tells after the pass whether it was so: the logits are then ``(1, n, vocabulary)``.
+        They are not where the model's head is given something else.
+    """
+    used: list[bool] = []
+
+    def choose(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = arguments[0] if arguments else None
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != shape:
+            return None
+        used.append(True)
+        return hidden.flatten(0, 1)[sent(rows, hidden.device)][None], *arguments[1:]
+
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head: nn.Module | None = find()
+    handle = None if head is None else head.register_forward_pre_hook(choose)
+    try:
+        yield lambda: bool(used)
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def run_prefix(model: nn.Module, prefix: Tokens) -> Prefix:

@@ -6,7 +6,6 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 """
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,17 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.evaluators.causal.documents import Document, Tokens, group_documents
+from searchmerge.evaluators.causal.fitting import Fitting
 from searchmerge.evaluators.causal.layout import Batch, lay_out_plain
-from searchmerge.evaluators.causal.model import Prefix, device_of, run_prefix, takes
+from searchmerge.evaluators.causal.model import (
+    Prefix,
+    device_of,
+    head_of,
+    run_prefix,
+    sent,
+    takes,
+)
 from searchmerge.evaluators.causal.packing import Cluster, plan_packed
+from searchmerge.evaluators.causal.reading import Reading, read
 
 _logger = logging.getLogger(__name__)
-
-_LOGIT_ROWS = {"cpu": 16, "cuda": 1024}
-"""Rows of logits that are reduced at a time: no second copy of all is made, and a CPU finds them
-in its caches."""
-
-_LOG2_E = math.log2(math.e)
 
 _KEPT_LAYOUTS = 1024
 """Calls whose layouts are kept: a study scores the same rounds of examples in every trial."""
@@ -38,11 +40,12 @@ class CausalScorer:
 
     Args:
         batch_tokens: Tokens of one forward pass, padding included, 1 or more; a single sequence
-            may be longer.
+            may be longer. Where they do not fit into memory, fewer are run at once.
     """
 
     def __init__(self, batch_tokens: int) -> None:
         self._batch_tokens = batch_tokens
+        self._fitting = Fitting()
         self._packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._lay_out = lru_cache(maxsize=_KEPT_LAYOUTS)(self._laid_out)
 
@@ -60,12 +63,21 @@ class CausalScorer:
         if not pairs:
             return []
         window = packed_window(model, max_length) if self._can_pack(model) else 0
-        clusters, indices = self._lay_out(tuple(pairs), max_length, window)
-        results = _run(model, clusters)
-        return [results[index] for index in indices]
+
+        def run(part: float) -> list[tuple[float, bool]]:
+            batch_tokens = max(1, int(part * self._batch_tokens))
+            clusters, indices = self._lay_out(tuple(pairs), max_length, window, batch_tokens)
+            results = _run(model, clusters)
+            return [results[index] for index in indices]
+
+        return self._fitting.run(run)
 
     def _laid_out(
-        self, pairs: tuple[tuple[Tokens, Tokens], ...], max_length: int, window: int
+        self,
+        pairs: tuple[tuple[Tokens, Tokens], ...],
+        max_length: int,
+        window: int,
+        batch_tokens: int,
     ) -> tuple[list[Cluster], list[int]]:
         """Return what to run, and each pair's place in the results.
 
@@ -73,13 +85,14 @@ class CausalScorer:
             pairs: What to score.
             max_length: Tokens in the model's window.
             window: Tokens up to which rows may be packed; 0 where they may not.
+            batch_tokens: Tokens of one forward pass.
         """
         documents, indices = group_documents(pairs, max_length)
         packed = [d for d in documents if _reach(d) <= window]
         plain = [d for d in documents if _reach(d) > window]
-        clusters = plan_packed(packed, self._batch_tokens, window) if packed else []
+        clusters = plan_packed(packed, batch_tokens, window) if packed else []
         if plain:
-            clusters.append(Cluster((), lay_out_plain(plain, self._batch_tokens)))
+            clusters.append(Cluster((), lay_out_plain(plain, batch_tokens)))
         return clusters, indices
 
     def _can_pack(self, model: nn.Module) -> bool:
@@ -118,34 +131,40 @@ def packed_window(model: nn.Module, max_length: int) -> int:
 
 
 def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, bool]]:
-    """Return log-likelihood and greediness by owner; all owners occur in ``clusters``."""
-    reads: list[tuple[Tensor, np.ndarray]] = []
+    """Return log-likelihood and greediness by owner; all owners occur in ``clusters``.
+
+    Nothing waits for a GPU before all of its work is under way.
+    """
+    reads: list[Reading] = []
     owners: list[np.ndarray] = []
     for cluster in clusters:
         prefix = run_prefix(model, cluster.prefix)
         for batch in cluster.batches:
-            reads.append(_read(_logits(model, batch, prefix), batch))
+            reads.append(read(_logits(model, batch, prefix), batch))
             owners.append(batch.owners.numpy())
     owner = np.concatenate(owners)
-    totals = np.bincount(owner, torch.cat([read[0] for read in reads]).cpu().numpy())
-    misses = np.bincount(owner, ~np.concatenate([read[1] for read in reads]))
+    totals = np.bincount(owner, torch.cat([own.values for own in reads]).cpu().numpy())
+    misses = np.bincount(owner, ~torch.cat([own.greedy for own in reads]).cpu().numpy())
     return list(zip(totals.tolist(), (misses == 0).tolist(), strict=True))
 
 
 def _logits(model: nn.Module, batch: Batch, prefix: Prefix) -> Tensor:
-    """Return the kept logits of a batch's rows, one after another, ``(n, vocabulary)``."""
+    """Return the logits that a batch keeps, ``(n_kept, vocabulary)``; no others are computed."""
     device = device_of(model)
-    inputs: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": sent(batch.tokens, device), "use_cache": False}
     if batch.layout is not None:
-        positions, orders, ends = batch.layout.to(device)
+        positions, orders, ends = sent(batch.layout, device)
         inputs["attention_mask"] = _mask(orders, ends, prefix.n_tokens, _dtype(model))
         inputs["position_ids"] = positions
     if prefix.n_tokens:
         inputs |= {"past_key_values": prefix.rows(len(batch.tokens)), "use_cache": True}
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = batch.n_keep
-    logits: Tensor = model(**inputs).logits[:, -batch.n_keep :]
-    return logits.flatten(0, 1)
+    with head_of(model, (len(batch.tokens), batch.n_keep), batch.kept) as was_used:
+        logits: Tensor = model(**inputs).logits
+    if was_used():
+        return logits[0]
+    return logits[:, -batch.n_keep :].flatten(0, 1)[sent(batch.kept, logits.device)]
 
 
 def _mask(orders: Tensor, ends: Tensor, past: int, dtype: torch.dtype) -> Tensor:
@@ -159,48 +178,6 @@ def _mask(orders: Tensor, ends: Tensor, past: int, dtype: torch.dtype) -> Tensor
     mask = torch.zeros(n_rows, n_tokens, past + n_tokens, dtype=dtype, device=hidden.device)
     mask[:, :, past:].masked_fill_(hidden, torch.finfo(dtype).min)
     return mask[:, None]
-
-
-def _read(logits: Tensor, batch: Batch) -> tuple[Tensor, np.ndarray]:
-    """Return the log-probability of every token read, float32, and whether it is the largest."""
-    at, targets = batch.at.to(logits.device), batch.targets.to(logits.device)
-    chosen = logits[at, targets].float()
-    totals, largest = _reduce(logits)
-    greedy = (chosen == largest[at]).cpu().numpy()
-    # Of equal logits the first is the greedy one. To look for it takes long, and only matters
-    # where a continuation's tokens are all among the largest.
-    owners = batch.owners.numpy()
-    (doubtful,) = np.nonzero(greedy & (np.bincount(owners, ~greedy)[owners] == 0))
-    if len(doubtful):
-        first = _first_largest(logits, batch.at.numpy()[doubtful])
-        greedy[doubtful] = first == batch.targets.numpy()[doubtful]
-    return chosen - totals[at], greedy
-
-
-def _first_largest(logits: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Return for some rows of logits where the first of the largest is."""
-    if logits.device.type == "cpu":  # where numpy finds it in a fraction of the time
-        return np.array([logits[row].float().numpy().argmax() for row in rows])
-    return logits[torch.from_numpy(rows).to(logits.device)].argmax(-1).cpu().numpy()
-
-
-def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's log-sum-exp and its largest logit, ``(n_rows,)`` float32 each.
-
-    A few rows at a time, in a buffer that stays in a CPU's cache: whole-tensor ``logsumexp`` takes
-    several times as long. So does ``exp`` beside ``exp2`` of as many entries.
-    """
-    n_rows = _LOGIT_ROWS.get(logits.device.type, 1024)
-    buffer = logits.new_empty(min(n_rows, len(logits)), logits.shape[-1], dtype=torch.float32)
-    totals, largest = buffer.new_empty(2, len(logits))
-    for start in range(0, len(logits), n_rows):
-        rows = slice(start, start + n_rows)
-        part = buffer[: len(logits[rows])]
-        wide = logits[rows] if logits.dtype == part.dtype else part.copy_(logits[rows])
-        top = torch.amax(wide, -1, out=largest[rows])
-        torch.sub(wide, top[:, None], out=part)
-        torch.sum(part.mul_(_LOG2_E).exp2_(), -1, out=totals[rows])
-    return totals.log_().add_(largest), largest
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

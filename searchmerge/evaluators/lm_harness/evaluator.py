@@ -1,6 +1,6 @@
 """The ``lm_harness`` evaluator: any task of lm-eval, scored fast on the resident model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from searchmerge.evaluators.lm_harness.language_model import (
 )
 from searchmerge.evaluators.lm_harness.loading import load_task
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
+from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
-from searchmerge.evaluators.tokenizer import load_config
+from searchmerge.evaluators.tokenizer import load_config, load_tokenizer
 
 
 class LmHarness:
@@ -166,11 +167,15 @@ def _build(
 ) -> dict[str, LmHarness]:
     evaluator = LmHarness(
         tasks,
-        tokenizer=context.model_dir,
+        tokenizer=load_tokenizer(
+            context.model_dir,
+            trust_remote_code=context.trust_remote_code,
+            add_bos_token=section.add_bos_token,
+        ),
         backend=_backend(section, context),
         section=section,
         folder=context.folder,
-        config=load_config(context.model_dir),
+        config=load_config(context.model_dir, trust_remote_code=context.trust_remote_code),
     )
     return dict.fromkeys(tasks, evaluator)
 
@@ -178,9 +183,27 @@ def _build(
 def _backend(section: LmHarnessSection, context: EvaluationContext) -> Backend:
     if section.engine == "transformers":
         return TransformersBackend(context.sized(section.batch_tokens, BATCH_TOKENS))
+    if context.base_dir is None:
+        raise SpecError("lm_harness.engine: vllm cannot be given rows by `vocabulary: union`")
     return VllmBackend(
-        VllmSettings(context.model_dir, context.dtype, section.max_length, section.vllm_memory)
+        VllmSettings(
+            context.base_dir,
+            context.dtype,
+            section.max_length,
+            section.vllm_memory,
+            context.trust_remote_code,
+        )
     )
+
+
+def _referred(
+    tasks: Mapping[str, LmTask], section: LmHarnessSection, folder: Path
+) -> Iterator[Path]:
+    for place in section.include_path:
+        yield from referred_files(folder / Path(place).expanduser())
+    for task in tasks.values():
+        if isinstance(task.task, Mapping):
+            yield from local_data(task.task, folder)
 
 
 EVALUATORS.register("lm_harness")(
@@ -191,6 +214,7 @@ EVALUATORS.register("lm_harness")(
         model_classes=lambda tasks, section: (MODEL_CLASS,),
         loading=lambda section: section.loading,
         places=lambda tasks, section: section.include_path,
+        referred=_referred,
         packages=lambda section: ["lm-eval"] + ["vllm"] * (section.engine == "vllm"),
         free_keys=("vllm_memory", "answers"),
     )

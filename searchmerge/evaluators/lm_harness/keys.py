@@ -95,7 +95,7 @@ _ELSEWHERE = {
         ("enable_thinking", "chat_template_args"), "give lm_harness.template_arguments"
     ),
     **dict.fromkeys(("parallelize", "device_map", "tp_plan"), "a worker's model is on one device"),
-    "trust_remote_code": "code that comes with a model is never run",
+    "trust_remote_code": "give the study's trust_remote_code",
 }
 """Arguments of lm-eval's model class that a study cannot give here, and what there is instead."""
 

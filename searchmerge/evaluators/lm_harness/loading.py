@@ -26,13 +26,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def task_errors() -> tuple[type[Exception], ...]:
+def task_errors() -> tuple[type[BaseException], ...]:
     """Return what a task's own files may raise where they are wrong."""
     from jinja2 import TemplateError
 
     return (
         *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
-        *(TypeError, ValueError, TemplateError, yaml.YAMLError),
+        *(TypeError, ValueError, TemplateError, yaml.YAMLError, RecursionError, SystemExit),
     )
 
 
@@ -44,8 +44,9 @@ def explained(name: str, what: str) -> Iterator[None]:
     except SpecError:
         raise
     except task_errors() as error:
+        reason = " ".join(str(error).split())
         raise SpecError(
-            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {error})"
+            f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -74,10 +75,10 @@ def load_task(
     """
     split = split_of(leaf, spec.split, f"tasks.{name}.split")
     path = None if leaf.entry is None else leaf.entry.yaml_path
-    overrides = data_files(leaf.config, folder if path is None else data_folder(Path(path)))
-    if spec.gen_prefix is not None:
-        overrides["gen_prefix"] = spec.gen_prefix
     with explained(name, f"load its task {leaf.name!r}"), quiet():
+        overrides = data_files(leaf.config, folder if path is None else data_folder(Path(path)))
+        if spec.gen_prefix is not None:
+            overrides["gen_prefix"] = spec.gen_prefix
         task = leaf.build(overrides)
         splits = list(task.dataset)
         if split not in splits:

@@ -1,6 +1,7 @@
 """Which settings of an lm-eval task a study changes: the split scored, where data files are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,51 @@ def _declaring_folder(path: Path) -> Path | None:
         if (folder := _declaring_folder(path.parent / name)) is not None:
             return folder
     return None
+
+
+def referred_files(place: Path) -> Iterator[Path]:
+    """Yield the files that task YAMLs refer to: included ones, data files, and data folders.
+
+    Args:
+        place: A folder of YAML files; what cannot be read refers to nothing.
+    """
+    waiting = [file for file in sorted(place.rglob("*.y*ml")) if file.is_file()]
+    seen: set[Path] = set()
+    while waiting:
+        file = waiting.pop()
+        if file.resolve() in seen:
+            continue
+        seen.add(file.resolve())
+        config = _plain_settings(file)
+        yield from local_data(config, file.parent)
+        included = config.get("include") or []
+        for name in included if isinstance(included, list) else [included]:
+            if isinstance(name, str) and (other := file.parent / name).is_file():
+                yield other
+                waiting.append(other)
+
+
+def local_data(config: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    """Yield the data files and the folders of a data set on this machine that a task names."""
+    named = config.get("dataset_path")
+    if isinstance(named, str) and named not in _FILE_FORMATS and Path(named).exists():
+        yield Path(named)
+    settings = config.get("dataset_kwargs")
+    waiting = [settings.get("data_files")] if isinstance(settings, Mapping) else []
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Mapping):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str) and "://" not in item:
+            pattern = str(folder.resolve() / item)
+            yield from map(Path, sorted(glob(pattern, recursive=True)))  # noqa: PTH207 - absolute
+
+
+def _plain_settings(file: Path) -> Mapping[str, Any]:
+    try:
+        config = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # named when it is loaded
+        return {}
+    return config if isinstance(config, Mapping) else {}

@@ -42,15 +42,23 @@ class OwnHarness:
         model_dir: The model, with its tokenizer.
         dtype: That it is loaded in.
         device: Where it is run: a torch device.
+        trust_remote_code: Whether Python files of the model may run.
     """
 
     def __init__(
-        self, ours: LmHarness, *, model_dir: Path, dtype: torch.dtype, device: str
+        self,
+        ours: LmHarness,
+        *,
+        model_dir: Path,
+        dtype: torch.dtype,
+        device: str,
+        trust_remote_code: bool,
     ) -> None:
         self._ours = ours
         self._model_dir = model_dir
         self._dtype = dtype
         self._device = device
+        self._trust_remote_code = trust_remote_code
 
     @cached_property
     def _lm(self) -> Any:
@@ -91,6 +99,7 @@ class OwnHarness:
                     dtype=self._dtype,
                     device=self._device,
                     max_length=self._ours.section.max_length,
+                    trust_remote_code=self._trust_remote_code,
                     **self._ours.section.model_args,
                     batch_size=_BATCH_SIZE.get(kind, _BATCH_SIZE["cpu"]),
                 )

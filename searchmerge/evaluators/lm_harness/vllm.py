@@ -51,12 +51,14 @@ class VllmSettings:
         dtype: Of its weights, as in the study.
         max_length: Window in tokens; the model's own if ``None``.
         memory_share: The part of the GPU's memory that it may take, in (0, 1).
+        trust_remote_code: Whether Python files of the model may run.
     """
 
     model_dir: Path
     dtype: torch.dtype
     max_length: int | None = None
     memory_share: float = 0.5
+    trust_remote_code: bool = False
 
 
 class Server(Protocol):
@@ -103,6 +105,7 @@ class VllmServer:
             dtype=str(settings.dtype).removeprefix("torch."),
             max_model_len=settings.max_length,
             gpu_memory_utilization=settings.memory_share,
+            trust_remote_code=settings.trust_remote_code,
             seed=_SAMPLING_SEED,
         )
 

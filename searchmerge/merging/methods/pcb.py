@@ -18,6 +18,7 @@ from searchmerge.merging.kernels import (
     Row,
     add_scaled,
     add_up,
+    clamp_between,
     pack,
     signed,
     unpack,
@@ -342,7 +343,9 @@ def _balances(
     deltas: Sequence[Tensor], ends: Ends[Tensor] | PcbScalars[Tensor], variant: str
 ) -> tuple[Tensor, ...]:
     scaled = [
-        delta.abs().clamp_(ends.low[i], ends.high[i]).sub_(ends.low[i]).div_(ends.distance[i])
+        clamp_between(delta.abs(), ends.low[i], ends.high[i])
+        .sub_(ends.low[i])
+        .div_(ends.distance[i])
         for i, delta in enumerate(deltas)
     ]
     inter = VARIANTS[variant].inter(deltas, scaled)
@@ -364,9 +367,9 @@ def _weigh(
     total = add_up(weights).clamp_min_(1e-12)
     low, high = scalars.low, scalars.high
     clamped = (
-        signed(delta.abs().clamp_(low[i], high[i]), delta)
+        signed(clamp_between(delta.abs(), low[i], high[i]), delta)
         if raises
-        else delta.clamp_(-high[i], high[i])
+        else clamp_between(delta, -high[i], high[i])
         for i, delta in enumerate(chunk.deltas)
     )
     return [entry.mul_(weight) for entry, weight in zip(clamped, weights, strict=True)], total

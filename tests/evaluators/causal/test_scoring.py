@@ -2,11 +2,9 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from searchmerge.evaluators.causal.documents import group_documents
-from searchmerge.evaluators.causal.packing import plan_packed, share_prefixes
+from searchmerge.evaluators.causal.packing import plan_packed
 from searchmerge.evaluators.causal.scoring import CausalScorer, honours_packing
 from tests.evaluators.models import tiny_model
 
@@ -158,68 +156,6 @@ def test_falling_back_is_said_once(caplog):
     assert [r.message for r in caplog.records if "packed rows" in r.message] == [
         next(r.message for r in caplog.records)
     ]
-
-
-def test_a_prefix_is_shared_where_that_saves_tokens():
-    documents, _ = group_documents(PAIRS[:10], WINDOW)
-    assert [(prefix, len(members)) for prefix, members in share_prefixes(documents, cost=5)] == [
-        (20, 2)
-    ]
-    assert [prefix for prefix, _ in share_prefixes(documents, cost=50)] == [0]
-
-
-def test_contexts_apart_from_the_others_do_not_stop_them_from_sharing():
-    pairs = [*PAIRS[:10], ((1,), (2, 3)), ((SHARED[0],), (4,))]
-    documents, _ = group_documents(pairs, WINDOW)
-    clusters = share_prefixes(documents, cost=5)
-    assert [(prefix, len(members)) for prefix, members in clusters] == [(0, 2), (20, 2)]
-
-
-tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(tokens, tokens), min_size=1, max_size=12),
-    st.integers(1, 40),
-    st.integers(1, 16),
-)
-def test_every_token_read_sees_its_own_text_and_nothing_else(pairs, batch_tokens, row_tokens):
-    documents, indices = group_documents(pairs, 16)
-    expected = {}
-    for (context, continuation), index in zip(pairs, indices, strict=True):
-        text = (context + continuation)[-17:]
-        start = len(text) - len(continuation)
-        expected[index] = sorted(text[: start + i + 1] for i in range(len(continuation)))
-    found = {index: [] for index in expected}
-    for cluster in plan_packed(documents, batch_tokens, 16, cost=4, row_tokens=row_tokens):
-        for batch in cluster.batches:
-            assert len(cluster.prefix) + batch.tokens.shape[1] <= 16
-            for owner, text in read_texts(cluster.prefix, batch):
-                found[owner].append(text)
-    assert {owner: sorted(texts) for owner, texts in found.items()} == expected
-
-
-def read_texts(prefix, batch):
-    """Yield what each read of packed rows sees, in the order of positions, and its target."""
-    first = batch.tokens.shape[1] - batch.n_keep
-    for at, target, owner in zip(batch.at.tolist(), batch.targets, batch.owners, strict=True):
-        row, column = at // batch.n_keep, first + at % batch.n_keep
-        position, order, end = batch.layout[:, row].tolist()
-        seen = [i for i in range(len(order)) if order[i] <= order[column] < end[i]]
-        assert seen == sorted(seen, key=lambda i: position[i])
-        assert [position[i] for i in seen] == list(range(len(prefix), len(prefix) + len(seen)))
-        yield int(owner), (*prefix, *batch.tokens[row, seen].tolist(), int(target))
-
-
-def test_what_several_continuations_begin_with_is_run_once():
-    pairs = [((1, 2, 3), (4, 5, 6)), ((1, 2, 3), (4, 5, 7, 8)), ((1, 2, 3), (9,))]
-    (document,), _ = group_documents(pairs, 16)
-    assert document.size() == len([1, 2, 3, 4, 5, 7])
-    (cluster,) = plan_packed([document], 64, 16)
-    (batch,) = cluster.batches
-    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 7]]
-    assert batch.n_keep == 4
 
 
 @pytest.mark.parametrize(("n_documents", "run_before"), [(2, False), (12, True)])

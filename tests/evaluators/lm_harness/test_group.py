@@ -9,19 +9,14 @@ from lm_eval.tasks import TaskManager
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Member
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from tests.evaluators.lm_harness.test_evaluator import (  # noqa: F401
-    documents,
-    folder,
-    harness,
-    model,
-)
+from tests.evaluators.lm_harness.tasks import harness
 from tests.evaluators.models import tiny_tokenizer
 
 ACC = {"metric": "acc", "aggregation": "mean"}
 
 
 @pytest.fixture(scope="module")
-def groups(folder, tmp_path_factory):  # noqa: F811
+def groups(folder, tmp_path_factory):
     """Groups of a 7-example and a 10-example task, in several shapes."""
     root = tmp_path_factory.mktemp("groups")
     config = yaml.safe_load((folder / "mc.yaml").read_text())
@@ -61,7 +56,7 @@ def groups(folder, tmp_path_factory):  # noqa: F811
     return root
 
 
-def theirs(groups, model, name):  # noqa: F811
+def theirs(groups, model, name):
     lm = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     loaded = TaskManager(include_path=str(groups), include_defaults=False).load([name])
     for task in loaded["tasks"].values():
@@ -70,7 +65,7 @@ def theirs(groups, model, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["by_size", "alike"])
-def test_the_whole_groups_score_is_lm_evals(groups, model, name):  # noqa: F811
+def test_the_whole_groups_score_is_lm_evals(groups, model, name):
     results = theirs(groups, model, name)
     evaluator = harness(groups, LmTask(name, "test", metric=("acc",)))
     info = evaluator.tasks["mine"]
@@ -95,7 +90,7 @@ def test_weights_are_those_of_the_groups(groups):
     assert [m.weight for m in members("nested")] == pytest.approx([3.5 / 17, 5 / 17, 0.5])
 
 
-def test_examples_of_several_members_are_scored_in_the_order_asked(groups, model):  # noqa: F811
+def test_examples_of_several_members_are_scored_in_the_order_asked(groups, model):
     evaluator = harness(groups, LmTask("by_size", "test"))
     whole = evaluator.score(model, "mine", range(17))
     order = [16, 0, 9, 3, 8]
@@ -105,7 +100,7 @@ def test_examples_of_several_members_are_scored_in_the_order_asked(groups, model
     )
 
 
-def test_answers_of_a_group_are_its_members(groups, model):  # noqa: F811
+def test_answers_of_a_group_are_its_members(groups, model):
     evaluator = harness(groups, LmTask("by_size", "test", metric=("acc", "acc_norm")))
     evaluator.score(model, "mine", [16, 0])
     last, first = evaluator.answers("mine", [16, 0])
@@ -135,7 +130,7 @@ def test_a_member_that_does_not_exist_is_named(groups):
         harness(groups, LmTask("by_size", "test", samples=(0, 1)))
 
 
-def test_a_study_may_define_its_task_itself(groups, folder, model):  # noqa: F811
+def test_a_study_may_define_its_task_itself(groups, folder, model):
     config = yaml.safe_load((folder / "mc.yaml").read_text())
     evaluator = harness(folder, LmTask(config, "test"))
     expected = harness(folder, LmTask("mc", "test")).score(model, "mine", range(7))

@@ -8,12 +8,7 @@ from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from tests.evaluators.lm_harness.test_evaluator import (  # noqa: F401
-    folder,
-    harness,
-    model,
-    with_template,
-)
+from tests.evaluators.lm_harness.tasks import harness, with_template
 from tests.evaluators.models import tiny_tokenizer
 
 CHAT = (
@@ -41,7 +36,7 @@ WAYS = {
 }
 
 
-def theirs(folder, lm, task, **options):  # noqa: F811
+def theirs(folder, lm, task, **options):
     config = yaml.safe_load((folder / f"{task}.yaml").read_text())
     files = config["dataset_kwargs"]["data_files"]
     config["dataset_kwargs"]["data_files"] = {k: str(folder / v) for k, v in files.items()}
@@ -55,7 +50,7 @@ def theirs(folder, lm, task, **options):  # noqa: F811
 @pytest.mark.parametrize("template", [CHAT, STRICT], ids=["any turn", "no system's turn"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("task", ["mc", "fewshot", "generate"])
-def test_prompts_and_scores_are_lm_evals_own(folder, model, task, way, template):  # noqa: F811
+def test_prompts_and_scores_are_lm_evals_own(folder, model, task, way, template):
     keys, options = WAYS[way]
     tokenizer = with_template(tiny_tokenizer(), template)
     evaluator = harness(folder, LmTask(task, "test"), tokenizer, **keys)
@@ -71,7 +66,7 @@ def test_prompts_and_scores_are_lm_evals_own(folder, model, task, way, template)
     assert scores == pytest.approx(tuple(sample[metric] for sample in samples), abs=1e-6)
 
 
-def test_a_tasks_own_keys_come_before_the_sections(folder):  # noqa: F811
+def test_a_tasks_own_keys_come_before_the_sections(folder):
     tokenizer = with_template(tiny_tokenizer(), CHAT)
     task = LmTask("mc", "test", chat_template=False, system_instruction="mine")
     evaluator = harness(folder, task, tokenizer, chat_template=True, system_instruction="all")
@@ -79,7 +74,7 @@ def test_a_tasks_own_keys_come_before_the_sections(folder):  # noqa: F811
     assert "[user]" not in prompt and prompt.startswith("mine")
 
 
-def test_a_template_takes_arguments_and_is_found_by_name(folder):  # noqa: F811
+def test_a_template_takes_arguments_and_is_found_by_name(folder):
     templates = {"default": CHAT, "short": "{{ messages[0]['content'] }}!"}
     tokenizer = with_template(tiny_tokenizer(), templates)
     keys = {"chat_template": True, "template_arguments": {"thinking": True}}
@@ -97,12 +92,12 @@ def test_a_template_takes_arguments_and_is_found_by_name(folder):  # noqa: F811
         ({"template_arguments": {"a": 1}}, r"tasks\.mine\.template_arguments: needs a chat_temp"),
     ],
 )
-def test_what_the_tokenizer_cannot_do_is_refused(folder, keys, message):  # noqa: F811
+def test_what_the_tokenizer_cannot_do_is_refused(folder, keys, message):
     with pytest.raises(SpecError, match=message):
         harness(folder, LmTask("mc", "test"), with_template(tiny_tokenizer(), CHAT), **keys)
 
 
-def test_what_the_model_reads_is_shown_whole_and_an_unused_template_is_named(folder):  # noqa: F811
+def test_what_the_model_reads_is_shown_whole_and_an_unused_template_is_named(folder):
     tokenizer = with_template(tiny_tokenizer(), CHAT)
     plain = harness(folder, LmTask("mc", "test"), tokenizer)
     chat = harness(folder, LmTask("mc", "test"), tokenizer, chat_template=True)

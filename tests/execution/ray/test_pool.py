@@ -15,8 +15,9 @@ from searchmerge.execution.executor import Finished, Lost, Scored
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
 from tests.execution import workers
 from tests.execution.conftest import STORE_BYTES
-from tests.execution.test_executors import until_it_ends
+from tests.execution.test_executor import until_it_ends
 from tests.execution.workers import DEVICE_FAULT, DIES, FINE, HANGS, ROUNDS, STOPS, plan
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -41,7 +42,7 @@ def pool(cluster):
 
 def jobs(*kinds):
     return ListSource(
-        [Job(f"job {i}", plan(kind, i / 100), ROUNDS) for i, kind in enumerate(kinds)]
+        [Job(f"job {i}", plan(kind, i / 100), ROUNDS, None) for i, kind in enumerate(kinds)]
     )
 
 
@@ -51,14 +52,6 @@ def expected(job):
         for result in workers.make().score(job.plan, ROUNDS)
         for scores in result.scores
     ]
-
-
-def wait_for(condition, seconds=60):
-    give_up = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < give_up, "it did not come to pass"
-        time.sleep(0.01)
-    return found
 
 
 def test_two_workers_score_what_one_in_process_does_and_each_block_once(pool, store):
@@ -71,7 +64,7 @@ def test_two_workers_score_what_one_in_process_does_and_each_block_once(pool, st
 
 def test_a_worker_that_is_killed_in_a_block_is_replaced_and_its_job_goes_on(pool, store, notes):
     executor = pool(functools.partial(workers.make, notes, 0.05), workers=1)
-    job = Job("job", plan(FINE), ROUNDS)
+    job = Job("job", plan(FINE), ROUNDS, None)
     executor.tasks()
     executor.submit(1, job.plan, ROUNDS)
     first = executor.next_event(30.0)
@@ -287,6 +280,8 @@ def test_a_study_stops_where_ray_itself_dies_on_this_machine():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100
     )
+    assert done.stdout == ""
+    assert done.stderr.startswith("Traceback")  # of Ray itself nothing is heard
     assert "StudyError: Ray died on this machine" in done.stderr
 
 

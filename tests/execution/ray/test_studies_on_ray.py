@@ -1,10 +1,7 @@
 """A study of a language model on Ray and in one process, through the command line."""
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -12,25 +9,10 @@ import yaml
 from tests.tiny import make_models, make_study
 
 pytestmark = pytest.mark.ray
-RUN = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
 CONFIGS = {
     "local": {"threads": 1},
     "ray": {"executor": "ray", "threads": 1, "ray": {"workers": 2, "cpus_per_worker": 0.5}},
 }
-
-
-def run(folder, executor):
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIGS[executor]))
-    process = subprocess.run(
-        [*RUN, "run", "study.yaml", "--config", "config.yaml", "--runs-dir", executor],
-        cwd=folder,
-        env={**os.environ, "SEARCHMERGE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stderr
-    return process, folder / executor / "tiny"
 
 
 def contents(run_dir):
@@ -42,21 +24,24 @@ def contents(run_dir):
     return trials, {tuple(key): values for *key, values in rows}
 
 
-def test_two_ray_workers_find_what_one_process_does(tmp_path):
+def test_two_ray_workers_find_what_one_process_does(cluster, searchmerge, tmp_path):
     make_models(tmp_path)
     make_study(
         tmp_path,
         name="tiny",
         search={"sampler": "random", "n_trials": 6, "round_blocks": 2, "racing": "off"},
     )
-    process, on_ray = run(tmp_path, "ray")
-    assert "ray" not in process.stdout.replace("ray/tiny", "").lower(), process.stdout
-    assert process.stderr.count("Actor") == 0
-    trials, scores = contents(on_ray)
+    for executor, config in CONFIGS.items():
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        code, out, err = searchmerge(
+            "run", "study.yaml", "--config", "config.yaml", "--runs-dir", executor
+        )
+        assert code == 0, err
+        assert "ray" not in out.replace("ray/tiny", "").lower(), out
+        assert "Actor" not in err
+    trials, scores = contents(tmp_path / "ray" / "tiny")
     assert trials == [(number, "COMPLETE") for number in range(6)]
-    local_trials, local_scores = contents(run(tmp_path, "local")[1])
-    assert trials == local_trials
-    assert scores == local_scores
+    assert contents(tmp_path / "local" / "tiny") == (trials, scores)
     results = [
         json.loads((tmp_path / executor / "tiny" / "results.json").read_text())
         for executor in CONFIGS

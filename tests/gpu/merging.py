@@ -1,0 +1,392 @@
+"""Merging on the device: right, and how fast beside a copy of as many bytes."""
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
+
+from searchmerge.merging.engine import Engine, EngineKind
+from searchmerge.merging.measure import Measure, MemoryBudget
+from searchmerge.merging.merger import Merger
+from searchmerge.merging.method import METHODS, default_plan
+from searchmerge.merging.residency import Memory, Residency, free_bytes
+from searchmerge.merging.task_vectors import TaskVectors
+from searchmerge.plan import MergePlan
+from tests.benchmarks.bench_merging import (
+    COPIED_AT_ONCE,
+    EXPERTS,
+    N_EXPERTS,
+    SHAPES,
+    Shape,
+    parameters,
+    synchronize,
+    synthetic,
+)
+from tests.gpu.report import Figures, Step, Wrong
+from tests.merging.golden import CASES, Case
+
+FIRST_COMPILED = ("p03_n4_t5_tied", "p05_n5_bf16")
+"""Golden cases that are compiled first: each number of experts is compiled for itself."""
+
+_LEFT_FREE = 0.12  # of the device's memory, where as much is merged as fits
+_MANY = Shape(
+    512, 64, 128, 33, 32
+)  # 299 small parameters: what a candidate costs beside its bytes
+_ONE_LAYER = replace(SHAPES["135m"], n_layers=1, vocabulary=1024)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where merging is measured.
+
+    Attributes:
+        device: The device.
+        engines: Which ways arithmetic is run.
+        small: Whether all is done in small, as on a CPU.
+        folder: For models on disk.
+        n_candidates: How many are timed.
+    """
+
+    device: str
+    engines: tuple[EngineKind, ...]
+    small: bool
+    folder: Path
+    n_candidates: int = 9
+
+    @property
+    def fastest(self) -> EngineKind:
+        return "compiled" if "compiled" in self.engines else "eager"
+
+    def golden(self) -> list[Step]:
+        """Return the steps that compare with the authors' outputs."""
+        cases = sorted(CASES, key=lambda path: path.name not in FIRST_COMPILED)
+        steps = [Step("golden", "eager", lambda: self._golden("eager", cases), 60)]
+        if "compiled" in self.engines:
+            n = len(FIRST_COMPILED)
+            steps.append(
+                Step("golden", "compiled", lambda: self._golden("compiled", cases[:n]), 75)
+            )
+        return steps
+
+    def more(self) -> list[Step]:
+        """Return the steps for which there may be no time: the other cases and methods."""
+        rest = [path for path in CASES if path.name not in FIRST_COMPILED]
+        steps = [
+            Step("methods", engine, lambda engine=engine: self._methods(engine), 90)
+            for engine in self.engines
+        ]
+        if "compiled" in self.engines:
+            steps.append(
+                Step("golden", "compiled, more", lambda: self._golden("compiled", rest), 120)
+            )
+        return steps
+
+    def _golden(self, engine: EngineKind, folders: list[Path]) -> Figures:
+        for folder in folders:
+            case = Case(folder, self.device)
+            worst = case.deviations(engine)
+            yield {"what": folder.name, "outputs": len(case.outputs), "not reproduced": len(worst)}
+            if worst or not case.outputs:
+                raise Wrong(f"{folder.name}: entries off by output: {worst}")
+
+    def _methods(self, engine: EngineKind) -> Figures:
+        """Compare every method with what it gives on a CPU, chunk by chunk."""
+        base, experts = synthetic(replace(_ONE_LAYER, width=64, inner=96, width_kv=32), "cpu")
+        here = Merger(TaskVectors.from_weights(base, experts), engine="eager")
+        there = Merger(
+            TaskVectors.from_weights(
+                moved(base, self.device),
+                {e: moved(own, self.device) for e, own in experts.items()},
+            ),
+            engine=engine,
+        )
+        for method in METHODS:
+            plan = default_plan(method, EXPERTS)
+            n_off = n_all = 0
+            wanted = dict(here.merged(plan, dtype=torch.float32))
+            for name, tensor in there.merged(plan, dtype=torch.float32):
+                off = (tensor.cpu() - wanted[name]).abs() > 1e-4 * wanted[name].abs() + 1e-5
+                n_off += int(off.sum())
+                n_all += tensor.numel()
+            yield {"what": method, "entries": n_all, "off": n_off}
+            if n_off > n_all // 1000:  # what lies at a threshold may fall to either side
+                raise Wrong(f"{method}: {n_off} of {n_all} entries differ from those on a CPU")
+
+    def statistics(self) -> list[Step]:
+        """Return the step that compares the device's statistics with a CPU's."""
+        return [Step("statistics", "beside a CPU's", self._statistics, 60)]
+
+    def _statistics(self) -> Figures:
+        shape = SHAPES["tiny"] if self.small else replace(SHAPES["135m"], n_layers=4)
+        base, experts = synthetic(shape, self.device)
+        there = TaskVectors.from_weights(base, experts)
+        here = TaskVectors.from_weights(
+            moved(base, "cpu"), {e: moved(own, "cpu") for e, own in experts.items()}
+        )
+        d = there.n_parameters
+        ranks = sorted({0, d - 1, *(d - 1 - int(d * step / 100) for step in range(100))})
+        found = [
+            [measure.magnitudes([rank] * N_EXPERTS) for rank in ranks]
+            for measure in (measured(here), measured(there))
+        ]
+        n_off = sum(
+            one != other
+            for ours, theirs in zip(*found, strict=True)
+            for one, other in zip(ours, theirs, strict=True)
+        )
+        yield {"what": "order statistics", "compared": N_EXPERTS * len(ranks), "differ": n_off}
+        if n_off:
+            raise Wrong(f"{n_off} order statistics differ from those measured on a CPU")
+
+    def merging(self) -> list[Step]:
+        """Return the steps that time candidates of several sizes and residencies."""
+        sizes = ("tiny",) if self.small else ("1b", "3b", "7b")
+        steps = [
+            Step(
+                "merging", f"4 x {size}, on the device", lambda size=size: self._resident(size), 90
+            )
+            for size in sizes
+        ]
+        steps.insert(1, Step("merging", "host-side overhead", self._overhead, 45))
+        steps.insert(
+            2, Step("merging", f"4 x {sizes[0]}, streamed", lambda: self._streamed(sizes[0]), 75)
+        )
+        return steps
+
+    def _resident(self, size: str) -> Figures:
+        shape = self._fitting(SHAPES[size])
+        base, experts = synthetic(shape, self.device)
+        vectors = TaskVectors.from_weights(base, experts)
+        targets = {name: tensor.clone() for name, tensor in base.items()}
+        d = vectors.n_parameters
+        copy_s = copying_s((N_EXPERTS + 2) * 2 * d, self.device)
+        yield {
+            "what": "copy",
+            "parameters": d,
+            "layers": f"{shape.n_layers} of {SHAPES[size].n_layers}",
+            "ms": 1e3 * copy_s,
+            "GB/s": (N_EXPERTS + 2) * 2 * d / copy_s / 1e9,
+        }
+        begun = time.perf_counter()
+        measured(vectors).magnitudes([0] * N_EXPERTS)
+        statistics_s = time.perf_counter() - begun
+        yield {"what": "statistics, all densities", "seconds": statistics_s}
+        for method, most in (("ties", 1.2), ("pcb", 2.0), ("task_arithmetic", None)):
+            merger = Merger(vectors, targets=targets, engine=self.fastest, memory=Memory("device"))
+            figures = self._candidates(merger, method, copy_s, None if self.small else most)
+            yield figures
+            if method == "ties" and not self.small:
+                ratio = statistics_s * 1e3 / figures["ms"]
+                yield {"what": "statistics to a candidate", "value": ratio, "at most": 10}
+
+    def _candidates(
+        self, merger: Merger, method: str, copy_s: float, most: float | None
+    ) -> dict[str, Any]:
+        """Return how long candidates take, beside a copy."""
+        plans = drawn(method)
+        begun = time.perf_counter()
+        merger.apply(next(plans))
+        synchronize(self.device)
+        first_s = time.perf_counter() - begun
+        times = timed(lambda: merger.apply(next(plans)), self.device, self.n_candidates)
+        middle = statistics.median(times)
+        return {
+            "what": f"{method} to the copy",
+            "value": middle / copy_s,
+            "ms": 1e3 * middle,
+            "from": 1e3 * min(times),
+            "to": 1e3 * max(times),
+            "first s": first_s,
+            **({"at most": most} if most is not None else {}),
+        }
+
+    def _fitting(self, shape: Shape) -> Shape:
+        """Return the shape with as many layers as the device has room for, with its targets."""
+        n_bytes = (N_EXPERTS + 2) * 2
+        sizes = {n: torch.Size(size).numel() * n_bytes for n, size in parameters(shape)}
+        layers = sum(size for name, size in sizes.items() if ".layers." in name)
+        room = (1 - _LEFT_FREE) * free_bytes(torch.device(self.device))
+        n_fit = int((room - sum(sizes.values()) + layers) / (layers / shape.n_layers))
+        if n_fit < 1:
+            raise Wrong(f"there is no room for one layer: {room / 2**30:.1f} GiB are free")
+        return replace(shape, n_layers=min(shape.n_layers, n_fit))
+
+    def _overhead(self) -> Figures:
+        """Measure what a candidate of 299 small parameters takes: all but moving bytes."""
+        shape = replace(_MANY, n_layers=3) if self.small else _MANY
+        base, experts = synthetic(shape, self.device)
+        vectors = TaskVectors.from_weights(base, experts)
+        targets = {name: tensor.clone() for name, tensor in base.items()}
+        for method in ("ties", "pcb"):
+            merger = Merger(vectors, targets=targets, engine=self.fastest)
+            plans = drawn(method)
+            merger.apply(next(plans))
+            times = timed(
+                lambda m=merger, p=plans: m.apply(next(p)), self.device, 2 * self.n_candidates
+            )
+            yield {
+                "what": f"{method}, {len(vectors.weights)} small parameters, ms",
+                "value": 1e3 * statistics.median(times),
+                **({} if self.small else {"at most": 2.0}),
+            }
+            counts = launches(lambda m=merger, p=plans: m.apply(next(p)), self.device)
+            yield {"what": f"{method}, launches", **counts}
+
+    def _streamed(self, size: str) -> Figures:
+        """Merge from host memory: page-locked, and mapped from files."""
+        base, experts = synthetic(SHAPES[size], self.device)
+        for name, weights in {"base": base, **experts}.items():
+            save_file(moved(weights, "cpu"), self.folder / f"{name}.safetensors")
+        targets, d = base, sum(tensor.numel() for tensor in base.values())
+        del experts, weights
+        vectors = TaskVectors.from_weights(
+            load_file(self.folder / "base.safetensors"),
+            {e: load_file(self.folder / f"{e}.safetensors") for e in EXPERTS},
+        )
+        n_bytes = (N_EXPERTS + 1) * 2 * d
+        copy_s = copying_s(n_bytes, self.device, pinned=True)
+        yield {"what": "copy from page-locked memory", "ms": 1e3 * copy_s}
+        on_device_s = copying_s((N_EXPERTS + 2) * 2 * d, self.device)
+        residencies: list[Residency] = ["pinned", "mapped"]
+        for residency in residencies if self.device != "cpu" else residencies[1:]:
+            merger = Merger(
+                vectors, targets=targets, engine=self.fastest, memory=Memory(residency)
+            )
+            for method in ("ties", "pcb"):
+                plans = drawn(method)
+                figures = self._candidates(merger, method, copy_s, None)
+                figures["what"] = f"{method}, {residency}, to the copy from the host"
+                figures["to the copy on the device"] = figures["ms"] / 1e3 / on_device_s
+                yield figures
+                if residency == "pinned":
+                    yield {
+                        "what": f"{method}, {residency}, trace",
+                        **overlap(lambda plans=plans, m=merger: m.apply(next(plans)), self.device),
+                    }
+
+    def tsv(self) -> list[Step]:
+        """Return the step that decomposes matrices on the device."""
+        return [Step("TSV", "one layer", self._tsv, 60)]
+
+    def _tsv(self) -> Figures:
+        shape = SHAPES["tiny"] if self.small else replace(SHAPES["1b"], n_layers=1, vocabulary=64)
+        base, experts = synthetic(replace(shape, n_layers=1), self.device)
+        targets = {name: tensor.clone() for name, tensor in base.items()}
+        for method in ("tsv", "iso_c"):
+            merger = Merger(TaskVectors.from_weights(base, experts), targets=targets)
+            plan = default_plan(method, EXPERTS)
+            for which in ("first", "next"):
+                begun = time.perf_counter()
+                merger.apply(plan)
+                synchronize(self.device)
+                seconds = time.perf_counter() - begun
+                yield {"what": f"{method}, {which} candidate of a layer", "seconds": seconds}
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in targets.values()):
+                raise Wrong(f"{method}: what was merged is not finite")
+
+
+def moved(weights: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in weights.items()}
+
+
+def measured(vectors: TaskVectors) -> Measure:
+    return Measure(vectors, Engine("eager"), MemoryBudget(0))
+
+
+def drawn(method: str) -> Iterator[MergePlan]:
+    """Yield plans with coefficients and densities drawn with a seed, without end."""
+    draw = random.Random(0)
+    for _ in itertools.count():
+        numbers: dict[str, Any] = {"coefficient": [draw.uniform(0.5, 1.5) for _ in EXPERTS]}
+        if method in ("ties", "pcb"):
+            numbers["density"] = [draw.randrange(5, 40) / 100 for _ in EXPERTS]
+        yield default_plan(method, EXPERTS, **numbers)
+
+
+def timed(run: Callable[[], object], device: str, n_times: int) -> list[float]:
+    """Return the seconds that each of some runs takes, after one that is not counted."""
+    seconds = []
+    for _ in range(n_times + 1):
+        synchronize(device)
+        begun = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return seconds[1:]
+
+
+def copying_s(n_bytes: int, device: str, *, pinned: bool = False) -> float:
+    """Return the seconds that moving so many bytes takes: on the device, or to it if pinned.
+
+    On the device a copy moves every byte twice, as it is read and written.
+    """
+    is_cuda = device.startswith("cuda")
+    from_host = pinned and is_cuda
+    total = n_bytes if from_host else n_bytes // 2
+    size = min(total, COPIED_AT_ONCE)
+    target = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.zeros(size, dtype=torch.uint8, device="cpu" if from_host else device)
+    source = source.pin_memory() if from_host else source
+    whole, rest = divmod(total, size)
+
+    def run() -> None:
+        for _ in range(whole):
+            target.copy_(source, non_blocking=True)
+        target[:rest].copy_(source[:rest], non_blocking=True)
+
+    return statistics.median(timed(run, device, 5))
+
+
+def _profiled(run: Callable[[], object], device: str) -> list[Any]:
+    activities = [ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as trace:
+        run()
+        synchronize(device)
+    return list(trace.events())
+
+
+def launches(run: Callable[[], object], device: str) -> dict[str, int]:
+    """Return how many kernels and copies one run starts; on a CPU, how many operations."""
+    names = [event.name for event in _profiled(run, device)]
+    if not device.startswith("cuda"):
+        return {"operations": sum(name.startswith("aten::") for name in names)}
+    return {
+        "kernels": sum("LaunchKernel" in name for name in names),
+        "graphs": sum("GraphLaunch" in name for name in names),
+        "copies": sum(name.startswith("cudaMemcpy") for name in names),
+    }
+
+
+def overlap(run: Callable[[], object], device: str) -> dict[str, float]:
+    """Return for how many ms the device copies and computes, and for how many both at once."""
+    on_device = [e for e in _profiled(run, device) if e.device_type.name == "CUDA"]
+    spans = {True: [], False: []}
+    for event in on_device:
+        is_copy = event.name.startswith("Memcpy")
+        spans[is_copy].append((event.time_range.start, event.time_range.end))
+    copying, computing = covered(spans[True]), covered(spans[False])
+    both = copying + computing - covered(spans[True] + spans[False])
+    return {
+        "copying ms": copying / 1e3,
+        "computing ms": computing / 1e3,
+        "both ms": both / 1e3,
+    }
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total

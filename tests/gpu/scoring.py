@@ -1,0 +1,216 @@
+"""Scoring and generating beside lm-eval's ``HFLM`` at its best batch size: speed and answers."""
+
+import gc
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from searchmerge.evaluators.causal.model import BATCH_TOKENS
+from tests.benchmarks.bench_merging import SHAPES, Shape
+from tests.benchmarks.bench_scoring import Case, Contest, Timer
+from tests.gpu.report import Figures, Step, Wrong
+from tests.tiny import save_tokenizer
+
+CASES = (
+    Case("4 choices, 0-shot", "gpu_choices", 400),
+    Case("4 choices, shared 5-shot prefix", "gpu_fewshot", 200),
+    Case("rolling log-likelihood", "gpu_rolling", 64),
+    Case("generation", "gpu_generate", 96),
+)
+N_SMALL = 6
+N_EXACT = 40
+"""Examples that are compared in float32, where every answer must be the same."""
+
+_BATCH_SIZES = (16, 32, 64, 128, 256)
+_WINDOW = 2048  # tokens
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Where scoring is measured.
+
+    Attributes:
+        device: The device.
+        small: Whether all is done in small, as on a CPU.
+        folder: For the tasks and their data.
+    """
+
+    device: str
+    small: bool
+    folder: Path
+
+    def steps(self) -> list[Step]:
+        """Return the steps, the smaller model first."""
+        if self.small:
+            return [Step("scoring", "tiny", lambda: self._compared("tiny", torch.float32, 1))]
+        return [
+            Step("scoring", "1b", lambda: self._compared("1b", torch.bfloat16, 2), 75),
+            Step("scoring", "1b in float32", lambda: self._compared("1b", torch.float32, 1), 60),
+            Step("scoring", "3b", lambda: self._compared("3b", torch.bfloat16, 2), 75),
+        ]
+
+    def _compared(self, size: str, dtype: torch.dtype, rounds: int) -> Figures:
+        shape = SHAPES[size]
+        tokenizer = self._prepare(shape)
+        exact = dtype == torch.float32
+        with language_model(shape, dtype, self.device) as model:
+            contest = Contest(
+                model,
+                tokenizer,
+                self.folder,
+                Timer(cpu_time=False),
+                batch_tokens=BATCH_TOKENS[self.device.partition(":")[0]],
+                cases=CASES,
+                batch_sizes=_BATCH_SIZES[:2] if self.small else _BATCH_SIZES,
+            )
+            for case in CASES:
+                n_most = N_SMALL if self.small else N_EXACT if exact else case.n_examples
+                found = contest.measure(case, min(n_most, case.n_examples), rounds)
+                goal = {"at least": 2.0 if "choices" in case.task else 1.0}
+                yield {
+                    "what": f"{case.title}, HFLM's time to ours",
+                    "value": found.ratio,
+                    "HFLM s": found.theirs_s,
+                    "at batch": found.batch_size,
+                    "our s": found.ours_s,
+                    "max Δ": found.difference,
+                    "same": f"{found.n_same}/{found.n_examples}",
+                    **({} if exact else goal),
+                }
+                if exact and found.n_same != found.n_examples:
+                    raise Wrong(
+                        f"{case.title}: {found.n_examples - found.n_same} of {found.n_examples} "
+                        f"answers in float32 are not HFLM's"
+                    )
+
+    def _prepare(self, shape: Shape) -> Any:
+        """Write the tasks and the tokenizer, whose every word is a token; return the latter."""
+        from transformers import AutoTokenizer
+
+        words = ["<s>", "</s>", *(f"w{i}" for i in range(shape.vocabulary - 2))]
+        save_tokenizer(self.folder, words)
+        write_tasks(self.folder, words, N_SMALL + 6 if self.small else None)
+        return AutoTokenizer.from_pretrained(self.folder)
+
+
+@contextmanager
+def language_model(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[Any]:
+    """Yield a Llama of some shape with seeded random weights, made on the device."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(llama_config(shape))
+    finally:
+        torch.set_default_dtype(default)
+    try:
+        yield model.eval().requires_grad_(requires_grad=False)
+    finally:
+        del model
+        gc.collect()
+
+
+def llama_config(shape: Shape) -> Any:
+    from transformers import LlamaConfig
+
+    head = 128 if shape.width > 2048 else min(64, shape.width_kv)
+    return LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.width // head,
+        num_key_value_heads=shape.width_kv // head,
+        max_position_embeddings=_WINDOW,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def write_tasks(folder: Path, words: list[str], n_rows: int | None) -> None:
+    """Write the tasks' YAMLs and their data: words drawn with a seed."""
+    draw = random.Random(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(draw.choices(words[2:], k=draw.randint(low, high)))
+
+    small = n_rows is not None
+    questions = [
+        {
+            "question": text(40, 90),
+            "choices": [text(3, 12) for _ in range(4)],
+            "answer": draw.randrange(4),
+        }
+        for _ in range(n_rows or 500)
+    ]
+    texts = [{"text": text(20, 200 if small else 1500)} for _ in range(n_rows or 100)]
+    _write_rows(folder / "questions.jsonl", questions)
+    _write_rows(folder / "texts.jsonl", texts)
+    choices = {
+        "task": "gpu_choices",
+        **_data(folder / "questions.jsonl"),
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [_metric("acc")],
+    }
+    first = {"num_fewshot": 5, "fewshot_split": "validation"}
+    fewshot = {
+        **choices,
+        "task": "gpu_fewshot",
+        **first,
+        "fewshot_config": {"sampler": "first_n"},
+    }
+    generate = {
+        "task": "gpu_generate",
+        **_data(folder / "questions.jsonl"),
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {
+            "until": ["w3 "],
+            "max_gen_toks": 8 if small else 64,
+            "do_sample": False,
+        },
+        "metric_list": [_metric("exact_match")],
+    }
+    rolling = {
+        "task": "gpu_rolling",
+        **_data(folder / "texts.jsonl"),
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        ],
+    }
+    for task in (choices, fewshot, generate, rolling):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+
+
+def _data(file: Path) -> dict[str, Any]:
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(file)}},
+        "validation_split": "validation",
+    }
+
+
+def _metric(name: str) -> dict[str, Any]:
+    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
+
+
+def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
