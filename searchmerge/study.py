@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from searchmerge.durable import write_atomically
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import expert_name, reference_plans
@@ -90,9 +91,7 @@ class Study:
         """Write down in ``run_dir`` what is run, and from which folder its paths are."""
         said = self.spec.model_dump(mode="json", exclude_unset=True)
         text = json.dumps({"file": str(self.file.resolve()), "study": said}, indent=1)
-        part = run_dir / f"{KEPT_FILE}.part"
-        part.write_text(f"{text}\n", encoding="utf-8")
-        part.replace(run_dir / KEPT_FILE)
+        write_atomically(run_dir / KEPT_FILE, f"{text}\n")
 
 
 def kept_study(run_dir: Path) -> Study:
