@@ -9,9 +9,9 @@ from searchmerge.evaluators.evaluator import Answer
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results
 from searchmerge.run import PLANS_DIR, plan_file
+from searchmerge.search.directory import SCORES_FILE
 from searchmerge.search.references import reference_plans
 from searchmerge.search.scores import ScoreStore
-from searchmerge.search.study import SCORES_FILE
 from searchmerge.study import kept_study
 
 BEST = "best"

@@ -17,8 +17,8 @@ from searchmerge.models import open_models
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results
 from searchmerge.run import MODEL_DIR
+from searchmerge.search.directory import SCORES_FILE
 from searchmerge.search.scores import ScoreStore
-from searchmerge.search.study import SCORES_FILE
 from searchmerge.study import Study, kept_study
 
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.02}

@@ -7,7 +7,7 @@ from searchmerge.answers import kept_answers
 from searchmerge.cli import app
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.report.results import Results
-from searchmerge.search.study import stored_study
+from searchmerge.search.directory import stored_study
 from tests.studies_of_tasks import run
 from tests.tiny import make_models
 

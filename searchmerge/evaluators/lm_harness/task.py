@@ -388,12 +388,12 @@ def _first(given: Any) -> float:
     return float(given[0] if isinstance(given, tuple) else given)
 
 
-def _chosen(key: str, asked: str | None, known: Sequence[str]) -> str:
-    """Return ``asked``, or the first known name if nothing was asked for."""
+def _chosen(key: str, asked: str | None, names: Sequence[str]) -> str:
+    """Return ``asked``, or the first name if nothing was asked for."""
     if asked is None:
-        return known[0]
-    if asked not in known:
-        raise SpecError(f"{key}: no {asked!r} in the task (it has: {', '.join(known)})")
+        return names[0]
+    if asked not in names:
+        raise SpecError(f"{key}: no {asked!r} in the task (it has: {', '.join(names)})")
     return asked
 
 
