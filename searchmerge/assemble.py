@@ -78,6 +78,7 @@ def make_worker(
         device=device,
         n_devices=config.devices_per_worker,
         auto_class=study.spec.resident_class,
+        loading=study.spec.loading,
     )
     views = writable_views(model)
     names = aligned(views, models.base.headers)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint
 from searchmerge.checkpoints.files import read_json
 from searchmerge.checkpoints.renames import head_names
-from searchmerge.checkpoints.resident import load_resident
+from searchmerge.checkpoints.resident import labelled, load_resident
 from searchmerge.errors import CheckpointError, SpecError
 from searchmerge.evaluators.heads import PooledClassifier, Pooling, model_head, pooled_head
 
@@ -157,7 +157,7 @@ def _loaded(encoder: Checkpoint, head: SavedHead, device: str) -> nn.Module:
         dtype=main_dtype(encoder),
         device=device,
         auto_class=str(head.model_class),
-        labels=() if head.pooling else head.labels,
+        loading={} if head.pooling or not head.labels else labelled(head.labels),
     )
 
 

@@ -130,6 +130,50 @@ def report(
 
 
 @app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    config: ConfigFile = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Held-out examples of each task; default: all.")
+    ] = None,
+) -> None:
+    """Score the saved model with lm-eval's own harness, and compare with the report."""
+    from searchmerge.config import read_config
+    from searchmerge.verify import Verification
+
+    verification = Verification(run_dir, read_config(config))
+    compared = list(verification.compare(limit))
+    _print_table(
+        ["task", "examples", "ours", "lm-eval", "difference", ""],
+        [
+            [c.task, f"{c.n_examples} {c.part}", f"{c.ours:.6f}", f"{c.theirs:.6f}",
+             f"{c.difference:+.6f}", "differs" if c.beyond else "same"]
+            for c in compared
+        ],
+    )  # fmt: skip
+    for line in verification.told(compared):
+        _out.print(line, soft_wrap=True)
+    if any(c.is_wrong for c in compared):
+        raise typer.Exit(1)
+
+
+@app.command()
+def answers(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    task: Annotated[str, typer.Option(help="A task whose answers are kept.")],
+    plan: Annotated[str, typer.Option(help="best, or a name of the report's table.")] = "best",
+    against: Annotated[list[str] | None, typer.Option(help="Another plan, or several.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many examples.")] = 10,
+) -> None:
+    """Show what plans said to a task's held-out examples, side by side."""
+    from searchmerge.answers import kept_answers
+    from searchmerge.report.answers import answers_table
+
+    said = kept_answers(run_dir, task, [plan, *(against or ())])
+    _print_table(*answers_table([(name, given[:limit]) for name, given in said]))
+
+
+@app.command()
 def merge(
     plan: Annotated[Path, typer.Argument(help="A merge plan.")],
     base: Annotated[str, typer.Option(help="The base model: a directory or a hub id.")],

@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
 
 from searchmerge.evaluators.evaluator import HINT, NoKeys
 
@@ -25,6 +25,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     declared: ClassVar[type[Any]] = NoKeys
+
+    @model_validator(mode="after")
+    def _keys_go_together(self) -> "Strict":
+        declared_keys(self, self.declared)  # what it refuses is reported with the mapping's line
+        return self
 
 
 def keys_model(name: str, declared: type[Any], base: type[Model]) -> type[Model]:

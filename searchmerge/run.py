@@ -21,6 +21,7 @@ from searchmerge.models import (
     warn_of_doubts,
 )
 from searchmerge.plan import MergePlan
+from searchmerge.report.answers import explained_zero
 from searchmerge.report.card import model_card
 from searchmerge.report.front import save_front
 from searchmerge.report.results import Results
@@ -28,6 +29,7 @@ from searchmerge.report.tables import (
     held_out_objective,
     make_bounds,
     make_counts,
+    make_details,
     make_points,
     make_rows,
 )
@@ -68,6 +70,7 @@ def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer
         directory = stack.enter_context(
             contextlib.closing(assemble.open_directory(study, watch.content, config, run_dir))
         )
+        study.keep(run_dir)
         if not directory.is_begun:  # a study that was resumed has them already
             directory.enqueue("warm start", assemble.warm_start(study))
         executor = stack.enter_context(
@@ -137,7 +140,12 @@ class StudyRun:
         expert_scores = {
             task: scores[name][task] for task, name in experts.items() if name in scores
         }
-        return objective.relative_to(expert_scores, scores.get(BASE, {}))
+
+        def explain(task: str) -> str:
+            plan, info = references[experts[task]], board.schedule.tasks[task]
+            return explained_zero(board.store.answers(plan, task, "pilot"), info)
+
+        return objective.relative_to(expert_scores, scores.get(BASE, {}), explain)
 
     def _search(self, objective: Objective) -> None:
         """Run trials until the budget ends."""
@@ -193,6 +201,7 @@ class StudyRun:
         board, records = self._runner.board, self._directory.records()
         rows = make_rows(board, plans, best.keys(), confirmation)
         [winner] = [row for row in rows if row.name == confirmation.winner]
+        detailed = [row.name for row in rows if row is winner or not row.is_candidate]
         held_out = held_out_objective(objective, rows, self._study.task_experts)
         return Results(
             study=self._study.name,
@@ -206,6 +215,7 @@ class StudyRun:
             level=confirmation.level,
             made_of=_described(self._models) | versions(self._study),
             bounds=make_bounds(winner, objective, held_out),
+            details=make_details(board, plans, detailed),
             points=make_points(candidates(records, objective), rows, objective),
         )
 
@@ -213,7 +223,12 @@ class StudyRun:
 def _write_plans(folder: Path, plans: Plans) -> None:
     folder.mkdir(exist_ok=True)
     for name, plan in plans.items():
-        plan.to_yaml(folder / f"{name.replace(' ', '-')}.yaml")
+        plan.to_yaml(plan_file(folder, name))
+
+
+def plan_file(folder: Path, name: str) -> Path:
+    """Return where a plan of that name is written down."""
+    return folder / f"{name.replace(' ', '-')}.yaml"
 
 
 def _described(models: Models) -> dict[str, str]:

@@ -241,6 +241,14 @@ class StudySpec(Strict):
         return self._model_classes()[0]
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """Return what else transformers is given to load the resident model."""
+        given: dict[str, Any] = {}
+        for name, kind in self.kinds.items():
+            given |= kind.loading(self.section(name))
+        return given
+
+    @property
     def private(self) -> list[str]:
         """Return the patterns of tensors that are each expert's own though the base has them."""
         return [
@@ -276,12 +284,14 @@ class StudySpec(Strict):
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
         for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
             data["search"].pop(key)
+        tasks = data["tasks"].values()
         for name, kind in EVALUATORS.items():
             if name not in self.kinds and name not in self.model_fields_set:
                 data.pop(name, None)  # so that a new kind of evaluator changes no other study
                 continue
-            for key in kind.cost_keys:
-                data[name].pop(key)
+            for key in kind.free_keys:
+                for keys in (data[name], *(t for t in tasks if t["evaluator"] == name)):
+                    keys.pop(key, None)
         return data
 
 

@@ -1,20 +1,24 @@
 """A study: what its file says, where it is, and what follows from both."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from searchmerge.errors import SpecError
+from searchmerge.durable import write_atomically
+from searchmerge.errors import SpecError, StudyError
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import expert_name, reference_plans
 from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.space import SearchSpace
 from searchmerge.space_spec import make_space
 from searchmerge.spec import StudySpec, plain_spec, study_model
-from searchmerge.yaml_file import read_yaml
+from searchmerge.yaml_file import read_yaml, to_model
 
 SPEC_FILE = "study.yaml"
+KEPT_FILE = "study.json"
+"""What was run, in a run directory."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,29 @@ class Study:
     def elsewhere(self) -> "Study":
         """Return the study as it is sent to another process, which may have another folder."""
         return Study(self.spec, self.file.resolve())
+
+    def keep(self, run_dir: Path) -> None:
+        """Write down in ``run_dir`` what is run, and from which folder its paths are."""
+        said = self.spec.model_dump(mode="json", exclude_unset=True)
+        text = json.dumps({"file": str(self.file.resolve()), "study": said}, indent=1)
+        write_atomically(run_dir / KEPT_FILE, f"{text}\n")
+
+
+def kept_study(run_dir: Path) -> Study:
+    """Return the study that was last run in ``run_dir``, as it was read then.
+
+    Raises:
+        StudyError: If none is kept there.
+    """
+    try:
+        kept = json.loads((run_dir / KEPT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"{run_dir}: what was run is not kept here ({KEPT_FILE}); the same searchmerge run "
+            "writes it, and scores nothing again"
+        ) from error
+    file = Path(kept["file"])
+    return Study(to_model(kept["study"], study_model(), None, run_dir / KEPT_FILE), file)
 
 
 def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:

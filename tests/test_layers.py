@@ -27,6 +27,7 @@ LAYERS = [
     {"fingerprint"},
     {"assemble"},
     {"run", "check", "progress", "interrupts"},
+    {"verify", "answers"},
     {"cli"},
 ]
 ONLY_HERE = {

@@ -22,6 +22,7 @@ ELSEWHERE = {
     "check.py": "test_cli.py",
     "run.py": "test_cli.py",
     "keys.py": "test_one_file.py",
+    "evaluators/lm_harness/verification.py": "test_verify.py",
     # parts of a checkpoint, which is opened and told apart as a whole
     "checkpoints/fingerprint.py": "checkpoints/test_checkpoint.py",
     "checkpoints/tensor_files.py": "checkpoints/test_checkpoint.py",

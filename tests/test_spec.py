@@ -267,3 +267,28 @@ def test_a_part_of_the_examples_may_be_a_fraction(tmp_path):
         read(tmp_path, tasks={"t": task | {"select": 1.5}})
     with pytest.raises(SpecError, match=r"tasks\.t\.select"):
         read(tmp_path, tasks={"t": task | {"select": 0}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"load_in_8bit": True}, "which a quantised one cannot take; scoring: int8"),
+        ({"max_length": 2048}, r"model_args.max_length: not here: give lm_harness\.max_length"),
+        ({"torchscript": True}, "model_args.torchscript: allowed are attn_implementation, add_b"),
+        ({"add_bos_token": 1}, "model_args.add_bos_token: a bool is needed; found 1"),
+    ],
+)
+def test_loading_arguments_that_make_no_sense_for_a_merged_model_are_refused(
+    tmp_path, arguments, message
+):
+    with pytest.raises(SpecError, match=rf"study\.yaml:\d+: lm_harness: .*{message}"):
+        read(tmp_path, lm_harness={"model_args": arguments})
+    taken = {"attn_implementation": "eager", "add_bos_token": False}
+    spec = read(tmp_path, lm_harness={"model_args": taken})
+    assert spec.loading == {"attn_implementation": "eager"}
+
+
+def test_whether_answers_are_kept_is_no_part_of_what_guards_a_resume(tmp_path):
+    dropped = read(tmp_path)
+    kept = read(tmp_path, {"tasks.t.answers": "keep"}, lm_harness={"answers": "keep"})
+    assert dropped.canonical() == kept.canonical()

@@ -22,7 +22,7 @@ def load_resident(
     device: str,
     n_devices: int = 1,
     auto_class: str = "AutoModelForCausalLM",
-    labels: Sequence[str] = (),
+    loading: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the model, ready to be evaluated and to be written over: no gradients, no dropout.
 
@@ -38,7 +38,8 @@ def load_resident(
             may use; parameters are written over where they lie.
         auto_class: The class of transformers to load it with. A task head that the checkpoint
             does not have is made, with random weights.
-        labels: The classes of its head, where these are not what the configuration says.
+        loading: What else transformers is given: ``attn_implementation``, or what
+            :func:`labelled` returns.
 
     Raises:
         CheckpointError: If there is no such class, or it cannot load this checkpoint, or a
@@ -52,13 +53,8 @@ def load_resident(
         "local_files_only": True,
         "trust_remote_code": checkpoint.trust_remote_code,
         "device_map": "balanced" if n_devices > 1 else {"": _indexed(device)},
+        **(loading or {}),
     }
-    if labels:
-        options |= {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,  # the base's own head may have other classes
-        }
     with quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
         try:
             model, loading = loader.from_pretrained(
@@ -90,6 +86,15 @@ def _change(model: Any, checkpoint: Checkpoint) -> None:
     }
     if changed:
         _write_over(model, checkpoint, changed)
+
+
+def labelled(labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a classifier is loaded with that has other classes than its configuration."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "ignore_mismatched_sizes": True,  # the base's own head may have other classes
+    }
 
 
 def check_spread(name: str, model: nn.Module, device: str) -> None:

@@ -45,12 +45,40 @@ class TaskInfo:
         kind: How the score comes from what the evaluator gives for examples.
         members: The parts that its examples are drawn from in proportion to their weights;
             none where all examples are alike.
+        other_metrics: Names of the scores that are reported beside this one.
+        keeps_answers: Whether what the model says to held-out examples is kept, as it is where
+            other metrics come of it.
+        reading_keys: The keys that decide how the model is asked and its answers are read.
     """
 
     n_examples: int
     metric: str = "score"
     kind: ScoreKind = field(default_factory=Mean)
     members: tuple[Member, ...] = ()
+    other_metrics: tuple[str, ...] = ()
+    keeps_answers: bool = False
+    reading_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to an example, and what came of it beside the score.
+
+    Attributes:
+        example: Position in the task's fixed order.
+        metrics: Name of each of the task's other metrics to its value, higher is better.
+        question: What was asked, without instructions and examples shown.
+        expected: The right answer.
+        said: What the model said, as it came.
+        read: What was read in it, e.g. by a filter.
+    """
+
+    example: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    question: str = ""
+    expected: str = ""
+    said: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
 
 class Evaluator(Protocol):
@@ -95,6 +123,15 @@ class Follower(Protocol):
         Raises:
             EvaluationError: If nothing can be scored with them.
         """
+        ...
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """An evaluator that tells what a model said."""
+
+    def answers(self, task: str, examples: Sequence[int]) -> tuple[Answer, ...]:
+        """Return what was said to examples when they were last scored."""
         ...
 
 
@@ -169,12 +206,14 @@ class EvaluatorKind(Generic[Keys, Section]):
         section: The keys of the study's section that has this kind's name; ``NoKeys`` for none.
         model_classes: The classes of transformers that the resident model is loaded as, by the
             tasks' keys and the section's; none where any will do.
+        loading: What else transformers is given to load the resident model, by the section's
+            keys.
         places: Files, folders and modules of the study's folder that decide scores, as the study
             writes them: a run is not resumed where one has changed.
         referred: Files elsewhere that these refer to, given the study's folder too.
         packages: Distributions whose versions decide scores, by the section's keys.
         heads: The experts whose heads the tasks use, and how.
-        cost_keys: Keys of the section that can only change the time taken.
+        free_keys: Keys of the section or of tasks that can change no score.
         private_key: The key of the section that lists patterns of tensors which are each
             expert's own though the base has them too.
     """
@@ -183,13 +222,14 @@ class EvaluatorKind(Generic[Keys, Section]):
     build: Callable[[Mapping[str, Keys], Section, EvaluationContext], Mapping[str, "Evaluator"]]
     section: type[Section]
     model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
+    loading: Callable[[Section], Mapping[str, Any]] = lambda section: {}
     places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
     referred: Callable[[Mapping[str, Keys], Section, Path], Iterable[Path]] = (
         lambda tasks, section, folder: ()
     )
     packages: Callable[[Section], Sequence[str]] = lambda section: ()
     heads: Callable[[Mapping[str, Keys], Section], Mapping[str, HeadUse]] = lambda tasks, keys: {}
-    cost_keys: tuple[str, ...] = ()
+    free_keys: tuple[str, ...] = ()
     private_key: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""The base's tokenizer, as the evaluators load it."""
+"""The base's tokenizer and configuration, as the evaluators load them."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,16 @@ _SETTINGS = "tokenizer_config.json"
 _VOCABULARY = "tokenizer.json"
 
 
-def load_tokenizer(model_dir: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    model_dir: str | Path, *, trust_remote_code: bool = False, add_bos_token: bool | None = None
+) -> Any:
     """Return the tokenizer of a model, from files that are on this machine.
 
     Args:
         model_dir: The directory of its files.
         trust_remote_code: Whether Python files of the model may run.
+        add_bos_token: Whether it puts the token that begins a text before one; as its files say
+            if ``None``.
 
     Raises:
         SpecError: If it cannot be loaded, or knows no tokens but special ones: where the files of
@@ -25,7 +29,10 @@ def load_tokenizer(model_dir: str | Path, *, trust_remote_code: bool = False) ->
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_dir, trust_remote_code=trust_remote_code, **options
+        )
     except Exception as error:  # odd values lead transformers to any, and tokenizers to bare ones
         reason = in_one_line(error)
         where = _odd_file(Path(model_dir))
@@ -41,6 +48,16 @@ def load_tokenizer(model_dir: str | Path, *, trust_remote_code: bool = False) ->
             "files (e.g. tokenizer.json) are missing there"
         )
     return tokenizer
+
+
+def load_config(model_dir: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a model, or ``None`` where its directory has none to load."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
 
 
 def _odd_file(model_dir: Path) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import Member, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
 
 Part = Literal["pilot", "select", "hold_out"]
 """``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``pilot`` is
@@ -23,6 +23,9 @@ BlockValues = Mapping[BlockKey, tuple[float, ...]]
 """Block key to what was scored on the block."""
 
 
+_FIRST_ANSWERS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """A few examples of one task, the same for every candidate of a study.
@@ -32,12 +35,14 @@ class Block:
         part: Which part of the task the examples belong to.
         index: Position among the task's blocks of this part.
         examples: Positions in the task's fixed order.
+        n_answers: Of how many of the first examples the model's answers are kept.
     """
 
     task: str
     part: Part
     index: int
     examples: tuple[int, ...]
+    n_answers: int = 0
 
     @property
     def key(self) -> BlockKey:
@@ -47,10 +52,17 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class BlockScores:
-    """What a block scored under one plan: as many numbers as its task's kind of score says."""
+    """What a block scored under one plan.
+
+    Attributes:
+        block: What was scored.
+        values: As many numbers as its task's kind of score says.
+        answers: What the model said, where that is kept and its evaluator can tell.
+    """
 
     block: Block
     values: tuple[float, ...]
+    answers: tuple[Answer, ...] = ()
 
 
 Round = tuple[Block, ...]
@@ -121,12 +133,22 @@ def _shared_out(total: int, members: Sequence[Member]) -> list[int]:
 def make_blocks(
     task: str, part: Part, examples: Sequence[int], info: TaskInfo, size: int
 ) -> tuple[Block, ...]:
-    """Cut ``examples`` into blocks of ``size``, or as the task's kind of score asks for."""
+    """Cut ``examples`` into blocks of ``size``, or as the task's kind of score asks for.
+
+    Answers are kept of the first examples that references are scored on, for a person to see
+    what is wrong where one scores nothing; and of all held-out ones, where the task says so.
+    """
     size = info.kind.block_size(len(examples), size)
-    return tuple(
-        Block(task, part, index, tuple(examples[start : start + size]))
-        for index, start in enumerate(range(0, len(examples), size))
-    )
+    blocks = []
+    for index, start in enumerate(range(0, len(examples), size)):
+        its = tuple(examples[start : start + size])
+        n_answers = 0
+        if part == "pilot" and index == 0:
+            n_answers = min(_FIRST_ANSWERS, len(its))
+        elif part == "hold_out" and info.keeps_answers:
+            n_answers = len(its)
+        blocks.append(Block(task, part, index, its, n_answers))
+    return tuple(blocks)
 
 
 def make_rounds(

@@ -10,8 +10,8 @@ from typing import Protocol
 from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
-from searchmerge.evaluators.evaluator import Evaluator, TaskInfo
-from searchmerge.execution.blocks import BlockScores, Round
+from searchmerge.evaluators.evaluator import Answer, Answering, Evaluator, TaskInfo
+from searchmerge.execution.blocks import Block, BlockScores, Round
 from searchmerge.plan import MergePlan
 
 
@@ -94,7 +94,14 @@ class Worker:
                         f"task {task!r}: its evaluator gave too few scores "
                         f"for {len(examples)} examples"
                     )
-                yield BlockScores(block, scores)
+                yield BlockScores(block, scores, _answers(evaluator, block))
+
+
+def _answers(evaluator: Evaluator, block: Block) -> tuple[Answer, ...]:
+    """Return what was said to those of a block's examples of which that is kept."""
+    if not block.n_answers or not isinstance(evaluator, Answering):
+        return ()
+    return evaluator.answers(block.task, block.examples[: block.n_answers])
 
 
 @contextlib.contextmanager

@@ -67,6 +67,23 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Detail:
+    """A score beside those of the table, on held-out examples.
+
+    Attributes:
+        task: The task's name.
+        name: Of another metric of the task, or of a member whose examples are part of it.
+        n_examples: How many examples it is of.
+        scores: Name of the winner and of each reference to its score.
+    """
+
+    task: str
+    name: str
+    n_examples: int
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """All that a report says.
 
@@ -83,6 +100,7 @@ class Results:
         made_of: Name to source and fingerprint of every model, and the versions used.
         bounds: How the winner stands to each constraint.
         points: Of a study with several objectives, all that was scored in full.
+        details: Scores by other metrics, and of tasks' members.
     """
 
     study: str
@@ -97,6 +115,7 @@ class Results:
     made_of: Mapping[str, str]
     bounds: Sequence[Bound] = ()
     points: Sequence[Point] = ()
+    details: Sequence[Detail] = ()
 
     @property
     def merge_plan(self) -> MergePlan:
@@ -140,6 +159,7 @@ class Results:
         ]
         data["bounds"] = [Bound(**bound) for bound in data.get("bounds", ())]
         data["points"] = [Point(**point) for point in data.get("points", ())]
+        data["details"] = [Detail(**detail) for detail in data.get("details", ())]
         return cls(**data)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -163,7 +183,8 @@ class Results:
         sources = "\n".join(
             f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
         )
-        more = "".join(part + "\n\n" for part in (self._bounds_text(), self._front_text()) if part)
+        parts = (self._bounds_text(), self._front_text(), self._details_text())
+        more = "".join(part + "\n\n" for part in parts if part)
         return f"""# {markdown(self.study)}
 
 **{markdown(self.verdict)}**
@@ -199,6 +220,22 @@ corrected for having chosen the winner among the candidates.
         ]
         table = markdown_table(["", "select", "held out"], cells)
         return f"The winner and the constraints:\n\n{table}"
+
+    def _details_text(self) -> str:
+        """Return other metrics and members as a table to fold out, or nothing."""
+        if not self.details:
+            return ""
+        names = list(self.details[0].scores)
+        cells = [
+            [f"{d.task}: {d.name}", str(d.n_examples)]
+            + [f"{100 * d.scores[name]:.1f}" for name in names]
+            for d in self.details
+        ]
+        table = markdown_table(["held out", "examples", *names], cells)
+        return (
+            "<details>\n<summary>Other metrics, and the members of tasks</summary>\n\n"
+            f"{table}\n\n</details>"
+        )
 
     def _front_text(self) -> str:
         """Return the front as a table, or nothing where there is one objective."""

@@ -1,7 +1,7 @@
 """From the tasks' scores to what the study maximises."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -89,9 +89,17 @@ class Objective:
         return self.kind != "mean" or any(c.against == "expert" for c in self.constraints)
 
     def relative_to(
-        self, expert_scores: Mapping[str, float], base_scores: Mapping[str, float]
+        self,
+        expert_scores: Mapping[str, float],
+        base_scores: Mapping[str, float],
+        explain: Callable[[str], str] = lambda task: "",
     ) -> "Objective":
         """Return the same objective with the own experts' and the base's scores put in.
+
+        Args:
+            expert_scores: Task name to its own expert's score.
+            base_scores: Task name to the base's score.
+            explain: Returns what there is to tell of a task whose own expert scores 0.
 
         Raises:
             StudyError: If one that others are divided by is exactly 0.
@@ -101,7 +109,8 @@ class Objective:
                 raise StudyError(
                     f"tasks.{task}: its own expert {self.goals[task].expert!r} scores 0 there, "
                     "so that no score can be normalised by it; "
-                    "use objective: mean, or leave expert: out"
+                    f"{explain(task) or 'see that it is scored as it was trained'}, or use "
+                    "objective: mean"
                 )
         for constraint in self.constraints:
             if constraint.against == "base" and not base_scores.get(constraint.task):

@@ -49,6 +49,11 @@ class Scoreboard:
             for task, values in self.values(plan, part).items()
         }
 
+    def by_example(self, plan: MergePlan, task: str, part: Part) -> dict[int, float]:
+        """Return each example's value under a plan that was scored on all of ``part``."""
+        blocks = self.schedule.blocks[part][task]
+        return _by_example(self.store.task_values(plan, blocks), blocks)
+
     def observed(self, plan: MergePlan) -> BlockValues:
         """Return the observations on every block that a plan was scored on."""
         kinds = {task: info.kind for task, info in self.schedule.tasks.items()}

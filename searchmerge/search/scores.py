@@ -7,11 +7,20 @@ import os
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import StudyError
-from searchmerge.execution.blocks import Block, BlockKey, BlockScores, BlockValues, Round
+from searchmerge.evaluators.evaluator import Answer
+from searchmerge.execution.blocks import (
+    Block,
+    BlockKey,
+    BlockScores,
+    BlockValues,
+    Part,
+    Round,
+)
 from searchmerge.plan import MergePlan
 
 _SCHEMA = """
@@ -19,6 +28,10 @@ CREATE TABLE IF NOT EXISTS plans (digest TEXT PRIMARY KEY, plan TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scores (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, block INTEGER NOT NULL,
     vals TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (digest, task, part, block)
+);
+CREATE TABLE IF NOT EXISTS answers (
+    digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, example INTEGER NOT NULL,
+    answer TEXT NOT NULL, PRIMARY KEY (digest, task, part, example)
 );
 """
 
@@ -58,9 +71,15 @@ class ScoreStore:
         Raises:
             StudyError: If the file cannot be written, e.g. because the disk is full.
         """
+        scores = list(scores)
         entries = [
             _signed(plan.digest, s.block.task, s.block.part, s.block.index, json.dumps(s.values))
             for s in scores
+        ]
+        answers = [
+            (plan.digest, s.block.task, s.block.part, answer.example, json.dumps(asdict(answer)))
+            for s in scores
+            for answer in s.answers
         ]
         try:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -70,6 +89,9 @@ class ScoreStore:
             )
             self._connection.executemany(
                 "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?,?)", entries
+            )
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?)", answers
             )
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -85,9 +107,39 @@ class ScoreStore:
         return self._of(plan.digest)
 
     def missing(self, plan: MergePlan, rounds: Sequence[Round]) -> tuple[Round, ...]:
-        """Return the rounds that still have to be scored, whole, in order."""
+        """Return the rounds that still have to be scored, whole, in order.
+
+        A held-out block whose answers are to be kept is scored again where they were not.
+        """
         scored = self._of(plan.digest)
-        return tuple(r for r in rounds if any(block.key not in scored for block in r))
+        wanted = [b for r in rounds for b in r if b.part == "hold_out" and b.n_answers]
+        answered = self._answered(plan.digest, "hold_out") if wanted else set()
+        unanswered = {
+            block.key
+            for block in wanted
+            if not {(block.task, example) for example in block.examples} <= answered
+        }
+        return tuple(
+            r for r in rounds if any(b.key not in scored or b.key in unanswered for b in r)
+        )
+
+    def _answered(self, digest: str, part: Part) -> set[tuple[str, int]]:
+        query = "SELECT task, example FROM answers WHERE digest = ? AND part = ?"
+        with self._read_errors():
+            return set(self._connection.execute(query, (digest, part)))
+
+    def answers(self, plan: MergePlan, task: str, part: Part) -> tuple[Answer, ...]:
+        """Return what is kept of what a plan said to a task's examples, by example."""
+        with self._read_errors():
+            entries = self._connection.execute(
+                "SELECT answer FROM answers WHERE digest = ? AND task = ? AND part = ? "
+                "ORDER BY example",
+                (plan.digest, task, part),
+            ).fetchall()
+        answers = [json.loads(text) for (text,) in entries]
+        return tuple(
+            Answer(**{**a, "said": tuple(a["said"]), "read": tuple(a["read"])}) for a in answers
+        )
 
     def task_values(self, plan: MergePlan, blocks: Sequence[Block]) -> tuple[float, ...]:
         """Return the values of one task's blocks, one after the other.

@@ -53,6 +53,12 @@ def test_a_model_made_without_a_checkpoint_has_views_too():
     assert all(parameter.eq(3).all() for parameter in model.parameters())
 
 
+def test_what_else_transformers_is_given_decides_how_the_model_is_loaded(opened):
+    load(opened("llama"), loading={"attn_implementation": "eager"})
+    with pytest.raises(CheckpointError, match=r"cannot be loaded as AutoModelFor.*swift"):
+        load(opened("llama"), loading={"attn_implementation": "swift"})
+
+
 def test_a_tied_weight_is_one_view(opened):
     views = writable_views(load(opened("llama_tied")))
     assert "model.embed_tokens.weight" in views

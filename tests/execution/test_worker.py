@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from searchmerge.errors import DeviceFault, EvaluationError
-from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.evaluator import Answer, TaskInfo
+from searchmerge.execution.blocks import Block
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
 from tests.execution.workers import FINE, ROUNDS, plan
-from tests.toy import EXPERTS, ToyMerger, ToyModel
+from tests.toy import EXPERTS, ToyEvaluator, ToyMerger, ToyModel
 
 
 class Raises:
@@ -48,3 +49,21 @@ def test_a_full_device_is_no_fault():
 def test_a_candidates_failure_stays_one():
     event = executor(ValueError("CUDA error in the text of an answer"), wrapped=True).next_event(0)
     assert event.reason.endswith("CUDA error in the text of an answer")
+
+
+def test_answers_come_with_the_scores_of_blocks_that_keep_them():
+    class Tells(ToyEvaluator):
+        def answers(self, task, examples):
+            return tuple(Answer(example, said=(task,)) for example in examples)
+
+    model = ToyModel()
+    worker = Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, Tells()))
+    blocks = (Block("math", "hold_out", 0, (3, 4)), Block("math", "hold_out", 1, (1, 2, 0), 2))
+    [result] = worker.score(plan(FINE), [blocks])
+    assert [scores.answers for scores in result.scores] == [
+        (),
+        (Answer(1, said=("math",)), Answer(2, said=("math",))),
+    ]
+    silent = Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, ToyEvaluator()))
+    [result] = silent.score(plan(FINE), [blocks])
+    assert [scores.answers for scores in result.scores] == [(), ()]

@@ -1,6 +1,6 @@
 import pytest
 
-from searchmerge.report.results import Bound, Point, Results, Row
+from searchmerge.report.results import Bound, Detail, Point, Results, Row
 from tests.search.test_trials import plan
 
 
@@ -36,6 +36,14 @@ def bounds():
     return [
         Bound("math at least 0.9", 0.9, 0.95, 0.85),
         Bound("code at least 0.4 of the base's", 0.4, 0.5, 0.45),
+    ]
+
+
+@pytest.fixture
+def details():
+    return [
+        Detail("math", "algebra", 3, {"TIES": 0.25, "trial 3": 0.5}),
+        Detail("code", "acc", 8, {"TIES": 0.125, "trial 3": 0.75}),
     ]
 
 

@@ -10,8 +10,8 @@ from searchmerge.report.results import REPORT_FILE, RESULTS_FILE, Results, markd
 from tests.search.test_trials import plan
 
 
-def test_results_are_read_as_they_were_saved(make_results, bounds, points, tmp_path):
-    results = make_results(bounds=bounds, points=points)
+def test_results_are_read_as_they_were_saved(make_results, bounds, points, details, tmp_path):
+    results = make_results(bounds=bounds, points=points, details=details)
     results.save(tmp_path)
     assert Results.load(tmp_path) == results
     assert sorted(file.name for file in tmp_path.iterdir()) == [REPORT_FILE, RESULTS_FILE]
@@ -78,6 +78,15 @@ def test_the_front_is_a_table_in_the_order_of_its_first_objective(make_results, 
     third, first = (report.index(f"| {name} | 0.") for name in ("trial 3", "trial 1"))
     assert third < first
     assert "| trial 2 | 0." not in report
+
+
+def test_members_and_other_metrics_fold_out(make_results, details):
+    report = make_results(details=details).markdown()
+    folded = report.split("<details>\n")[1].split("</details>")[0]
+    assert "| held out | examples | TIES | trial 3 |" in folded
+    assert "| math: algebra | 3 | 25.0 | 50.0 |" in folded
+    assert "| code: acc | 8 | 12.5 | 75.0 |" in folded
+    assert "<details>" not in make_results().markdown()
 
 
 def test_one_row_of_a_table_stands_out():

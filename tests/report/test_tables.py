@@ -2,18 +2,24 @@
 
 import pytest
 
+from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
 from searchmerge.evaluators.score_kind import Mean
+from searchmerge.execution.blocks import BlockScores, make_blocks
 from searchmerge.report.results import Row
 from searchmerge.report.tables import (
     held_out_objective,
     make_bounds,
     make_counts,
+    make_details,
     make_points,
     make_rows,
 )
 from searchmerge.search.confirm import Bootstrap, confirm
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import reference_plans
+from searchmerge.search.schedule import Schedule
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.scores import ScoreStore
 from searchmerge.search.trials import TrialRecord
 from tests.search.conftest import Toy, toy_schedule
 from tests.search.test_trials import plan
@@ -52,6 +58,32 @@ def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
     assert value == pytest.approx(study.objective.scalar(rows[-1].hold_out))
     assert low < value < high
     study.directory.close()
+
+
+def test_details_are_held_out_means_by_member_and_by_other_metric(tmp_path):
+    members = (Member("small", 4, 0.4), Member("large", 6, 0.6))
+    info = TaskInfo(10, "acc", members=members, other_metrics=("f1",), keeps_answers=True)
+    blocks = make_blocks("math", "hold_out", (9, 0, 4, 2), info, 2)
+    schedule = Schedule.interleaved(
+        {"math": info}, {"hold_out": {"math": blocks}}, round_blocks=1, seed=0
+    )
+    plans = {"TIES": plan(0.1), "trial 3": plan(0.2)}
+    store = ScoreStore(tmp_path / "scores.db")
+    for factor, scored in enumerate(plans.values(), 1):
+        for block in blocks:
+            values = tuple(factor * example / 100 for example in block.examples)
+            answers = tuple(Answer(e, {"f1": factor * e / 10}) for e in block.examples)
+            store.put(scored, [BlockScores(block, values, answers)])
+    details = make_details(Scoreboard(schedule, store), plans, ["TIES", "trial 3"])
+    store.close()
+    assert [(d.task, d.name, d.n_examples) for d in details] == [
+        ("math", "f1", 4),
+        ("math", "small", 2),
+        ("math", "large", 2),
+    ]
+    assert details[0].scores == pytest.approx({"TIES": 0.375, "trial 3": 0.75})
+    assert details[1].scores == pytest.approx({"TIES": 0.01, "trial 3": 0.02})
+    assert details[2].scores == pytest.approx({"TIES": 0.065, "trial 3": 0.13})
 
 
 def test_held_out_scores_are_relative_to_what_experts_and_base_score_there():

@@ -27,6 +27,8 @@ def test_negative_scores_are_normalised_so_that_higher_stays_better():
 def test_an_own_expert_that_scores_nothing_normalises_nothing():
     with pytest.raises(StudyError, match=r"tasks\.a: its own expert 'a' scores 0"):
         Objective("normalised", GOALS).relative_to({"a": 0.0, "b": 0.5}, {})
+    with pytest.raises(StudyError, match="by it; what a said, or use objective: mean"):
+        Objective("normalised", GOALS).relative_to({"a": 0.0}, {}, "what {} said".format)
 
 
 def test_of_several_objectives_one_value_ranks_by_mean_or_worst():

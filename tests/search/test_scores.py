@@ -2,10 +2,12 @@
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
 from searchmerge.errors import StudyError
+from searchmerge.evaluators.evaluator import Answer
 from searchmerge.execution.blocks import Block, BlockScores
 from searchmerge.plan import MergePlan
 from searchmerge.search.scores import ScoreStore
@@ -34,6 +36,20 @@ def test_scores_are_known_to_the_next_run(path):
     assert again.missing(plan(0), (FIRST, SECOND)) == (SECOND,)
     assert again.missing(plan(1), (FIRST, SECOND)) == (FIRST, SECOND)
     again.close()
+
+
+def test_held_out_blocks_are_scored_again_where_answers_are_wanted_and_not_kept(path):
+    store = ScoreStore(path)
+    block = Block("math", "hold_out", 0, (5, 3), n_answers=2)
+    store.put(plan(0), [BlockScores(block, (0.5, 0.5))])
+    assert store.missing(plan(0), ((replace(block, n_answers=0),),)) == ()
+    assert store.missing(plan(0), ((block,),)) == ((block,),)
+    answers = (Answer(5, {"f1": 0.25}, "what?", "that", ("it", "so"), ("it",)), Answer(3))
+    store.put(plan(0), [BlockScores(block, (0.5, 0.5), answers)])
+    assert store.missing(plan(0), ((block,),)) == ()
+    assert store.answers(plan(0), "math", "hold_out") == answers[::-1]
+    assert store.answers(plan(1), "math", "hold_out") == ()
+    store.close()
 
 
 def test_a_round_of_which_a_block_is_missing_is_scored_whole(path):

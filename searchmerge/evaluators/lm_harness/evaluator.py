@@ -11,6 +11,7 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.model import BATCH_TOKENS, MODEL_CLASS
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
+    Answer,
     EvaluationContext,
     EvaluatorKind,
     TaskInfo,
@@ -27,9 +28,9 @@ from searchmerge.evaluators.lm_harness.language_model import (
 from searchmerge.evaluators.lm_harness.loading import load_task
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
 from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
-from searchmerge.evaluators.lm_harness.task import PreparedTask
+from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
-from searchmerge.evaluators.tokenizer import load_tokenizer
+from searchmerge.evaluators.tokenizer import load_config, load_tokenizer
 
 
 class LmHarness:
@@ -44,6 +45,8 @@ class LmHarness:
         backend: What runs the model.
         section: How tasks are scored.
         folder: What ``section.include_path`` is relative to.
+        config: The model's configuration, to see before there is a model that what tasks
+            generate fits its window; that is seen when they are scored if ``None``.
 
     Raises:
         SpecError: If there is no such task, split, metric, filter or chat template.
@@ -57,11 +60,18 @@ class LmHarness:
         backend: Backend,
         section: LmHarnessSection,
         folder: Path,
+        config: Any = None,
     ) -> None:
         self._backend = backend
-        self._lm = make_lm(tokenizer, backend, max_length=section.max_length)
-        self._section = section
-        self._folder = folder
+        self._lm = make_lm(
+            tokenizer,
+            backend,
+            max_length=section.max_length,
+            add_bos_token=section.add_bos_token,
+        )
+        self.section = section
+        self.folder = folder
+        self._config = config
         self._catalogue = Catalogue(
             [folder / name for name in section.include_path], metadata=section.metadata
         )
@@ -71,7 +81,7 @@ class LmHarness:
         }
 
     def _prepare(self, name: str, task: LmTask) -> PreparedTask | PreparedGroup:
-        task = prompted(task, self._section)
+        task = prompted(task, self.section)
         tree = self._catalogue.find(task.task or name, f"tasks.{name}.task")
         if isinstance(tree, Leaf):
             return self._prepare_leaf(name, task, tree)
@@ -82,27 +92,41 @@ class LmHarness:
         for leaf in tree.leaves():
             chosen = replace(task, metric=task.metric or _metric_of(leaf, tree))
             members.append(self._prepare_leaf(name, chosen, leaf))
-        return PreparedGroup(name, tree, members, task.metric_and_filter[0])
+        return PreparedGroup(name, tree, members, task.metrics_and_filters()[0][0])
 
     def _prepare_leaf(self, name: str, task: LmTask, leaf: Leaf) -> PreparedTask:
-        section = self._section
+        section = self.section
         loaded = load_task(
             name,
             task,
             leaf,
-            folder=self._folder,
+            folder=self.folder,
             allow_unsafe_code=section.confirm_run_unsafe_code,
         )
         prompting = request_arguments(task, self._lm, f"tasks.{name}")
-        return PreparedTask(name, task, loaded, section.fewshot_seed, prompting)
+        prepared = PreparedTask(name, task, leaf, loaded, section.fewshot_seed, prompting)
+        if self._config is not None and prepared.generation is not None:
+            try:
+                self._lm.check_generation(prepared.generation, self._config)
+            except SpecError as error:
+                raise SpecError(f"tasks.{name}: {leaf.name!r}: {error}") from error
+        return prepared
 
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Let what runs the model take over the weights that a merge has left in it."""
         self._backend.follow(model, weights)
 
+    def parts(self, task: str, examples: Sequence[int]) -> list[TaskPart]:
+        """Return which documents of which tasks of lm-eval's the examples of a task are."""
+        return self._tasks[task].parts(examples)
+
     def prompts(self, task: str, example: int) -> tuple[str, ...]:
         """Return what the model is given for an example: one text for each of its requests."""
         return self._tasks[task].prompts(example)
+
+    def answers(self, task: str, examples: Sequence[int]) -> tuple[Answer, ...]:
+        """Return what the model said to examples when they were last scored."""
+        return self._tasks[task].answers(examples)
 
     def shown(self, task: str, example: int) -> str:
         """Return the example's first prompt as the model reads it, special tokens as text."""
@@ -132,10 +156,10 @@ class LmHarness:
             return prepared.score(self._lm, examples)
 
 
-def _metric_of(leaf: Leaf, tree: Branch) -> str | None:
-    """Return the first of a group's metrics that a member has; the member's own first if none."""
+def _metric_of(leaf: Leaf, tree: Branch) -> tuple[str, ...]:
+    """Return the first of a group's metrics that a member has; none if it has none of them."""
     has = [str(m.get("metric")) for m in leaf.config.get("metric_list") or []]
-    return next((metric.name for metric in tree.metrics if metric.name in has), None)
+    return tuple(metric.name for metric in tree.metrics if metric.name in has)[:1]
 
 
 def _build(
@@ -143,10 +167,15 @@ def _build(
 ) -> dict[str, LmHarness]:
     evaluator = LmHarness(
         tasks,
-        tokenizer=load_tokenizer(context.model_dir, trust_remote_code=context.trust_remote_code),
+        tokenizer=load_tokenizer(
+            context.model_dir,
+            trust_remote_code=context.trust_remote_code,
+            add_bos_token=section.add_bos_token,
+        ),
         backend=_backend(section, context),
         section=section,
         folder=context.folder,
+        config=load_config(context.model_dir, trust_remote_code=context.trust_remote_code),
     )
     return dict.fromkeys(tasks, evaluator)
 
@@ -183,9 +212,10 @@ EVALUATORS.register("lm_harness")(
         section=LmHarnessSection,
         build=_build,
         model_classes=lambda tasks, section: (MODEL_CLASS,),
+        loading=lambda section: section.loading,
         places=lambda tasks, section: section.include_path,
         referred=_referred,
         packages=lambda section: ["lm-eval"] + ["vllm"] * (section.engine == "vllm"),
-        cost_keys=("vllm_memory",),
+        free_keys=("vllm_memory", "answers"),
     )
 )

@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import Member, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
-from searchmerge.evaluators.lm_harness.task import PreparedTask, answer
+from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart, answer
 from searchmerge.evaluators.score_kind import Mean
 
 
@@ -57,6 +58,9 @@ class PreparedGroup:
                 Member(member.lm_name, size, weights[id(leaf)])
                 for member, size, leaf in zip(members, sizes, tree.leaves(), strict=True)
             ),
+            other_metrics=members[0].info.other_metrics,
+            keeps_answers=members[0].info.keeps_answers,
+            reading_keys=members[0].info.reading_keys,
         )
 
     @property
@@ -69,10 +73,30 @@ class PreparedGroup:
         member = next(i for i, end in enumerate(self._starts[1:]) if example < end)
         return member, example - self._starts[member]
 
+    def parts(self, examples: Sequence[int]) -> list[TaskPart]:
+        """Return which documents of which tasks of lm-eval's the examples are."""
+        placed: dict[int, list[int]] = defaultdict(list)
+        for place, example in enumerate(examples):
+            placed[self._place(example)[0]].append(place)
+        parts = []
+        for member, places in placed.items():
+            its = [self._place(examples[place])[1] for place in places]
+            [part] = self._members[member].parts(its)
+            parts.append(replace(part, places=tuple(places)))
+        return parts
+
     def prompts(self, example: int) -> tuple[str, ...]:
         """Return the text of each request of an example, its continuation left out."""
         member, place = self._place(example)
         return self._members[member].prompts(place)
+
+    def answers(self, examples: Sequence[int]) -> tuple[Answer, ...]:
+        """Return what the model said to examples when they were last scored."""
+        placed = [(example, *self._place(example)) for example in examples]
+        return tuple(
+            replace(self._members[member].answers([place])[0], example=example)
+            for example, member, place in placed
+        )
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""

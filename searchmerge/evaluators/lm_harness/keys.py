@@ -11,7 +11,7 @@ from searchmerge.evaluators.evaluator import needed
 
 @dataclass(frozen=True, kw_only=True)
 class PromptKeys:
-    """How prompts are made of documents. A task's own keys come before the section's.
+    """How a model is asked, and what is kept. A task's own keys come before the section's.
 
     Attributes:
         chat_template: ``True``: prompts are turns of the tokenizer's chat template; a text: of
@@ -21,6 +21,7 @@ class PromptKeys:
             assistant, as it is with a chat template where nothing is said.
         template_arguments: What else the chat template is given, e.g. ``enable_thinking``.
         gen_prefix: What the answer begins with; a template of the document, like lm-eval's.
+        answers: Whether what the winner and the references say to held-out examples is kept.
     """
 
     chat_template: bool | str | None = None
@@ -28,6 +29,7 @@ class PromptKeys:
     fewshot_as_multiturn: bool | None = None
     template_arguments: Mapping[str, Any] | None = None
     gen_prefix: str | None = None
+    answers: Literal["keep", "drop"] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class LmTask(PromptKeys):
             ``None``; or a whole definition, as it would stand in a YAML file of lm-eval's.
         split: The split of its dataset whose examples are scored; of a group it may be a mapping
             from a member, or a group within, to its split, where ``rest`` is all others.
-        metric: One of the task's metrics, or metric and filter as lm-eval's results name them:
-            ``exact_match,flexible-extract``; its first if ``None``.
+        metric: The task's metric that decides, and others that are reported beside it; each may
+            name its filter as lm-eval's results do: ``exact_match,flexible-extract``. None is
+            the task's first.
         filter: One of the task's filters of the model's answers; its first if ``None``.
         num_fewshot: Examples that are shown before the question, 0 or more; what the task says
             if ``None``, and 0 if it says nothing.
@@ -51,7 +54,7 @@ class LmTask(PromptKeys):
 
     task: str | Mapping[str, Any] | None = None
     split: str | Mapping[str, str] = needed("name the dataset split that is scored")
-    metric: str | None = None
+    metric: tuple[str, ...] = ()
     filter: str | None = None
     num_fewshot: Annotated[int, Ge(0)] | None = None
     samples: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(2)] | None = None
@@ -60,16 +63,41 @@ class LmTask(PromptKeys):
     def __post_init__(self) -> None:
         if self.samples is not None and len(set(self.samples)) != len(self.samples):
             raise ValueError("samples: a position stands twice")
-        if self.metric is not None and "," in self.metric and self.filter is not None:
-            raise ValueError(
-                f"metric {self.metric!r} names a filter, and filter another; give one"
-            )
+        if self.filter is not None and (named := [m for m in self.metric if "," in m]):
+            raise ValueError(f"metric {named[0]!r} names a filter, and filter another; give one")
+        if len(set(self.metric)) != len(self.metric):
+            raise ValueError("metric: one stands twice")
 
-    @property
-    def metric_and_filter(self) -> tuple[str | None, str | None]:
-        """Return what is asked for of either."""
-        metric, _, named = (self.metric or "").partition(",")
-        return metric or None, named or self.filter
+    def metrics_and_filters(self) -> list[tuple[str | None, str | None]]:
+        """Return each metric and the filter that goes with it; the first pair decides."""
+        pairs = [metric.partition(",")[::2] for metric in self.metric]
+        return [(metric, named or self.filter) for metric, named in pairs] or [(None, self.filter)]
+
+
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("load_in_8bit", "load_in_4bit", "quantization_config", "bnb_4bit_quant_type"),
+        "merged weights are written into the loaded model, which a quantised one cannot take; "
+        "scoring: int8 scores candidates as rounded to int8",
+    ),
+    **dict.fromkeys(
+        ("autogptq", "gptqmodel", "gguf_file", "delta"), "merged weights cannot be written into it"
+    ),
+    **dict.fromkeys(
+        ("pretrained", "revision", "tokenizer"), "the study's base and experts name the models"
+    ),
+    "peft": "name the adapter as an expert",
+    "dtype": "give the study's dtype",
+    "device": "give device in the config",
+    "max_length": "give lm_harness.max_length",
+    **dict.fromkeys(("batch_size", "max_batch_size"), "give lm_harness.batch_tokens"),
+    **dict.fromkeys(
+        ("enable_thinking", "chat_template_args"), "give lm_harness.template_arguments"
+    ),
+    **dict.fromkeys(("parallelize", "device_map", "tp_plan"), "a worker's model is on one device"),
+    "trust_remote_code": "give the study's trust_remote_code",
+}
+"""Arguments of lm-eval's model class that a study cannot give here, and what there is instead."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,8 @@ class LmHarnessSection(PromptKeys):
             YAML's folder.
         batch_tokens: Tokens of one forward pass; by the device if ``None``.
         max_length: Window in tokens; the model's own if ``None``.
+        model_args: What is given to transformers when the model and its tokenizer are loaded:
+            ``attn_implementation``, ``add_bos_token``.
         fewshot_seed: Seed of the choice of few-shot examples.
         metadata: What lm-eval hands to tasks that ask for it, e.g. RULER's lengths.
         confirm_run_unsafe_code: Whether tasks are scored that run what a model has written.
@@ -92,8 +122,32 @@ class LmHarnessSection(PromptKeys):
     include_path: tuple[str, ...] = ()
     batch_tokens: Annotated[int, Ge(64)] | None = None
     max_length: Annotated[int, Ge(2)] | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
     fewshot_seed: int = 1234
     metadata: Mapping[str, Any] = field(default_factory=dict)
     confirm_run_unsafe_code: bool = False
     engine: Literal["transformers", "vllm"] = "transformers"
     vllm_memory: Annotated[float, Gt(0), Lt(1)] = 0.5
+
+    def __post_init__(self) -> None:
+        kinds = {"attn_implementation": str, "add_bos_token": bool}
+        for key, value in self.model_args.items():
+            if key in _ELSEWHERE:
+                raise ValueError(f"model_args.{key}: not here: {_ELSEWHERE[key]}")
+            if key not in kinds:
+                raise ValueError(f"model_args.{key}: allowed are {', '.join(kinds)}")
+            if not isinstance(value, kinds[key]):
+                raise ValueError(
+                    f"model_args.{key}: a {kinds[key].__name__} is needed; found {value!r}"
+                )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Return what the model is loaded with."""
+        return {k: v for k, v in self.model_args.items() if k == "attn_implementation"}
+
+    @property
+    def add_bos_token(self) -> bool | None:
+        """Return whether prompts begin with the token that begins a text, if that is said."""
+        added = self.model_args.get("add_bos_token")
+        return None if added is None else bool(added)

@@ -82,11 +82,19 @@ class ResidentLM:
     backend = "causal"
     model: nn.Module
 
-    def __init__(self, tokenizer: Any, *, runs: Backend, max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        runs: Backend,
+        max_length: int | None,
+        add_bos_token: bool | None,
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self._runs = runs
         self._max_length = max_length
+        self._add_bos_token = add_bos_token
         self._warned = False
         # The choices of a question follow one another and share its text.
         self._encode = lru_cache(maxsize=16)(self._tokenize)
@@ -107,10 +115,7 @@ class ResidentLM:
     @property
     def max_length(self) -> int:
         """Return the window in tokens."""
-        from lm_eval.models.utils import resolve_max_length
-
-        whole = self._max_length or int(resolve_max_length(self.model.config, self.tokenizer))
-        return whole - self._runs.spare
+        return self._window(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -171,6 +176,8 @@ class ResidentLM:
     def _tokenize(self, text: str, add_special_tokens: bool | None) -> Tokens:  # noqa: FBT001
         if add_special_tokens is None and text.startswith(self._prefix_text):
             add_special_tokens = False
+        elif add_special_tokens is None:
+            add_special_tokens = self._add_bos_token
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return tuple(self.tokenizer.encode(text, **options))
 
@@ -241,13 +248,7 @@ class ResidentLM:
 
         texts = [""] * len(requests)
         for options, members in self._by_options(requests):
-            room = self.max_length - options.max_new_tokens
-            if room < 1:
-                raise SpecError(
-                    f"generation.max_gen_toks: {options.max_new_tokens} tokens are to be "
-                    f"generated; allowed are up to {self.max_length - 1}, the model's window "
-                    "less one token of the prompt"
-                )
+            room = _room(options.max_new_tokens, self.max_length)
             prompts = [
                 tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])
                 for i in members
@@ -260,6 +261,24 @@ class ResidentLM:
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 texts[i] = postprocess_generated_text(text, list(options.stop), None)
         return texts
+
+    def check_generation(self, arguments: Mapping[str, Any], config: Any) -> None:
+        """Check, before there is a model, that what is to be generated fits its window.
+
+        Args:
+            arguments: Of a task's generation.
+            config: The model's configuration.
+
+        Raises:
+            SpecError: If not.
+        """
+        _room(self._options(dict(arguments)).max_new_tokens, self._window(config))
+
+    def _window(self, config: Any) -> int:
+        from lm_eval.models.utils import resolve_max_length
+
+        whole = self._max_length or int(resolve_max_length(config, self.tokenizer))
+        return whole - self._runs.spare
 
     def _by_options(
         self, requests: Sequence[Any]
@@ -283,13 +302,31 @@ class ResidentLM:
         return GenerationOptions(tuple(stop), max_new_tokens, rest)
 
 
-def make_lm(tokenizer: Any, backend: Backend, *, max_length: int | None = None) -> Any:
+def _room(max_new_tokens: int, window: int) -> int:
+    """Return how many tokens of a prompt are left by those that are to be generated."""
+    if max_new_tokens >= window:
+        raise SpecError(
+            f"generation.max_gen_toks: {max_new_tokens} tokens are to be generated; allowed are "
+            f"up to {window - 1}, the model's window less one token of the prompt"
+        )
+    return window - max_new_tokens
+
+
+def make_lm(
+    tokenizer: Any,
+    backend: Backend,
+    *,
+    max_length: int | None = None,
+    add_bos_token: bool | None = None,
+) -> Any:
     """Return a ``ResidentLM`` that is an ``lm_eval.api.model.LM``.
 
     Args:
         tokenizer: A tokenizer, or what ``AutoTokenizer.from_pretrained`` takes.
         backend: What runs the model.
         max_length: Window in tokens; the model's own if ``None``.
+        add_bos_token: Whether prompts begin with the token that begins a text; as the tokenizer
+            does it if ``None``.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -297,8 +334,10 @@ def make_lm(tokenizer: Any, backend: Backend, *, max_length: int | None = None) 
         """Our answers under lm-eval's type."""
 
     if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, add_bos_token=add_bos_token)
     if tokenizer.pad_token_id is None:
         tokenizer = copy(tokenizer)
         tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id
-    return ResidentTemplateLM(tokenizer, runs=backend, max_length=max_length)
+    return ResidentTemplateLM(
+        tokenizer, runs=backend, max_length=max_length, add_bos_token=add_bos_token
+    )

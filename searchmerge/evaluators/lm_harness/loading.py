@@ -11,7 +11,12 @@ import yaml
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.settings import data_files, data_folder, split_overrides
+from searchmerge.evaluators.lm_harness.settings import (
+    data_files,
+    data_folder,
+    may_show_itself,
+    split_overrides,
+)
 
 
 @contextmanager
@@ -21,19 +26,24 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def task_errors() -> tuple[type[BaseException], ...]:
+    """Return what a task's own files may raise where they are wrong."""
+    from jinja2 import TemplateError
+
+    return (
+        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+        *(TypeError, ValueError, TemplateError, yaml.YAMLError, RecursionError, SystemExit),
+    )
+
+
 @contextmanager
 def explained(name: str, what: str) -> Iterator[None]:
     """Turn what a task's own files got wrong into an error that names the task."""
-    from jinja2 import TemplateError
-
     try:
         yield
     except SpecError:
         raise
-    except (
-        *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
-        *(TypeError, ValueError, TemplateError, yaml.YAMLError, RecursionError, SystemExit),
-    ) as error:
+    except task_errors() as error:
         reason = " ".join(str(error).split())
         raise SpecError(
             f"tasks.{name}: lm-eval could not {what} ({type(error).__name__}: {reason})"
@@ -41,7 +51,13 @@ def explained(name: str, what: str) -> Iterator[None]:
 
 
 def load_task(
-    name: str, spec: LmTask, leaf: Leaf, *, folder: Path, allow_unsafe_code: bool
+    name: str,
+    spec: LmTask,
+    leaf: Leaf,
+    *,
+    folder: Path,
+    allow_unsafe_code: bool,
+    shown_itself: bool = False,
 ) -> Any:
     """Return lm-eval's task object, set to score the split that the study names.
 
@@ -51,11 +67,13 @@ def load_task(
         leaf: The task in lm-eval.
         folder: The study's, from where data files of a task are found that it defines itself.
         allow_unsafe_code: Whether a task may run what a model has written.
+        shown_itself: Whether an example may stand in its own few-shot prompt with its answer, as
+            lm-eval lets it where the split that both come from is not called the test split.
 
     Raises:
         SpecError: If there is no such split, or the task cannot be scored here.
     """
-    split = _split_of(leaf, spec.split, f"tasks.{name}.split")
+    split = split_of(leaf, spec.split, f"tasks.{name}.split")
     path = None if leaf.entry is None else leaf.entry.yaml_path
     with explained(name, f"load its task {leaf.name!r}"), quiet():
         overrides = data_files(leaf.config, folder if path is None else data_folder(Path(path)))
@@ -68,7 +86,11 @@ def load_task(
                 f"tasks.{name}.split: lm-eval's {leaf.name!r} has no split {split!r} "
                 f"(it has: {', '.join(map(str, splits))})"
             )
-        if more := split_overrides(leaf.config, split):
+        if shown_itself and may_show_itself(leaf.config, split):
+            more = {}
+        else:
+            more = split_overrides(leaf.config, split)
+        if more:
             task = leaf.build(overrides | more)
     _check(task, f"tasks.{name}", leaf.name, allow_unsafe_code=allow_unsafe_code)
     if "class" in leaf.config and task.eval_docs is not task.dataset[split]:
@@ -80,7 +102,7 @@ def load_task(
     return task
 
 
-def _split_of(leaf: Leaf, split: str | Mapping[str, str], where: str) -> str:
+def split_of(leaf: Leaf, split: str | Mapping[str, str], where: str) -> str:
     """Return the split of a task: that of its name, of the nearest group it is in, or the rest's.
 
     Raises:

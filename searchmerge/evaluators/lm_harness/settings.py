@@ -17,19 +17,40 @@ def split_overrides(config: Mapping[str, Any], split: str) -> dict[str, str]:
     It scores the test split if there is one, and leaves an example out of its own few-shot
     prompt only where that is also the split that few-shot examples come from.
     """
-    fewshot = config.get("fewshot_config") or {}
-    source = fewshot.get("split") or config.get("fewshot_split")
-    implicit = source is None and "samples" not in fewshot
-    if implicit:
-        order = ("training_split", "validation_split", "test_split")
-        source = next((config[key] for key in order if config.get(key)), None)
-    scored = config.get("test_split") or config.get("validation_split")
-    if split == scored and source != split:
+    source, is_implicit = _fewshot_source(config)
+    if split == _scored_split(config) and source != split:
         return {}
     overrides = {"test_split": split}
-    if implicit and source is not None:
+    if is_implicit and source is not None:
         overrides["fewshot_split"] = source
     return overrides
+
+
+def may_show_itself(config: Mapping[str, Any], split: str) -> bool:
+    """Return whether lm-eval, left alone, may show an example in its own few-shot prompt.
+
+    ``ConfigurableTask.fewshot_context`` takes an example out of those that are drawn only where
+    the ``fewshot_split`` that a task names is its ``test_split``, or it names neither. So a task
+    keeps them that names its validation split for both, or has a test split alone.
+    """
+    source, is_implicit = _fewshot_source(config)
+    named = None if is_implicit else source
+    return source == split == _scored_split(config) and named != config.get("test_split")
+
+
+def _scored_split(config: Mapping[str, Any]) -> str | None:
+    """Return the split that lm-eval scores by itself."""
+    return config.get("test_split") or config.get("validation_split")
+
+
+def _fewshot_source(config: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return the split that few-shot examples are drawn from, and whether the task names none."""
+    fewshot = config.get("fewshot_config") or {}
+    named = fewshot.get("split") or config.get("fewshot_split")
+    if named is not None or "samples" in fewshot:
+        return named, False
+    order = ("training_split", "validation_split", "test_split")
+    return next((config[key] for key in order if config.get(key)), None), True
 
 
 def data_files(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

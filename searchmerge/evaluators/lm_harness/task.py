@@ -3,16 +3,27 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.generation import NonFiniteLogits
-from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.evaluator import Answer, TaskInfo
+from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.loading import explained, quiet
+from searchmerge.evaluators.lm_harness.loading import explained, quiet, task_errors
 from searchmerge.evaluators.score_kind import Mean, Whole
+
+_READING_KEYS = {
+    True: ("chat_template", "filter", "generation"),
+    False: ("chat_template", "num_fewshot", "metric"),
+}
+"""What decides how answers are read, where they are generated and where they are not."""
+
+
+_TOLD_CHARACTERS = 100
 
 
 class PreparedTask:
@@ -21,6 +32,7 @@ class PreparedTask:
     Args:
         name: The study's name of the task.
         spec: What the study says of it.
+        leaf: The task in lm-eval.
         task: lm-eval's task object, from :func:`load_task`.
         fewshot_seed: Seed of the choice of few-shot examples.
         prompting: Arguments of lm-eval's that say how prompts are made.
@@ -33,38 +45,73 @@ class PreparedTask:
         self,
         name: str,
         spec: LmTask,
+        leaf: Leaf,
         task: Any,
         fewshot_seed: int,
         prompting: Mapping[str, Any],
     ) -> None:
         self._name = name
-        self._spec = spec
+        self.spec = spec
+        self.leaf = leaf
         self._task = task
         self._prompting = prompting
-        metrics = list(self._task.aggregation())
-        metric, answer_filter = spec.metric_and_filter
-        self._metric = _chosen(f"tasks.{name}.metric", metric, metrics)
         self._filters = _filters(self._task)
-        self._filter = _chosen(f"tasks.{name}.filter", answer_filter, list(self._filters))
+        self._decides, *self._others = self._metrics()
         self._documents = self._positions()
-        higher = self._task.higher_is_better().get(self._metric, True)
-        self._sign = 1.0 if higher else -1.0
-        self._aggregate = self._task.aggregation()[self._metric]
-        self._is_mean = _is_mean(self._aggregate)
         self.info = TaskInfo(
             n_examples=len(self._documents),
-            metric=self._metric,
-            kind=Mean() if self._is_mean else Whole(),
+            metric=self.metric,
+            kind=Mean() if self._decides.is_mean else Whole(),
+            other_metrics=tuple(other.label for other in self._others),
+            keeps_answers=bool(self._others) or spec.answers == "keep",
+            reading_keys=_READING_KEYS[self._generates],
         )
         self._requests: dict[int, list[Any]] = {}
         self._is_rendered = False
         with explained(name, "set the seed of its few-shot examples"):
             task.set_fewshot_seed(fewshot_seed)
 
+    def _metrics(self) -> "list[_Metric]":
+        """Return the metric that decides, and the others.
+
+        Raises:
+            SpecError: If the task lacks one or its filter, or another is no mean over examples.
+        """
+        where, metrics = f"tasks.{self._name}", self._task.aggregation()
+        found = []
+        for asked, answer_filter in self.spec.metrics_and_filters():
+            metric = _chosen(f"{where}.metric", asked, list(metrics))
+            chosen = _chosen(f"{where}.filter", answer_filter, list(self._filters))
+            label = metric if chosen == next(iter(self._filters)) else f"{metric},{chosen}"
+            sign = 1.0 if self._task.higher_is_better().get(metric, True) else -1.0
+            found.append(_Metric(metric, chosen, label, sign, metrics[metric]))
+        for other in found[1:]:
+            if not other.is_mean:
+                raise SpecError(
+                    f"{where}.metric: {other.name!r} of {self.lm_name!r} is no mean over "
+                    "examples, so that it can decide, but not be reported beside another"
+                )
+        return found
+
+    @property
+    def metric(self) -> str:
+        """Return the metric that decides."""
+        return self._decides.name
+
+    @property
+    def filter(self) -> str:
+        """Return the filter of answers that the metric is of."""
+        return self._decides.filter
+
     @property
     def lm_name(self) -> str:
         """Return the task's name in lm-eval."""
         return str(self._task.config.task)
+
+    def parts(self, examples: Sequence[int]) -> "list[TaskPart]":
+        """Return which documents of which task of lm-eval's the examples are: one task's."""
+        documents = tuple(self._documents[example] for example in examples)
+        return [TaskPart(self, documents, tuple(range(len(examples))))]
 
     def _positions(self) -> tuple[int, ...]:
         """Return where in the split each example stands.
@@ -73,14 +120,33 @@ class PreparedTask:
             SpecError: If the study names one that is not there.
         """
         n_documents = len(self._task.eval_docs)
-        if self._spec.samples is None:
+        if self.spec.samples is None:
             return tuple(range(n_documents))
-        if (last := max(self._spec.samples)) >= n_documents:
+        if (last := max(self.spec.samples)) >= n_documents:
             raise SpecError(
                 f"tasks.{self._name}.samples: there is no position {last}; the split "
-                f"{self._spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
+                f"{self.spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
             )
-        return self._spec.samples
+        return self.spec.samples
+
+    @property
+    def n_fewshot(self) -> int:
+        """Return how many examples are shown before the question."""
+        return int(self._task.config.num_fewshot or 0)
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether answers are drawn at random."""
+        return bool((self.generation or {}).get("do_sample"))
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """Return the arguments of generation; ``None`` where nothing is generated."""
+        return dict(self._task.config.generation_kwargs or {}) if self._generates else None
+
+    @property
+    def _generates(self) -> bool:
+        return bool(self._task.OUTPUT_TYPE == "generate_until")
 
     @property
     def _draws_in_order(self) -> bool:
@@ -89,6 +155,10 @@ class PreparedTask:
         fewshot = config.fewshot_config
         sampler = getattr(fewshot, "sampler", None) or (fewshot or {}).get("sampler")
         return bool(config.num_fewshot) and sampler != "first_n"
+
+    def prompted_with(self, documents: Sequence[int]) -> list[int]:
+        """Return the documents whose prompts have to be made, in this order, for those of some."""
+        return sorted(self._documents if self._draws_in_order else documents)
 
     def requests(self, examples: Sequence[int]) -> list[list[Any]]:
         """Return the requests of examples, made when they are first asked for.
@@ -99,10 +169,8 @@ class PreparedTask:
         documents = [self._documents[example] for example in examples]
         missing = [document for document in documents if document not in self._requests]
         if missing:
-            if self._draws_in_order:
-                missing = sorted(self._documents)
             with explained(self._name, f"make prompts of its task {self.lm_name!r}"), quiet():
-                for document in missing:
+                for document in self.prompted_with(missing):
                     self._requests[document] = self._make_requests(document)
             if not self._is_rendered:
                 for template in ("doc_to_text", "doc_to_target", "doc_to_choice"):
@@ -153,30 +221,124 @@ class PreparedTask:
             requests: Of each example.
             examples: Which they are, for messages.
         """
-        self._filters[self._filter].apply([request for group in requests for request in group])
-        with explained(self._name, f"compute {self._metric!r} of its task {self.lm_name!r}"):
-            values = [self._value(group) for group in requests]
-            if not self._is_mean:
-                values = [self._aggregate(values)]
-            scores = [self._sign * float(value) for value in values]
+        self._filters[self.filter].apply([request for group in requests for request in group])
+        with explained(self._name, f"compute {self.metric!r} of its task {self.lm_name!r}"):
+            values = [self._value(group, self._decides) for group in requests]
+            scores = list(self.aggregated(values))
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                which = f"example {examples[place]}" if self._is_mean else "all examples"
+                is_mean = self._decides.is_mean
+                which = f"example {examples[place]}" if is_mean else "all examples"
                 raise EvaluationError(
-                    f"task {self._name!r}, {which}: {self._metric} is {score}, not a finite number"
+                    f"task {self._name!r}, {which}: {self.metric} is {score}, not a finite number"
                 )
         return tuple(scores)
 
-    def _value(self, requests: Sequence[Any]) -> Any:
-        """Return the metric of one example."""
-        answers = [request.filtered_resps[self._filter] for request in requests]
+    def aggregated(self, values: Sequence[Any]) -> tuple[float, ...]:
+        """Return the scores that come of the metric's values of examples, higher is better."""
+        decides = self._decides
+        values = values if decides.is_mean else [decides.aggregate(values)]
+        return tuple(decides.sign * float(value) for value in values)
+
+    def _value(self, requests: Sequence[Any], metric: "_Metric") -> Any:
+        """Return a metric of one example."""
+        answers = [request.filtered_resps[metric.filter] for request in requests]
         metrics = self._task.process_results(requests[0].doc, answers)
-        if self._metric not in metrics:
+        if metric.name not in metrics:
             raise SpecError(
                 f"tasks.{self._name}: lm-eval's {self.lm_name!r} gave no metric "
-                f"{self._metric!r} for an example (it gave: {', '.join(metrics)})"
+                f"{metric.name!r} for an example (it gave: {', '.join(metrics)})"
             )
-        return metrics[self._metric]
+        return metrics[metric.name]
+
+    def answers(self, examples: Sequence[int]) -> tuple[Answer, ...]:
+        """Return what the model said to examples when they were last scored."""
+        requests = self.requests(examples)
+        for name in {metric.filter: None for metric in self._others}:
+            self._filters[name].apply([request for group in requests for request in group])
+        with explained(self._name, f"compute metrics of its task {self.lm_name!r}"):
+            return tuple(map(self._answer, examples, requests))
+
+    def _answer(self, example: int, requests: Sequence[Any]) -> Answer:
+        if self._generates:
+            said = [text for request in requests for text in request.resps]
+            read = [request.filtered_resps[self.filter] for request in requests]
+        else:
+            likelihoods = self._likelihoods(requests)
+            said = [f"{text} ({likelihood:.3f})" for text, likelihood in likelihoods]
+            read = [max(likelihoods, key=lambda pair: pair[1])[0]] if len(likelihoods) > 1 else []
+        return Answer(
+            example,
+            {m.label: m.sign * float(self._value(requests, m)) for m in self._others},
+            *self._asked(requests[0].doc),
+            said=tuple(map(str, said)),
+            read=tuple(map(str, read)),
+        )
+
+    def _likelihoods(self, requests: Sequence[Any]) -> list[tuple[str, float]]:
+        """Return each continuation of the question and its log-likelihood.
+
+        Where choices are put into the question, as in Winogrande, they are told by its end.
+        """
+        of_choices = getattr(self._task, "multiple_input", 0)
+        return [
+            (
+                "".join(request.args)[-_TOLD_CHARACTERS:] if of_choices else request.args[-1],
+                _first(request.resps[0]),
+            )
+            for request in requests
+            if of_choices or request.args[:-1] == requests[0].args[:-1]
+        ]
+
+    def _asked(self, doc: Any) -> tuple[str, str]:
+        """Return a document's question and right answer; nothing where a task cannot tell."""
+        task = self._task
+        try:
+            question, target = task.doc_to_text(doc), task.doc_to_target(doc)
+            if isinstance(target, int) and task.config.doc_to_choice is not None:
+                target = task.doc_to_choice(doc)[target]
+        except task_errors():
+            return "", ""
+        return question if isinstance(question, str) else "", str(target)
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A metric of a task's.
+
+    Attributes:
+        name: In lm-eval.
+        filter: Of the answers that it is of.
+        label: What reports call it: with its filter, where that is not the task's first.
+        sign: What makes higher better.
+        aggregate: Makes a score of its values.
+    """
+
+    name: str
+    filter: str
+    label: str
+    sign: float
+    aggregate: Callable[..., Any]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the score is the mean over examples."""
+        return _is_mean(self.aggregate)
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """Which documents of a task of lm-eval's some examples of a study's task are.
+
+    Attributes:
+        task: The task of lm-eval's.
+        documents: Positions in the split that is scored.
+        places: Where each stands among the examples.
+    """
+
+    task: PreparedTask
+    documents: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 def answer(lm: Any, requests: Sequence[Any], name: str) -> None:
@@ -219,6 +381,11 @@ def _check_finite(name: str, requests: Sequence[Any], answers: Sequence[Any]) ->
 
 def _not_finite(name: str, request: Any, what: str) -> EvaluationError:
     return EvaluationError(f"task {name!r}, example {request.doc_id}: the model gave {what}")
+
+
+def _first(given: Any) -> float:
+    """Return the log-likelihood of an answer."""
+    return float(given[0] if isinstance(given, tuple) else given)
 
 
 def _chosen(key: str, asked: str | None, names: Sequence[str]) -> str:

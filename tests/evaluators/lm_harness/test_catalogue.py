@@ -32,8 +32,12 @@ def test_includes_and_functions_work_across_folders(folder, model, tmp_path):
     ("task", "message"),
     [
         (LmTask("mc", "dev"), r"tasks\.mine\.split.*'dev' \(it has: test, train, validation\)"),
-        (LmTask("mc", "test", metric="bleu"), r"tasks\.mine\.metric.*'bleu'.*acc, acc_norm, mcc"),
+        (
+            LmTask("mc", "test", metric=("bleu",)),
+            r"tasks\.mine\.metric.*'bleu'.*acc, acc_norm",
+        ),
         (LmTask("mc", "test", filter="best"), r"tasks\.mine\.filter.*'best'.*it has: none"),
+        (LmTask("mc", "test", metric=("acc", "mcc")), "'mcc' of 'mc' is no mean over examples"),
         (LmTask("both", "test"), "'bits_per_byte' of 'texts' is no mean over examples"),
     ],
 )

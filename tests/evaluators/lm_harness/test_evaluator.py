@@ -4,17 +4,23 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from searchmerge import assemble
+from searchmerge.check import check_study
 from searchmerge.config import RunConfig
-from searchmerge.evaluators.lm_harness.keys import LmTask
+from searchmerge.errors import SpecError
+from searchmerge.evaluators.lm_harness.evaluator import LmHarness
+from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
 from tests.evaluators.lm_harness.tasks import harness, with_template
 from tests.evaluators.models import tiny_tokenizer
+from tests.studies_of_tasks import write_tasks
 from tests.tiny import make_models, make_study
 
 
@@ -70,3 +76,32 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     assert f"task '{first.task}', example {first.examples[0]}: " in events[2].reason
     assert "not finite" in events[2].reason
     assert events[0].result.scores == events[3].result.scores
+
+
+def test_check_refuses_a_generation_longer_than_the_window(tmp_path):
+    make_models(tmp_path)
+    make_study(tmp_path)
+    write_tasks(tmp_path)
+    generation = {"max_gen_toks": 200}
+    tasks = {"said": {"split": "validation", "generation": generation}}
+    study = read_study(make_study(tmp_path, tasks=tasks))
+    message = "generation.max_gen_toks: 200 tokens are to be generated; allowed are up to 63"
+    with pytest.raises(SpecError, match=rf"tasks\.said: 'said': {message}"):
+        list(check_study(study, RunConfig()))
+
+
+def test_a_generation_longer_than_the_window_is_refused_before_there_is_a_model(folder, model):
+    def make(n_tokens):
+        return LmHarness(
+            {"mine": LmTask("generate", "test", generation={"max_gen_toks": n_tokens})},
+            tokenizer=tiny_tokenizer(),
+            backend=TransformersBackend(1024),
+            section=LmHarnessSection(include_path=(".",)),
+            folder=folder,
+            config=model.config,
+        )
+
+    make(63)
+    message = r"generation\.max_gen_toks: 64 tokens are to be generated; allowed are up to 63"
+    with pytest.raises(SpecError, match=rf"tasks\.mine: 'generate': {message}"):
+        make(64)

@@ -67,7 +67,7 @@ def theirs(groups, model, name):
 @pytest.mark.parametrize("name", ["by_size", "alike"])
 def test_the_whole_groups_score_is_lm_evals(groups, model, name):
     results = theirs(groups, model, name)
-    evaluator = harness(groups, LmTask(name, "test", metric="acc"))
+    evaluator = harness(groups, LmTask(name, "test", metric=("acc",)))
     info = evaluator.tasks["mine"]
     scores = evaluator.score(model, "mine", range(info.n_examples))
     start, total = 0, 0.0
@@ -98,6 +98,18 @@ def test_examples_of_several_members_are_scored_in_the_order_asked(groups, model
     assert evaluator.prompts("mine", 7) == harness(groups, LmTask("large", "test")).prompts(
         "mine", 0
     )
+
+
+def test_answers_of_a_group_are_its_members(groups, model):
+    evaluator = harness(groups, LmTask("by_size", "test", metric=("acc", "acc_norm")))
+    evaluator.score(model, "mine", [16, 0])
+    last, first = evaluator.answers("mine", [16, 0])
+    assert (last.example, first.example) == (16, 0)
+    large = harness(groups, LmTask("large", "test", metric=("acc", "acc_norm")))
+    large.score(model, "mine", [9])
+    [alone] = large.answers("mine", [9])
+    assert (last.question, last.said, last.metrics) == (alone.question, alone.said, alone.metrics)
+    assert evaluator.tasks["mine"].other_metrics == ("acc_norm",)
 
 
 def test_members_may_have_splits_of_their_own(groups):

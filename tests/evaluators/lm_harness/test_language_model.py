@@ -9,6 +9,7 @@ from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from tests.evaluators.lm_harness.tasks import TASKS, harness, instances, lm_eval_samples
 from tests.evaluators.models import tiny_model, tiny_tokenizer
+from tests.tiny import make_models
 
 SHOTS = "a fox is a kind of animal. a dog is a kind of animal. which word is a kind of"
 ANIMALS = ("fox", "dog", "cat", "horse", "lazy dog")
@@ -119,3 +120,15 @@ def test_a_generation_longer_than_the_window_is_refused(folder, model):
     evaluator = harness(folder, LmTask("generate", "test"), max_length=8)
     with pytest.raises(SpecError, match="8 tokens are to be generated; allowed are up to 7"):
         evaluator.score(model, "mine", [0])
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_the_token_that_begins_a_text_is_added_as_in_hflm(tmp_path, added):
+    make_models(tmp_path)
+    base = tmp_path / "base"
+    theirs = HFLM(str(base), add_bos_token=added, device="cpu")
+    ours = make_lm(base, TransformersBackend(96), add_bos_token=added)
+    for text in ("w1 is a", "<s> w1 is a", ""):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        assert ours.tok_encode(text, False) == theirs.tok_encode(text, False)
+    assert (ours.tok_encode("w1")[0] == ours.prefix_token_id) == added

@@ -4,7 +4,6 @@ import pytest
 import yaml
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.score_kind import Mean
 from tests.evaluators.lm_harness.tasks import TASKS, harness
@@ -13,7 +12,8 @@ from tests.evaluators.lm_harness.tasks import TASKS, harness
 @pytest.mark.parametrize(("split", "n"), [("validation", 10), ("test", 7), ("train", 6)])
 def test_the_split_that_the_study_names_is_scored(folder, model, split, n):
     evaluator = harness(folder, LmTask("mc", split))
-    assert evaluator.tasks == {"mine": TaskInfo(n, "acc", Mean())}
+    info = evaluator.tasks["mine"]
+    assert (info.n_examples, info.metric, info.kind) == (n, "acc", Mean())
     assert len(evaluator.score(model, "mine", range(n))) == n
     assert f"of {split} " in evaluator.prompts("mine", 0)[0]
 

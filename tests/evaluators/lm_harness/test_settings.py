@@ -1,11 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
+from lm_eval.tasks import TaskManager
 
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
+from searchmerge.evaluators.lm_harness.settings import may_show_itself
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
 TASK = {
@@ -69,3 +72,39 @@ def test_an_empty_prompt_is_the_token_that_begins_a_text(tmp_path):
         folder=tmp_path,
     )
     assert harness.score(tiny_model("llama"), "own", [0, 1]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"validation_split": "a", "fewshot_split": "a"}, True),
+        ({"validation_split": "a", "fewshot_config": {"split": "a"}}, True),
+        ({"test_split": "a"}, True),
+        ({"validation_split": "a"}, False),
+        ({"test_split": "a", "fewshot_split": "a"}, False),
+        ({"test_split": "a", "training_split": "b"}, False),
+        ({"test_split": "a", "fewshot_split": "b"}, False),
+    ],
+)
+def test_lm_eval_shows_an_example_in_its_own_prompt_unless_the_split_is_its_test_split(
+    tmp_path, config, shown
+):
+    write(tmp_path / "data", 6)
+    file = str(tmp_path / "data" / "examples.jsonl")
+    other = str(tmp_path / "other.jsonl")
+    Path(other).write_text("".join(f'{{"question": "no {i}?", "answer": 0}}\n' for i in range(6)))
+    task = TASK | {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"a": file, "b": other}},
+        "validation_split": None,
+        "num_fewshot": 5,
+    }
+    assert may_show_itself(task | config, "a") == shown
+    loaded = TaskManager(include_defaults=False).load([task | config])["tasks"]["own"]
+    loaded.set_fewshot_seed(1)
+    prompts = [loaded.fewshot_context(doc, num_fewshot=5) for doc in loaded.eval_docs]
+    repeated = [
+        prompt.count(doc["question"]) == 2
+        for prompt, doc in zip(prompts, loaded.eval_docs, strict=True)
+    ]
+    assert any(repeated) == shown

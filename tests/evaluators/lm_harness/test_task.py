@@ -8,10 +8,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.score_kind import Whole
-from tests.evaluators.lm_harness.tasks import TASKS, harness, lm_eval_samples
+from tests.evaluators.lm_harness.tasks import TASKS, documents, harness, lm_eval_samples
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
 
@@ -23,7 +22,7 @@ def test_scores_are_those_of_evaluate(folder, model, task, metric):
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     samples, _ = lm_eval_samples(folder, theirs, task)
     expected = [s[metric] for s in samples if s["filter"] in ("none", "first")]
-    evaluator = harness(folder, LmTask(task, "test", metric=metric))
+    evaluator = harness(folder, LmTask(task, "test", metric=(metric,)))
     assert evaluator.score(model, "mine", range(7)) == tuple(expected)
 
 
@@ -34,8 +33,9 @@ def test_scores_are_those_of_evaluate(folder, model, task, metric):
 def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task, metric, sign):
     theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
     _, results = lm_eval_samples(folder, theirs, task)
-    evaluator = harness(folder, LmTask(task, "test", metric=metric))
-    assert evaluator.tasks == {"mine": TaskInfo(7, metric, Whole())}
+    evaluator = harness(folder, LmTask(task, "test", metric=(metric,)))
+    info = evaluator.tasks["mine"]
+    assert (info.n_examples, info.metric, info.kind) == (7, metric, Whole())
     (score,) = evaluator.score(model, "mine", range(7))
     assert score == pytest.approx(sign * results[f"{metric},none"], rel=1e-5)
 
@@ -63,13 +63,13 @@ def test_a_filter_of_the_task_may_be_chosen(folder, model):
 
 
 def test_a_metric_may_name_its_filter_as_lm_evals_results_do(folder, model):
-    named = harness(folder, LmTask("generate", "test", metric="exact_match,word"))
-    apart = harness(folder, LmTask("generate", "test", metric="exact_match", filter="word"))
+    named = harness(folder, LmTask("generate", "test", metric=("exact_match,word",)))
+    apart = harness(folder, LmTask("generate", "test", metric=("exact_match",), filter="word"))
     assert named.score(model, "mine", range(7)) == apart.score(model, "mine", range(7))
     with pytest.raises(SpecError, match=r"filter: no 'words' in the task \(it has: first, word"):
-        harness(folder, LmTask("generate", "test", metric="exact_match,words"))
+        harness(folder, LmTask("generate", "test", metric=("exact_match,words",)))
     with pytest.raises(ValueError, match="names a filter"):
-        LmTask("generate", "test", metric="exact_match,word", filter="first")
+        LmTask("generate", "test", metric=("exact_match,word",), filter="first")
 
 
 @pytest.mark.parametrize("task", ["mc", "fewshot"])
@@ -138,3 +138,51 @@ def test_a_score_that_is_not_finite_fails_the_candidate(folder, model, tmp_path)
     )
     with pytest.raises(EvaluationError, match="'mine', example 2: acc is inf"):
         harness(tmp_path, LmTask("endless", "test")).score(model, "mine", [2])
+
+
+def test_other_metrics_and_filters_are_told_beside_the_one_that_decides(folder, model):
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    for task, metrics in (
+        ("mc", ("acc_norm", "acc")),
+        ("generate", ("exact_match,word", "exact_match,first")),
+    ):
+        evaluator = harness(folder, LmTask(task, "test", metric=metrics))
+        samples, _ = lm_eval_samples(folder, theirs, task)
+        (decides, _, its_filter), (other, _, other_filter) = (m.partition(",") for m in metrics)
+        by = {(s["doc_id"], s["filter"]): s for s in samples}
+        scores = evaluator.score(model, "mine", range(7))
+        assert scores == tuple(by[e, its_filter or "none"][decides] for e in range(7))
+        [label] = evaluator.tasks["mine"].other_metrics
+        told = [answer.metrics[label] for answer in evaluator.answers("mine", range(7))]
+        assert told == [by[e, other_filter or "none"][other] for e in range(7)]
+        assert evaluator.tasks["mine"].keeps_answers
+
+
+def test_what_the_model_said_is_told_with_what_a_filter_read_in_it(folder, model):
+    evaluator = harness(folder, LmTask("generate", "test", filter="word"))
+    theirs = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)
+    samples, _ = lm_eval_samples(folder, theirs, "generate")
+    samples = [sample for sample in samples if sample["filter"] == "word"]
+    evaluator.score(model, "mine", range(7))
+    assert not evaluator.tasks["mine"].keeps_answers
+    for sample, answer in zip(samples, evaluator.answers("mine", range(7)), strict=True):
+        assert answer.example == sample["doc_id"]
+        assert answer.question == sample["doc"]["question"]
+        assert answer.expected == sample["target"]
+        assert list(answer.said) == sample["resps"][0]
+        assert list(answer.read) == sample["filtered_resps"]
+
+
+def test_of_choices_the_likeliest_is_what_was_said(folder, model):
+    evaluator = harness(folder, LmTask("mc", "test", answers="keep"))
+    scores = evaluator.score(model, "mine", range(7))
+    assert evaluator.tasks["mine"].keeps_answers
+    for score, answer in zip(scores, evaluator.answers("mine", range(7)), strict=True):
+        assert (answer.read[0].strip() == answer.expected) == bool(score)
+        assert [text.rpartition(" (")[0].strip() for text in answer.said] == list(
+            next(
+                doc["choices"]
+                for doc in documents("test", 7)
+                if doc["question"] in answer.question
+            )
+        )

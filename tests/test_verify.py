@@ -1,0 +1,133 @@
+"""The report of a study held against lm-eval's own harness on the saved model."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from searchmerge.cli import app
+from searchmerge.config import RunConfig
+from searchmerge.errors import StudyError
+from searchmerge.study import kept_study, read_study
+from searchmerge.verify import Comparison, Verification
+from tests.studies_of_tasks import CHAT, run
+from tests.tiny import EXPERTS, make_models
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished study of a group with a chat template, and of tasks of every sort."""
+    root = tmp_path_factory.mktemp("verified")
+    make_models(root)
+    for name in ("base", *EXPERTS):
+        (root / name / "chat_template.jinja").write_text(CHAT)
+    parts = {"split": "validation", "select": 8, "hold_out": 8}
+    return run(
+        root,
+        name="verified",
+        lm_harness={
+            "include_path": "tasks",
+            "model_args": {"attn_implementation": "eager", "add_bos_token": True},
+        },
+        tasks={
+            "pair": {**parts, "chat_template": True, "system_instruction": "w1 w2"},
+            "drawn": {**parts, "samples": list(range(40, 16, -1))},
+            "said": {**parts, "filter": "word"},
+        },
+    )
+
+
+def copied(finished, tmp_path):
+    """Return a copy of a finished run."""
+    shutil.copytree(finished, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_the_saved_model_scores_in_lm_eval_what_the_report_says(finished):
+    verification = Verification(finished, RunConfig())
+    compared = list(verification.compare())
+    assert [(c.task, c.part, c.n_examples) for c in compared] == [
+        (task, part, 8) for task in ("pair", "drawn", "said") for part in ("select", "hold_out")
+    ]
+    assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
+    assert {c.task for c in compared if 0 < c.ours < 1} == {"pair", "drawn", "said"}
+    assert [*verification.told(compared)] == [
+        "The saved model scores in lm-eval what the report says."
+    ]
+
+
+def test_the_command_prints_a_table_and_what_comes_of_it(finished):
+    result = CliRunner().invoke(app, ["verify", str(finished), "--limit", "2"])
+    assert result.exit_code == 0
+    assert "The saved model scores in lm-eval what the report says." in result.output
+    assert "+0.000000" in result.output
+
+
+def test_some_of_the_held_out_examples_are_compared_with_what_they_scored(finished):
+    verification = Verification(finished, RunConfig())
+    compared = list(verification.compare(limit=3))
+    assert [(c.part, c.n_examples) for c in compared] == [("hold_out", 3)] * 3
+    assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
+
+
+def test_a_saved_model_that_was_altered_is_told(finished, tmp_path):
+    run_dir = copied(finished, tmp_path)
+    file = run_dir / "model" / "model.safetensors"
+    weights = {name: -weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert CliRunner().invoke(app, ["verify", str(run_dir)]).exit_code == 1
+    verification = Verification(run_dir, RunConfig())
+    compared = list(verification.compare())
+    wrong = [c for c in compared if c.is_wrong]
+    assert wrong
+    lines = list(verification.told(compared))
+    assert len(lines) == len(wrong)
+    first = wrong[0]
+    assert lines[0] == (
+        f"{first.task}, {first.part}: lm-eval's score of the saved model differs from the "
+        f"report's by {first.difference:+.6f}, {first.beyond:.6f} beyond rounding"
+    )
+
+
+def test_an_example_that_lm_eval_shows_in_its_own_prompt_is_no_failure(tmp_path):
+    make_models(tmp_path)
+    parts = {"split": "validation", "select": 20, "hold_out": 28, "num_fewshot": 3}
+    run_dir = run(tmp_path, name="shown", tasks={"shown": parts})
+    verification = Verification(run_dir, RunConfig())
+    compared = list(verification.compare())
+    assert all("'shown' in its own few-shot prompt" in c.notes[0] for c in compared)
+    assert not any(c.is_wrong for c in compared)
+    assert any(c.beyond for c in compared)
+    assert "as it may: lm-eval may show an example" in next(verification.told(compared))
+
+
+def test_what_cannot_be_verified_is_refused(finished, tmp_path):
+    with pytest.raises(StudyError, match="no results yet"):
+        Verification(tmp_path, RunConfig())
+    run_dir = copied(finished, tmp_path)
+    shutil.rmtree(run_dir / "model")
+    with pytest.raises(StudyError, match="has not saved its model"):
+        Verification(run_dir, RunConfig())
+    (run_dir / "study.json").unlink()
+    with pytest.raises(StudyError, match=r"what was run is not kept here \(study.json\)"):
+        Verification(run_dir, RunConfig())
+
+
+def test_a_comparison_says_what_is_beyond_rounding():
+    def compared(theirs, ours=0.5, notes=()):
+        return Comparison("task", "select", 8, ours, theirs, 0.01, notes)
+
+    assert compared(0.505).beyond == 0
+    assert compared(0.55).beyond == pytest.approx(0.04)
+    assert compared(0.55).is_wrong
+    assert not compared(0.55, notes=("sampled",)).is_wrong
+    assert compared(-101.0, ours=-100.0).beyond == 0
+
+
+def test_a_study_is_kept_as_it_was_read(finished):
+    study = kept_study(finished)
+    again = read_study(study.file)
+    assert study.spec == again.spec
+    assert study.name == "verified"
+    assert study.folder == finished.parent.parent
