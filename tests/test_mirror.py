@@ -24,14 +24,17 @@ ELSEWHERE = {
     "keys.py": "test_one_file.py",
     # parts of a checkpoint, which is opened and told apart as a whole
     "checkpoints/fingerprint.py": "checkpoints/test_checkpoint.py",
+    "checkpoints/stamps.py": "checkpoints/test_checkpoint.py",
     "checkpoints/tensor_files.py": "checkpoints/test_checkpoint.py",
     "checkpoints/lora_update.py": "checkpoints/test_lora.py",
+    # what users' code may do is tested on the evaluator that calls it
+    "evaluators/user_code.py": "evaluators/test_function.py",
     # samplers: every entry of the registry runs the same tests, and has its own where it has more
     "search/samplers": "search/test_sampler.py",
 }
 """A module, or a folder of them, and what tests it instead of a file of the same name."""
 
-NO_CODE = {"errors.py", "search/observer.py"}
+NO_CODE = {"search/observer.py"}
 """Modules that only declare: classes without a method, or protocols."""
 
 
