@@ -27,10 +27,10 @@ from searchmerge.heads import expert_head
 from searchmerge.models import Models, load_task_vectors, make_merger, open_models
 from searchmerge.plan import SettingValue
 from searchmerge.search.budget import Budget
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.racing import Racing
 from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
-from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
 from searchmerge.study import Study
 from searchmerge.watch import Content, Watch
@@ -109,6 +109,8 @@ def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Eval
         device=device,
         dtype=models.dtype,
         head=functools.partial(expert_head, study, models),
+        trust_remote_code=study.spec.trust_remote_code,
+        base_dir=None if models.base.extension else models.base.path,
     )
     evaluators: dict[str, Evaluator] = {}
     for name, kind in study.spec.kinds.items():

@@ -32,7 +32,8 @@ class SavedHead:
         tensors: By their names in the expert's checkpoint.
         model_class: The class of transformers that the encoder is loaded as; ``None`` where
             nothing says how these tensors are used.
-        pooling: What the head, a linear layer, is put on; ``None`` where it is the class's own.
+        pooling: What the head, a linear layer, is applied to; ``None`` where the head is the
+            class's own.
         labels: The name of each class, in the order of the logits.
     """
 
@@ -82,11 +83,13 @@ def _file_name(expert: str) -> str:
 
 def class_of(config: Mapping[str, Any]) -> str | None:
     """Return the ``Auto`` class of transformers for a configuration's own, with its head."""
-    own = re.search(r"For\w+$", str((config.get("architectures") or [""])[0]))
-    return f"AutoModel{own[0]}" if own else None
+    ending = re.search(r"For\w+$", str((config.get("architectures") or [""])[0]))
+    return f"AutoModel{ending[0]}" if ending else None
 
 
-def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") -> nn.Module:
+def load_classifier(
+    model_dir: str | Path, expert: str, *, device: str = "cpu", trust_remote_code: bool = False
+) -> nn.Module:
     """Return a saved encoder with the head of one of its experts, ready for inference.
 
     Called with what the tokenizer or image processor in ``model_dir`` gives, it returns an
@@ -96,11 +99,12 @@ def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") 
         model_dir: A model that a study or ``searchmerge merge`` has saved.
         expert: The expert's name in the study.
         device: A torch device, e.g. ``"cpu"`` or ``"cuda:0"``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         CheckpointError: If there is no such model or head, or they do not fit.
     """
-    encoder = open_checkpoint(model_dir)
+    encoder = open_checkpoint(model_dir, trust_remote_code=trust_remote_code)
     head = _read_head(encoder.path, expert)
     where = f"{encoder.path / HEADS_DIR}: {expert!r}"
     if head.model_class is None:
@@ -113,7 +117,9 @@ def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") 
             model = _loaded(encoder, head, device)
             return PooledClassifier(model, linear, head.labels).to(device).eval()
         shared = [name for name in encoder.headers if name not in head.tensors]
-        needed, _ = head_names(encoder.path, shared, head.model_class)
+        needed, _ = head_names(
+            encoder.path, shared, head.model_class, trust_remote_code=trust_remote_code
+        )
         model_head(head.tensors, needed, len(head.labels), where)
     except SpecError as error:
         raise CheckpointError(str(error)) from error
@@ -124,11 +130,11 @@ def load_classifier(model_dir: str | Path, expert: str, *, device: str = "cpu") 
 
 def _read_head(model_dir: Path, expert: str) -> SavedHead:
     folder = model_dir / HEADS_DIR
-    known = [str(read_json(file).get("expert")) for file in sorted(folder.glob("*.json"))]
-    if expert not in known:
+    saved = [str(read_json(file).get("expert")) for file in sorted(folder.glob("*.json"))]
+    if expert not in saved:
         raise CheckpointError(
             f"{model_dir}: has no head of an expert {expert!r} "
-            f"(there are: {', '.join(known) or 'none'})"
+            f"(there are: {', '.join(saved) or 'none'})"
         )
     file = folder / f"{_file_name(expert)}.safetensors"
     recipe = read_json(file.with_suffix(".json"))
@@ -157,11 +163,11 @@ def _loaded(encoder: Checkpoint, head: SavedHead, device: str) -> nn.Module:
 
 @torch.no_grad()
 def _write_head(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    own = model.state_dict()
+    parameters = model.state_dict()
     for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
+        if parameters[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{where}: {name!r} has shape {list(tensor.shape)}; the model needs "
-                f"{list(own[name].shape)}"
+                f"{list(parameters[name].shape)}"
             )
-        own[name].copy_(tensor)
+        parameters[name].copy_(tensor)

@@ -88,7 +88,8 @@ def _needed(study: Study, models: Models, model_class: str) -> dict[str, str]:
     """Return what a class needs beyond what is merged, by names in a checkpoint and loaded."""
     private = study.spec.private
     shared = [name for name in models.base.headers if not _matches(private, name)]
-    return head_names(models.base.path, shared, model_class)[0]
+    trust = study.spec.trust_remote_code
+    return head_names(models.base.path, shared, model_class, trust_remote_code=trust)[0]
 
 
 def _named(n: int, use: HeadUse, labels: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,13 +11,22 @@ from pathlib import Path
 import torch
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint, tied
+from searchmerge.checkpoints.chosen_tokenizer import (
+    chat_template,
+    read_template,
+    template_doubts,
+    with_tokenizer,
+)
 from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.heads import exclude_patterns, trained_class, unused_tensors
+from searchmerge.checkpoints.model_class import check_class
+from searchmerge.checkpoints.tokenizer_files import AddedToken
 from searchmerge.checkpoints.tying import untie_where_needed
+from searchmerge.checkpoints.vocabulary import with_union
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.classifier import class_of
-from searchmerge.errors import SpecError
+from searchmerge.errors import CheckpointError, SpecError
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.groups import assign_groups, depth_positions
 from searchmerge.merging.merger import Merger
@@ -44,6 +53,7 @@ class Models:
             the base's configuration names.
         not_merged: Patterns of the tensors that stay the base's: as the study says, and what
             the class has no use for.
+        remarks: What is probably not meant and no tensor tells, one line each.
     """
 
     base: Checkpoint
@@ -51,6 +61,7 @@ class Models:
     dtype: torch.dtype
     auto_class: str | None = None
     not_merged: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def sources(self) -> dict[str, str]:
@@ -59,7 +70,7 @@ class Models:
 
     def doubts(self) -> list[str]:
         """Return what is probably not meant, one line each: an expert that equals another, ..."""
-        return list(doubts(self.base, self.experts))
+        return [*self.remarks, *doubts(self.base, self.experts)]
 
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of each model's content."""
@@ -79,21 +90,51 @@ def open_models(study: Study, *, resident: bool = True) -> Models:
     """
     spec = study.spec
     base = _open(study, spec.base, None)
+    if resident:
+        check_class(base, spec.resident_class)
     experts = {name: _open(study, model, base) for name, model in spec.experts.items()}
     auto_class = spec.resident_class if resident else spec.model_class or _trained_as(experts)
     base, experts = untie_where_needed(base, experts, auto_class)
+    dtype = _DTYPES.get(spec.dtype) or main_dtype(base)
+    added: tuple[AddedToken, ...] = ()
+    if spec.vocabulary == "union":
+        base, experts, added = with_union(base, experts)
     check_compatible(
         base,
         experts,
         exclude=spec.not_merged,
-        vocabulary=spec.vocabulary,
-        tokenizers=spec.tokenizers,
+        vocabulary="base" if spec.vocabulary == "base" else "same",
+        tokenizers="any" if spec.vocabulary == "union" else spec.tokenizers,
         may_differ=spec.may_differ,
         auto_class=auto_class,
     )
     unused = exclude_patterns(unused_tensors(base, auto_class), base.headers)
-    dtype = _DTYPES.get(spec.dtype) or main_dtype(base)
-    return Models(base, experts, dtype, auto_class, (*spec.not_merged, *unused))
+    base = _with_tokenizer(study, base, experts, added)
+    remarks = () if spec.chat_template else tuple(template_doubts(base, experts))
+    return Models(base, experts, dtype, auto_class, (*spec.not_merged, *unused), remarks)
+
+
+def _with_tokenizer(
+    study: Study,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    added: tuple[AddedToken, ...],
+) -> Checkpoint:
+    """Return the base with the tokenizer and the chat template that the study chooses."""
+    spec, template = study.spec, None
+    if spec.chat_template in experts or spec.chat_template == "base":
+        source = {"base": base, **experts}[str(spec.chat_template)]
+        template = chat_template(source.tokenizer_dir)
+        if template is None and spec.chat_template != "base":
+            raise CheckpointError(
+                f"chat_template: expert {spec.chat_template!r} ({source.name}) has none"
+            )
+    elif spec.chat_template is not None:
+        template = read_template(Path(study.resolve(spec.chat_template)))
+    expert = experts.get(spec.tokenizer)
+    if template is None and expert is None and not added:
+        return base
+    return with_tokenizer(base, expert, template=template, added=added)
 
 
 def warn_of_doubts(models: Models) -> None:
@@ -110,7 +151,12 @@ def _trained_as(experts: Mapping[str, Checkpoint]) -> str | None:
 
 
 def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint:
-    checkpoint = open_checkpoint(study.resolve(model.path), revision=model.revision, base=base)
+    checkpoint = open_checkpoint(
+        study.resolve(model.path),
+        revision=model.revision,
+        base=base,
+        trust_remote_code=study.spec.trust_remote_code,
+    )
     return checkpoint if base is None else checkpoint.named_as(base)
 
 
@@ -150,7 +196,7 @@ def load_task_vectors(study: Study, models: Models) -> TaskVectors:
         models.base.weights(),
         {name: checkpoint.weights() for name, checkpoint in models.experts.items()},
         exclude=models.not_merged,
-        vocabulary=study.spec.vocabulary,
+        vocabulary="base" if study.spec.vocabulary == "base" else "same",
         tied=tied(models.base),
     )
 

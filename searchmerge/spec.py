@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from searchmerge.checkpoints.model_class import CAUSAL_LM, is_also
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
 from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.search.objective import Against, Kind, Pick
@@ -152,9 +153,12 @@ class StudySpec(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     scoring: Literal["dtype", "int8"] = "dtype"
     exclude: list[str] = Field(default_factory=list)
-    vocabulary: Literal["same", "base"] = "same"
+    vocabulary: Literal["same", "base", "union"] = "same"
+    tokenizer: str = "base"
+    chat_template: str | None = None
     tokenizers: Literal["same", "any"] = "same"
     may_differ: list[str] = Field(default_factory=list)
+    trust_remote_code: bool = False
     space: SpaceSpec | list[SpaceSpec]
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     objective: Kind = "normalised"
@@ -179,7 +183,30 @@ class StudySpec(Strict):
             self._check_constraint(f"constraints.{number}", constraint)
         if self.search.n_trials is None and self.search.timeout is None:
             raise ValueError("search: give n_trials, timeout, or both")
-        if len(classes := self._model_classes()) > 1:
+        return self
+
+    @model_validator(mode="after")
+    def _tokenizer_is_there(self) -> "StudySpec":
+        if self.tokenizer not in ("base", *self.experts):
+            raise ValueError(
+                f"tokenizer is {self.tokenizer!r}; choose base or an expert: "
+                f"{', '.join(self.experts)}"
+            )
+        if self.vocabulary == "union" and self.tokenizer != "base":
+            raise ValueError(
+                "tokenizer: with vocabulary: union it is the base's with the experts' tokens added"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _is_one_model(self) -> "StudySpec":
+        classes = self._model_classes()
+        if len(classes) > 1 and self.model_class:
+            raise ValueError(
+                f"model_class is {self.model_class}; the tasks need a model that is loaded as "
+                f"{' or '.join(classes[1:])}"
+            )
+        if len(classes) > 1:
             raise ValueError(
                 f"tasks: one model cannot be {' and '.join(classes)}; divide them into studies"
             )
@@ -204,8 +231,9 @@ class StudySpec(Strict):
         """Return the classes of transformers that the tasks need, without double."""
         classes = [self.model_class] if self.model_class else []
         for name, kind in self.kinds.items():
-            classes += kind.model_classes(self.keys_of(name), self.section(name))
-        return list(dict.fromkeys(classes)) or ["AutoModelForCausalLM"]
+            needed = kind.model_classes(self.keys_of(name), self.section(name))
+            classes += [one for one in needed if not is_also(self.model_class, one)]
+        return list(dict.fromkeys(classes)) or [CAUSAL_LM]
 
     @property
     def resident_class(self) -> str:
@@ -322,14 +350,17 @@ def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, st
 def merge_overrides(spec: StudySpec) -> dict[str, str]:
     """Return the overrides with which :func:`plain_spec` merges as a study does."""
     said = spec.model_dump(mode="json", exclude_unset=True)
-    keys = ("dtype", "exclude", "vocabulary", "tokenizers", "may_differ")
-    found = {key: said[key] for key in keys if key in said}
+    keys = (
+        *("dtype", "exclude", "vocabulary", "tokenizer", "chat_template", "tokenizers"),
+        *("may_differ", "trust_remote_code"),
+    )
+    overrides = {key: said[key] for key in keys if key in said}
     for name, kind in EVALUATORS.items():
         if kind.private_key and (patterns := getattr(spec.section(name), kind.private_key)):
-            found[f"{name}.{kind.private_key}"] = list(patterns)
+            overrides[f"{name}.{kind.private_key}"] = list(patterns)
     models = {"base": spec.base, **{f"experts.{name}": m for name, m in spec.experts.items()}}
-    found |= {key: m.model_dump(mode="json") for key, m in models.items() if m.revision}
-    return {key: _in_one_line(value) for key, value in found.items()}
+    overrides |= {key: m.model_dump(mode="json") for key, m in models.items() if m.revision}
+    return {key: _in_one_line(value) for key, value in overrides.items()}
 
 
 def _in_one_line(value: Any) -> str:

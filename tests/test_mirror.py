@@ -24,10 +24,14 @@ ELSEWHERE = {
     "keys.py": "test_one_file.py",
     # parts of a checkpoint, which is opened and told apart as a whole
     "checkpoints/fingerprint.py": "checkpoints/test_checkpoint.py",
-    "checkpoints/stamps.py": "checkpoints/test_checkpoint.py",
     "checkpoints/tensor_files.py": "checkpoints/test_checkpoint.py",
+    "checkpoints/lora_fit.py": "checkpoints/test_lora.py",
     "checkpoints/lora_update.py": "checkpoints/test_lora.py",
-    # what users' code may do is tested on the evaluator that calls it
+    "checkpoints/chosen_tokenizer.py": "checkpoints/test_vocabulary.py",
+    "checkpoints/made_once.py": "checkpoints/test_vocabulary.py",
+    "checkpoints/model_class.py": "checkpoints/test_families.py",
+    "checkpoints/stamps.py": "test_watch.py",
+    # what calls it is what tests it
     "evaluators/user_code.py": "evaluators/test_function.py",
     # samplers: every entry of the registry runs the same tests, and has its own where it has more
     "search/samplers": "search/test_sampler.py",

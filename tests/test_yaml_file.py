@@ -99,7 +99,7 @@ def test_what_is_wrong_is_said_by_file_line_and_key(write, text, message):
     ("key", "value", "message"),
     [
         ("size.unit", "m", r"--set size\.unit: 'size' holds no keys"),
-        ("size", "[1", r"--set size: not valid YAML: expected ',' or '\]'"),
+        ("size", "[1", r"--set size: not valid YAML: expected ',' or ']'"),
         ("size", "0", r"garden\.yaml: --set: size: .*greater than 0; found 0"),
         ("sise", "1", r"garden\.yaml.*: sise: unknown key; did you mean 'size'"),
     ],

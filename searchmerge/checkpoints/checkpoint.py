@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,23 @@ from searchmerge.errors import CheckpointError
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
+class Extension(Protocol):
+    """Tensors that take the place of a model's own, in another shape."""
+
+    @property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """Return their dtypes and shapes."""
+        ...
+
+    def key(self) -> str:
+        """Return 64 hexadecimal digits that differ where any of the tensors differs."""
+        ...
+
+    def file(self) -> Path:
+        """Return the file that holds them, which is made first."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model on disk; nothing is loaded until :meth:`weights` is asked for a tensor.
@@ -52,6 +69,10 @@ class Checkpoint:
         twins: Name of a tensor to the one that its data is read from: what the configuration ties
             and this study holds apart, such as an output embedding.
         trust_remote_code: Whether Python files of the model may run.
+        extension: The tensors that have a row for each token of several models; ``None`` where
+            the model's own stay.
+        chosen_tokenizer: The directory of a tokenizer that takes the place of the model's own,
+            with a copy of its configuration; ``None`` where that stays.
     """
 
     name: str
@@ -66,10 +87,14 @@ class Checkpoint:
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
     twins: Mapping[str, str] = field(default_factory=dict, repr=False)
     trust_remote_code: bool = False
+    extension: Extension | None = field(default=None, repr=False)
+    chosen_tokenizer: Path | None = None
 
     @property
     def tokenizer_dir(self) -> Path:
         """Return the directory of the tokenizer: an adapter's own where it has one."""
+        if self.chosen_tokenizer is not None:
+            return self.chosen_tokenizer
         own = any((self.source_dir / name).exists() for name in _TOKENIZER_FILES)
         return self.source_dir if self.base is None or own else self.base.tokenizer_dir
 
@@ -89,7 +114,10 @@ class Checkpoint:
                 cache_dir=self.cache_dir,
             )
             files = {**self.base.files, **dict.fromkeys(self.adapter.headers, changed)}
-        return {**files, **{name: files[read] for name, read in self.twins.items()}}
+        files |= {name: files[read] for name, read in self.twins.items()}
+        if self.extension is None:
+            return files
+        return {**files, **dict.fromkeys(self.extension.headers, self.extension.file())}
 
     @property
     def size_bytes(self) -> int:
@@ -110,7 +138,9 @@ class Checkpoint:
         if self.base is not None and self.adapter is not None:
             inherited = self.base._names_in_files()
             names |= {n: i for n, i in inherited.items() if n not in self.adapter.headers}
-        return names | {name: names.get(read, read) for name, read in self.twins.items()}
+        names |= {name: names.get(read, read) for name, read in self.twins.items()}
+        extended = self.extension.headers if self.extension is not None else {}
+        return {name: stored for name, stored in names.items() if name not in extended}
 
     def untied(self, twins: Mapping[str, str]) -> "Checkpoint":
         """Return the same model with tensors of their own in place of further names.
@@ -150,6 +180,8 @@ class Checkpoint:
         Raises:
             CheckpointError: If a file has gone or cannot be read.
         """
+        if self.extension is not None:
+            return self.extension.key()
         if self.base is None or self.adapter is None:
             files = {self.renamed.get(name, name): f for name, f in self.own_files.items()}
             return fingerprint(files, self.cache_dir)
@@ -162,6 +194,7 @@ def open_checkpoint(
     revision: str | None = None,
     base: Checkpoint | None = None,
     cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a model: its configuration and the headers of its weights, nothing more.
 
@@ -177,6 +210,7 @@ def open_checkpoint(
         base: What an adapter is added to; not used for a whole model.
         cache_dir: Where to keep what is worked out once. ``None`` is ``$SEARCHMERGE_CACHE``, or
             ``~/.cache/searchmerge``.
+        trust_remote_code: Whether Python files of the model may run, wherever it is loaded.
 
     Raises:
         CheckpointError: If there is no such model, or it cannot be read or used; the message
@@ -199,6 +233,7 @@ def open_checkpoint(
         base=None,
         adapter=None,
         cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -279,9 +314,11 @@ def _open_adapter(
     if base is None:
         raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
     if touches_embeddings(directory):  # PEFT's layers are apart, whatever the model ties
-        pairs = tied_names(base.path, base.headers)
+        pairs = tied_names(base.path, base.headers, trust_remote_code=base.trust_remote_code)
         base = base.untied(equal_twins(base, pairs)) if pairs else base
-    adapter = read_adapter(directory, base.headers, base.path)
+    adapter = read_adapter(
+        directory, base.headers, base.path, trust_remote_code=base.trust_remote_code
+    )
     return Checkpoint(
         name=name,
         path=base.path,
@@ -292,4 +329,5 @@ def _open_adapter(
         base=base,
         adapter=adapter,
         cache_dir=cache_dir,
+        trust_remote_code=base.trust_remote_code,
     )

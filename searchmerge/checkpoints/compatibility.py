@@ -21,6 +21,7 @@ from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.checkpoints.tokenizer_files import difference, read_tokenizer
 from searchmerge.errors import CheckpointError
 
+_ROWS_ADVICE = "`vocabulary: base`, or add its rows with `vocabulary: union`"
 _HEAD = re.compile(r"(classifier|classification_head|score|head)(?=\.)")
 """How classifiers of transformers name their heads."""
 
@@ -196,14 +197,19 @@ def _same_kind(name: str, base: Checkpoint, expert: Checkpoint) -> tuple[Any, An
     if ours == theirs:
         return configs[0], configs[1]
     within = [getattr(config, "text_config", None) for config in configs]
-    if within[0] is not None and within[0].model_type == theirs:
+    if within[0] is not None and _plain_kind(within[0].model_type) == theirs:
         return within[0], configs[1]
-    if within[1] is not None and within[1].model_type == ours:
+    if within[1] is not None and _plain_kind(within[1].model_type) == ours:
         return configs[0], within[1]
     raise CheckpointError(
         f"expert {name!r} ({expert.name}) is a {theirs} model; "
         f"the base ({base.name}) is a {ours} model"
     )
+
+
+def _plain_kind(kind: str) -> str:
+    """Return the kind of a language model that has the same layers, e.g. Qwen2 for Qwen2-VL's."""
+    return re.sub(r"(_5)?_vl(_moe)?_text$", r"\2", kind)
 
 
 def _refuse_config(
@@ -267,7 +273,7 @@ def _check_shapes(
             continue
         by_rows = is_vocabulary(tensor) and found.shape[1:] == header.shape[1:]
         if not (vocabulary == "base" and by_rows):
-            way_out = "`vocabulary: base`" if by_rows else advice([tensor], names)
+            way_out = _ROWS_ADVICE if by_rows else advice([tensor], names)
             _refuse_shape(name, tensor, found, header, way_out)
 
 
@@ -291,5 +297,6 @@ def _check_tokenizer(name: str, base: Checkpoint, expert: Checkpoint) -> None:
     if (found := difference(ours, theirs)) is not None:
         raise CheckpointError(
             f"expert {name!r} ({expert.name}) has another tokenizer than the base ({base.name}): "
-            f"{found}; accept it with `tokenizers: any`"
+            f"{found}; accept it with `tokenizers: any`, or take the tokens that it has added "
+            "with `vocabulary: union`"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,12 @@ CONFIG_FILE = "config.json"
 _MAX_DIGITS = 300  # what a float holds, so that any two numbers can be compared
 _MAX_SHOWN = 100  # characters of a value that is not allowed
 
-COMPANIONS = (
-    CONFIG_FILE,
-    "generation_config.json",
+_LISTS = re.compile(
+    r"(model type should be one of|should contain one of|,? or contain one of the following).*",
+    re.IGNORECASE,
+)
+
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -29,6 +33,13 @@ COMPANIONS = (
     "*.tiktoken",
     "*.jinja",
     "chat_template*",
+)
+"""Shell patterns of the files of a tokenizer, by their names in a model's directory."""
+
+COMPANIONS = (
+    CONFIG_FILE,
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "additional_chat_templates/*.jinja",
     "modules.json",
     "config_sentence_transformers.json",
@@ -144,8 +155,18 @@ def library_errors(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{what}: {reason}") from error
+        raise CheckpointError(f"{what}: {in_one_line(error)}") from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error of transformers says, in one line, without the lists of all it has."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code that comes with it, which is not run; allow that with "
+            "`trust_remote_code: true`, if you trust whoever wrote it"
+        )
+    return _LISTS.sub("", text).strip(" ,.") or type(error).__name__
 
 
 def check_keys(file: Path, data: Mapping[str, Any], keys: Mapping[str, Kind]) -> None:

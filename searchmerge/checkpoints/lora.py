@@ -5,10 +5,9 @@ Files and configuration are those of the PEFT library.
 
 import hashlib
 import json
-import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,22 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
-from searchmerge.checkpoints.files import (
-    COUNT,
-    MODEL_FILE,
-    NUMBER,
-    NUMBERS,
-    SWITCH,
-    TEXT,
-    check_free_space,
-    describe_write_error,
-    read_json,
-)
+from searchmerge.checkpoints.files import COUNT, NUMBER, NUMBERS, SWITCH, TEXT, read_json
 from searchmerge.checkpoints.fingerprint import fingerprint
+from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
+from searchmerge.checkpoints.made_once import made_once
 from searchmerge.checkpoints.renames import resident_names, transposed_weights
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
-    TensorFileWriter,
     TensorHeader,
     read_headers,
 )
-from searchmerge.durable import read_checked, sync_directory, with_checksum, write_atomically
 from searchmerge.errors import CheckpointError
-
-_logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which PEFT looks for them."""
-_CONTENT_FILE = "content.json"  # beside a cached adapter: its fingerprint
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
 _PARTS = {
@@ -54,7 +40,10 @@ _PARTS = {
     "rows": re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$"),
 }
 """What an adapter may hold of a module beside its two factors."""
-_SUPPORTED = "supported are LoRA and DoRA adapters of linear and embedding layers"
+_WRAPPERS = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save)\.")
+"""Parts of names that PEFT puts around the base's modules and what takes their place."""
+_UNUSED = ".original_module."
+"""Part of the names of what ``modules_to_save`` stands in for, saved where tokens were added."""
 _NEEDED = {
     "use_qalora": (False,),
     "use_bdlora": (False,),
@@ -119,7 +108,7 @@ def touches_embeddings(directory: Path) -> bool:
     Trainable tokens are none: PEFT keeps those of tied embeddings together.
     """
     plain = (
-        key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        _plain(key)
         for key in read_headers(_adapter_file(directory))
         if "trainable_tokens" not in key
     )
@@ -128,7 +117,11 @@ def touches_embeddings(directory: Path) -> bool:
 
 
 def read_adapter(
-    directory: Path, base_headers: Mapping[str, TensorHeader], base_dir: Path
+    directory: Path,
+    base_headers: Mapping[str, TensorHeader],
+    base_dir: Path,
+    *,
+    trust_remote_code: bool = False,
 ) -> Adapter:
     """Return what an adapter does to its base; no tensor is read.
 
@@ -137,6 +130,7 @@ def read_adapter(
         base_headers: Dtype and shape of the base's tensors, by their names in its checkpoint.
         base_dir: Where transformers can load the base from; it is asked for names that the
             checkpoint does not have.
+        trust_remote_code: Whether Python files of the base may run.
 
     Raises:
         CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
@@ -146,12 +140,15 @@ def read_adapter(
     _check_supported(directory, config)
     file = _adapter_file(directory)
     headers = read_headers(file)
-    find = _finder(headers, base_headers, base_dir)
+    layers = _Layers(config, base_dir, trust_remote_code)
+    find = _finder(headers, base_headers, layers)
     updates = _plan(file, config, headers, find)
-    updates = _orient(file, updates, headers, base_headers, _Conv1D(config, base_dir))
+    updates = orient(file, updates, headers, base_headers, layers.are_transposed)
     for name, update in updates.items():
-        _check_parts(file, name, update, headers, base_headers)
-    results = {name: _header(name, updates[name], headers, base_headers) for name in updates}
+        check_parts(file, name, update, headers, base_headers)
+    results = {
+        name: changed_header(name, updates[name], headers, base_headers) for name in updates
+    }
     base_name = str(config.get("base_model_name_or_path") or "")
     return Adapter(file, base_name, updates, results)
 
@@ -178,50 +175,21 @@ def materialise(
     Raises:
         CheckpointError: If the adapter can no longer be read, or the file cannot be written.
     """
-    from filelock import FileLock
-
-    digest = adapter.fingerprint(base_fingerprint, cache_dir)[:32]
-    target = cache_dir / "adapters" / digest / MODEL_FILE
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / "lock"):
-            if not _is_whole(target, cache_dir):
-                _write(target, adapter.headers, _results(adapter, base_weights))
-                content = {"fingerprint": _content(target, cache_dir)}
-                write_atomically(target.with_name(_CONTENT_FILE), with_checksum(content))
-    except OSError as error:
-        raise CheckpointError(describe_write_error(target, adapter.headers, error)) from error
-    return target
-
-
-def _content(file: Path, cache_dir: Path) -> str:
-    return fingerprint(dict.fromkeys(read_headers(file), file), cache_dir)
-
-
-def _is_whole(file: Path, cache_dir: Path) -> bool:
-    """Return whether a file was made before and is as it was written."""
-    if not file.exists():
-        return False
-    try:
-        noted = read_checked(file.with_name(_CONTENT_FILE))
-        if noted.get("fingerprint") == _content(file, cache_dir):
-            return True
-        reason = "it is not as it was written"
-    except (OSError, ValueError) as error:  # a CheckpointError is a ValueError
-        reason = str(error)
-    _logger.warning("%s: damaged, and made again: %s", file, reason)
-    return False
+    folder = cache_dir / "adapters" / adapter.fingerprint(base_fingerprint, cache_dir)[:32]
+    return made_once(
+        folder, adapter.headers, lambda: _results(adapter, base_weights), cache_dir=cache_dir
+    )
 
 
 def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
     file = directory / ADAPTER_CONFIG
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {kind!r}; {_SUPPORTED}")
+        raise CheckpointError(f"{file}: peft_type is {kind!r}; {SUPPORTED}")
     for key, allowed in _NEEDED.items():
         found = config.get(key)
         if found is not None and found not in allowed:
-            raise CheckpointError(f"{file}: {key} is {found!r}; {_SUPPORTED}")
+            raise CheckpointError(f"{file}: {key} is {found!r}; {SUPPORTED}")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_BASE) and start not in REPEATABLE_STARTS:
         raise CheckpointError(
@@ -249,12 +217,12 @@ def _plan(
         raise CheckpointError(f"{file}: holds no tensor")
     updates: dict[str, Update] = {}
     modules: dict[str, dict[str, str]] = {}
-    for key in headers:
+    for key in (key for key in headers if _UNUSED not in key):
         name = _plain(key)
         if (part := _part(name)) is not None:
             modules.setdefault(part[0], {})[part[1]] = key
         elif ".lora_" in name or "trainable_tokens" in name:
-            raise CheckpointError(f"{file}: {key!r} is not understood; {_SUPPORTED}")
+            raise CheckpointError(f"{file}: {key!r} is not understood; {SUPPORTED}")
         else:
             updates[find(name) or name] = Update(replacement=key)
     for module, parts in modules.items():
@@ -271,7 +239,7 @@ def _plan(
 
 def _plain(key: str) -> str:
     """Return the name of a tensor as it is without PEFT's layers around the model's."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return _WRAPPERS.sub(".", key.removeprefix(_PREFIX))
 
 
 def _part(name: str) -> tuple[str, str] | None:
@@ -330,7 +298,7 @@ def _tokens(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, ..
 
 
 def _finder(
-    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], base_dir: Path
+    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], layers: "_Layers"
 ) -> _Find:
     """Return the function that gives the base's name of a tensor, None where it has none.
 
@@ -340,7 +308,7 @@ def _finder(
     wanted = {f"{part[0]}.weight" for part in parts if part is not None}
     renames: Mapping[str, str] = {}
     if any(_find(name, base) is None for name in wanted):
-        known = resident_names(base_dir)
+        known = layers.names()
         renames = {name: stored for name, stored in known.items() if stored in base}
 
     def find(name: str) -> str | None:
@@ -372,136 +340,26 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 @dataclass(frozen=True)
-class _Conv1D:
-    """Which weights of a base are stored as ``(n_in, n_out)``, where no shape tells."""
+class _Layers:
+    """What is asked of the base's layers, where neither names nor shapes tell."""
 
     config: Mapping[str, Any]
     base_dir: Path
+    trust_remote_code: bool
 
-    def holds(self, name: str) -> bool:
-        """Return what the model says; where it cannot be made, what the adapter says."""
-        transposed = transposed_weights(self.base_dir)
+    def names(self) -> Mapping[str, str]:
+        """Return names in the base's checkpoint by names in the loaded model."""
+        return resident_names(self.base_dir, trust_remote_code=self.trust_remote_code)
+
+    def are_transposed(self, name: str) -> bool:
+        """Return whether the model stores a weight as ``(n_in, n_out)``.
+
+        Where the model cannot be made, that is as the adapter says.
+        """
+        transposed = transposed_weights(self.base_dir, trust_remote_code=self.trust_remote_code)
         if transposed is None:
             return bool(self.config.get("fan_in_fan_out"))
         return _find(name, dict.fromkeys(transposed)) is not None
-
-
-def _orient(
-    file: Path,
-    updates: Mapping[str, Update],
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-    conv1d: _Conv1D,
-) -> dict[str, Update]:
-    """Settle which weights are stored transposed, and refuse those that do not fit.
-
-    A shape that is not square answers for itself. A square one is as the other weights are;
-    where there are none, the model is asked: PEFT may write one setting for layers of both kinds.
-    """
-    shapes = {
-        name: _shapes(file, name, update, headers, base)
-        for name, update in updates.items()
-        if update.factors
-    }
-    others = [
-        found != made
-        for name, (found, made) in shapes.items()
-        if len(set(made)) > 1 and not _is_embedding(updates[name])
-    ]
-    oriented = dict(updates)
-    for name, (found, made) in shapes.items():
-        if _is_embedding(updates[name]):
-            flip = True
-        elif len(set(made)) > 1:
-            flip = found != made
-        else:
-            flip = any(others) if others else conv1d.holds(name)
-        if found != (made[::-1] if flip else made):
-            raise CheckpointError(
-                f"{file}: the update of {name!r} has shape {list(made)}; "
-                f"the base's tensor has shape {list(found)}"
-            )
-        if flip and updates[name].start == "olora":
-            raise CheckpointError(f"{file}: olora of {name!r}, which is stored transposed")
-        oriented[name] = replace(updates[name], transposed=flip)
-    return oriented
-
-
-def _check_parts(
-    file: Path,
-    name: str,
-    update: Update,
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-) -> None:
-    """Refuse magnitudes, biases and rows that do not fit the base's tensor."""
-    if not (update.magnitude or update.addend or update.rows):
-        return
-    found = (headers[update.replacement] if update.replacement else base[name]).shape
-    if update.rows:
-        outside = [token for token in update.tokens if not 0 <= token < found[0]]
-        if outside:
-            raise CheckpointError(
-                f"{file}: trains token {outside[0]} of {name!r}, which has {found[0]} rows"
-            )
-    key = str(update.magnitude or update.addend or update.rows)
-    n_out = found[-1] if update.transposed else found[0]
-    needed = (len(update.tokens), *found[1:]) if update.rows else (n_out,)
-    if headers[key].shape != needed:
-        raise CheckpointError(
-            f"{file}: {key!r} has shape {list(headers[key].shape)}; {list(needed)} is needed for "
-            f"{name!r}"
-        )
-
-
-def _is_embedding(update: Update) -> bool:
-    return update.factors is not None and ".lora_embedding_" in update.factors[0]
-
-
-def _shapes(
-    file: Path,
-    name: str,
-    update: Update,
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of the tensor that is changed, and of ``B @ A``."""
-    found = (headers[update.replacement] if update.replacement else base[name]).shape
-    first, second = (headers[key].shape for key in update.factors or ())
-    if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
-        raise CheckpointError(
-            f"{file}: lora_A and lora_B of {name!r} have shapes {list(first)} and "
-            f"{list(second)}; {_SUPPORTED}"
-        )
-    return found, (second[0], first[1])
-
-
-def _header(
-    name: str,
-    update: Update,
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-) -> TensorHeader:
-    start = headers[update.replacement] if update.replacement else base[name]
-    if update.rows:
-        return replace(start, dtype=torch.promote_types(start.dtype, headers[update.rows].dtype))
-    return replace(start, dtype=torch.float32) if update.factors or update.addend else start
-
-
-def _write(
-    target: Path, headers: Mapping[str, TensorHeader], results: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write the changed tensors to a file that is whole once it has its name."""
-    check_free_space(target.parent, headers, target)
-    part = target.with_name(f"{MODEL_FILE}.part")
-    try:
-        with TensorFileWriter(part, headers) as writer:
-            for name, tensor in results:
-                writer.write(name, tensor)
-        part.replace(target)
-        sync_directory(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -77,6 +77,9 @@ _LENGTH = "max_position_embeddings"
 _LENGTH_MATTERS = ("dynamic", "yarn", "longrope")
 """The kinds of rotary embedding whose angles may depend on the longest sequence."""
 
+_ONLY_IMAGES = re.compile(r"\.mrope_")
+"""How positions of images are divided; those of a text are the same in all parts."""
+
 _ROPE_DEFAULTS = {
     "partial_rotary_factor": 1.0,
     "beta_fast": 32,
@@ -145,6 +148,7 @@ def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
         name: (ours.get(name), theirs.get(name))
         for name in dict.fromkeys((*ours, *theirs))
         if not _equal(ours.get(name), theirs.get(name))
+        and not (_ONLY_IMAGES.search(name) and None in (ours.get(name), theirs.get(name)))
     }
 
 

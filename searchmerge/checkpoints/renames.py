@@ -8,6 +8,7 @@ from typing import Any
 from torch import device, nn
 
 from searchmerge.checkpoints.files import CONFIG_FILE, library_errors
+from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import CheckpointError
 
 
@@ -49,7 +50,11 @@ def _modern(names: Collection[str]) -> dict[str, str]:
 
 
 def head_names(
-    model_dir: Path, stored: Collection[str], auto_class: str
+    model_dir: Path,
+    stored: Collection[str],
+    auto_class: str,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, str], str]:
     """Return the tensors that a class of transformers needs beyond those that are stored.
 
@@ -57,6 +62,7 @@ def head_names(
         model_dir: A directory that transformers can load.
         stored: The names of the tensors that the checkpoint has.
         auto_class: A class such as ``AutoModelForSequenceClassification``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Returns:
         Name in a checkpoint to name in the loaded model; and the class that it is loaded as.
@@ -64,15 +70,7 @@ def head_names(
     Raises:
         CheckpointError: If the class cannot make a model of this configuration.
     """
-    import transformers
-
-    loader: Any = getattr(transformers, auto_class, None)
-    if not hasattr(loader, "from_config"):
-        raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
-    with library_errors(f"{model_dir}: cannot be loaded as {auto_class}"):
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        with device("meta"):
-            model: nn.Module = loader.from_config(config)
+    model = empty_model(model_dir, auto_class, trust_remote_code=trust_remote_code)
     names = stored_names(model)
     as_stored = aligned(list(names.values()), stored)
     missing = {
@@ -93,7 +91,7 @@ def stored_names(model: nn.Module) -> Mapping[str, str]:
     return {name: names[id(tensor)] for name, tensor in resident.items() if id(tensor) in names}
 
 
-def resident_names(model_dir: Path) -> dict[str, str]:
+def resident_names(model_dir: Path, *, trust_remote_code: bool = False) -> dict[str, str]:
     """Return checkpoint names by the names that the same tensors have in a loaded model.
 
     Adapters are saved under the names of modules, which in transformers 5 are not those of
@@ -102,16 +100,21 @@ def resident_names(model_dir: Path) -> dict[str, str]:
 
     Args:
         model_dir: A directory that transformers can load.
+        trust_remote_code: Whether Python files of the model may run.
 
     Returns:
         Empty where transformers cannot tell: unknown architectures, code outside transformers.
     """
-    model = without_data(model_dir)
+    model = without_data(model_dir, trust_remote_code=trust_remote_code)
     return {} if model is None else dict(stored_names(model))
 
 
 def tied_names(
-    model_dir: Path, stored: Collection[str], auto_class: str | None = None
+    model_dir: Path,
+    stored: Collection[str],
+    auto_class: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, str]:
     """Return the matrices that a model has under further names, each with the one that is used.
 
@@ -120,11 +123,12 @@ def tied_names(
         stored: The names of the tensors that the checkpoint has.
         auto_class: The class that the model is loaded as; ``None`` is that which its
             configuration names.
+        trust_remote_code: Whether Python files of the model may run.
 
     Returns:
         Names as in the checkpoint. Of those that are one, that is used which is stored.
     """
-    model = without_data(model_dir, auto_class)
+    model = without_data(model_dir, auto_class, trust_remote_code=trust_remote_code)
     resident: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     if model is None or not resident:
         return {}
@@ -143,18 +147,19 @@ def tied_names(
     return found
 
 
-def transposed_weights(model_dir: Path) -> set[str] | None:
+def transposed_weights(model_dir: Path, *, trust_remote_code: bool = False) -> set[str] | None:
     """Return the weights that a model stores as ``(n_in, n_out)``, by their resident names.
 
     Args:
         model_dir: A directory that transformers can load.
+        trust_remote_code: Whether Python files of the model may run.
 
     Returns:
         ``None`` where transformers cannot tell: unknown architectures, code outside transformers.
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = without_data(model_dir)
+    model = without_data(model_dir, trust_remote_code=trust_remote_code)
     if model is None:
         return None
     modules: Mapping[str, nn.Module] = dict(model.named_modules())
@@ -174,34 +179,64 @@ def without_data(
         auto_class: The class of transformers; ``None`` is that which the configuration names.
         trust_remote_code: Whether Python files of the model may run.
     """
+    try:
+        return empty_model(model_dir, auto_class, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        return None
+
+
+def empty_model(
+    model_dir: Path, auto_class: str | None = None, *, trust_remote_code: bool = False
+) -> Any:
+    """Return a model on the device ``meta``: its modules and their names, without data.
+
+    Args:
+        model_dir: A directory that transformers can load.
+        auto_class: The class of transformers; ``None`` is that which the configuration names.
+        trust_remote_code: Whether Python files of the model may run.
+
+    Raises:
+        CheckpointError: If transformers cannot make it.
+    """
     stamp = (model_dir / CONFIG_FILE).stat().st_mtime_ns if model_dir.is_dir() else 0
-    return _make_without_data(model_dir, auto_class, trust_remote_code, stamp)
+    return _empty_model(model_dir, auto_class, trust_remote_code, stamp)
 
 
 @lru_cache(maxsize=8)
-def _make_without_data(
+def _empty_model(
     model_dir: Path,
     auto_class: str | None,
     trust_remote_code: bool,  # noqa: FBT001
     stamp: int,  # the same folder may come to hold another model
 ) -> Any:
-    """Make the model; see :func:`without_data`."""
+    config = load_config(model_dir, trust_remote_code=trust_remote_code)
+    name = auto_class or _own_class(config, trust_remote_code=trust_remote_code)
+    loader = loader_class(name)
+    with library_errors(f"{model_dir}: cannot be loaded as {name}"), device("meta"):
+        if hasattr(loader, "from_config"):
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
+        return loader(config)
+
+
+def loader_class(name: str) -> Any:
+    """Return a class of transformers that a model can be loaded as.
+
+    Raises:
+        CheckpointError: If there is none of this name.
+    """
     import transformers
 
-    trust = {"trust_remote_code": trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, **trust)
-        name = auto_class or (config.architectures or [""])[0]
-        loader = getattr(transformers, name, None)
-        if loader is None:
-            return None
-        with device("meta"):
-            is_auto = hasattr(loader, "from_config")
-            return loader.from_config(config, **trust) if is_auto else loader(config)
-    except (OSError, ValueError, ImportError):
-        return None
-    except Exception as error:  # odd values lead transformers to errors of any kind
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(
-            f"{model_dir / CONFIG_FILE}: no model can be made of it: {reason}"
-        ) from error
+    loader = getattr(transformers, name, None)
+    if not hasattr(loader, "from_pretrained"):
+        raise CheckpointError(f"transformers has no class {name!r} to load a model with")
+    return loader
+
+
+def _own_class(config: Any, *, trust_remote_code: bool) -> str:
+    """Return the class that a configuration names; of code beside it, that which stands for it."""
+    name = (config.architectures or [""])[0]
+    places: Mapping[str, str] = getattr(config, "auto_map", None) or {}
+    for auto_class, place in places.items():
+        if trust_remote_code and str(place).endswith(f".{name}"):
+            return auto_class
+    return str(name)

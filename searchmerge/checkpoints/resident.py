@@ -1,6 +1,6 @@
 """The resident model: loaded once, and written through views that have the checkpoint's names."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.files import library_errors
-from searchmerge.checkpoints.lora import Adapter
-from searchmerge.checkpoints.renames import aligned, stored_names
+from searchmerge.checkpoints.model_class import check_class
+from searchmerge.checkpoints.renames import aligned, loader_class, stored_names
 from searchmerge.errors import CheckpointError
 
 
@@ -45,14 +45,12 @@ def load_resident(
             weight of the model itself, other than a head, is not in the checkpoint; or if the
             devices have no room for it.
     """
-    import transformers
-
-    loader: Any = getattr(transformers, auto_class, None)
-    if not hasattr(loader, "from_pretrained"):
-        raise CheckpointError(f"transformers has no class {auto_class!r} to load a model with")
+    check_class(checkpoint, auto_class)
+    loader = loader_class(auto_class)
     options: dict[str, Any] = {
         "dtype": dtype,
         "local_files_only": True,
+        "trust_remote_code": checkpoint.trust_remote_code,
         "device_map": "balanced" if n_devices > 1 else {"": _indexed(device)},
     }
     if labels:
@@ -63,23 +61,35 @@ def load_resident(
         }
     with quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
         try:
-            model, found = loader.from_pretrained(
+            model, loading = loader.from_pretrained(
                 checkpoint.path, output_loading_info=True, **options
             )
         except torch.OutOfMemoryError as error:
             raise CheckpointError(
                 f"{checkpoint.name}: there is no room for it on {device}: {error}"
             ) from error
-    _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
-    twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
-    _untie(model, checkpoint, twins)
+    _check_loaded(checkpoint, model, loading["missing_keys"], auto_class)
+    _change(model, checkpoint)
     check_spread(checkpoint.name, model, device)
     resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
     if dtype == torch.float16:
         _check_range(checkpoint, resident)
-    if checkpoint.adapter is not None:
-        _write_over(checkpoint.adapter, checkpoint.weights(), resident)
     return resident
+
+
+def _change(model: Any, checkpoint: Checkpoint) -> None:
+    """Make of a base's model what the checkpoint is: more rows, tensors apart, an adapter's."""
+    if checkpoint.extension is not None:
+        n_rows = next(iter(checkpoint.extension.headers.values())).shape[0]
+        model.resize_token_embeddings(n_rows, mean_resizing=False)
+    twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
+    _untie(model, checkpoint, twins)
+    changed = {
+        **(checkpoint.adapter.headers if checkpoint.adapter else {}),
+        **(checkpoint.extension.headers if checkpoint.extension else {}),
+    }
+    if changed:
+        _write_over(model, checkpoint, changed)
 
 
 def check_spread(name: str, model: nn.Module, device: str) -> None:
@@ -236,11 +246,13 @@ def _check_range(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _write_over(adapter: Adapter, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Write what an adapter changes into its base."""
-    views = writable_views(model)
-    for name in adapter.headers.keys() & views.keys():
-        views[name].copy_(weights[name])
+def _write_over(model: nn.Module, checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Write tensors of a checkpoint into a model that was loaded without them."""
+    views, weights = writable_views(model), checkpoint.weights()
+    stored = aligned(views, checkpoint.headers)
+    for name, view in views.items():
+        if stored[name] in names:
+            view.copy_(weights[stored[name]])
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from searchmerge.checkpoints.files import (
     OBJECT,
     TEXT,
     TEXTS,
+    TOKENIZER_FILES,
     TOKENS,
     Kind,
     check_keys,
@@ -23,6 +25,28 @@ _VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt")
 _BINARY_SUFFIXES = (".model", ".tiktoken")
 
 
+def is_of_tokenizer(name: str) -> bool:
+    """Return whether a file belongs to a tokenizer, by its name in a model's directory."""
+    folder, _, file = name.rpartition("/")
+    within = folder in ("", "additional_chat_templates")
+    return within and any(fnmatch(file, pattern) for pattern in TOKENIZER_FILES)
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that was added to a tokenizer's vocabulary.
+
+    Attributes:
+        index: Its id.
+        content: Its text.
+        options: How it is found in a text: ``special``, ``lstrip``, ``normalized``, ...
+    """
+
+    index: int
+    content: str
+    options: Mapping[str, bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
     """Which tokens there are, and how text is cut into them.
@@ -31,10 +55,15 @@ class Tokenizer:
         tokens: Token to id, added tokens included; empty where no file lists them.
         digests: Hashes of the parts, by kind of part; two tokenizers are the same where the
             parts that both have are equal.
+        added: The tokens that ``tokenizer.json`` lists beside its vocabulary.
+        model_digest: Hash of that vocabulary and its merges, without the added tokens; ``None``
+            where there is no ``tokenizer.json``.
     """
 
     tokens: Mapping[str, int]
     digests: Mapping[str, str]
+    added: tuple[AddedToken, ...] = ()
+    model_digest: str | None = None
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
@@ -118,15 +147,23 @@ def _read_fast(file: Path) -> Tokenizer:
     model = data.get("model") or {}
     check_keys(file, model, _MODEL_KEYS)
     tokens = _tokens(model.get("vocab") or {})
-    listed = len(tokens)
-    tokens |= {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+    listed = dict(tokens)
+    added = [_added(token) for token in data.get("added_tokens") or []]
+    tokens |= {token.content: token.index for token in added}
     merges = [
         pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []
     ]
     parts: dict[str, Any] = {"tokenizer.json": [model.get("type"), sorted(tokens.items()), merges]}
-    if listed == len(tokens):
+    if len(listed) == len(tokens):
         parts["vocab.json"] = sorted(tokens.items())
-    return Tokenizer(tokens, {kind: _digest(part) for kind, part in parts.items()})
+    digests = {kind: _digest(part) for kind, part in parts.items()}
+    model_digest = _digest([model.get("type"), sorted(listed.items()), merges])
+    return Tokenizer(tokens, digests, tuple(added), model_digest)
+
+
+def _added(token: Mapping[str, Any]) -> AddedToken:
+    options = {key: value for key, value in token.items() if isinstance(value, bool)}
+    return AddedToken(int(token["id"]), str(token["content"]), options)
 
 
 def _tokens(vocabulary: Any) -> dict[str, int]:

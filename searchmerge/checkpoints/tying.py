@@ -21,7 +21,9 @@ def untie_where_needed(
         auto_class: The class that models are loaded as; ``None`` is that which the base's
             configuration names.
     """
-    pairs = tied_names(base.path, base.headers, auto_class)
+    pairs = tied_names(
+        base.path, base.headers, auto_class, trust_remote_code=base.trust_remote_code
+    )
     if not pairs:
         return base, {name: _with_head_of(base, expert) for name, expert in experts.items()}
     apart = _held_apart((base, *experts.values()), pairs)
@@ -58,6 +60,6 @@ def _with_head_of(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
     missing = [n for n in base.headers if is_vocabulary(n) and n not in expert.headers]
     if not missing or expert.adapter is not None:
         return expert
-    pairs = tied_names(expert.path, expert.headers)
+    pairs = tied_names(expert.path, expert.headers, trust_remote_code=expert.trust_remote_code)
     twins = {name: pairs[name] for name in missing if name in pairs}
     return expert.untied(equal_twins(expert, twins)) if twins else expert

@@ -24,6 +24,7 @@ from searchmerge.checkpoints.files import (
     read_json,
 )
 from searchmerge.checkpoints.tensor_files import TensorFileWriter, TensorHeader
+from searchmerge.checkpoints.tokenizer_files import is_of_tokenizer
 from searchmerge.durable import sync_directory, write_bytes, write_text
 from searchmerge.errors import CheckpointError
 
@@ -219,11 +220,15 @@ def _write_index(
 
 def _copy_companions(like: Checkpoint, directory: Path, dtype: torch.dtype | None) -> None:
     """Copy what belongs to a model besides its weights; its configuration says what changed."""
-    for file in companions(like.path):
+    sources = dict.fromkeys(companions(like.path), like.path)
+    if (chosen := like.chosen_tokenizer) is not None:
+        sources = {f: path for f, path in sources.items() if not is_of_tokenizer(f.as_posix())}
+        sources |= dict.fromkeys(companions(chosen), chosen)
+    for file, source in sources.items():
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        _copy(like.path / file, directory / file)
+        _copy(source / file, directory / file)
         sync_directory((directory / file).parent)
-    stored = read_json(like.path / CONFIG_FILE)
+    stored = read_json(directory / CONFIG_FILE)
     config = deepcopy(dict(like.config))
     if dtype is not None:
         _set_dtype(config, str(dtype).removeprefix("torch."))

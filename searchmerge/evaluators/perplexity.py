@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from torch import nn
 
+from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.model import BATCH_TOKENS, MODEL_CLASS
@@ -84,6 +85,7 @@ class Perplexity:
         batch_tokens: Tokens of one forward pass, 1 or more.
         max_length: Window in tokens; the model's own if ``None``.
         stride: Tokens by which the window moves, in [1, max_length]; half of it if ``None``.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         SpecError: If data, split or column are not there, a text has no tokens, or the stride is
@@ -98,11 +100,10 @@ class Perplexity:
         batch_tokens: int = 1024,
         max_length: int | None = None,
         stride: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AutoConfig
-
-        tokenizer = load_tokenizer(model_dir)
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+        config = load_config(model_dir, trust_remote_code=trust_remote_code)
         self._max_length = max_length or window(config, tokenizer)
         self._stride = stride or max(1, self._max_length // 2)
         if self._stride > self._max_length:
@@ -145,10 +146,10 @@ class Perplexity:
         texts = [self._windows[task][example] for example in examples]
         with evaluating(model):
             pairs = [pair for text in texts for pair in text]
-            found = iter(self._scorer.score(model, pairs, self._max_length))
+            likelihoods = iter(self._scorer.score(model, pairs, self._max_length))
         scores = []
         for example, text in zip(examples, texts, strict=True):
-            total = math.fsum(next(found)[0] for _ in text)
+            total = math.fsum(next(likelihoods)[0] for _ in text)
             score = total / sum(len(tokens) for _, tokens in text)
             if not math.isfinite(score):
                 raise EvaluationError(
@@ -198,6 +199,7 @@ def _build(
             for name, task in tasks.items()
         },
         model_dir=context.model_dir,
+        trust_remote_code=context.trust_remote_code,
         batch_tokens=context.sized(section.batch_tokens, BATCH_TOKENS),
         max_length=section.max_length,
         stride=section.stride,

@@ -4,17 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from searchmerge.checkpoints.files import in_one_line
 from searchmerge.errors import SpecError
 
 _SETTINGS = "tokenizer_config.json"
 _VOCABULARY = "tokenizer.json"
 
 
-def load_tokenizer(model_dir: str | Path) -> Any:
+def load_tokenizer(model_dir: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model, from files that are on this machine.
 
     Args:
         model_dir: The directory of its files.
+        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         SpecError: If it cannot be loaded, or knows no tokens but special ones: where the files of
@@ -23,9 +25,9 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except Exception as error:  # odd values lead transformers to any, and tokenizers to bare ones
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error)
         where = _odd_file(Path(model_dir))
         raise SpecError(f"{where}: the tokenizer cannot be loaded: {reason}") from error
     if not isinstance(tokenizer.model_max_length, int | float):

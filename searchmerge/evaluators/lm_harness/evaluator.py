@@ -29,6 +29,7 @@ from searchmerge.evaluators.lm_harness.prompting import prompted, request_argume
 from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
 from searchmerge.evaluators.lm_harness.task import PreparedTask
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
+from searchmerge.evaluators.tokenizer import load_tokenizer
 
 
 class LmHarness:
@@ -142,7 +143,7 @@ def _build(
 ) -> dict[str, LmHarness]:
     evaluator = LmHarness(
         tasks,
-        tokenizer=context.model_dir,
+        tokenizer=load_tokenizer(context.model_dir, trust_remote_code=context.trust_remote_code),
         backend=_backend(section, context),
         section=section,
         folder=context.folder,
@@ -153,8 +154,16 @@ def _build(
 def _backend(section: LmHarnessSection, context: EvaluationContext) -> Backend:
     if section.engine == "transformers":
         return TransformersBackend(context.sized(section.batch_tokens, BATCH_TOKENS))
+    if context.base_dir is None:
+        raise SpecError("lm_harness.engine: vllm cannot be given rows by `vocabulary: union`")
     return VllmBackend(
-        VllmSettings(context.model_dir, context.dtype, section.max_length, section.vllm_memory)
+        VllmSettings(
+            context.base_dir,
+            context.dtype,
+            section.max_length,
+            section.vllm_memory,
+            context.trust_remote_code,
+        )
     )
 
 
