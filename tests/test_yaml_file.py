@@ -118,3 +118,24 @@ def test_data_from_elsewhere_is_told_by_what_errors_begin_with():
     assert to_model({"size": 3}, Garden, {"size": "5"}, "--set").size == 5.0
     with pytest.raises(SpecError, match=r"^--set: size: Input should be .*found 'wide'$"):
         to_model({}, Garden, {"size": "wide"}, "--set")
+
+
+class Locked(BaseModel):
+    key: str | None = Field(default=None, repr=False)
+    names: dict[str, int] = {}
+
+
+def test_a_value_that_may_be_secret_is_not_shown(write):
+    for text in ("key: [s3cret]\n", "key: {a: s3cret}\n"):
+        with pytest.raises(SpecError, match=r"garden\.yaml:1: key: .*valid string$"):
+            read_yaml(write(text), Locked)
+
+
+def test_a_key_that_begins_with_a_capital_is_named_with_its_line(write):
+    with pytest.raises(SpecError, match=r"garden\.yaml:3: names\.Math: .*; found 'x'"):
+        read_yaml(write("names:\n  code: 1\n  Math: x\n"), Locked)
+
+
+def test_a_long_value_is_cut(write):
+    with pytest.raises(SpecError, match=r"names\.a: .*; found '[xy]+\.\.\.$"):
+        read_yaml(write(f"names: {{a: {'xy' * 500}}}\n"), Locked)

@@ -132,7 +132,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "scores_of_mine.py").write_text(MODULE)
     (tmp_path / "raises.py").write_text("raise RuntimeError('no data here')\n")
-    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "exits_at_once.py").write_text("import sys\nsys.exit(0)\n")
     return tmp_path
 
 
@@ -188,7 +188,7 @@ def test_what_is_no_score_fails_the_candidate(folder, model, name, message):
         ("scores_of_mine:not_a_function", r"has no function 'not_a_function'"),
         ("no_such_module:score", r"module 'no_such_module'.*No module named"),
         ("raises:score", r"module 'raises'.*RuntimeError: no data here"),
-        ("leaves:score", r"importing module 'leaves' called sys\.exit\(0\)"),
+        ("exits_at_once:score", r"importing module 'exits_at_once' called sys\.exit\(0\)"),
     ],
 )
 def test_a_function_that_cannot_be_imported_is_refused(folder, name, message):

@@ -76,12 +76,11 @@ def begin(run_dir, url, name):
 
 def test_a_study_is_interrupted_resumed_and_read(tmp_path, url):
     run_dir = tmp_path / "run"
+    run_dir.mkdir()
     for stop_at in (3, None):
-        (unused := tmp_path / f"until{stop_at}").mkdir()
-        toy = Toy(unused)
-        toy.directory.close()
+        toy = Toy(run_dir, storage=url)
         toy.observer = Recorder(interrupt_at=stop_at)
-        with contextlib.closing(begin(run_dir, url, "resumed")) as toy.directory:
+        with contextlib.closing(toy.directory):
             with contextlib.suppress(KeyboardInterrupt):
                 toy.runner().run(toy.objective, Budget(8), None)
             trials = toy.directory.trials()
