@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
-from searchmerge.checkpoints.files import COUNT, NUMBER, NUMBERS, SWITCH, TEXT, read_json
+from searchmerge.checkpoints.files import (
+    COUNT,
+    NUMBER,
+    PATTERNS,
+    SWITCH,
+    TEXT,
+    TEXTS_BY_NAME,
+    read_json,
+)
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
@@ -62,12 +70,13 @@ _KEYS = {
     "peft_type": TEXT,
     "r": COUNT,
     "lora_alpha": NUMBER,
-    "rank_pattern": NUMBERS,
-    "alpha_pattern": NUMBERS,
+    "rank_pattern": PATTERNS,
+    "alpha_pattern": PATTERNS,
     "use_rslora": SWITCH,
     "use_dora": SWITCH,
     "lora_bias": SWITCH,
     "fan_in_fan_out": SWITCH,
+    "auto_mapping": TEXTS_BY_NAME,
 }
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
@@ -460,6 +469,11 @@ def _shapes(
         raise CheckpointError(
             f"{file}: lora_A and lora_B of {name!r} have shapes {list(first)} and "
             f"{list(second)}; {_SUPPORTED}"
+        )
+    if first[0] != update.rank:
+        raise CheckpointError(
+            f"{file}: lora_A of {name!r} has {first[0]} rows; its rank is {update.rank} by "
+            f"{ADAPTER_CONFIG}, with which it is scaled"
         )
     return found, (second[0], first[1])
 
