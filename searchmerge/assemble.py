@@ -27,10 +27,10 @@ from searchmerge.heads import expert_head
 from searchmerge.models import Models, load_task_vectors, make_merger, open_models
 from searchmerge.plan import SettingValue
 from searchmerge.search.budget import Budget
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.racing import Racing
 from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
-from searchmerge.search.study import StudyDirectory
 from searchmerge.search.warm_start import warm_start_params
 from searchmerge.study import Study
 from searchmerge.watch import Content, Watch

@@ -36,7 +36,10 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     infos = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
     schedule = assemble.make_schedule(study, infos)
     for name, info in infos.items():
-        parts = {p: sum(len(b.examples) for b in own[name]) for p, own in schedule.blocks.items()}
+        parts = {
+            part: sum(len(block.examples) for block in by_task[name])
+            for part, by_task in schedule.blocks.items()
+        }
         yield (
             f"task {name}: {info.metric}, {info.n_examples} examples, "
             f"{parts['pilot']} to select, {parts['hold_out']} held out"

@@ -32,7 +32,8 @@ class SavedHead:
         tensors: By their names in the expert's checkpoint.
         model_class: The class of transformers that the encoder is loaded as; ``None`` where
             nothing says how these tensors are used.
-        pooling: What the head, a linear layer, is put on; ``None`` where it is the class's own.
+        pooling: What the head, a linear layer, is applied to; ``None`` where the head is the
+            class's own.
         labels: The name of each class, in the order of the logits.
     """
 
@@ -82,8 +83,8 @@ def _file_name(expert: str) -> str:
 
 def class_of(config: Mapping[str, Any]) -> str | None:
     """Return the ``Auto`` class of transformers for a configuration's own, with its head."""
-    own = re.search(r"For\w+$", str((config.get("architectures") or [""])[0]))
-    return f"AutoModel{own[0]}" if own else None
+    ending = re.search(r"For\w+$", str((config.get("architectures") or [""])[0]))
+    return f"AutoModel{ending[0]}" if ending else None
 
 
 def load_classifier(
@@ -129,11 +130,11 @@ def load_classifier(
 
 def _read_head(model_dir: Path, expert: str) -> SavedHead:
     folder = model_dir / HEADS_DIR
-    known = [str(read_json(file).get("expert")) for file in sorted(folder.glob("*.json"))]
-    if expert not in known:
+    saved = [str(read_json(file).get("expert")) for file in sorted(folder.glob("*.json"))]
+    if expert not in saved:
         raise CheckpointError(
             f"{model_dir}: has no head of an expert {expert!r} "
-            f"(there are: {', '.join(known) or 'none'})"
+            f"(there are: {', '.join(saved) or 'none'})"
         )
     file = folder / f"{_file_name(expert)}.safetensors"
     recipe = read_json(file.with_suffix(".json"))
@@ -162,11 +163,11 @@ def _loaded(encoder: Checkpoint, head: SavedHead, device: str) -> nn.Module:
 
 @torch.no_grad()
 def _write_head(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    own = model.state_dict()
+    parameters = model.state_dict()
     for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
+        if parameters[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{where}: {name!r} has shape {list(tensor.shape)}; the model needs "
-                f"{list(own[name].shape)}"
+                f"{list(parameters[name].shape)}"
             )
-        own[name].copy_(tensor)
+        parameters[name].copy_(tensor)

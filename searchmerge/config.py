@@ -1,4 +1,7 @@
-"""What a run config may say: what can only change the time taken."""
+"""What a run config may say: on which machine a study runs, and how its trials are kept there.
+
+Of all this the kind of device alone may change a score, and a study keeps to that it began on.
+"""
 
 import re
 from pathlib import Path

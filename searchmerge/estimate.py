@@ -27,7 +27,7 @@ class Needs:
         sources: Base and experts, as stored.
         widest: The largest parameter of base and experts together.
         activations: Of the largest batch.
-        saved: The model that is written at last.
+        saved: The model that is written in the end.
         shard: The largest file of the models.
         moved: What a merge reads and writes.
         n_tokens: Of the largest batch.
@@ -50,7 +50,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What there is of it, in bytes.
+    """What this machine has for a worker, in bytes.
 
     Attributes:
         kind: Of device, e.g. ``"cuda"``.
@@ -83,20 +83,22 @@ def needs(
         n_tokens: Tokens of one forward pass.
     """
     again = aliases(base.headers, base.config)
-    headers = {name: own for name, own in base.headers.items() if name not in again}
-    sizes = {name: prod(own.shape) for name, own in headers.items()}
+    headers = {name: header for name, header in base.headers.items() if name not in again}
+    sizes = {name: prod(header.shape) for name, header in headers.items()}
     resident = sum(sizes.values()) * dtype.itemsize
-    stored = sum(own.size_bytes for own in headers.values())
+    stored = sum(header.size_bytes for header in headers.values())
     expert_bytes = [
         sum(e.headers[n].size_bytes for n in headers if n in e.headers) for e in experts
     ]
-    widest = max((own.size_bytes for own in headers.values()), default=0) * (1 + len(experts))
+    widest = max((header.size_bytes for header in headers.values()), default=0) * (
+        1 + len(experts)
+    )
     files = {file for model in (base, *experts) for file in model.own_files.values()}
     return Needs(
         resident=resident,
         sources=stored + sum(expert_bytes),
         widest=widest,
-        activations=_activations([own.shape for own in headers.values()], n_tokens, dtype),
+        activations=_activations([header.shape for header in headers.values()], n_tokens, dtype),
         saved=resident,
         shard=max((file.stat().st_size for file in files), default=0),
         moved=resident + stored + sum(expert_bytes),

@@ -31,15 +31,15 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal received
         received = number
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_DFL)
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    before = {one: signal.signal(one, stop) for one in SIGNALS}
+    before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
     try:
         yield
     except KeyboardInterrupt:  # what waits in C++ raises one of its own in place of ours
         raise Stopped(received) from None
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

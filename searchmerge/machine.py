@@ -46,7 +46,7 @@ def available_cores(groups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/p
 
 
 def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self")) -> float:
-    """Return how many processors' time the control groups of this process allow; inf for any.
+    """Return how many processors' time the control groups of this process allow; inf for no limit.
 
     Args:
         groups: See :func:`available_cores`.
@@ -70,7 +70,7 @@ def _own_groups(groups: Path, proc: Path) -> list[Path]:
         lines = (proc / "cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
         return []
-    found = []
+    folders = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -78,12 +78,13 @@ def _own_groups(groups: Path, proc: Path) -> list[Path]:
         mount = groups / controllers if controllers else groups
         inner = mount / path.lstrip("/")
         # a container sees its own group as the mount itself, whatever its path outside
-        found += [inner, *(own for own in inner.parents if own.is_relative_to(mount)), mount]
-    return found
+        around = (folder for folder in inner.parents if folder.is_relative_to(mount))
+        folders += [inner, *around, mount]
+    return folders
 
 
 def _numbers(file: Path) -> tuple[float | None, float | None]:
-    """Return the first two numbers of a file; ``None`` for what is none."""
+    """Return the first two numbers of a file; ``None`` for a word that is no number."""
     try:
         words = file.read_text(encoding="ascii").split()
     except OSError:
@@ -94,14 +95,14 @@ def _numbers(file: Path) -> tuple[float | None, float | None]:
 
 
 def crowding(load: float | None = None, n_cores: int | None = None) -> str:
-    """Return a few words where more threads want to run here than there are processors.
+    """Return a few words if more threads want to run than there are processors.
 
     Args:
         load: Runnable threads over the last minute; ``None`` to ask the machine.
         n_cores: Processors of the whole machine; ``None`` to ask it.
 
     Returns:
-        ``"load 8.1 on 2 processors"``; nothing where the machine is not crowded.
+        ``"load 8.1 on 2 processors"``; empty if the machine is not crowded.
     """
     if load is None:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

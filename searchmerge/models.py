@@ -75,9 +75,7 @@ class Models:
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of each model's content."""
         named = {"base": self.base, **self.experts}
-        found = {name: checkpoint.fingerprint()[:16] for name, checkpoint in named.items()}
-        chosen = self.base.chosen_tokenizer  # its folder is named after what it holds
-        return {**found, "tokenizer": chosen.name} if chosen is not None else found
+        return {name: checkpoint.fingerprint()[:16] for name, checkpoint in named.items()}
 
 
 def open_models(study: Study, *, resident: bool = True) -> Models:

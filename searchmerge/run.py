@@ -33,6 +33,7 @@ from searchmerge.report.tables import (
 )
 from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.confirm import Bootstrap, Confirmation, confirm
+from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
@@ -40,7 +41,6 @@ from searchmerge.search.references import BASE, reference_plans
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
-from searchmerge.search.study import StudyDirectory, locked
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
 from searchmerge.watch import Watch

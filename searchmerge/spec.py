@@ -354,13 +354,13 @@ def merge_overrides(spec: StudySpec) -> dict[str, str]:
         *("dtype", "exclude", "vocabulary", "tokenizer", "chat_template", "tokenizers"),
         *("may_differ", "trust_remote_code"),
     )
-    found = {key: said[key] for key in keys if key in said}
+    overrides = {key: said[key] for key in keys if key in said}
     for name, kind in EVALUATORS.items():
         if kind.private_key and (patterns := getattr(spec.section(name), kind.private_key)):
-            found[f"{name}.{kind.private_key}"] = list(patterns)
+            overrides[f"{name}.{kind.private_key}"] = list(patterns)
     models = {"base": spec.base, **{f"experts.{name}": m for name, m in spec.experts.items()}}
-    found |= {key: m.model_dump(mode="json") for key, m in models.items() if m.revision}
-    return {key: _in_one_line(value) for key, value in found.items()}
+    overrides |= {key: m.model_dump(mode="json") for key, m in models.items() if m.revision}
+    return {key: _in_one_line(value) for key, value in overrides.items()}
 
 
 def _in_one_line(value: Any) -> str:

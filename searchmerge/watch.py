@@ -67,6 +67,8 @@ def content_of(models: Models) -> Content:
             for file in _deciding(folder):
                 digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()[:16]
                 content[name].setdefault(str(file), digest)
+    if (chosen := models.base.chosen_tokenizer) is not None:
+        content["base"]["tokenizer"] = chosen.name  # a hash of what it was put together from
     return content
 
 

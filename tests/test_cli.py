@@ -163,7 +163,7 @@ def test_the_card_of_a_found_merge_holds_the_command_that_makes_it(study, search
     assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
     code, _, err = searchmerge(*arguments, "--set", "vocabulary=some")
     assert code == 2
-    assert "--set: vocabulary: Input should be 'same' or 'base'; found 'some'" in err
+    assert "--set: vocabulary: Input should be 'same', 'base' or 'union'; found 'some'" in err
 
 
 def test_check_says_what_a_trial_will_cost(study, searchmerge):

@@ -10,6 +10,7 @@ from searchmerge.errors import SpecError
 from searchmerge.machine import available_cores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+README = CONFIGS.parent / "README.md"
 
 
 @pytest.fixture
@@ -92,3 +93,12 @@ def test_where_nothing_is_said_there_are_as_many_workers_here_as_there_are_proce
     assert config(executor="ray").n_workers_here == available_cores()
     assert config(executor="ray", ray={"workers": 3}).n_workers_here == 3
     assert config(executor="ray", ray={"gpus_per_worker": 1}).n_workers_here == 1
+
+
+def test_the_readmes_configs_are_read_and_name_every_key(config):
+    blocks = [block.split("```")[0] for block in README.read_text().split("```yaml")[1:]]
+    shown = [yaml.safe_load(b) for b in blocks if b.lstrip().startswith("executor:")]
+    read = [config(**data) for data in shown]
+    assert [each.executor for each in read] == ["local", "ray"]
+    assert {key for data in shown for key in data} == set(type(read[0]).model_fields)
+    assert set(shown[1]["ray"]) == set(type(read[1].workers).model_fields)

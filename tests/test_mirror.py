@@ -25,6 +25,7 @@ ELSEWHERE = {
     # parts of a checkpoint, which is opened and told apart as a whole
     "checkpoints/fingerprint.py": "checkpoints/test_checkpoint.py",
     "checkpoints/tensor_files.py": "checkpoints/test_checkpoint.py",
+    "checkpoints/lora_fit.py": "checkpoints/test_lora.py",
     "checkpoints/lora_update.py": "checkpoints/test_lora.py",
     "checkpoints/chosen_tokenizer.py": "checkpoints/test_vocabulary.py",
     "checkpoints/made_once.py": "checkpoints/test_vocabulary.py",

@@ -1,14 +1,19 @@
 """Study files: what they mean, and what is said of a wrong one."""
 
 import math
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from searchmerge.config import read_config
 from searchmerge.errors import SpecError
-from searchmerge.spec import study_model
+from searchmerge.evaluators.evaluator import EVALUATORS
+from searchmerge.keys import Strict, keys_model
+from searchmerge.spec import StudySpec, study_model
 from searchmerge.study import read_study
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +80,28 @@ def test_the_readmes_other_tasks_are_read():
             STUDY | data | own | {"experts": experts, "tasks": {name: task}}
         )
         assert found.resident_class == ("AutoModel" if name == "sentiment" else own["model_class"])
+
+
+def keys_within(model):
+    """Yield the keys of a mapping, and of the mappings in it."""
+    for key, field in model.model_fields.items():
+        yield key
+        waiting = [field.annotation]
+        while waiting:
+            kind = waiting.pop()
+            waiting += get_args(kind)
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys_within(kind)
+
+
+def test_the_readme_names_every_key_of_a_study():
+    words = set(re.findall(r"\w+", (ROOT / "README.md").read_text()))
+    kinds = [k for k in EVALUATORS.values() if k.keys.__module__.startswith("searchmerge.")]
+    models = [StudySpec]
+    models += [keys_model("Keys", keys, Strict) for k in kinds for keys in (k.keys, k.section)]
+    keys = {key for model in models for key in keys_within(model)}
+    assert {"may_differ", "round_blocks", "gen_prefix", "stride", "per"} <= keys
+    assert keys <= words
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("8h", 28800), (5, 5)])

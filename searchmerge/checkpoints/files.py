@@ -23,9 +23,7 @@ _LISTS = re.compile(
     re.IGNORECASE,
 )
 
-COMPANIONS = (
-    CONFIG_FILE,
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -35,6 +33,13 @@ COMPANIONS = (
     "*.tiktoken",
     "*.jinja",
     "chat_template*",
+)
+"""Shell patterns of the files of a tokenizer, by their names in a model's directory."""
+
+COMPANIONS = (
+    CONFIG_FILE,
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "additional_chat_templates/*.jinja",
     "modules.json",
     "config_sentence_transformers.json",

@@ -26,6 +26,7 @@ from searchmerge.checkpoints.files import (
     read_json,
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
+from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
 from searchmerge.checkpoints.renames import resident_names, transposed_weights
@@ -53,7 +54,6 @@ _UNUSED = ".original_module."
 """Part of the names of what ``modules_to_save`` stands in for, saved where tokens were added."""
 _NAMED = re.compile(r"\.modules_to_save\.[^.]+\.")
 """What PEFT puts around the biases of such modules, where it saves all biases once more."""
-_SUPPORTED = "supported are LoRA and DoRA adapters of linear and embedding layers"
 _NEEDED = {
     "use_qalora": (False,),
     "use_bdlora": (False,),
@@ -160,10 +160,12 @@ def read_adapter(
     layers = _Layers(config, base_dir, trust_remote_code)
     find = _finder(headers, base_headers, layers)
     updates = _plan(file, config, headers, find)
-    updates = _orient(file, updates, headers, base_headers, layers)
+    updates = orient(file, updates, headers, base_headers, layers.are_transposed)
     for name, update in updates.items():
-        _check_parts(file, name, update, headers, base_headers)
-    results = {name: _header(name, updates[name], headers, base_headers) for name in updates}
+        check_parts(file, name, update, headers, base_headers)
+    results = {
+        name: changed_header(name, updates[name], headers, base_headers) for name in updates
+    }
     base_name = str(config.get("base_model_name_or_path") or "")
     return Adapter(file, base_name, updates, results)
 
@@ -200,11 +202,11 @@ def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
     file = directory / ADAPTER_CONFIG
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {kind!r}; {_SUPPORTED}")
+        raise CheckpointError(f"{file}: peft_type is {kind!r}; {SUPPORTED}")
     for key, allowed in _NEEDED.items():
         found = config.get(key)
         if found is not None and found not in allowed:
-            raise CheckpointError(f"{file}: {key} is {found!r}; {_SUPPORTED}")
+            raise CheckpointError(f"{file}: {key} is {found!r}; {SUPPORTED}")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_BASE) and start not in REPEATABLE_STARTS:
         raise CheckpointError(
@@ -237,7 +239,7 @@ def _plan(
         if (part := _part(name)) is not None:
             modules.setdefault(part[0], {})[part[1]] = key
         elif ".lora_" in name or "trainable_tokens" in name:
-            raise CheckpointError(f"{file}: {key!r} is not understood; {_SUPPORTED}")
+            raise CheckpointError(f"{file}: {key!r} is not understood; {SUPPORTED}")
         else:
             updates[find(name) or name] = Update(replacement=key)
     for module, parts in modules.items():
@@ -381,113 +383,6 @@ class _Layers:
         if transposed is None:
             return bool(self.config.get("fan_in_fan_out"))
         return _find(name, dict.fromkeys(transposed)) is not None
-
-
-def _orient(
-    file: Path,
-    updates: Mapping[str, Update],
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-    layers: _Layers,
-) -> dict[str, Update]:
-    """Settle which weights are stored transposed, and refuse those that do not fit.
-
-    A shape that is not square answers for itself. A square one is as the other weights are;
-    where there are none, the model is asked: PEFT may write one setting for layers of both kinds.
-    """
-    shapes = {
-        name: _shapes(file, name, update, headers, base)
-        for name, update in updates.items()
-        if update.factors
-    }
-    others = [
-        found != made
-        for name, (found, made) in shapes.items()
-        if len(set(made)) > 1 and not _is_embedding(updates[name])
-    ]
-    oriented = dict(updates)
-    for name, (found, made) in shapes.items():
-        if _is_embedding(updates[name]):
-            flip = True
-        elif len(set(made)) > 1:
-            flip = found != made
-        else:
-            flip = any(others) if others else layers.are_transposed(name)
-        if found != (made[::-1] if flip else made):
-            raise CheckpointError(
-                f"{file}: the update of {name!r} has shape {list(made)}; "
-                f"the base's tensor has shape {list(found)}"
-            )
-        if flip and updates[name].start == "olora":
-            raise CheckpointError(f"{file}: olora of {name!r}, which is stored transposed")
-        oriented[name] = replace(updates[name], transposed=flip)
-    return oriented
-
-
-def _check_parts(
-    file: Path,
-    name: str,
-    update: Update,
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-) -> None:
-    """Refuse magnitudes, biases and rows that do not fit the base's tensor."""
-    if not (update.magnitude or update.addend or update.rows):
-        return
-    found = (headers[update.replacement] if update.replacement else base[name]).shape
-    if update.rows:
-        outside = [token for token in update.tokens if not 0 <= token < found[0]]
-        if outside:
-            raise CheckpointError(
-                f"{file}: trains token {outside[0]} of {name!r}, which has {found[0]} rows"
-            )
-    key = str(update.magnitude or update.addend or update.rows)
-    n_out = found[-1] if update.transposed else found[0]
-    needed = (len(update.tokens), *found[1:]) if update.rows else (n_out,)
-    if headers[key].shape != needed:
-        raise CheckpointError(
-            f"{file}: {key!r} has shape {list(headers[key].shape)}; {list(needed)} is needed for "
-            f"{name!r}"
-        )
-
-
-def _is_embedding(update: Update) -> bool:
-    return update.factors is not None and ".lora_embedding_" in update.factors[0]
-
-
-def _shapes(
-    file: Path,
-    name: str,
-    update: Update,
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of the tensor that is changed, and of ``B @ A``."""
-    found = (headers[update.replacement] if update.replacement else base[name]).shape
-    first, second = (headers[key].shape for key in update.factors or ())
-    if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
-        raise CheckpointError(
-            f"{file}: lora_A and lora_B of {name!r} have shapes {list(first)} and "
-            f"{list(second)}; {_SUPPORTED}"
-        )
-    if first[0] != update.rank:
-        raise CheckpointError(
-            f"{file}: lora_A of {name!r} has {first[0]} rows; its rank is {update.rank} by "
-            f"{ADAPTER_CONFIG}, with which it is scaled"
-        )
-    return found, (second[0], first[1])
-
-
-def _header(
-    name: str,
-    update: Update,
-    headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-) -> TensorHeader:
-    start = headers[update.replacement] if update.replacement else base[name]
-    if update.rows:
-        return replace(start, dtype=torch.promote_types(start.dtype, headers[update.rows].dtype))
-    return replace(start, dtype=torch.float32) if update.factors or update.addend else start
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -61,30 +61,35 @@ def load_resident(
         }
     with quiet(), library_errors(f"{checkpoint.name}: cannot be loaded as {auto_class}"):
         try:
-            model, found = loader.from_pretrained(
+            model, loading = loader.from_pretrained(
                 checkpoint.path, output_loading_info=True, **options
             )
         except torch.OutOfMemoryError as error:
             raise CheckpointError(
                 f"{checkpoint.name}: there is no room for it on {device}: {error}"
             ) from error
-    _check_loaded(checkpoint, model, found["missing_keys"], auto_class)
+    _check_loaded(checkpoint, model, loading["missing_keys"], auto_class)
+    _change(model, checkpoint)
+    check_spread(checkpoint.name, model, device)
+    resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
+    if dtype == torch.float16:
+        _check_range(checkpoint, resident)
+    return resident
+
+
+def _change(model: Any, checkpoint: Checkpoint) -> None:
+    """Make of a base's model what the checkpoint is: more rows, tensors apart, an adapter's."""
     if checkpoint.extension is not None:
         n_rows = next(iter(checkpoint.extension.headers.values())).shape[0]
         model.resize_token_embeddings(n_rows, mean_resizing=False)
     twins = {**(checkpoint.base.twins if checkpoint.base else {}), **checkpoint.twins}
     _untie(model, checkpoint, twins)
-    check_spread(checkpoint.name, model, device)
-    resident: nn.Module = model.eval().requires_grad_(requires_grad=False)
-    if dtype == torch.float16:
-        _check_range(checkpoint, resident)
     changed = {
         **(checkpoint.adapter.headers if checkpoint.adapter else {}),
         **(checkpoint.extension.headers if checkpoint.extension else {}),
     }
     if changed:
-        _write_over(resident, checkpoint, changed)
-    return resident
+        _write_over(model, checkpoint, changed)
 
 
 def check_spread(name: str, model: nn.Module, device: str) -> None:

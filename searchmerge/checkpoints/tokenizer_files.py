@@ -13,6 +13,7 @@ from searchmerge.checkpoints.files import (
     OBJECT,
     TEXT,
     TEXTS,
+    TOKENIZER_FILES,
     TOKENS,
     Kind,
     check_keys,
@@ -22,25 +23,13 @@ from searchmerge.errors import CheckpointError
 
 _VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt")
 _BINARY_SUFFIXES = (".model", ".tiktoken")
-_NAMES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template*",
-)
-"""Shell patterns of the files of a tokenizer."""
 
 
 def is_of_tokenizer(name: str) -> bool:
     """Return whether a file belongs to a tokenizer, by its name in a model's directory."""
     folder, _, file = name.rpartition("/")
     within = folder in ("", "additional_chat_templates")
-    return within and any(fnmatch(file, pattern) for pattern in _NAMES)
+    return within and any(fnmatch(file, pattern) for pattern in TOKENIZER_FILES)
 
 
 @dataclass(frozen=True, slots=True)

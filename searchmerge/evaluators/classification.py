@@ -1,18 +1,16 @@
 """The ``classification`` evaluator: experts that share an encoder, each with a head of its own."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 import numpy as np
 import torch
 from annotated_types import Ge, Len
 from torch import Tensor, nn
 
-from searchmerge.checkpoints.files import in_one_line
-from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
@@ -23,20 +21,14 @@ from searchmerge.evaluators.evaluator import (
     needed,
 )
 from searchmerge.evaluators.heads import Head, HeadUse, Pooling
+from searchmerge.evaluators.inputs import Images, Inputs, Processors, Texts
 from searchmerge.evaluators.rows import DataPlace, DataSource, column, load_rows, text_column
 from searchmerge.evaluators.score_kind import Mean, OfRecords, ScoreKind
-from searchmerge.evaluators.tokenizer import load_tokenizer
 
 Metric = Literal["acc", "macro_f1"]
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 _BATCH_IMAGES = {"cpu": 8, "cuda": 128}
-
-_IMAGE_CACHE_BYTES = 4 << 30
-"""Up to this many bytes, the pixels of a task's images are prepared once and kept."""
-
-_LONGEST = 1 << 20
-"""A text has no more tokens than this: tokenizers that know no limit speak of 10^30."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +106,6 @@ class ClassificationTask:
     metric: Metric = "acc"
 
 
-class _Inputs(Protocol):
-    """What the model is given, example by example."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Yield places in ``examples`` and the model's inputs for them."""
-        ...
-
-
 class Classification:
     """Scores text or image classifiers on the resident encoder, each task with its own head.
 
@@ -151,19 +133,17 @@ class Classification:
         trust_remote_code: bool = False,
     ) -> None:
         self._tasks = tasks
-        self._inputs: dict[str, _Inputs] = {}
+        self._inputs: dict[str, Inputs] = {}
         self._targets: dict[str, Tensor] = {}
-        processors = _Processors(model_dir, max_length, trust=trust_remote_code)
+        processors = Processors(model_dir, max_length, trust_remote_code=trust_remote_code)
         for name, task in tasks.items():
             where = f"tasks.{name}"
             rows = load_rows(task.data, where)
             self._targets[name] = torch.tensor(class_indices(rows, task, where))
             self._inputs[name] = (
-                _Images(
-                    column(rows, task.image, f"{where}.image"), processors, batch_images, where
-                )
+                Images(column(rows, task.image, f"{where}.image"), processors, batch_images, where)
                 if task.image is not None
-                else _Texts(
+                else Texts(
                     [text_column(rows, text, f"{where}.text") for text in task.text],
                     processors,
                     batch_tokens,
@@ -191,15 +171,15 @@ class Classification:
             for batch, inputs in self._inputs[task].batches(examples):
                 logits.append(head.logits(model, _placed(inputs, model)))
                 places += batch
-        found = torch.empty(len(examples), head.n_classes)
-        found[torch.tensor(places)] = torch.cat(logits).float().cpu()
-        finite = torch.isfinite(found).all(1)
+        by_example = torch.empty(len(examples), head.n_classes)
+        by_example[torch.tensor(places)] = torch.cat(logits).float().cpu()
+        finite = torch.isfinite(by_example).all(1)
         if not finite.all():
             example = examples[int((~finite).nonzero()[0, 0])]
             raise EvaluationError(
                 f"task {task!r}, example {example}: the model gave logits that are not finite"
             )
-        predicted, true = found.argmax(1), self._targets[task][list(examples)]
+        predicted, true = by_example.argmax(1), self._targets[task][list(examples)]
         if self._tasks[task].metric == "macro_f1":
             return tuple((true * head.n_classes + predicted).double().tolist())
         return tuple((predicted == true).float().tolist())
@@ -254,10 +234,10 @@ def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
         )
     index_of = {name: index for index, name in enumerate(task.class_names)}
     twice = {name for name in task.class_names if task.class_names.count(name) > 1}
-    own_names: Sequence[str] = getattr(rows.features[task.label], "names", None) or ()
-    if own_names and set(own_names) <= set(index_of):
+    data_names: Sequence[str] = getattr(rows.features[task.label], "names", None) or ()
+    if data_names and set(data_names) <= set(index_of):
         labels = [
-            own_names[label] if _is_index(label, len(own_names)) else label for label in labels
+            data_names[label] if _is_index(label, len(data_names)) else label for label in labels
         ]
     indices = []
     for row, label in enumerate(labels):
@@ -268,10 +248,10 @@ def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
             )
         index = index_of.get(label) if isinstance(label, str) else label
         if not _is_index(index, n_classes):
-            known = ", ".join(index_of) or "it does not say; list them as labels"
+            names = ", ".join(index_of) or "it does not say; list them as labels"
             raise SpecError(
                 f"{where}.label: row {row} has {label!r} in column {task.label!r}, which is "
-                f"none of the head's classes (0 to {n_classes - 1}; names: {known})"
+                f"none of the head's classes (0 to {n_classes - 1}; names: {names})"
             )
         indices.append(index)
     return indices
@@ -279,153 +259,6 @@ def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
 
 def _is_index(value: Any, n: int) -> TypeGuard[int]:
     return isinstance(value, int) and 0 <= value < n
-
-
-# --- Inputs: made once ------------------------------------------------------------------------
-
-
-class _Processors:
-    """The base's tokenizer and image processor, loaded when they are first needed."""
-
-    def __init__(self, model_dir: Path, max_length: int | None, *, trust: bool) -> None:
-        self._model_dir = model_dir
-        self._trust = trust
-        self._max_length = max_length
-        self._loaded: dict[str, Any] = {}
-
-    def tokens(self, texts: Sequence[Sequence[str]]) -> list[dict[str, list[int]]]:
-        """Return what the tokenizer makes of each text, or pair of texts."""
-        tokenizer = self._tokenizer()
-        options: dict[str, Any] = {"truncation": True, "max_length": self._window(tokenizer)}
-        encoded = tokenizer(*texts, **options)
-        return [
-            {name: values[i] for name, values in encoded.items()} for i in range(len(texts[0]))
-        ]
-
-    @property
-    def pad_token_id(self) -> int:
-        """Return what fills the shorter texts of a batch; 0 where the tokenizer does not say."""
-        return int(self._tokenizer().pad_token_id or 0)
-
-    def pixels(self) -> Callable[[Any], Tensor]:
-        """Return what makes an image the model's input, ``(channels, height, width)``."""
-        processor = self._image_processor()
-
-        def prepare(image: Any) -> Tensor:
-            made: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")[
-                "pixel_values"
-            ][0]
-            return made
-
-        return prepare
-
-    def _window(self, tokenizer: Any) -> int:
-        config = load_config(self._model_dir, trust_remote_code=self._trust)
-        places = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-        asked = self._max_length or _LONGEST
-        return int(min(asked, places, tokenizer.model_max_length, _LONGEST))
-
-    def _tokenizer(self) -> Any:
-        if "tokenizer" not in self._loaded:
-            self._loaded["tokenizer"] = load_tokenizer(
-                self._model_dir, trust_remote_code=self._trust
-            )
-        return self._loaded["tokenizer"]
-
-    def _image_processor(self) -> Any:
-        from transformers import AutoImageProcessor
-
-        try:
-            return AutoImageProcessor.from_pretrained(
-                self._model_dir, local_files_only=True, trust_remote_code=self._trust
-            )
-        except ImportError as error:
-            raise SpecError(
-                f"{self._model_dir}: images need another package: "
-                "pip install 'searchmerge[vision]'"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise SpecError(
-                f"{self._model_dir}: the image processor cannot be loaded: {in_one_line(error)}"
-            ) from error
-
-
-class _Texts:
-    """Texts, tokenised once; those of about one length make a batch."""
-
-    def __init__(
-        self,
-        texts: Sequence[Sequence[str]],
-        processors: _Processors,
-        batch_tokens: int,
-        where: str,
-    ) -> None:
-        self._tokens = processors.tokens(texts)
-        for row, tokens in enumerate(self._tokens):
-            if not tokens["input_ids"]:
-                raise SpecError(f"{where}.text: row {row} is {texts[0][row]!r}, without tokens")
-        self._padding = {"input_ids": processors.pad_token_id}
-        self._batch_tokens = batch_tokens
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        sizes = [len(self._tokens[example]["input_ids"]) for example in examples]
-        order = sorted(range(len(examples)), key=lambda place: (-sizes[place], examples[place]))
-        while order:
-            n_rows = max(1, self._batch_tokens // sizes[order[0]])
-            places, order = order[:n_rows], order[n_rows:]
-            yield places, self._padded([self._tokens[examples[place]] for place in places])
-
-    def _padded(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        return {
-            name: torch.tensor(
-                [
-                    row[name] + [self._padding.get(name, 0)] * (width - len(row[name]))
-                    for row in rows
-                ]
-            )
-            for name in rows[0]
-        }
-
-
-class _Images:
-    """Images, prepared when first scored and kept while they take little memory."""
-
-    def __init__(
-        self, images: Any, processors: _Processors, batch_images: int, where: str
-    ) -> None:
-        self._images = images
-        self._where = where
-        self._prepare = processors.pixels()
-        self._batch_images = batch_images
-        self._kept: dict[int, Tensor] = {}
-        self._kept_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        for start in range(0, len(examples), self._batch_images):
-            batch = examples[start : start + self._batch_images]
-            pixels = torch.stack([self._pixels(example) for example in batch])
-            yield list(range(start, start + len(batch))), {"pixel_values": pixels}
-
-    def _pixels(self, example: int) -> Tensor:
-        if example in self._kept:
-            return self._kept[example]
-        try:
-            pixels = self._prepare(self._images[example])
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises of broken files
-            raise EvaluationError(
-                f"{self._where}.image: example {example} cannot be read: {error}"
-            ) from error
-        if self._kept_bytes + pixels.nbytes <= _IMAGE_CACHE_BYTES:
-            self._kept[example] = pixels
-            self._kept_bytes += pixels.nbytes
-        return pixels
 
 
 # --- What a study says -------------------------------------------------------------------------

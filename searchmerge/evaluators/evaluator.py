@@ -56,7 +56,10 @@ class TaskInfo:
 class Evaluator(Protocol):
     """Scores whatever weights are in a model now, and leaves them as they were."""
 
-    tasks: Mapping[str, TaskInfo]
+    @property
+    def tasks(self) -> Mapping[str, TaskInfo]:
+        """Return what the search must know of each task, by its name."""
+        ...
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return as many numbers as the task's kind of score says, higher is better.
@@ -163,10 +166,11 @@ class EvaluatorKind(Generic[Keys, Section]):
         keys: The keys of a task, beside those that every task may have.
         build: Makes the evaluators of all the study's tasks of this kind: task name to
             evaluator, which may be one for several. Gets the tasks' keys and the section's.
-        section: The keys of the study's section that has this kind's name.
+        section: The keys of the study's section that has this kind's name; ``NoKeys`` for none.
         model_classes: The classes of transformers that the resident model is loaded as, by the
             tasks' keys and the section's; none where any will do.
-        places: Files, folders and modules of the study's folder that decide scores.
+        places: Files, folders and modules of the study's folder that decide scores, as the study
+            writes them: a run is not resumed where one has changed.
         referred: Files elsewhere that these refer to, given the study's folder too.
         packages: Distributions whose versions decide scores, by the section's keys.
         heads: The experts whose heads the tasks use, and how.

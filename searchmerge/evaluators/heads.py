@@ -33,8 +33,8 @@ class ModelHead:
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return ``(n_examples, n_classes)``."""
-        own = _placed(self._placed, self.parameters, model)
-        outputs = torch.func.functional_call(model, own, kwargs=dict(inputs))
+        placed = _placed(self._placed, self.parameters, model)
+        outputs = torch.func.functional_call(model, placed, kwargs=dict(inputs))
         logits: Tensor = outputs.logits
         return logits
 
@@ -61,9 +61,9 @@ class PooledHead:
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return ``(n_examples, n_classes)``."""
-        own = _placed(self._placed, self.parameters, model)
+        placed = _placed(self._placed, self.parameters, model)
         pooled = pool(model(**inputs), inputs.get("attention_mask"), self.pooling)
-        return functional.linear(pooled, own["weight"], own["bias"])
+        return functional.linear(pooled, placed["weight"], placed["bias"])
 
 
 Head = ModelHead | PooledHead
@@ -74,8 +74,8 @@ class HeadUse:
     """How tasks use an expert's head.
 
     Attributes:
-        pooling: Of the output that the head, a linear layer, is put on; ``None`` where it is
-            the model class's own.
+        pooling: How the output is pooled that the head, a linear layer, is applied to;
+            ``None`` where the head is the model class's own.
         labels: The names of its classes; none where no task names them.
     """
 
@@ -146,7 +146,7 @@ def pool(outputs: Any, mask: Tensor | None, pooling: Pooling) -> Tensor:
     Args:
         outputs: What an encoder of transformers returned.
         mask: 1 for each token that counts, ``(n_examples, n_tokens)``; ``None`` counts all.
-        pooling: How.
+        pooling: How they become one vector.
     """
     if pooling == "pooler":
         pooled: Tensor = outputs.pooler_output
@@ -180,17 +180,17 @@ def model_head(
     _check_finite(tensors, where)
     for name in needed:
         if name not in tensors:
-            own = ", ".join(tensors) or "none"
+            private = ", ".join(tensors) or "none"
             raise SpecError(
                 f"{where} has no tensor {name!r} for its classification head (its private "
-                f"tensors: {own}); save it with its head, or set classification.pooling"
+                f"tensors: {private}); save it with its head, or set classification.pooling"
             )
     parameters = {needed[name]: tensors[name] for name in needed}
     return ModelHead(parameters, n_logits(tensors, needed) if needed else n_classes)
 
 
 def n_logits(tensors: Mapping[str, Tensor], needed: Iterable[str]) -> int:
-    """Return how many classes a head has, which its last tensor knows: one row or entry each.
+    """Return how many classes a head has: as many as its last tensor has rows or entries.
 
     Args:
         tensors: The head's tensors by name.
@@ -211,10 +211,10 @@ def pooled_head(tensors: Mapping[str, Tensor], pooling: Pooling, where: str) -> 
     biases = [tensor for tensor in tensors.values() if tensor.ndim == 1]
     fits = len(weights) == 1 and len(weights) + len(biases) == len(tensors)
     if not fits or len(biases) > 1 or (biases and len(biases[0]) != len(weights[0])):
-        own = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items()) or "none"
+        private = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items()) or "none"
         raise SpecError(
             f"{where} needs a linear classification head: one private tensor [classes, size] "
-            f"and one [classes] (its private tensors: {own})"
+            f"and one [classes] (its private tensors: {private})"
         )
     bias = biases[0] if biases else weights[0].new_zeros(len(weights[0]))
     return PooledHead(pooling, {"weight": weights[0], "bias": bias})

@@ -146,10 +146,10 @@ class Perplexity:
         texts = [self._windows[task][example] for example in examples]
         with evaluating(model):
             pairs = [pair for text in texts for pair in text]
-            found = iter(self._scorer.score(model, pairs, self._max_length))
+            likelihoods = iter(self._scorer.score(model, pairs, self._max_length))
         scores = []
         for example, text in zip(examples, texts, strict=True):
-            total = math.fsum(next(found)[0] for _ in text)
+            total = math.fsum(next(likelihoods)[0] for _ in text)
             score = total / sum(len(tokens) for _, tokens in text)
             if not math.isfinite(score):
                 raise EvaluationError(

@@ -100,7 +100,7 @@ class Engine:
         self._ones: dict[torch.device, Tensor] = {}
 
     def is_compiled(self, device: torch.device) -> bool:
-        """Return whether arithmetic on ``device`` is compiled, as far as is known by now."""
+        """Return whether arithmetic on ``device`` is compiled, as far as is known so far."""
         wanted = self._kind == "compiled" or (self._kind == "auto" and device.type != "cpu")
         return wanted and not self._broken
 
@@ -122,7 +122,7 @@ class Engine:
         return self._merge_chunks(function, operands, scale, out)
 
     def compute(self, function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...]:
-        """Return what ``function`` returns, ``(m,)`` float32 each, in tensors of its own."""
+        """Return what ``function`` returns, ``(m,)`` float32 each, in fresh tensors."""
         if len(operands.base) >= _TOO_SMALL and self.is_compiled(operands.base.device):
             done = self._run_compiled(_compute, function, operands)
             if done is not None:
@@ -211,7 +211,7 @@ class Engine:
         for start in range(0, max(1, len(operands.base)), CHUNK):
             chunk, _ = self._chunk(operands.part(start, start + CHUNK))
             parts.append([out.clone() for out in function(chunk)])
-        return tuple(torch.cat(own) for own in zip(*parts, strict=True))
+        return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
     def _chunk(self, part: Operands) -> tuple[Chunk, Tensor]:
         """Return a chunk whose deltas lie in buffers that every chunk uses again, and the base."""

@@ -72,15 +72,17 @@ def _positions(names: tuple[str, ...]) -> dict[str, float]:
 
 def _layers(names: Sequence[str]) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
     """Return each layered name's stack and rank in it, and the number of layers per stack."""
-    found: dict[str, tuple[str, int]] = {}
+    places: dict[str, tuple[str, int]] = {}
     indices: dict[str, set[int]] = {}
     for name in names:
         if match := _LAYER.match(name):
-            found[name] = (match["stack"], int(match["index"]))
+            places[name] = (match["stack"], int(match["index"]))
             indices.setdefault(match["stack"], set()).add(int(match["index"]))
-    order = {stack: {i: k for k, i in enumerate(sorted(own))} for stack, own in indices.items()}
-    ranks = {name: (stack, order[stack][index]) for name, (stack, index) in found.items()}
-    return ranks, {stack: len(own) for stack, own in indices.items()}
+    order = {
+        stack: {i: k for k, i in enumerate(sorted(numbers))} for stack, numbers in indices.items()
+    }
+    ranks = {name: (stack, order[stack][index]) for name, (stack, index) in places.items()}
+    return ranks, {stack: len(numbers) for stack, numbers in indices.items()}
 
 
 def _by_depth(names: Sequence[str], depth: int) -> dict[str, int]:
@@ -93,20 +95,20 @@ def _by_depth(names: Sequence[str], depth: int) -> dict[str, int]:
         )
     if depth > most:
         raise SpecError(f"groups: depth is {depth}; the model has {most} layers: 1 to {most}")
-    found = {}
+    group_of = {}
     for name in names:
         if name in ranks:
             stack, rank = ranks[name]
-            found[name] = rank * depth // lengths[stack]
+            group_of[name] = rank * depth // lengths[stack]
         else:
-            found[name] = 0 if _BEFORE.search(name) else depth - 1
-    return found
+            group_of[name] = 0 if _BEFORE.search(name) else depth - 1
+    return group_of
 
 
 def _by_pattern(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]:
     searched = patterns[:-1] if patterns[-1] == REST else patterns
     compiled = [_compile(pattern) for pattern in searched]
-    found = {}
+    group_of = {}
     for name in names:
         hits = [i for i, pattern in enumerate(compiled) if pattern.search(name)]
         if len(hits) > 1:
@@ -119,13 +121,13 @@ def _by_pattern(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]
                 f"groups: no pattern matches parameter {name!r}; "
                 f"add {REST!r} as the last one, for what is left"
             )
-        found[name] = hits[0] if hits else len(searched)
-    if unused := set(range(len(patterns))) - set(found.values()):
+        group_of[name] = hits[0] if hits else len(searched)
+    if unused := set(range(len(patterns))) - set(group_of.values()):
         raise SpecError(
             f"groups: pattern {patterns[min(unused)]!r} matches no parameter; "
             f"there are e.g. {_some(names)}"
         )
-    return found
+    return group_of
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -30,7 +30,7 @@ WholeNumbers = Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]]
 """A parameter's name and its task vectors in its shape, float32, to tensors of as many entries."""
 
 FINE_GRID = 1000
-"""Ranks within a parameter are kept for fractions stepped by one in so many."""
+"""Ranks within a parameter are measured for fractions in this many equal steps, all at once."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class MemoryBudget:
     left_bytes: int
 
     def take(self, size_bytes: int) -> bool:
-        """Take ``size_bytes`` and return true, or return false if there are not so many."""
+        """Take ``size_bytes`` and return true, or return false if fewer are left."""
         if size_bytes > self.left_bytes:
             return False
         self.left_bytes -= size_bytes
@@ -104,8 +104,8 @@ class Measure:
         device = self.device(name)
         base = self.vectors.base[name].detach().to(device).float()
         return tuple(
-            own.detach().to(device, torch.float32, copy=True).sub_(base)
-            for own in self.vectors.weights[name]
+            expert.detach().to(device, torch.float32, copy=True).sub_(base)
+            for expert in self.vectors.weights[name]
         )
 
     def magnitudes(self, ranks: Sequence[int]) -> list[float]:
@@ -144,9 +144,9 @@ class Measure:
         """Return the order statistics of some numbers per entry, over the whole model.
 
         Args:
-            label: What they are, in a few words that are a file name: names the cache.
-            numbers: Makes them, ``n_rows`` a time.
-            n_rows: How many.
+            label: What they are, in a few words; tells their cache from others.
+            numbers: Makes them, ``n_rows`` tensors a call.
+            n_rows: How many numbers there are per entry.
             grid: Ranks that will be asked for.
             experts: Indices of the experts read; ``None`` for all.
         """
@@ -168,8 +168,8 @@ class Measure:
         """Compute numbers per entry and keep them, ``(numel,)`` float32 each, if memory allows.
 
         Args:
-            numbers: Makes them, ``n_rows`` a time.
-            n_rows: How many.
+            numbers: Makes them, ``n_rows`` tensors a call.
+            n_rows: How many numbers there are per entry.
             experts: Indices of the experts read; ``None`` for all.
 
         Returns:
@@ -186,16 +186,17 @@ class Measure:
             for name in self.names
         }
         for name, part in self.parts(experts):
-            for own, found in zip(kept[name], numbers(name, part), strict=True):
-                own[part.start : part.start + len(found)] = found
+            for row, values in zip(kept[name], numbers(name, part), strict=True):
+                row[part.start : part.start + len(values)] = values
         return kept
 
     def keep_whole(self, numbers: WholeNumbers, n_rows: int) -> Mapping[str, tuple[Tensor, ...]]:
         """Compute numbers per entry from whole parameters, and keep them if memory allows.
 
         Args:
-            numbers: Makes them, ``n_rows`` a time, from the parameter's name and task vectors.
-            n_rows: How many.
+            numbers: Makes them, ``n_rows`` tensors a call, from a parameter's name and task
+                vectors.
+            n_rows: How many numbers there are per entry.
 
         Returns:
             Parameter name to ``(numel,)`` float32 each; where there is no room to keep them
@@ -210,8 +211,8 @@ class Measure:
     def release(self, kept: Mapping[str, tuple[Tensor, ...]]) -> None:
         """Give back the budget of what was kept; the caller forgets the tensors."""
         if isinstance(kept, dict):
-            for own in kept.values():
-                self.budget.left_bytes += sum(4 * tensor.numel() for tensor in own)
+            for tensors in kept.values():
+                self.budget.left_bytes += sum(4 * tensor.numel() for tensor in tensors)
 
     def compute(self, function: ChunkFunction, name: str) -> tuple[Tensor, ...]:
         """Return what ``function`` returns of one whole parameter, without scalars."""
@@ -223,9 +224,9 @@ class Measure:
             n_experts = len(self.experts)
             rows, columns = np.triu_indices(n_experts)
             for name, sums in self.sums(_products).items():
-                own = np.zeros((n_experts, n_experts))
-                own[rows, columns] = own[columns, rows] = sums.cpu().numpy()
-                self._products[name] = own
+                products = np.zeros((n_experts, n_experts))
+                products[rows, columns] = products[columns, rows] = sums.cpu().numpy()
+                self._products[name] = products
         return self._products
 
     def tensor_magnitudes(self, name: str, ranks: Sequence[int]) -> list[float]:
@@ -243,16 +244,16 @@ class Measure:
         ]
 
     def _tensor_magnitude(self, name: str, row: int, rank: int) -> float:
-        known = self._sorted.setdefault((name, row), {})
-        if rank not in known:
+        measured = self._sorted.setdefault((name, row), {})
+        if rank not in measured:
             base = self.vectors.base[name].detach().to(self.device(name))
-            own = self.vectors.weights[name][row].detach().to(base.device)
-            ordered = _sort(_magnitude(own.reshape(-1), base.reshape(-1))(slice(None)))
+            expert = self.vectors.weights[name][row].detach().to(base.device)
+            ordered = _sort(_magnitude(expert.reshape(-1), base.reshape(-1))(slice(None)))
             n = len(ordered)
             low = {int(n * (step / FINE_GRID)) for step in range(FINE_GRID)}
             wanted = sorted({*low, *(n - 1 - rank for rank in low), rank})
-            known.update(zip(wanted, ordered[wanted].tolist(), strict=True))
-        return known[rank]
+            measured.update(zip(wanted, ordered[wanted].tolist(), strict=True))
+        return measured[rank]
 
     def sums(
         self, function: ChunkFunction, *, scalars: Scalars | None = None
@@ -264,16 +265,16 @@ class Measure:
             scalars: Parameter name to the scalars of the function; ``None`` for none.
         """
         none = torch.empty(0, len(self.experts))
-        found: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
         for name, part in self.parts():
             numbers = none if scalars is None else scalars(name)
             outs = self.engine.compute(function, part.with_scalars(numbers))
-            own = torch.stack([out.sum(dtype=torch.float64) for out in outs])
-            found[name] = found[name] + own if name in found else own
-        return found
+            part_sums = torch.stack([out.sum(dtype=torch.float64) for out in outs])
+            totals[name] = totals[name] + part_sums if name in totals else part_sums
+        return totals
 
     def parts(self, experts: Sequence[int] | None = None) -> Iterator[tuple[str, Operands]]:
-        """Yield every parameter's name with a part of it, one at least, until all was seen."""
+        """Yield every parameter part by part, with its name; each has at least one part."""
         for name in self.names:
             whole = self.operands(name, experts)
             step = _MEASURED_AT_ONCE.get(whole.base.device.type, MOST_AT_ONCE)
@@ -292,10 +293,10 @@ class Measure:
 
     def _magnitude_blocks(self) -> Iterator[Block]:
         for _, part in self.parts():
-            yield Block(len(part.base), [_magnitude(own, part.base) for own in part.experts])
+            yield Block(len(part.base), [_magnitude(expert, part.base) for expert in part.experts])
 
     def _file(self, label: str) -> Path | None:
-        """Return where to cache; the name tells the method's code path and the layout apart."""
+        """Return the cache file of what is measured, of this layout, and computed in this way."""
         if self.cache is None:
             return None
         layout = [(name, tuple(self.shape(name))) for name in self.names]
@@ -312,8 +313,8 @@ class _Computed(Mapping[str, tuple[Tensor, ...]]):
         self._measure, self._numbers = measure, numbers
 
     def __getitem__(self, name: str) -> tuple[Tensor, ...]:
-        found = self._numbers(name, self._measure.deltas(name))
-        return tuple(own.reshape(-1).contiguous() for own in found)
+        rows = self._numbers(name, self._measure.deltas(name))
+        return tuple(row.reshape(-1).contiguous() for row in rows)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._measure.names)
@@ -324,8 +325,8 @@ class _Computed(Mapping[str, tuple[Tensor, ...]]):
 
 def _products(chunk: Chunk) -> tuple[Tensor, ...]:
     """Return the product of every two task vectors, in the order of ``np.triu_indices``."""
-    own = chunk.deltas
-    return tuple(own[i] * own[j] for i in range(len(own)) for j in range(i, len(own)))
+    deltas = chunk.deltas
+    return tuple(deltas[i] * deltas[j] for i in range(len(deltas)) for j in range(i, len(deltas)))
 
 
 def _sort(numbers: Tensor) -> Tensor:
@@ -335,7 +336,7 @@ def _sort(numbers: Tensor) -> Tensor:
 
 
 def _block(numbers: tuple[Tensor, ...]) -> Block:
-    return Block(len(numbers[0]), [own.__getitem__ for own in numbers])
+    return Block(len(numbers[0]), [row.__getitem__ for row in numbers])
 
 
 def _magnitude(expert: Tensor, base: Tensor) -> Callable[[slice], Tensor]:

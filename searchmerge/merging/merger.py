@@ -63,9 +63,10 @@ class Merger:
             raise SpecError("merger: a cache needs a cache_key, to tell the checkpoints apart")
         memory = memory or Memory()
         self._targets = None if targets is None else _find_targets(task_vectors, targets)
-        found = {name: own[0] for name, own in (self._targets or {}).items()}
+        first_targets = {name: copies[0] for name, copies in (self._targets or {}).items()}
         self._devices = {
-            name: found.get(name, task_vectors.base[name]).device for name in task_vectors.weights
+            name: first_targets.get(name, task_vectors.base[name]).device
+            for name in task_vectors.weights
         }
         self._vectors = place(task_vectors, self._devices, memory.residency)
         self._engine = Engine(engine)
@@ -93,9 +94,9 @@ class Merger:
         work: Pass | None = first_pass
         while work is not None:
             tallies, ends = [], {}
-            for name, own in self._inputs(vectors, work):
+            for name, tensors in self._inputs(vectors, work):
                 first, *others = self._targets[name]
-                tallies.append(self._write(name, own, work, scales[name], first))
+                tallies.append(self._write(name, tensors, work, scales[name], first))
                 if first.dtype == torch.float16:
                     ends[name] = _ends(first)
                 for other in others:
@@ -124,10 +125,10 @@ class Merger:
         """
         vectors, work, scales = self._bind(plan)
         work = self._settled(vectors, work, scales)
-        for name, own in self._inputs(vectors, work):
+        for name, tensors in self._inputs(vectors, work):
             base = vectors.base[name]
-            out = torch.empty(base.shape, dtype=dtype or base.dtype, device=own[0].device)
-            self._write(name, own, work, scales[name], out)
+            out = torch.empty(base.shape, dtype=dtype or base.dtype, device=tensors[0].device)
+            self._write(name, tensors, work, scales[name], out)
             _check_finite({name: _ends(out)})
             for each in (name, *_aliases(vectors, name)):
                 yield each, out
@@ -167,8 +168,8 @@ class Merger:
             return self._flat[key]
 
         def read(name: str) -> tuple[Tensor, ...]:
-            own = vectors.weights[name]
-            chosen = own if work.experts is None else [own[i] for i in work.experts]
+            experts = vectors.weights[name]
+            chosen = experts if work.experts is None else [experts[i] for i in work.experts]
             return tuple(t.detach().reshape(-1) for t in (vectors.base[name], *chosen))
 
         names = tuple(vectors.weights)
@@ -184,16 +185,16 @@ class Merger:
         """Return the pass that will stand, having gone through all parameters to find out."""
         while work.revise is not None:
             tallies = []
-            for name, own in self._inputs(vectors, work):
-                scratch = torch.empty_like(own[0])
-                tallies.append(self._write(name, own, work, scales[name], scratch))
+            for name, tensors in self._inputs(vectors, work):
+                scratch = torch.empty_like(tensors[0])
+                tallies.append(self._write(name, tensors, work, scales[name], scratch))
             work = _revised(work, tallies) or replace(work, revise=None)
         return work
 
     def _write(
         self,
         name: str,
-        own: tuple[Tensor, ...],
+        tensors: tuple[Tensor, ...],
         work: Pass,
         scale: float,
         out: Tensor,
@@ -201,8 +202,8 @@ class Merger:
         """Merge one parameter into ``out``, of any layout; return the tally."""
         flat = out.view(-1) if out.is_contiguous() else torch.empty_like(out).reshape(-1)
         keys = work.keys(name) if work.keys else None
-        kept = tuple(t.to(own[0].device) for t in work.kept[name]) if work.kept else ()
-        parameter = Operands(own[0], own[1:], work.scalars(name), kept, keys)
+        kept = tuple(t.to(tensors[0].device) for t in work.kept[name]) if work.kept else ()
+        parameter = Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
         tally = self._engine.merge(work.function, parameter, scale, flat)
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
@@ -210,19 +211,19 @@ class Merger:
 
 
 def _ends(tensor: Tensor) -> Tensor:
-    """Return the least and the greatest entry, ``(2,)`` where they lie; NaN where one is."""
+    """Return the least and the greatest entry, ``(2,)`` on its device; NaN if an entry is."""
     return torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor.new_zeros(2)
 
 
 def _check_finite(ends: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that hold NaN or inf; a device is waited for once.
+    """Refuse tensors that hold NaN or inf; each device is waited for once.
 
     Raises:
         EvaluationError: If one does; it names the first.
     """
     together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, own in ends.items():
-        together.setdefault((own.device, own.dtype), []).append(name)
+    for name, extremes in ends.items():
+        together.setdefault((extremes.device, extremes.dtype), []).append(name)
     for (_, dtype), names in together.items():
         finite = torch.stack([ends[name] for name in names]).isfinite().all(1).tolist()
         if not all(finite):
@@ -236,28 +237,28 @@ def _find_targets(
     vectors: TaskVectors, targets: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, ...]]:
     """Return the tensors that each merged parameter is written to, each memory once."""
-    found = {}
+    by_parameter = {}
     for name in vectors.weights:
         names = [each for each in (name, *_aliases(vectors, name)) if each in targets]
         if not names:
             raise SpecError(
                 f"merger: the resident model has no tensor {name!r} to merge into; exclude it"
             )
-        own: dict[object, Tensor] = {}
+        distinct: dict[object, Tensor] = {}
         for each in names:
             target = targets[each].detach()
             _check_target(each, target, vectors.base[name])
-            own.setdefault((target.device, target.data_ptr(), target.stride()), target)
-        found[name] = tuple(own.values())
-    _check_apart(found)
-    return found
+            distinct.setdefault((target.device, target.data_ptr(), target.stride()), target)
+        by_parameter[name] = tuple(distinct.values())
+    _check_apart(by_parameter)
+    return by_parameter
 
 
 def _check_apart(targets: Mapping[str, tuple[Tensor, ...]]) -> None:
-    """Refuse a resident model that ties what an expert has apart."""
+    """Refuse a resident model that ties what an expert keeps apart."""
     seen: dict[object, str] = {}
-    for name, own in targets.items():
-        for target in own:
+    for name, copies in targets.items():
+        for target in copies:
             place = (target.device, target.data_ptr(), target.stride())
             other = seen.setdefault(place, name)
             if other != name and target.numel():
@@ -303,8 +304,8 @@ def _revised(work: Pass, tallies: Iterable[Tensor | None]) -> Pass | None:
         if tally is not None:
             on_device.setdefault(tally.device, []).append(tally)
     total = torch.zeros(2, dtype=torch.float64)
-    for own in on_device.values():
-        total += torch.stack(own).sum(0, dtype=torch.float64).cpu()
+    for device_tallies in on_device.values():
+        total += torch.stack(device_tallies).sum(0, dtype=torch.float64).cpu()
     return work.revise(total)
 
 
@@ -319,7 +320,7 @@ def merge_weights(
             floating point come out as they are; those that share their storage are merged once
             and share it again.
         experts: Expert name to its tensors by name, in the base's shapes; not modified. Tensors
-            that only an expert has are its own business and do not come out.
+            that only an expert has do not come out.
         plan: What to merge; its experts are among ``experts``.
 
     Returns:

@@ -26,7 +26,7 @@ def random_keys(seed: int, experts: tuple[str, ...], name: str) -> Tensor:
     """
     texts = (repr((seed, expert, name)).encode() for expert in experts)
     digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
-    return torch.tensor([int.from_bytes(own, "big") >> 1 for own in digests])
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
 
 
 def draw(positions: Tensor, key: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ def free_bytes(device: torch.device) -> int:
     """Return how much memory can still be had on a device, within this process's limits."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found = [_proc_available(), _cgroup_available()]
-    return min((size for size in found if size is not None), default=0)
+    available = [_proc_available(), _cgroup_available()]
+    return min((size for size in available if size is not None), default=0)
 
 
 def _proc_available() -> int | None:
@@ -62,7 +62,7 @@ def _proc_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    """Return what the control group that a container may be in leaves; ``None`` for no limit."""
+    """Return what the control group, such as a container's, leaves; ``None`` for no limit."""
     root = Path("/sys/fs/cgroup")
     files = [
         (root / "memory.max", root / "memory.current"),
@@ -93,8 +93,8 @@ def place(
     """
     needed: dict[torch.device, int] = {}
     for name, device in devices.items():
-        own = [vectors.base[name], *vectors.weights[name]]
-        moved = sum(tensor.nbytes for tensor in own if tensor.device != device)
+        tensors = [vectors.base[name], *vectors.weights[name]]
+        moved = sum(tensor.nbytes for tensor in tensors if tensor.device != device)
         needed[device] = needed.get(device, 0) + moved
     if residency == "auto":
         residency = _choose(needed)
@@ -123,7 +123,7 @@ def _choose(needed: Mapping[torch.device, int]) -> Residency:
 
 
 def fits_device(size_bytes: float, free: float) -> bool:
-    """Return whether base and experts are held on a device with so much free memory."""
+    """Return whether base and experts are held on a device with this much free memory."""
     return size_bytes <= (1 - _LEFT_FREE) * free
 
 
@@ -144,7 +144,7 @@ def _moved(
     base, weights = dict(vectors.base), dict(vectors.weights)
     for name, device in devices.items():
         base[name] = move(base[name].detach(), device)
-        weights[name] = tuple(move(own.detach(), device) for own in weights[name])
+        weights[name] = tuple(move(expert.detach(), device) for expert in weights[name])
     return replace(vectors, base=base, weights=weights)
 
 
@@ -197,7 +197,7 @@ def _arrived(
     devices: Mapping[str, torch.device],
     streams: "Mapping[torch.device, torch.cuda.Stream]",
 ) -> tuple[str, Flat]:
-    """Make the current stream wait for what the copying stream was told to do."""
+    """Make the current stream wait until a parameter has been copied."""
     name, tensors = item
     device = devices[name]
     if device in streams:

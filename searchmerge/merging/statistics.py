@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
 
 Numbers = Callable[[], Iterable[Block]]
-"""Goes through all numbers anew, the same each time."""
+"""Yields all numbers from the start, the same ones each time."""
 
 
 class OrderStatistics:
@@ -57,9 +57,9 @@ class OrderStatistics:
 
     Args:
         numbers: The numbers; they come out the same each time, all finite.
-        n_rows: Rows of each chunk.
+        n_rows: Rows of each block.
         n_numbers: Numbers of each row.
-        grid: Ranks that are all measured as soon as one is asked for that is not known yet.
+        grid: Ranks that are measured along with the first that is not known yet.
         cache: File to keep what was measured in; ``None`` for none. One that cannot be read, or
             belongs to something else, is measured anew and overwritten.
     """
@@ -77,7 +77,7 @@ class OrderStatistics:
         self._grid = set(grid)
         self._cache = cache
         self._high: np.ndarray | None = None  # (n_rows, _HIGH) int64, counts
-        self._known: list[dict[int, float]] = [{} for _ in range(n_rows)]
+        self._measured: list[dict[int, float]] = [{} for _ in range(n_rows)]
         self._load()
 
     def at(self, ranks: Sequence[int], rows: Sequence[int] | None = None) -> list[float]:
@@ -96,23 +96,24 @@ class OrderStatistics:
         ]
         unknown: list[set[int]] = [set() for _ in range(self._n_rows)]
         for row, rank in asked:
-            if rank not in self._known[row]:
+            if rank not in self._measured[row]:
                 unknown[row].add(rank)
         if any(unknown):
             self._measure(unknown)
             self._save()
-        return [self._known[row][rank] for row, rank in asked]
+        return [self._measured[row][rank] for row, rank in asked]
 
     def _measure(self, asked: Sequence[set[int]]) -> None:
         if self._high is None:
             self._high = self._count_high()
         below = self._high.cumsum(1)
         wanted = [
-            np.array(sorted((own | self._grid) - known.keys()), dtype=np.int64)
-            for own, known in zip(asked, self._known, strict=True)
+            np.array(sorted((row_ranks | self._grid) - measured.keys()), dtype=np.int64)
+            for row_ranks, measured in zip(asked, self._measured, strict=True)
         ]
         places = [
-            np.searchsorted(row, own, "right") for row, own in zip(below, wanted, strict=True)
+            np.searchsorted(row, row_ranks, "right")
+            for row, row_ranks in zip(below, wanted, strict=True)
         ]
         bins = [np.unique(place) for place in places]
         for row, counts in enumerate(self._count_low(bins)):
@@ -120,8 +121,8 @@ class OrderStatistics:
                 ranks = wanted[row][places[row] == high]
                 before = below[row, high] - int(self._high[row, high])
                 low = np.searchsorted(counts[slot].cumsum(), ranks - before, "right")
-                found = _numbers_of((int(high) << _LOW_BITS) | torch.from_numpy(low))
-                self._known[row].update(zip(ranks.tolist(), found.tolist(), strict=True))
+                values = _numbers_of((int(high) << _LOW_BITS) | torch.from_numpy(low))
+                self._measured[row].update(zip(ranks.tolist(), values.tolist(), strict=True))
 
     def _count_high(self) -> np.ndarray:
         def count(row: int, numbers: Tensor) -> None:
@@ -130,7 +131,7 @@ class OrderStatistics:
 
         counts = self._new_counts([_HIGH] * self._n_rows)
         self._each_row(count)
-        return np.stack([own.cpu().numpy().astype(np.int64) for own in counts])
+        return np.stack([row_counts.cpu().numpy().astype(np.int64) for row_counts in counts])
 
     def _count_low(self, bins: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return, per row, counts ``(len(bins[row]), _LOW)`` of the low halves in those bins."""
@@ -144,13 +145,13 @@ class OrderStatistics:
             _tally(counts, row, cells.long())
 
         tables = []  # slot 0 takes what is in none of the bins
-        for own in bins:
+        for row_bins in bins:
             table = np.zeros(_HIGH, np.int32)
-            table[own] = np.arange(1, len(own) + 1)
+            table[row_bins] = np.arange(1, len(row_bins) + 1)
             tables.append(torch.from_numpy(table))
-        counts = self._new_counts([(len(own) + 1) * _STRIDE for own in bins])
+        counts = self._new_counts([(len(row_bins) + 1) * _STRIDE for row_bins in bins])
         self._each_row(count)
-        return [own.cpu().view(-1, _STRIDE)[1:, :_LOW].numpy() for own in counts]
+        return [row_counts.cpu().view(-1, _STRIDE)[1:, :_LOW].numpy() for row_counts in counts]
 
     def _new_counts(self, sizes: Sequence[int]) -> list[Tensor]:
         dtype = np.int32 if self._n_numbers < 2**31 else np.int64
@@ -182,18 +183,18 @@ class OrderStatistics:
             if not (high.sum(1) == self._n_numbers).all():
                 raise ValueError("it is of something else")
             for (row, rank), value in zip(places, values, strict=True):
-                self._known[row][rank] = value
+                self._measured[row][rank] = value
         except (OSError, KeyError, ValueError, IndexError, SafetensorError) as error:
             _logger.warning("statistics are measured anew, %s is unusable: %s", self._cache, error)
-            self._known = [{} for _ in range(self._n_rows)]
+            self._measured = [{} for _ in range(self._n_rows)]
             return
         self._high = high
 
     def _save(self) -> None:
         if self._cache is None or self._high is None:
             return
-        places = [(row, rank) for row, known in enumerate(self._known) for rank in known]
-        values = [value for known in self._known for value in known.values()]
+        places = [(row, rank) for row, measured in enumerate(self._measured) for rank in measured]
+        values = [value for measured in self._measured for value in measured.values()]
         bins = self._high.reshape(-1).nonzero()[0]
         tensors = {
             "bins": torch.from_numpy(bins),
@@ -245,7 +246,7 @@ def _numbers_of(cells: Tensor) -> Tensor:
 
 
 def _tally(counts: list[Tensor], row: int, cells: Tensor) -> None:
-    """Add one to each of ``cells``, int64, where they lie."""
+    """Add one to the count of each of ``cells``, int64 indices, on their device."""
     if counts[row].device != cells.device:
         counts[row] = counts[row].to(cells.device)
     counts[row].scatter_add_(0, cells, torch.ones_like(cells, dtype=counts[row].dtype))

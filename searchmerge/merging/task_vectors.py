@@ -63,8 +63,9 @@ class TaskVectors:
                 do where tokens were added, are an error (``same``), or merged in the rows that
                 base and expert share (``base``); a row that an expert lacks has no task vector.
             tied: Further names that stand for the same parameter, alias to name used; ``None``
-                is those that share all their storage. One that an expert has apart is a
-                parameter to itself, which other models have from the name used.
+                for those that share all their storage. A name under which an expert has
+                something else is a parameter in its own right, which the other models have
+                from the name used.
 
         Raises:
             CheckpointError: If an expert lacks a parameter, or has it in another shape; or if a
@@ -74,25 +75,30 @@ class TaskVectors:
         if not experts:
             raise CheckpointError("there is no expert to merge; give one or more")
         further = _resolve(_sharing_storage(base) if tied is None else tied, base)
-        apart = {name for own in experts.values() for name in _held_apart(own, further)}
+        apart = {name for tensors in experts.values() for name in _held_apart(tensors, further)}
         aliases = {name: used for name, used in further.items() if name not in apart}
         base = {**base, **{name: base[further[name]] for name in sorted(apart - base.keys())}}
-        excluded = _excluded(exclude, [n for own in (base, *experts.values()) for n in own])
+        excluded = _excluded(
+            exclude, [n for tensors in (base, *experts.values()) for n in tensors]
+        )
         weights = {
             name: tuple(
-                _matching(_find(name, further, expert, own), weight, (name, expert, vocabulary))
-                for expert, own in experts.items()
+                _matching(
+                    _find(name, further, expert, tensors), weight, (name, expert, vocabulary)
+                )
+                for expert, tensors in experts.items()
             )
             for name, weight in base.items()
             if weight.is_floating_point() and name not in excluded and name not in aliases
         }
+        shared = {*base, *aliases, *excluded}
         heads = {
-            expert: {n: own[n] for n in own if n not in base and n not in {*aliases, *excluded}}
-            for expert, own in experts.items()
+            expert: {name: tensors[name] for name in tensors if name not in shared}
+            for expert, tensors in experts.items()
         }
-        found = cls(tuple(experts), base, weights, aliases, heads)
-        found.check_finite()
-        return found
+        vectors = cls(tuple(experts), base, weights, aliases, heads)
+        vectors.check_finite()
+        return vectors
 
     @property
     def n_parameters(self) -> int:
@@ -121,8 +127,8 @@ class TaskVectors:
         i = self.experts.index(expert)
         return all(
             torch.equal(part.float(), origin.float())
-            for name, own in self.weights.items()
-            for part, origin in zip(_parts(own[i]), _parts(self.base[name]), strict=True)
+            for name, experts in self.weights.items()
+            for part, origin in zip(_parts(experts[i]), _parts(self.base[name]), strict=True)
         )
 
     def check_finite(self) -> None:
@@ -131,8 +137,8 @@ class TaskVectors:
         Raises:
             CheckpointError: If one holds any; it names the tensor and the model.
         """
-        for name, own in self.weights.items():
-            models = zip(("the base", *self.experts), (self.base[name], *own), strict=True)
+        for name, experts in self.weights.items():
+            models = zip(("the base", *self.experts), (self.base[name], *experts), strict=True)
             for model, tensor in models:
                 if not _is_finite(tensor):
                     whose = model if model == "the base" else f"expert {model!r}"
@@ -186,71 +192,71 @@ def _resolve(tied: Mapping[str, str], base: Weights) -> dict[str, str]:
     return aliases
 
 
-def _held_apart(own: Weights, aliases: Mapping[str, str]) -> list[str]:
+def _held_apart(tensors: Weights, aliases: Mapping[str, str]) -> list[str]:
     """Return the further names under which an expert has something else."""
     return [
         name
         for name, used in aliases.items()
-        if name in own and used in own and not _is_same(own[name], own[used])
+        if name in tensors and used in tensors and not _is_same(tensors[name], tensors[used])
     ]
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.shape != other.shape:
         return False
-    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+    return tensor.data_ptr() == other.data_ptr() or torch.equal(tensor, other)
 
 
 def _excluded(patterns: Sequence[str], names: Collection[str]) -> set[str]:
     excluded: set[str] = set()
     for pattern in patterns:
         try:
-            found = {name for name in names if re.search(pattern, name)}
+            matches = {name for name in names if re.search(pattern, name)}
         except re.error as error:
             raise SpecError(f"exclude: {pattern!r} is no regular expression: {error}") from error
-        if not found:
+        if not matches:
             raise SpecError(f"exclude: {pattern!r} matches no tensor")
-        excluded |= found
+        excluded |= matches
     return excluded
 
 
-def _find(name: str, aliases: Mapping[str, str], expert: str, own: Weights) -> Tensor:
+def _find(name: str, aliases: Mapping[str, str], expert: str, tensors: Weights) -> Tensor:
     """Return an expert's tensor, which may have it under another of its names."""
     used = aliases.get(name, name)
     names: Iterable[str] = (name, used, *(n for n, other in aliases.items() if other == used))
     for candidate in names:
-        if candidate in own:
-            return own[candidate]
+        if candidate in tensors:
+            return tensors[candidate]
     raise CheckpointError(
         f"expert {expert!r} has no tensor {name!r}, which the base has; "
         "to keep the base's, exclude it"
     )
 
 
-def _matching(found: Tensor, weight: Tensor, where: tuple[str, str, str]) -> Tensor:
-    """Return an expert's tensor in the shape of the base's, as far as that may be done."""
+def _matching(tensor: Tensor, weight: Tensor, where: tuple[str, str, str]) -> Tensor:
+    """Return an expert's tensor in the shape of the base's, as far as that is allowed."""
     name, expert, vocabulary = where
-    if not found.is_floating_point():
+    if not tensor.is_floating_point():
         raise CheckpointError(
-            f"tensor {name!r} is {found.dtype} in expert {expert!r} but {weight.dtype} in the "
+            f"tensor {name!r} is {tensor.dtype} in expert {expert!r} but {weight.dtype} in the "
             "base; both must be floating point"
         )
-    if found.shape == weight.shape:
-        return found
-    rows_differ = found.ndim == weight.ndim > 0 and found.shape[1:] == weight.shape[1:]
+    if tensor.shape == weight.shape:
+        return tensor
+    rows_differ = tensor.ndim == weight.ndim > 0 and tensor.shape[1:] == weight.shape[1:]
     if vocabulary == "base" and rows_differ:
-        n_shared = min(len(found), len(weight))
+        n_shared = min(len(tensor), len(weight))
         _logger.warning(
             "tensor %r: merged in %d of %d rows, as expert %r has %d",
-            *(name, n_shared, len(weight), expert, len(found)),
+            *(name, n_shared, len(weight), expert, len(tensor)),
         )
         if n_shared == len(weight):
-            return found[:n_shared]
-        wide = torch.promote_types(found.dtype, weight.dtype)  # the base's rows stay exact
-        rest = weight.detach()[n_shared:].to(found.device, wide)
-        return torch.cat([found[:n_shared].to(wide), rest])
+            return tensor[:n_shared]
+        wide = torch.promote_types(tensor.dtype, weight.dtype)  # the base's rows stay exact
+        rest = weight.detach()[n_shared:].to(tensor.device, wide)
+        return torch.cat([tensor[:n_shared].to(wide), rest])
     raise CheckpointError(
-        f"tensor {name!r} has shape {tuple(found.shape)} in expert {expert!r} but "
+        f"tensor {name!r} has shape {tuple(tensor.shape)} in expert {expert!r} but "
         f"{tuple(weight.shape)} in the base; to keep the base's, exclude it"
         + (", or set vocabulary: base" if rows_differ else "")
     )

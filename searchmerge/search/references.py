@@ -9,11 +9,11 @@ BASE = "base"
 
 
 def reference_plans(experts: Sequence[str]) -> dict[str, MergePlan]:
-    """Return the plans of the base, each expert, and every method at its published setting.
+    """Return the plans of the base, each expert, and four methods at their published settings.
 
-    The base and the experts are written as task arithmetic with coefficients 0 and 1. Published:
-    the uniform average; task arithmetic 0.4; TIES keeping 20 % with coefficient 1; PCB keeping
-    10 % with coefficient 1.
+    The base and the experts are written as task arithmetic with coefficients 0 and 1. Published
+    are the uniform average; task arithmetic 0.4; TIES keeping 20 % with coefficient 1; PCB
+    keeping 10 % with coefficient 1.
     """
     return {
         BASE: default_plan("task_arithmetic", experts, coefficient=0.0),

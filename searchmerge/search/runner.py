@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from searchmerge.execution.blocks import Part
 from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Budget, Spending, StudyClock
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
@@ -13,7 +14,6 @@ from searchmerge.search.racing import Racing
 from searchmerge.search.references import BASE, merges
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
-from searchmerge.search.study import StudyDirectory
 from searchmerge.search.trial_source import TrialSource
 from searchmerge.search.trials import FINISHED
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from searchmerge.search.study import elapsed_of, records_of, stored_study
+from searchmerge.search.directory import elapsed_of, records_of, stored_study
 from searchmerge.search.trials import best_of
 
 _N_BEST = 5

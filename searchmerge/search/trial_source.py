@@ -9,12 +9,12 @@ from optuna.trial import TrialState
 from searchmerge.errors import StudyError
 from searchmerge.search.budget import Spending
 from searchmerge.search.candidates import candidates
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import MAX_TRIES, Job
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.space import SearchSpace
-from searchmerge.search.study import StudyDirectory
 from searchmerge.search.trials import TrialRecord, begin, by_completion, count_cut_off
 
 _logger = logging.getLogger(__name__)

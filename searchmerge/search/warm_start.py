@@ -4,8 +4,8 @@ from pathlib import Path
 
 from searchmerge.errors import SpecError, StudyError
 from searchmerge.plan import MergePlan, SettingValue
+from searchmerge.search.directory import records_of, stored_study
 from searchmerge.search.space import SearchSpace
-from searchmerge.search.study import records_of, stored_study
 from searchmerge.search.trials import ranked
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from searchmerge.search.directory import records_of, stored_study
 from searchmerge.search.references import reference_plans
-from searchmerge.search.study import records_of, stored_study
 
 PARTS = ("select", "hold_out")
 

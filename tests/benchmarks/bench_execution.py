@@ -30,6 +30,7 @@ from searchmerge.execution.executor import Event, Executor, Finished, Scored
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Budget
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.runner import StudyRunner
@@ -38,7 +39,6 @@ from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.searched import Range
 from searchmerge.search.space import Alternative, SearchSpace
-from searchmerge.search.study import StudyDirectory
 from searchmerge.search.trials import TrialRecord, begin
 
 EXPERTS = ("math", "code", "chat")

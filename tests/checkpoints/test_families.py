@@ -140,7 +140,7 @@ def _merged(base, expert, out, **overrides):
     models = open_models(study, resident=False)
     plan = MergePlan(method="linear", experts=("a",), values={"coefficient": ((1.0,),)})
     vectors = load_task_vectors(study, models)
-    save_merge(models, vectors, plan, out, heads={})
+    save_merge(models, vectors, plan, out, files={}, check=lambda: None)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "t5", "bart", "bert"])

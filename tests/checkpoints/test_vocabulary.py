@@ -24,6 +24,7 @@ from searchmerge.models import load_task_vectors, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.spec import study_model
 from searchmerge.study import Study, plain_study
+from searchmerge.watch import content_of
 from tests.checkpoints.conftest import ARCHITECTURES
 
 _WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(20))]
@@ -78,7 +79,7 @@ def _merged(base, experts, out, plan=None, **said):
     opened = open_models(study, resident=False)
     one = [1.0] + [0.0] * (len(experts) - 1)
     plan = plan or _plan(experts, one)
-    save_merge(opened, load_task_vectors(study, opened), plan, out, heads={})
+    save_merge(opened, load_task_vectors(study, opened), plan, out, files={}, check=lambda: None)
     return transformers.AutoModelForCausalLM.from_pretrained(out), load_tokenizer(out)
 
 
@@ -301,6 +302,16 @@ def test_a_tokenizer_that_was_damaged_in_the_cache_is_made_again(save, tmp_path,
         assert tokenizer("<|im|>").input_ids == [22]
         (file,) = (tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json")
         file.write_text(file.read_text().replace("<|im|>", "<|xx|>"))
+
+
+def test_another_template_in_the_same_file_is_another_study(save, tmp_path):
+    base, expert, template = save("base", 0), save("chat", 1), tmp_path / "own.jinja"
+    contents = []
+    for text in ("a", "b"):
+        template.write_text(text)
+        study = plain_study(str(base), {"chat": str(expert)}, {"chat_template": str(template)})
+        contents.append(content_of(open_models(study, resident=False)))
+    assert contents[0] != contents[1]
 
 
 def test_templates_that_differ_are_remarked_upon_until_one_is_chosen(save):

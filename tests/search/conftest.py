@@ -7,6 +7,7 @@ from searchmerge.execution.blocks import make_blocks, split_examples
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
 from searchmerge.search.budget import Budget
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.references import reference_plans
@@ -16,7 +17,6 @@ from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.searched import Range
 from searchmerge.search.space import Alternative, SearchSpace
-from searchmerge.search.study import StudyDirectory
 from tests.toy import EXPERTS, ToyEvaluator, ToyMerger, ToyModel
 
 SPACE = SearchSpace(

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from searchmerge.errors import StudyError
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.runner import Budget
 from searchmerge.search.status import read_status
 from searchmerge.search.storage import close_storage, open_storage
-from searchmerge.search.study import StudyDirectory
 from tests.search.conftest import SPACE, Recorder, Toy
 
 PASSWORD = "s3cr3t/@:"

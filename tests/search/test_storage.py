@@ -11,9 +11,9 @@ from optuna.trial import TrialState
 from searchmerge.config import read_config
 from searchmerge.durable import with_checksum
 from searchmerge.errors import SpecError, StudyError
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.status import describe_status, read_status
 from searchmerge.search.storage import close_storage, open_storage, prepare_storage, repair_journal
-from searchmerge.search.study import StudyDirectory
 from tests.search.conftest import SPACE, Recorder, Toy
 
 

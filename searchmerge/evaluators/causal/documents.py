@@ -38,15 +38,15 @@ def branches(document: Document) -> list[tuple[Tokens, int, int]]:
         For each continuation its tokens, its owner, and how many of its first tokens have been
         run for those before it.
     """
-    found, path = [], 0
+    laid_out, path = [], 0
     previous: Tokens = ()
     ordered = sorted(zip(document.continuations, document.owners, strict=True))
     for tokens, owner in ordered:
         limit = min(path, len(tokens) - 1)
         n_shared = next((i for i in range(limit) if tokens[i] != previous[i]), limit)
-        found.append((tokens, owner, n_shared))
+        laid_out.append((tokens, owner, n_shared))
         previous, path = tokens, len(tokens) - 1
-    return found
+    return laid_out
 
 
 def group_documents(
@@ -62,10 +62,12 @@ def group_documents(
     count = 0
     for context, continuation in pairs:
         excess = len(context) + len(continuation) - (max_length + 1)
-        known = grouped.setdefault(context[excess:] if excess > 0 else context, {})
-        if continuation not in known:
-            known[continuation] = count
+        owners = grouped.setdefault(context[excess:] if excess > 0 else context, {})
+        if continuation not in owners:
+            owners[continuation] = count
             count += 1
-        indices.append(known[continuation])
-    documents = [Document(c, tuple(known), tuple(known.values())) for c, known in grouped.items()]
+        indices.append(owners[continuation])
+    documents = [
+        Document(c, tuple(owners), tuple(owners.values())) for c, owners in grouped.items()
+    ]
     return documents, indices

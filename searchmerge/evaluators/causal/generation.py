@@ -215,7 +215,7 @@ def _generate_through_model(
 ) -> list[list[int]]:
     """Return the new tokens of every prompt, by ``model.generate``, drawn alike in every call."""
     results: list[list[int]] = [[]] * len(prompts)
-    devices = {own.device for own in model.parameters() if own.device.type == "cuda"}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)):
         torch.manual_seed(_SAMPLING_SEED)
         for rows in batches:

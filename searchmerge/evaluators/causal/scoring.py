@@ -143,8 +143,8 @@ def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, boo
             reads.append(read(_logits(model, batch, prefix), batch))
             owners.append(batch.owners.numpy())
     owner = np.concatenate(owners)
-    totals = np.bincount(owner, torch.cat([own.values for own in reads]).cpu().numpy())
-    misses = np.bincount(owner, ~torch.cat([own.greedy for own in reads]).cpu().numpy())
+    totals = np.bincount(owner, torch.cat([reading.values for reading in reads]).cpu().numpy())
+    misses = np.bincount(owner, ~torch.cat([reading.greedy for reading in reads]).cpu().numpy())
     return list(zip(totals.tolist(), (misses == 0).tolist(), strict=True))
 
 

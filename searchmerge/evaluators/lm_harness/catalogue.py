@@ -74,9 +74,9 @@ class Catalogue:
         path: tuple[str, ...],
         where: str,
     ) -> "Leaf | Branch":
-        known = {*manager.all_subtasks, *manager.all_groups, *manager.all_tags}
-        if name not in known:
-            close = get_close_matches(name, known, n=3)
+        names = {*manager.all_subtasks, *manager.all_groups, *manager.all_tags}
+        if name not in names:
+            close = get_close_matches(name, names, n=3)
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
             folders = f" or in {', '.join(self._include_path)}" if self._include_path else ""
             member = f", a member of {path[-1]!r}," if path else ""
@@ -178,7 +178,7 @@ class Branch:
 
     def leaves(self) -> "list[Leaf]":
         """Return all tasks within, in order."""
-        found: list[Leaf] = []
+        leaves: list[Leaf] = []
         for child in self.children:
-            found += child.leaves() if isinstance(child, Branch) else [child]
-        return found
+            leaves += child.leaves() if isinstance(child, Branch) else [child]
+        return leaves

@@ -80,7 +80,7 @@ class PreparedGroup:
         by_member: dict[int, list[int]] = defaultdict(list)
         for member, place in places:
             by_member[member].append(place)
-        requests = {m: self._members[m].requests(own) for m, own in by_member.items()}
+        requests = {m: self._members[m].requests(wanted) for m, wanted in by_member.items()}
         asked = [r for groups in requests.values() for group in groups for r in group]
         answer(lm, asked, self._name)
         scores: dict[tuple[int, int], float] = {}

@@ -221,12 +221,12 @@ def _not_finite(name: str, request: Any, what: str) -> EvaluationError:
     return EvaluationError(f"task {name!r}, example {request.doc_id}: the model gave {what}")
 
 
-def _chosen(key: str, asked: str | None, known: Sequence[str]) -> str:
-    """Return ``asked``, or the first known name if nothing was asked for."""
+def _chosen(key: str, asked: str | None, names: Sequence[str]) -> str:
+    """Return ``asked``, or the first name if nothing was asked for."""
     if asked is None:
-        return known[0]
-    if asked not in known:
-        raise SpecError(f"{key}: no {asked!r} in the task (it has: {', '.join(known)})")
+        return names[0]
+    if asked not in names:
+        raise SpecError(f"{key}: no {asked!r} in the task (it has: {', '.join(names)})")
     return asked
 
 

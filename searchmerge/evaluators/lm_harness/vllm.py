@@ -133,8 +133,8 @@ class VllmServer:
 
     def _run(self, prompts: Sequence[Tokens], arguments: Mapping[str, Any]) -> list[Any]:
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        found: list[Any] = self._llm.generate(asked, self._sampling(**arguments), use_tqdm=False)
-        return found
+        outputs: list[Any] = self._llm.generate(asked, self._sampling(**arguments), use_tqdm=False)
+        return outputs
 
 
 class VllmBackend:
@@ -176,17 +176,21 @@ class VllmBackend:
         """
         self.server.reload(named_weights(model, weights))
         canary = _canary(model)
-        found = self.score(model, [canary], len(canary[0]) + len(canary[1]))[0][0]
-        if not math.isfinite(found):
-            raise EvaluationError(f"vLLM gives a log-likelihood of {found} with these weights")
+        log_likelihood = self.score(model, [canary], len(canary[0]) + len(canary[1]))[0][0]
+        if not math.isfinite(log_likelihood):
+            raise EvaluationError(
+                f"vLLM gives a log-likelihood of {log_likelihood} with these weights"
+            )
         if not self._checked:
-            self._check(model, canary, found)
+            self._check(model, canary, log_likelihood)
             self._checked = True
 
-    def _check(self, model: nn.Module, canary: tuple[Tokens, Tokens], found: float) -> None:
+    def _check(
+        self, model: nn.Module, canary: tuple[Tokens, Tokens], log_likelihood: float
+    ) -> None:
         size = len(canary[0]) + len(canary[1])
         expected = CausalScorer(256).score(model, [canary], size)[0][0]
-        difference = abs(found - expected) / len(canary[1])
+        difference = abs(log_likelihood - expected) / len(canary[1])
         if not difference <= _TOLERANCE.get(self._settings.dtype, 0.3):
             raise SpecError(
                 "lm_harness.engine: vLLM does not score as transformers does after its weights "
@@ -200,8 +204,8 @@ class VllmBackend:
         """Return each continuation's log-likelihood, and whether it is the greedy one."""
         cut = [(c[-max(1, max_length + 1 - len(t)) :], t) for c, t in pairs]
         prompts = list(dict.fromkeys(context + tokens for context, tokens in cut))
-        found = dict(zip(prompts, self.server.prompt_logprobs(prompts), strict=True))
-        return [likelihood(found[c + t], c, t) for c, t in cut]
+        logprobs = dict(zip(prompts, self.server.prompt_logprobs(prompts), strict=True))
+        return [likelihood(logprobs[c + t], c, t) for c, t in cut]
 
     def generate(
         self,

@@ -44,7 +44,7 @@ class RayWorker:
     def score(
         self, plan: MergePlan, rounds: Sequence[Round]
     ) -> Iterator[Begun | RoundResult | DeviceFault]:
-        """Yield that the job is taken up, then each round's scores, or a fault at last."""
+        """Yield that the job is taken up, then each round's scores; a fault ends them."""
         if self._worker is None:
             raise RuntimeError("a job was given to a worker that has loaded no model")
         yield Begun()

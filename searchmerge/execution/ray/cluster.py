@@ -91,19 +91,19 @@ def check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold back the first SIGINT or SIGTERM: Ray swallows one, and ends the process at the other.
+    """Hold back the first SIGINT or SIGTERM: Ray swallows one, and ends the process on the other.
 
     Ray also leaves a SIGTERM handler of its own behind, which is undone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     held: list[int] = []
 
     def restore() -> None:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
     def hold(number: int, frame: FrameType | None) -> None:
         if held:

@@ -55,9 +55,9 @@ class Slot:
     Attributes:
         actor: Ray's handle.
         call: What is waited for: the end of loading, or a job's stream; ``None`` when idle.
-        since: When something was last heard of it, or asked of it.
+        since: When it was last heard from, or asked for something.
         node: Where it runs; empty until it has loaded.
-        job: What it works at.
+        job: What it works on.
         has_begun: Whether it took that job up.
     """
 
@@ -78,8 +78,8 @@ class RayExecutor:
     """Runs jobs on a pool of Ray actors; a dead one is replaced, a hung one is killed.
 
     A worker that dies or hangs at a job ends it with ``Lost``. Workers that die as they load are
-    replaced after a pause; after ``MAX_LOAD_DEATHS`` in a row the pool does with one fewer, and
-    where none is left the study stops.
+    replaced after a pause; after ``MAX_LOAD_DEATHS`` in a row the pool makes do with one fewer,
+    and when none is left the study stops.
 
     Args:
         make_worker: Loads a worker, in the actor's process; it must be picklable.
@@ -103,7 +103,7 @@ class RayExecutor:
         self._ready: deque[tuple[Slot, Any]] = deque()
         self._tasks: dict[str, TaskInfo] | None = None
         self._load_deaths = 0
-        self._spared = 0  # workers that the pool does without
+        self._spared = 0  # workers that the pool makes do without
         self._not_before = 0.0
         self._tended = -_TEND_S
         self._heard = time.monotonic()
@@ -140,7 +140,7 @@ class RayExecutor:
         slot.call = method.remote(plan, tuple(rounds))
 
     def stop(self, job: int) -> None:
-        """Give up a job; its worker is free, and begins the next one after the present round."""
+        """Give up a job; its worker is free, and begins the next job after the current round."""
         for slot in self._slots:
             if slot.job == job:
                 ray.cancel(slot.call)
@@ -318,16 +318,16 @@ class RayExecutor:
         wanted = self._settings.workers or 1
         if room >= wanted:
             return
-        found = (
+        shortage = (
             f"{wanted} workers of {self._needs()} each were asked for; "
             f"{place(self._settings.address)} has {amounts(ray.cluster_resources())}, "
             f"room for {room}"
         )
         if room == 0 or self._settings.address == "local":
             raise StudyError(
-                f"{found}; lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker"
+                f"{shortage}; lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker"
             )
-        _logger.warning("%s; the others start when nodes join", found)
+        _logger.warning("%s; the others start when nodes join", shortage)
 
     def _needs(self) -> str:
         return amounts({"CPU": self._settings.cpus, "GPU": self._settings.gpus})

@@ -4,7 +4,7 @@ import pytest
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
-from searchmerge.search.study import locked, records_of, stored_study
+from searchmerge.search.directory import locked, records_of, stored_study
 
 
 def test_a_directory_is_held_by_one_driver(tmp_path):
