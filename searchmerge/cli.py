@@ -195,7 +195,12 @@ def merge(
     from searchmerge.watch import Watch
 
     what = MergePlan.from_yaml(plan)
-    experts = dict(_pair(text, "--expert") for text in expert)
+    pairs = [_pair(text, "--expert") for text in expert]
+    experts = dict(pairs)
+    if len(experts) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SpecError(f"--expert {twice} is given twice")
     if missing := [name for name in what.experts if name not in experts]:
         raise SpecError(f"{plan}: merges expert {missing[0]!r}; give --expert {missing[0]}=PATH")
     named = {name: experts[name] for name in what.experts}

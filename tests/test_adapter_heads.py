@@ -16,6 +16,7 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
 )
 from typer.testing import CliRunner
@@ -25,6 +26,7 @@ from searchmerge.classifier import load_classifier
 from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.models import open_models
+from searchmerge.plan import MergePlan
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
 from tests.evaluators.classifiers import BERT, save_tokenizer, text_tasks, texts, write_study
@@ -179,3 +181,29 @@ def test_whole_classifiers_are_merged_on_a_pretrained_language_model(made, tmp_p
         trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / expert)
         found = logits(load_classifier(tmp_path / "out", expert), tmp_path / "base")
         torch.testing.assert_close(found, logits(trained, tmp_path / "base"), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_saves_twice_with_a_head_count_once(bias, tmp_path):
+    config = RobertaConfig(**BERT | {"max_position_embeddings": 26}, num_labels=3)
+    base = RobertaForSequenceClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(
+        r=2, target_modules=["query"], task_type="SEQ_CLS", bias=bias, init_lora_weights=False
+    )
+    model = peft.get_peft_model(base, settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(tmp_path / "a")
+    plan = MergePlan(method="linear", experts=("a",), values={"coefficient": ((1.0,),)})
+    plan.to_yaml(tmp_path / "plan.yaml")
+    arguments = ["--base", tmp_path / "base", "--expert", f"a={tmp_path / 'a'}"]
+    arguments += ["--out", tmp_path / "out"]
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "plan.yaml"), *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(2, 10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, atol=1e-5, rtol=0)

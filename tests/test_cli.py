@@ -392,3 +392,29 @@ def test_a_function_that_leaves_does_not_end_a_run_as_if_all_were_well(
     code, _, err = searchmerge("run", study(name="leaves", tasks={"own": task}))
     assert code == 2
     assert "leaves:score called sys.exit(0)" in err
+
+
+def test_an_expert_that_is_given_twice_is_refused(searchmerge, tmp_path):
+    (tmp_path / "plan.yaml").write_text(
+        "method: linear\nexperts: [a]\nvalues: {coefficient: [[1.0]]}\n"
+    )
+    given = ["--base", "base", "--expert", "a=one", "--expert", "a=two", "--out", "out"]
+    code, _, err = searchmerge("merge", tmp_path / "plan.yaml", *given)
+    assert code == 2
+    assert "--expert a is given twice" in err
+
+
+def test_scores_of_other_models_are_not_taken_where_the_study_itself_was_lost(
+    study, searchmerge, tmp_path
+):
+    file = study(search={"sampler": "random", "n_trials": 2})
+    run_dir = tmp_path / "runs" / tmp_path.name
+    assert searchmerge("run", file)[0] == 0
+    for stored in run_dir.glob("study.db*"):
+        stored.unlink()
+    changed = tmp_path / EXPERTS[0]
+    changed.unlink()
+    shutil.copytree(tmp_path / EXPERTS[1], changed)
+    code, _, err = searchmerge("run", file)
+    assert code == 2
+    assert "scores.db: holds scores of another study" in err

@@ -31,7 +31,6 @@ ELSEWHERE = {
     "checkpoints/chosen_tokenizer.py": "checkpoints/test_vocabulary.py",
     "checkpoints/made_once.py": "checkpoints/test_vocabulary.py",
     "checkpoints/model_class.py": "checkpoints/test_families.py",
-    "execution/watched_merger.py": "test_watch.py",
     # samplers: every entry of the registry runs the same tests, and has its own where it has more
     "search/samplers": "search/test_sampler.py",
 }

@@ -313,9 +313,9 @@ def _open_adapter(
 ) -> Checkpoint:
     if base is None:
         raise CheckpointError(f"{name}: is an adapter ({ADAPTER_CONFIG}); it needs a base model")
-    if touches_embeddings(directory):  # PEFT's layers are apart, whatever the model ties
-        pairs = tied_names(base.path, base.headers, trust_remote_code=base.trust_remote_code)
-        base = base.untied(equal_twins(base, pairs)) if pairs else base
+    pairs = tied_names(base.path, base.headers, trust_remote_code=base.trust_remote_code)
+    if pairs and touches_embeddings(directory, {*pairs, *pairs.values()}):
+        base = base.untied(equal_twins(base, pairs))  # PEFT's layers are apart, whatever is tied
     adapter = read_adapter(
         directory, base.headers, base.path, trust_remote_code=base.trust_remote_code
     )

@@ -82,14 +82,27 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_pattern(value: str) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
 TEXT = Kind("text", _is_text)
 TEXTS = Kind("a list of texts", lambda v: isinstance(v, list) and all(map(_is_text, v)))
 SWITCH = Kind("true or false", lambda v: isinstance(v, bool))
 NUMBER = Kind("a number", _is_number)
 COUNT = Kind("a whole number from 0", _is_count)
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
-NUMBERS = Kind(
-    "an object of numbers", lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))
+PATTERNS = Kind(
+    "an object of numbers by regular expression",
+    lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_number(v[k]) for k in v),
+)
+TEXTS_BY_NAME = Kind(
+    "an object of texts",
+    lambda v: isinstance(v, dict) and all(t is None or _is_text(t) for t in v.values()),
 )
 TOKENS = Kind(
     "an object of ids by token", lambda v: isinstance(v, dict) and all(map(_is_count, v.values()))

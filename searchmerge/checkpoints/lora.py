@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
-from searchmerge.checkpoints.files import COUNT, NUMBER, NUMBERS, SWITCH, TEXT, read_json
+from searchmerge.checkpoints.files import (
+    COUNT,
+    NUMBER,
+    PATTERNS,
+    SWITCH,
+    TEXT,
+    TEXTS_BY_NAME,
+    read_json,
+)
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
@@ -44,6 +52,8 @@ _WRAPPERS = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save)\.")
 """Parts of names that PEFT puts around the base's modules and what takes their place."""
 _UNUSED = ".original_module."
 """Part of the names of what ``modules_to_save`` stands in for, saved where tokens were added."""
+_NAMED = re.compile(r"\.modules_to_save\.[^.]+\.")
+"""What PEFT puts around the biases of such modules, where it saves all biases once more."""
 _NEEDED = {
     "use_qalora": (False,),
     "use_bdlora": (False,),
@@ -60,12 +70,13 @@ _KEYS = {
     "peft_type": TEXT,
     "r": COUNT,
     "lora_alpha": NUMBER,
-    "rank_pattern": NUMBERS,
-    "alpha_pattern": NUMBERS,
+    "rank_pattern": PATTERNS,
+    "alpha_pattern": PATTERNS,
     "use_rslora": SWITCH,
     "use_dora": SWITCH,
     "lora_bias": SWITCH,
     "fan_in_fan_out": SWITCH,
+    "auto_mapping": TEXTS_BY_NAME,
 }
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
@@ -102,18 +113,24 @@ class Adapter:
         return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def touches_embeddings(directory: Path) -> bool:
+def touches_embeddings(directory: Path, tied: Collection[str]) -> bool:
     """Return whether an adapter has layers of its own in place of input or output embeddings.
 
     Trainable tokens are none: PEFT keeps those of tied embeddings together.
+
+    Args:
+        directory: The adapter.
+        tied: What the base ties, by the names in its checkpoint.
     """
+    names = dict.fromkeys(tied)
     plain = (
         _plain(key)
         for key in read_headers(_adapter_file(directory))
         if "trainable_tokens" not in key
     )
     matches = ((name, _FACTOR.match(name)) for name in plain)
-    return any(is_vocabulary(f"{m['module']}.weight" if m else name) for name, m in matches)
+    changed = (f"{match['module']}.weight" if match else name for name, match in matches)
+    return any(is_vocabulary(name) or _find(name, names) is not None for name in changed)
 
 
 def read_adapter(
@@ -217,7 +234,7 @@ def _plan(
         raise CheckpointError(f"{file}: holds no tensor")
     updates: dict[str, Update] = {}
     modules: dict[str, dict[str, str]] = {}
-    for key in (key for key in headers if _UNUSED not in key):
+    for key in (key for key in headers if not _is_once_more(key, headers)):
         name = _plain(key)
         if (part := _part(name)) is not None:
             modules.setdefault(part[0], {})[part[1]] = key
@@ -235,6 +252,12 @@ def _plan(
             earlier = updates.get(changed, Update())
             updates[changed] = replace(update, replacement=earlier.replacement)
     return updates
+
+
+def _is_once_more(key: str, headers: Mapping[str, TensorHeader]) -> bool:
+    """Return whether a tensor is the base's, or stored under the model's name for it too."""
+    plain = _NAMED.sub(".", key)
+    return _UNUSED in key or (plain != key and plain in headers)
 
 
 def _plain(key: str) -> str:

@@ -114,6 +114,11 @@ def _shapes(
             f"{file}: lora_A and lora_B of {name!r} have shapes {list(first)} and "
             f"{list(second)}; {SUPPORTED}"
         )
+    if first[0] != update.rank:
+        raise CheckpointError(
+            f"{file}: lora_A of {name!r} has {first[0]} rows; its rank is {update.rank} by "
+            "adapter_config.json, with which it is scaled"
+        )
     return found, (second[0], first[1])
 
 

@@ -73,6 +73,10 @@ _FREE_KINDS = re.compile(
 _IN_LAYER_TYPES = {"use_sliding_window", "max_window_layers"}
 """What transformers turns into ``sliding_window`` and ``layer_types``, which are compared."""
 
+_PADDING = "pad_token_id"
+_FROM_PADDING = "create_position_ids_from_input_ids"
+"""What code calls where positions are counted from the id of padding on, as RoBERTa does."""
+
 _LENGTH = "max_position_embeddings"
 _LENGTH_MATTERS = ("dynamic", "yarn", "longrope")
 """The kinds of rotary embedding whose angles may depend on the longest sequence."""
@@ -170,6 +174,8 @@ def _compared(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_free(key: str, config: Any) -> bool:
+    if key == _PADDING and not isinstance(config, SimpleNamespace):
+        return not _mentions(config, re.escape(_FROM_PADDING))
     if key in _FREE or _FREE_KINDS.search(key):
         return True
     if key in _IN_LAYER_TYPES:
@@ -191,12 +197,16 @@ def _is_read(key: str, config: Any) -> bool:
     Programs that train note things of their own in a configuration; only what the model's code
     names can change what it computes.
     """
+    return _mentions(config, rf"""(config\.|["']){re.escape(key)}\b""")
+
+
+def _mentions(config: Any, pattern: str) -> bool:
+    """Return whether a pattern occurs in the code of a configuration's models."""
     import inspect
 
     folder = Path(inspect.getfile(type(config))).parent
-    mention = re.compile(rf"""(config\.|["']){re.escape(key)}\b""")
     return any(
-        mention.search(file.read_text(encoding="utf-8"))
+        re.search(pattern, file.read_text(encoding="utf-8"))
         for file in sorted(folder.glob("modeling_*.py"))
     )
 

@@ -116,7 +116,7 @@ def tied_names(
     *,
     trust_remote_code: bool = False,
 ) -> dict[str, str]:
-    """Return the matrices that a model has under further names, each with the one that is used.
+    """Return the tensors that a model has under further names, each with the one that is used.
 
     Args:
         model_dir: A directory that transformers can load.
@@ -132,12 +132,11 @@ def tied_names(
     resident: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     if model is None or not resident:
         return {}
-    shapes = {name: tensor.ndim for name, tensor in model.state_dict().items()}
     names = stored_names(model)
     as_stored = aligned(list(names.values()), stored)
     groups: dict[str, list[str]] = {}
     for alias, used in resident.items():
-        if shapes[alias] == 2 and alias in names and used in names:
+        if alias in names and used in names:
             group = groups.setdefault(used, [as_stored[names[used]]])
             group.append(as_stored[names[alias]])
     found: dict[str, str] = {}

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, equal_twins
-from searchmerge.checkpoints.embeddings import is_vocabulary
 from searchmerge.checkpoints.renames import tied_names
 
 
@@ -26,17 +25,19 @@ def untie_where_needed(
     )
     if not pairs:
         return base, {name: _with_head_of(base, expert) for name, expert in experts.items()}
-    apart = _held_apart((base, *experts.values()), pairs)
+    apart = _held_apart(base, experts.values(), pairs)
     if not apart:
         return base, dict(experts)
     untied = {name: _untied(expert, apart) for name, expert in experts.items()}
     return _untied(base, apart), untied
 
 
-def _held_apart(models: Iterable[Checkpoint], pairs: Mapping[str, str]) -> dict[str, str]:
-    """Return the pairs of names that are two tensors in a model."""
+def _held_apart(
+    base: Checkpoint, experts: Iterable[Checkpoint], pairs: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the pairs of names that are two tensors in a model, or become so with others."""
     apart: set[str] = set()
-    for model in models:
+    for model in (base, *experts):
         if model.base is None or model.adapter is None:
             stored_twice = {n: used for n, used in pairs.items() if n in model.headers}
             apart |= stored_twice.keys() - equal_twins(model, stored_twice).keys()
@@ -44,6 +45,8 @@ def _held_apart(models: Iterable[Checkpoint], pairs: Mapping[str, str]) -> dict[
             layers = model.adapter.headers.keys()
             twins = {n: used for n, used in pairs.items() if n in model.base.twins}
             apart.update(n for n, used in twins.items() if n in layers or used in layers)
+    if apart and not base.config.get("is_encoder_decoder"):
+        return dict(pairs)  # where a configuration says untied, transformers ties none of them
     return {name: used for name, used in pairs.items() if name in apart}
 
 
@@ -57,7 +60,7 @@ def _untied(model: Checkpoint, apart: Mapping[str, str]) -> Checkpoint:
 
 def _with_head_of(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
     """Return an expert that ties its output embedding as one that the base has apart."""
-    missing = [n for n in base.headers if is_vocabulary(n) and n not in expert.headers]
+    missing = [name for name in base.headers if name not in expert.headers]
     if not missing or expert.adapter is not None:
         return expert
     pairs = tied_names(expert.path, expert.headers, trust_remote_code=expert.trust_remote_code)

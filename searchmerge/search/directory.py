@@ -118,6 +118,8 @@ class StudyDirectory:
             self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
             self.scores = ScoreStore(run_dir / SCORES_FILE)
             opened.callback(self.scores.close)
+            self.scores.claim(json.dumps(spec, sort_keys=True))
+            self._check_scored()
             self._opened = opened.pop_all()
 
     def _guard(self, spec: Mapping[str, Any]) -> None:
@@ -132,6 +134,18 @@ class StudyDirectory:
                 f"and is now {now!r}; change it back, or give the study another name or run "
                 "directory"
             )
+
+    def _check_scored(self) -> None:
+        """Refuse a score cache that was lost, or replaced by an earlier one."""
+        scored = self.scores.plans()
+        for trial in self.trials(TrialState.COMPLETE):
+            record = TrialRecord.read(trial)
+            if record.plan.digest not in scored:
+                raise StudyError(
+                    f"{self.run_dir / SCORES_FILE}: has no scores of {record.name}, which is "
+                    "complete; put back the file that belongs to the study, or begin it anew "
+                    "under another name"
+                )
 
     def keep_deciding(self, names: Sequence[str]) -> list[str]:
         """Return the references that decide the blocks' order: ``names``, or the first kept."""

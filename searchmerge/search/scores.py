@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS answers (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, example INTEGER NOT NULL,
     answer TEXT NOT NULL, PRIMARY KEY (digest, task, part, example)
 );
+CREATE TABLE IF NOT EXISTS study (spec TEXT NOT NULL);
 """
 
 _MAX_CACHED = 256  # plans kept in memory; more than there are workers
@@ -64,6 +65,32 @@ class ScoreStore:
             self._connection.close()
             raise
         self._cached: OrderedDict[str, dict[BlockKey, tuple[float, ...]]] = OrderedDict()
+
+    def claim(self, spec: str) -> None:
+        """Let the file belong to a study; its scores are those of no other.
+
+        Args:
+            spec: All that may change a score. The study's storage keeps it too, and may have
+                been lost or replaced since.
+
+        Raises:
+            StudyError: If there are scores of another study.
+        """
+        with self._read_errors():
+            row = self._connection.execute("SELECT spec FROM study").fetchone()
+            if row is None and not self.plans():
+                self._connection.execute("INSERT INTO study VALUES (?)", (spec,))
+                row = (spec,)
+        if row is None or row[0] != spec:
+            raise StudyError(
+                f"{self._path}: holds scores of another study, or of other models or tasks than "
+                "these; give the study another name or run directory"
+            )
+
+    def plans(self) -> frozenset[str]:
+        """Return the digests of all plans that have scores."""
+        with self._read_errors():
+            return frozenset(d for (d,) in self._connection.execute("SELECT digest FROM plans"))
 
     def put(self, plan: MergePlan, scores: Iterable[BlockScores]) -> None:
         """Keep a round's scores, all of them or none.

@@ -472,3 +472,28 @@ def test_a_damaged_adapter_in_the_cache_is_made_again_with_a_warning(
     caplog.clear()
     assert open_checkpoint(directory, base=base, cache_dir=cache).files == again.files
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"r": 7}, r"has 2 rows; its rank is 7 by adapter_config\.json"),
+        (
+            {"alpha_pattern": {"(": 1}},
+            r"adapter_config\.json: alpha_pattern is .*expression is needed",
+        ),
+        ({"auto_mapping": "x"}, r"adapter_config\.json: auto_mapping is 'x'; an object of texts"),
+        ({"auto_mapping": {"base_model_class": 5}}, r"adapter_config\.json: auto_mapping is"),
+    ],
+)
+def test_settings_that_contradict_the_tensors_or_are_garbage_are_refused(
+    said, message, save, tmp_path, cache_dir
+):
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(save("llama"))
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    base = open_checkpoint(save("llama"), cache_dir=cache_dir)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "a", base=base, cache_dir=cache_dir)

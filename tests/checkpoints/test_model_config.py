@@ -66,6 +66,7 @@ _CHANGES = {
         {**_DECODER, **_DYNAMIC},
         {"max_position_embeddings": 4},
     ),
+    "positions_from_padding": ("roberta", _ENCODER, {"pad_token_id": 0}),
 }
 """Kind of model, its configuration, and what makes another model of the same tensors."""
 

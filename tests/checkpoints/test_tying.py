@@ -17,7 +17,7 @@ from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import METHODS, default_plan
 from searchmerge.merging.task_vectors import TaskVectors
-from tests.checkpoints.conftest import ARCHITECTURES
+from tests.checkpoints.conftest import ARCHITECTURES, Architecture
 from tests.checkpoints.merged import ATOL, Merged, logits, opened_together
 
 pytestmark = [
@@ -222,3 +222,59 @@ def test_an_untied_model_has_the_fingerprint_of_its_files(save, tmp_path, cache_
     )
     assert base.fingerprint() == plain.fingerprint()
     assert base.headers.keys() - plain.headers.keys() == {"lm_head.weight"}
+
+
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_OTHER_NAMES = {
+    "mamba": Architecture(
+        transformers.MambaConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4, use_mambapy=True
+        )
+    ),
+    "roberta": Architecture(transformers.RobertaConfig(**_SMALL), "AutoModelForMaskedLM"),
+    "modernbert": Architecture(
+        transformers.ModernBertConfig(**_SMALL, pad_token_id=0), "AutoModelForMaskedLM"
+    ),
+    "electra": Architecture(
+        transformers.ElectraConfig(**_SMALL, embedding_size=8), "AutoModelForMaskedLM"
+    ),
+}
+"""Tied models whose embeddings have names of their own, and output embeddings a bias."""
+
+
+@pytest.mark.parametrize("name", _OTHER_NAMES)
+@pytest.mark.parametrize("half", ["get_input_embeddings", "get_output_embeddings"])
+def test_an_adapter_unties_embeddings_whatever_their_names(
+    name, half, monkeypatch, tmp_path, cache_dir
+):
+    monkeypatch.setitem(ARCHITECTURES, name, _OTHER_NAMES[name])
+    model = ARCHITECTURES[name].make()
+    model.save_pretrained(tmp_path / "base")
+    changed = getattr(model, half)()
+    layer = next(key for key, module in model.named_modules() if module is changed)
+    expected = train(name, tmp_path / "a", target_modules=[layer])
+    merged = Merged(
+        tmp_path / "base", {"a": tmp_path / "a"}, cache_dir, ARCHITECTURES[name].auto_class
+    )
+    merged.check(default_plan("linear", ["a"]), expected, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["roberta", "modernbert", "electra"])
+@pytest.mark.parametrize("untied", ["base", "expert"])
+def test_a_masked_model_and_one_with_a_head_of_its_own_are_merged(
+    name, untied, tmp_path, cache_dir
+):
+    made = {}
+    for seed, role in enumerate(("base", "expert")):
+        made[role] = _OTHER_NAMES[name].make(seed, tie_word_embeddings=role != untied)
+        made[role].save_pretrained(tmp_path / role)
+    merged = Merged(
+        tmp_path / "base", {"a": tmp_path / "expert"}, cache_dir, "AutoModelForMaskedLM"
+    )
+    merged.check(default_plan("linear", ["a"]), logits(made["expert"]), tmp_path / "out")

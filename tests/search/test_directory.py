@@ -85,3 +85,10 @@ def test_what_was_completed_since_is_in_the_record(toy):
     assert completed.scores == scores
     assert completed.is_completed
     assert not second.is_completed
+
+
+def test_a_study_whose_score_cache_was_emptied_is_refused(toy, tmp_path):
+    toy().run(2)
+    (tmp_path / "scores.db").write_bytes(b"")
+    with pytest.raises(StudyError, match=r"scores\.db: has no scores of trial 0, which is comp"):
+        toy()

@@ -156,3 +156,20 @@ def test_a_page_that_was_overwritten_is_named(file):
     with pytest.raises(StudyError, match=r"scores\.db: cannot be used"):
         store.get(PLAN)
     store.close()
+
+
+def test_scores_belong_to_the_study_that_they_are_of(path):
+    with closing(ScoreStore(path)) as store:
+        store.claim("one study")
+        store.put(plan(0), scored(FIRST))
+    with closing(ScoreStore(path)) as again:
+        again.claim("one study")
+        with pytest.raises(StudyError, match=r"scores\.db: holds scores of another study"):
+            again.claim("another")
+
+
+def test_scores_that_say_no_study_are_not_taken(path):
+    with closing(ScoreStore(path)) as store:
+        store.put(plan(0), scored(FIRST))
+        with pytest.raises(StudyError, match="holds scores of another study"):
+            store.claim("a study")
