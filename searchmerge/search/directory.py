@@ -214,8 +214,9 @@ class StudyDirectory:
         self._opened.close()
 
 
-def stored_study(run_dir: Path, storage: str | None = None) -> optuna.Study:
-    """Return the study that was begun in ``run_dir``, to be read only.
+@contextlib.contextmanager
+def stored_study(run_dir: Path, storage: str | None = None) -> Iterator[optuna.Study]:
+    """Yield the study that was begun in ``run_dir``, to be read only.
 
     Args:
         run_dir: The study's run directory.
@@ -226,8 +227,11 @@ def stored_study(run_dir: Path, storage: str | None = None) -> optuna.Study:
     """
     quiet_optuna()
     name, opened = find_study(run_dir, storage)
-    with storage_errors(run_dir):
-        return optuna.load_study(study_name=name, storage=opened)
+    with storage_errors(run_dir, storage):
+        try:
+            yield optuna.load_study(study_name=name, storage=opened)
+        finally:
+            close_storage(opened)
 
 
 def records_of(study: optuna.Study) -> list[TrialRecord]:

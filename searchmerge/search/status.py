@@ -24,10 +24,10 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     Raises:
         StudyError: If there is no study in ``run_dir``.
     """
-    study = stored_study(run_dir, storage)
-    records = records_of(study)
+    with stored_study(run_dir, storage) as study:
+        records, elapsed_s = records_of(study), elapsed_of(study)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     n_failed = sum(record.value is None for record in records)
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return {
         "study": study.study_name,
         "trials": {
@@ -36,7 +36,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
             "fail": n_failed,
         },
         "stopped_early": sum(record.stopped_after is not None for record in records),
-        "elapsed_s": elapsed_of(study),
+        "elapsed_s": elapsed_s,
         "best": [
             {
                 "trial": record.number,

@@ -18,7 +18,8 @@ def earlier_plans(run_dir: Path, n_plans: int) -> list[MergePlan]:
     Raises:
         StudyError: If there is no study in ``run_dir``.
     """
-    plans = [record.plan for record in ranked(records_of(stored_study(run_dir)))]
+    with stored_study(run_dir) as study:
+        plans = [record.plan for record in ranked(records_of(study))]
     return list({plan.digest: plan for plan in plans}.values())[:n_plans]
 
 

@@ -70,7 +70,8 @@ def test_records_are_the_same_for_the_driver_and_for_readers(toy):
     study = toy()
     study.run(6)
     records = study.directory.records()
-    assert records == records_of(stored_study(study.directory.run_dir))
+    with stored_study(study.directory.run_dir) as stored:
+        assert records == records_of(stored)
     assert [record.number for record in records] == list(range(6))
     assert len(study.directory.trials(TrialState.COMPLETE)) == 6
 
