@@ -8,8 +8,7 @@ from searchmerge.errors import SpecError, StudyError
 from searchmerge.evaluators.evaluator import Answer
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results
-from searchmerge.run import PLANS_DIR, plan_file
-from searchmerge.search.directory import SCORES_FILE
+from searchmerge.search.directory import SCORES_FILE, plan_file
 from searchmerge.search.references import reference_plans
 from searchmerge.search.scores import ScoreStore
 from searchmerge.study import kept_study
@@ -53,5 +52,5 @@ def _plan(run_dir: Path, results: Results, name: str) -> MergePlan:
     if name not in rows:
         raise SpecError(f"no plan {name!r} (there are: {BEST}, {', '.join(rows)})")
     if rows[name]:
-        return MergePlan.from_yaml(plan_file(run_dir / PLANS_DIR, name))
+        return MergePlan.from_yaml(plan_file(run_dir, name))
     return reference_plans(kept_study(run_dir).experts)[name]

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,10 @@ from rich.table import Table
 
 from searchmerge.errors import SearchMergeError, SpecError, StudyError, printable
 from searchmerge.machine import use_allowed_cores, wait_asleep
+
+if TYPE_CHECKING:
+    from searchmerge.config import RunConfig
+    from searchmerge.study import Study as StudyValue
 
 app = typer.Typer(
     help="Find the best merge of several fine-tuned experts of one base model.",
@@ -34,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, e.g. search.n_trials=20."),
 ]
+RunDir = Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")]
 RunsDir = Annotated[Path | None, typer.Option(help="Where run directories are; default runs/.")]
 
 
@@ -67,19 +72,32 @@ def run(
 ) -> None:
     """Run a study, or go on with it where it was stopped."""
     from searchmerge.config import read_config
-    from searchmerge.interrupts import Stopped, stopped_by_signals
-    from searchmerge.progress import ProgressView
-    from searchmerge.run import run_study
     from searchmerge.study import read_study
 
     settings = read_config(config)
     asked = read_study(study, _read_overrides(set_))
-    run_dir = (runs_dir or Path(settings.runs_dir)) / asked.name
+    _run(asked, settings, (runs_dir or Path(settings.runs_dir)) / asked.name, search=True)
+
+
+@app.command()
+def finish(run_dir: RunDir, config: ConfigFile = None) -> None:
+    """Search no more: confirm and save the best plan that a stopped run has found."""
+    from searchmerge.config import read_config
+    from searchmerge.study import kept_study
+
+    _run(kept_study(run_dir), read_config(config), run_dir, search=False)
+
+
+def _run(study: "StudyValue", config: "RunConfig", run_dir: Path, *, search: bool) -> None:
+    from searchmerge.interrupts import Stopped, stopped_by_signals
+    from searchmerge.progress import ProgressView
+    from searchmerge.run import run_study
+
     try:
-        with stopped_by_signals(), ProgressView(_err, crowding=settings.crowding) as view:
-            results = run_study(asked, settings, run_dir, view)
+        with stopped_by_signals(), ProgressView(_err, crowding=config.crowding) as view:
+            results = run_study(study, config, run_dir, view, search=search)
     except Stopped as stopped:
-        _print_stopped(run_dir, settings.storage)
+        _print_stopped(run_dir, config.storage)
         raise typer.Exit(_SIGNALLED + stopped.number) from None
     _print_table(*results.table(), bold=results.winner)
     _out.print(results.verdict, soft_wrap=True)
@@ -99,7 +117,7 @@ def check(study: Study, config: ConfigFile = None, set_: Overrides = None) -> No
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    run_dir: RunDir,
     config: ConfigFile = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -117,7 +135,7 @@ def status(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    run_dir: RunDir,
 ) -> None:
     """Write the report of a finished study again, and print its table."""
     from searchmerge.report.results import REPORT_FILE, Results
@@ -131,7 +149,7 @@ def report(
 
 @app.command()
 def verify(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    run_dir: RunDir,
     config: ConfigFile = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Held-out examples of each task; default: all.")
@@ -159,7 +177,7 @@ def verify(
 
 @app.command()
 def answers(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/quickstart.")],
+    run_dir: RunDir,
     task: Annotated[str, typer.Option(help="A task whose answers are kept.")],
     plan: Annotated[str, typer.Option(help="best, or a name of the report's table.")] = "best",
     against: Annotated[list[str] | None, typer.Option(help="Another plan, or several.")] = None,
@@ -189,7 +207,13 @@ def merge(
     """Merge once, as a plan says, and write the model."""
     from searchmerge.classifier import head_files
     from searchmerge.heads import saved_heads
-    from searchmerge.models import load_task_vectors, open_models, save_merge, warn_of_doubts
+    from searchmerge.models import (
+        check_groups,
+        load_task_vectors,
+        open_models,
+        save_merge,
+        warn_of_doubts,
+    )
     from searchmerge.plan import MergePlan
     from searchmerge.study import plain_study
     from searchmerge.watch import Watch
@@ -206,6 +230,7 @@ def merge(
     named = {name: experts[name] for name in what.experts}
     study = plain_study(base, named, _read_overrides(set_))
     models = open_models(study, resident=False)
+    check_groups(study, models)
     warn_of_doubts(models)
     watch = Watch(models)
     vectors = load_task_vectors(study, models)
@@ -260,7 +285,11 @@ def _print_stopped(run_dir: Path, storage: str | None) -> None:
     _err.print(f"Stopped. All scores are kept in {run_dir}.", soft_wrap=True)
     with contextlib.suppress(StudyError):  # it may have been stopped before it was begun
         _print_status(run_dir, storage)
-    _err.print("The same command goes on from here.")
+    _err.print(
+        "The same command goes on from here; searchmerge finish confirms and saves the best plan "
+        "that there is.",
+        soft_wrap=True,
+    )
 
 
 def _print_status(run_dir: Path, storage: str | None) -> None:

@@ -48,14 +48,22 @@ from searchmerge.study import Study
 from searchmerge.watch import Watch
 
 MODEL_DIR = "model"
-PLANS_DIR = "plans"
 
 Plans = dict[str, MergePlan]
 """What a plan is called to the plan."""
 
 
-def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer) -> Results:
+def run_study(
+    study: Study, config: RunConfig, run_dir: Path, observer: Observer, *, search: bool = True
+) -> Results:
     """Run a study to its end, from wherever an earlier run left it.
+
+    Args:
+        study: What is asked for.
+        config: On which machine.
+        run_dir: Where everything is kept.
+        observer: Shows a person what happens.
+        search: Whether trials are run; else the best of those there are is confirmed and saved.
 
     Raises:
         SearchMergeError: If it cannot be run; all that was scored is kept.
@@ -76,7 +84,7 @@ def run_study(study: Study, config: RunConfig, run_dir: Path, observer: Observer
         executor = stack.enter_context(
             contextlib.closing(assemble.make_executor(study, models, config, watch.content))
         )
-        results = StudyRun(study, models, directory, executor, observer).run()
+        results = StudyRun(study, models, directory, executor, observer).run(search=search)
         watch.check()
         _save(results, study, models, run_dir, observer, watch.check)
         return results
@@ -116,15 +124,19 @@ class StudyRun:
             observer,
         )
 
-    def run(self) -> Results:
+    def run(self, *, search: bool) -> Results:
         """Score the references, search, confirm the best, and return what came of it.
+
+        Args:
+            search: Whether trials are run, or those that there are decide.
 
         Raises:
             SearchMergeError: If a step cannot be done; all that was scored is kept.
         """
         references = self._runner.score_references()
         objective = self._relative_objective(references)
-        self._search(objective)
+        if search:
+            self._search(objective)
         best = self._complete_the_best(objective)
         plans = self._score_held_out({**references, **best})
         confirmation = self._confirm(plans, best, objective)
@@ -170,7 +182,8 @@ class StudyRun:
             scored = candidates(self._directory.records(), objective)
         best = best_candidates([r for r in scored if r.is_full], top_k, references)
         best_plans = {record.name: record.plan for record in best}
-        _write_plans(self._directory.run_dir / PLANS_DIR, best_plans)
+        for name, plan in best_plans.items():
+            self._directory.write_plan(name, plan)
         return best_plans
 
     def _score_held_out(self, plans: Plans) -> Plans:
@@ -218,17 +231,6 @@ class StudyRun:
             details=make_details(board, plans, detailed),
             points=make_points(candidates(records, objective), rows, objective),
         )
-
-
-def _write_plans(folder: Path, plans: Plans) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, plan in plans.items():
-        plan.to_yaml(plan_file(folder, name))
-
-
-def plan_file(folder: Path, name: str) -> Path:
-    """Return where a plan of that name is written down."""
-    return folder / f"{name.replace(' ', '-')}.yaml"
 
 
 def _described(models: Models) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from searchmerge.checkpoints.model_class import CAUSAL_LM, is_also
+from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
 from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.search.objective import Against, Kind, Pick
@@ -346,7 +347,7 @@ def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, st
     """Return what a study would say that names models and nothing else.
 
     Raises:
-        SpecError: If a key is unknown or a value is not allowed.
+        SpecError: If a key is unknown, a value is not allowed, or a model would be another.
     """
     data = {
         "base": base,
@@ -354,7 +355,15 @@ def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, st
         "space": {"method": "task_arithmetic"},
         "tasks": {"none": {"split": "none"}},
     }
-    return to_model(data, study_model(), overrides, "--set")
+    spec = to_model(data, study_model(), overrides, "--set")
+    asked = {"base": base, **{f"experts.{name}": path for name, path in experts.items()}}
+    models = {"base": spec.base, **{f"experts.{name}": m for name, m in spec.experts.items()}}
+    for key, model in models.items():
+        if model.path != asked.get(key):
+            raise SpecError(
+                f"--set {key}: names {model.path!r}; the models are those of --base and --expert"
+            )
+    return spec
 
 
 def merge_overrides(spec: StudySpec) -> dict[str, str]:

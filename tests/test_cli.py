@@ -71,6 +71,44 @@ def n_scored(run_dir):
         return 0
 
 
+def test_what_a_stopped_run_has_found_is_confirmed_and_saved(study, searchmerge, killed, tmp_path):
+    file = study(name="cut", search={"sampler": "random", "n_trials": 40, "racing": "off"})
+    run_dir = tmp_path / "runs" / "cut"
+    killed(file, run_dir, 120)
+    best_so_far = MergePlan.from_yaml(run_dir / "plans" / "best-so-far.yaml")
+    before = len(trials(run_dir))
+    code, out, err = searchmerge("finish", run_dir)
+    assert code == 0, err
+    assert len(trials(run_dir)) == before < 40
+    results = Results.load(run_dir)
+    assert MergePlan.from_yaml(run_dir / "model" / "merge_plan.yaml") == results.merge_plan
+    assert best_so_far.method == "ties" and results.verdict in out
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("exclude=['.*']", "exclude: ['.*'] leaves no parameter to be merged"),
+        ("base=second", "--set base: names 'second'; the models are those of --base and --expert"),
+        ("experts.first=second", "--set experts.first: names 'second'; the models are those of"),
+    ],
+)
+def test_a_merge_of_nothing_or_of_other_models_is_refused(
+    study, searchmerge, tmp_path, said, message
+):
+    study()
+    MergePlan("linear", ("first",), {"coefficient": ((1.0,),)}).to_yaml(tmp_path / "plan.yaml")
+    models = ("--base", "base", "--expert", "first=first", "--out", "out")
+    code, _, err = searchmerge("merge", "plan.yaml", *models, "--set", said)
+    assert code == 2 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_has_found_nothing_has_nothing_to_finish(study, searchmerge, tmp_path):
+    code, _, err = searchmerge("finish", tmp_path / "nowhere")
+    assert code == 2 and "nowhere: what was run is not kept here" in err
+
+
 def test_a_study_runs_to_a_model_that_scores_what_the_report_says(study, searchmerge, tmp_path):
     file = study(name="tiny")
     code, out, err = searchmerge("run", file)

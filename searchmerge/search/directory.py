@@ -12,8 +12,9 @@ from filelock import FileLock, Timeout
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from searchmerge.durable import write_atomically
 from searchmerge.errors import StudyError
-from searchmerge.plan import SettingValue
+from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.scores import ScoreStore
 from searchmerge.search.storage import (
     claim_study,
@@ -26,6 +27,9 @@ from searchmerge.search.storage import (
 from searchmerge.search.trials import FINISHED, TrialRecord, enqueue, left_running
 
 SCORES_FILE = "scores.db"
+PLANS_DIR = "plans"
+BEST_SO_FAR = "best so far"
+"""What the plan is called that is best while a study runs."""
 _LOCK_FILE = ".lock"
 # user attributes of the study
 _SPEC = "spec"  # the canonical study, as it was begun
@@ -194,6 +198,19 @@ class StudyDirectory:
         """
         return records_of(self.study)
 
+    def write_plan(self, name: str, plan: MergePlan) -> None:
+        """Write a plan into the run directory, under what it is called in tables.
+
+        Raises:
+            StudyError: If it cannot be written.
+        """
+        file = plan_file(self.run_dir, name)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, plan.to_yaml())
+        except OSError as error:
+            raise StudyError(f"{file}: cannot be written: {error.strerror or error}") from error
+
     def keep_completed(self, record: TrialRecord) -> None:
         """Keep the scores of a trial that was stopped early and is scored in full since."""
         completed = self.study.user_attrs.get(_COMPLETED, {})
@@ -232,6 +249,11 @@ def stored_study(run_dir: Path, storage: str | None = None) -> Iterator[optuna.S
             yield optuna.load_study(study_name=name, storage=opened)
         finally:
             close_storage(opened)
+
+
+def plan_file(run_dir: Path, name: str) -> Path:
+    """Return where the plan is that is called ``name`` in tables."""
+    return run_dir / PLANS_DIR / f"{name.replace(' ', '-')}.yaml"
 
 
 def records_of(study: optuna.Study) -> list[TrialRecord]:

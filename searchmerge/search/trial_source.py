@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from searchmerge.errors import StudyError
 from searchmerge.search.budget import Spending
 from searchmerge.search.candidates import candidates
-from searchmerge.search.directory import StudyDirectory
+from searchmerge.search.directory import BEST_SO_FAR, StudyDirectory
 from searchmerge.search.dispatch import MAX_TRIES, Job
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
@@ -124,6 +124,8 @@ class TrialSource:
         return is_best
 
     def _end(self, record: TrialRecord, *, is_best: bool) -> None:
+        if is_best:
+            self._directory.write_plan(BEST_SO_FAR, record.plan)
         self._spending.end()
         self._spending.clock.tick()
         self._observer.trial(record, is_best=is_best)
