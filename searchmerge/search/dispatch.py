@@ -32,7 +32,8 @@ class Job(Generic[T]):
         plan: What to merge.
         rounds: What to score it on, the whole schedule.
         subject: What it is a job of, for its source: a trial, say.
-        tries: How often it was given to a worker, but for those that were found dead.
+        tries: How often it was given to a worker since a block of it was scored, but for those
+            that were found dead.
         n_spared: How often its worker was found dead before it took the job up.
         merge_s: Seconds spent merging, over all tries.
         score_s: Seconds spent scoring, over all tries.
@@ -46,6 +47,10 @@ class Job(Generic[T]):
     n_spared: int = 0
     merge_s: float = 0.0
     score_s: float = 0.0
+
+    def go_on_block_by_block(self) -> None:
+        """Let every block be kept as it is scored: what cut the job off may do so again."""
+        self.rounds = tuple((block,) for blocks in self.rounds for block in blocks)
 
 
 class JobSource(Protocol[T]):
@@ -107,9 +112,11 @@ class ListSource(Generic[T]):
 class Dispatcher:
     """Runs jobs from a source on an executor, and keeps every score as it arrives.
 
-    A job whose worker is lost goes to another, at most ``MAX_TRIES`` times in all, where a worker
-    that was dead before it took the job up does not count (``MAX_SPARED`` times); a plan at
-    which ``MAX_DEATHS`` workers died, with no block scored in between, is not tried again.
+    A job whose worker is lost goes to another, block by block, so that each try keeps what it
+    scores however soon it is cut off. It is given up after ``MAX_TRIES`` tries in a row that
+    scored no block, where a worker that was dead before it took the job up does not count
+    (``MAX_SPARED`` times); a plan at which ``MAX_DEATHS`` workers died, with no block scored in
+    between, is not tried again.
     """
 
     def __init__(self, executor: Executor, scores: ScoreStore) -> None:
@@ -168,6 +175,7 @@ class _Shift(Generic[T]):
                 job = self._live[number]
                 job.merge_s += result.merge_s
                 job.score_s += result.score_s
+                job.tries = 1
                 self.scores.put(job.plan, result.scores)
                 to_do = self.scores.missing(job.plan, job.rounds)
                 if to_do and not self.source.goes_on(job):
@@ -201,6 +209,8 @@ class _Shift(Generic[T]):
         if not lost.was_begun and job.n_spared < MAX_SPARED:
             job.n_spared += 1
             job.tries -= 1
+        if lost.was_begun:
+            job.go_on_block_by_block()
         if not lost.blameless:
             n_blocks = len(self.scores.get(job.plan))
             before = self.deaths.get(job.plan.digest, Crashes(0, n_blocks))

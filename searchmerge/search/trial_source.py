@@ -60,6 +60,8 @@ class TrialSource:
         while self._left_running:
             job = self._job(self._left_running.pop(0))
             if not self._is_given_up(job):
+                if self._directory.was_cut_off:
+                    job.go_on_block_by_block()
                 return job
             self.failed(job, f"{MAX_TRIES} runs ended abruptly while they were at it")
         if self._spending.is_over:

@@ -66,29 +66,29 @@ def dispatch(tmp_path):
     store.close()
 
 
-def test_a_lost_job_goes_on_with_the_rounds_it_has(dispatch):
+def test_a_lost_job_goes_on_with_the_rounds_it_has_block_by_block(dispatch):
     executor, source = dispatch((2, False))
-    assert executor.tries == [5, 3]
+    assert executor.tries == [5, 9]  # three rounds of three blocks
     assert [job.name for job in source.done] == ["job 0"]
-    assert source.done[0].score_s == 5.0
+    assert source.done[0].score_s == 11.0
 
 
 def test_two_deaths_without_a_block_in_between_end_a_plan(dispatch):
     executor, source = dispatch((2, False), (0, False), n_jobs=2)
-    assert executor.tries == [5, 3, 5]
+    assert executor.tries == [5, 9, 5]
     assert source.failures == {"job 0": "its worker was lost (2 tries)"}
     assert [job.name for job in source.done] == ["job 1"]
 
 
-def test_a_job_that_comes_further_each_time_has_three_tries(dispatch):
-    executor, source = dispatch((1, False), (1, False), (1, False))
-    assert executor.tries == [5, 4, 3]
-    assert source.failures == {"job 0": "its worker was lost (3 tries)"}
+def test_a_job_that_comes_a_block_further_each_time_is_done_in_the_end(dispatch):
+    executor, source = dispatch(*[(1, False)] * 5)
+    assert executor.tries == [5, 12, 11, 10, 9, 8]
+    assert [job.name for job in source.done] == ["job 0"]
 
 
 def test_losses_that_are_nobodys_fault_count_as_tries_alone(dispatch):
     executor, source = dispatch((0, True), (0, True))
-    assert executor.tries == [5, 5, 5]
+    assert executor.tries == [5, 15, 15]
     assert [job.name for job in source.done] == ["job 0"]
     _, source = dispatch((0, True), (0, False), (0, True), n_jobs=2)
     assert source.failures == {"job 1": "its worker was lost (3 tries)"}
@@ -96,8 +96,8 @@ def test_losses_that_are_nobodys_fault_count_as_tries_alone(dispatch):
 
 def test_workers_that_were_dead_before_they_took_a_job_up_are_no_tries(dispatch):
     executor, source = dispatch(*[(None, True)] * 4, (0, False))
-    assert executor.tries == [5] * 6
-    assert [job.tries for job in source.done] == [2]
+    assert executor.tries == [*[5] * 5, 15]
+    assert [job.tries for job in source.done] == [1]
 
 
 def test_a_job_that_no_worker_ever_takes_up_ends(dispatch):
