@@ -30,12 +30,14 @@ def finished(root):
         StudyError, match="'said' is not kept; give the study's task answers: keep"
     ):
         kept_answers(run_dir, "said", ["best"])
-    trials = len(stored_study(run_dir).trials)
+    with stored_study(run_dir) as study:
+        trials = len(study.trials)
     before = Results.load(run_dir)
     run(
         root, name="answers", tasks={"said": {**PARTS, "answers": "keep"}, "first": tasks["first"]}
     )
-    assert len(stored_study(run_dir).trials) == trials
+    with stored_study(run_dir) as study:
+        assert len(study.trials) == trials
     assert Results.load(run_dir).rows == before.rows
     return run_dir
 

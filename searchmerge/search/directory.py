@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from searchmerge.durable import write_atomically
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.scores import ScoreStore
@@ -207,7 +206,7 @@ class StudyDirectory:
         file = plan_file(self.run_dir, name)
         try:
             file.parent.mkdir(exist_ok=True)
-            write_atomically(file, plan.to_yaml())
+            plan.to_yaml(file)
         except OSError as error:
             raise StudyError(f"{file}: cannot be written: {error.strerror or error}") from error
 

@@ -23,8 +23,9 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    study = stored_study(args.run_dir)
-    plans = {record.name: record.plan for record in records_of(study) if record.is_full}
+    with stored_study(args.run_dir) as study:
+        plans = {record.name: record.plan for record in records_of(study) if record.is_full}
+        spec = json.loads(study.user_attrs["spec"])
     experts = next(iter(plans.values())).experts
     references = reference_plans(experts)
     known = {plan.digest for plan in references.values()}
@@ -33,7 +34,6 @@ def main() -> None:
         if plan.digest not in known:
             known.add(plan.digest)
             candidates[name] = plan
-    spec = json.loads(study.user_attrs["spec"])
     goals = {t: (o["weight"], o["expert"]) for t, o in spec["study"]["tasks"].items()}
     with sqlite3.connect(args.run_dir / "scores.db") as scores:
         rows = {**references, **candidates}

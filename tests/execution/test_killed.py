@@ -105,7 +105,8 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_trials(drive, cluster, tm
     resumed = drive(14, 0.0, cluster.address)
     assert resumed.wait(timeout=120) == 0, (tmp_path / "driver.log").read_text()
     trials = check_all_scores(run_dir, 14)
-    assert {number: params(run_dir)[number] for number in before} == before
+    after = params(run_dir)
+    assert all(after[number].items() >= before[number].items() for number in before)
     assert all(trials[number].values for (number,) in known)
     assert read_status(run_dir)["trials"] == {"complete": 14, "running": 0, "fail": 0}
 

@@ -1,5 +1,7 @@
 """The whole of a study without models, in one process."""
 
+import shutil
+
 import pytest
 from optuna.trial import TrialState
 
@@ -32,8 +34,8 @@ def test_references_that_are_in_the_space_are_the_first_trials(toy):
 @pytest.mark.parametrize("interrupted_at", [1, 4, 7])
 def test_an_interrupted_study_goes_on_with_the_same_trials(toy, tmp_path, interrupted_at):
     whole = [(t.number, t.params, t.value) for t in toy().run(10)]
-    for file in tmp_path.iterdir():
-        file.unlink()
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
     with pytest.raises(KeyboardInterrupt):
         toy().run(10, observer=Recorder(interrupt_at=interrupted_at))
     resumed = toy()
