@@ -23,7 +23,7 @@ from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model
-from searchmerge.yaml_text import dump_yaml
+from searchmerge.yaml_text import yaml_in_one_line
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)?\s*$")
 _SECONDS = {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -46,12 +46,9 @@ class ModelSpec(Strict):
     revision: str | None = None
 
 
-def _model(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-Model = Annotated[ModelSpec, BeforeValidator(_model)]
-
+Model = Annotated[
+    ModelSpec, BeforeValidator(lambda said: {"path": said} if isinstance(said, str) else said)
+]
 
 Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 """A number of examples, or a part of all that a task has."""
@@ -379,9 +376,4 @@ def merge_overrides(spec: StudySpec) -> dict[str, str]:
             overrides[f"{name}.{kind.private_key}"] = list(patterns)
     models = {"base": spec.base, **{f"experts.{name}": m for name, m in spec.experts.items()}}
     overrides |= {key: m.model_dump(mode="json") for key, m in models.items() if m.revision}
-    return {key: _in_one_line(value) for key, value in overrides.items()}
-
-
-def _in_one_line(value: Any) -> str:
-    text = dump_yaml(value, flow=True, width=float("inf"))
-    return text.removesuffix("...\n").strip()
+    return {key: yaml_in_one_line(value) for key, value in overrides.items()}

@@ -133,6 +133,11 @@ def dump_yaml(data: Any, *, flow: bool | None = None, width: float = 80) -> str:
     return text
 
 
+def yaml_in_one_line(data: Any) -> str:
+    """Return plain data as one line of YAML text."""
+    return dump_yaml(data, flow=True, width=float("inf")).removesuffix("...\n").strip()
+
+
 class _Reader:
     """Makes plain data of a document's nodes, and notes the line of each key."""
 
