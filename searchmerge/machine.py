@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-_ASLEEP = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
+SOON_ASLEEP = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
 """For GNU's OpenMP, which torch's wheels bring, and for LLVM's and Intel's, as in conda's.
 
 GNU's spins 300,000 times by default. 3,000 cost nothing on a quiet machine; sleeping at once,
@@ -25,7 +25,7 @@ def wait_asleep() -> None:
     """
     if "OMP_WAIT_POLICY" in os.environ:
         return
-    for name, value in _ASLEEP.items():
+    for name, value in SOON_ASLEEP.items():
         os.environ.setdefault(name, value)
 
 

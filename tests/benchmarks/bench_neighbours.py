@@ -16,12 +16,14 @@ import subprocess
 import sys
 from collections import defaultdict
 
+from searchmerge.machine import SOON_ASLEEP
+
 WAYS = {
-    "asleep": {"OMP_WAIT_POLICY": "passive"},
-    "spinning a little": {"GOMP_SPINCOUNT": "2000"},
+    "asleep at once": {"OMP_WAIT_POLICY": "passive"},
+    "as a run does": SOON_ASLEEP,
     "as torch does": {},
 }
-MEASURED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+MEASURED = ("OMP_WAIT_POLICY", *SOON_ASLEEP, "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 BUSY = "while True: pass"
 

@@ -1,4 +1,4 @@
-"""Checks and measures everything on this machine's GPU: one command, under eight minutes.
+"""Checks and measures everything on this machine's GPU: one command, within a budget.
 
     python tests/gpu/check.py [--out figures.jsonl] [--budget 450] [--device cuda:0]
 
