@@ -103,7 +103,7 @@ class Pass:
         experts: Indices of the experts that are read; ``None`` for all.
         kept: Parameter name to tensors that :class:`Measure` keeps, or computes when asked.
         keys: Parameter name to int64 ``(n_experts,)``; ``None`` where nothing is random.
-        revise: Given the sum of all tallies (float64), returns the pass that has to be done
+        revise: Given the sums of the two tallies (float64), returns the pass that has to be done
             instead, or ``None`` where this one stands.
     """
 

@@ -168,7 +168,7 @@ def merge_drawn(chunk: Chunk) -> tuple[Tensor]:
     return (weighted_sum(_left(chunk, scalars.limits), scalars.coefficients),)
 
 
-def merge_drawn_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
+def merge_drawn_elected(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:

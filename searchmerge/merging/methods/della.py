@@ -172,7 +172,7 @@ def merge_ranked(chunk: Chunk) -> tuple[Tensor]:
     return (weighted_sum(_left(chunk, scalars), scalars.coefficients),)
 
 
-def merge_ranked_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
+def merge_ranked_elected(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:

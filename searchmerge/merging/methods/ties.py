@@ -102,7 +102,7 @@ class Ties:
         return Pass(_MERGE[aggregate], by_group(plan, self._measure.names, scalars))
 
 
-def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
+def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor, Tensor]:
     """Trim, elect signs and merge; return what :func:`merge_elected` does.
 
     Args:
