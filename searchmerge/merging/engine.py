@@ -21,6 +21,7 @@ from searchmerge.merging.rows import (
     spans,
     write_rows,
 )
+from searchmerge.merging.statistics import Counters, count_numbers, count_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -161,30 +162,55 @@ class Engine:
     def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
         return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)
 
+    def count(self, function: ChunkFunction, operands: Operands, counters: Counters) -> bool:
+        """Count the keys of what ``function`` returns, on a GPU; return whether it could be done.
+
+        Args:
+            function: Arithmetic entry by entry.
+            operands: What it reads.
+            counters: What is added to.
+        """
+        n_entries = len(operands.base)
+        numbers = numbers_of(operands.scalars, 1.0).to(operands.base.device, non_blocking=True)
+        fixed = (counters.starts, counters.step)
+        for start, stop in spans(n_entries):
+            rows = rows_of(operands.part(start, stop), numbers)
+            if not self.run_rows(count_rows, function, rows, counters.counts, fixed):
+                return False
+        whole = in_rows(n_entries)
+        if whole < n_entries:
+            rest = self._compute_chunks(function, operands.part(whole, n_entries))
+            count_numbers(rest, counters)
+        return True
+
     def run_rows(
-        self, kernel: RowKernel, function: ChunkFunction, rows: Rows, outs: tuple[Tensor, ...]
+        self,
+        kernel: RowKernel,
+        function: ChunkFunction,
+        rows: Rows,
+        outs: tuple[Tensor, ...],
+        fixed: tuple[Tensor, ...] = (),
     ) -> bool:
         """Run a kernel that writes ``outs``; return whether it could be compiled.
 
         Args:
-            kernel: Takes ``function``, ``rows`` and ``outs``.
+            kernel: Takes ``function``, ``rows``, ``fixed`` and ``outs``.
             function: The method's arithmetic.
             rows: What it reads, two rows or more.
-            outs: What it writes: a length in rows first, or of a fixed size.
+            outs: What it writes, of any length.
+            fixed: What else it reads, of the same shapes each time.
         """
         tensors = (rows.base, *rows.experts, *rows.kept, *outs)
         dtypes = tuple([tensor.dtype for tensor in tensors])
         layout = (len(rows.experts), len(rows.kept), rows.numbers.shape, rows.keys is None)
         key = (kernel, function, rows.base.device, layout, dtypes)
         if key in _COMPILED:
-            _COMPILED[key](rows, *outs)
+            _COMPILED[key](rows, *fixed, *outs)
             return True
-        n_rows = len(rows.base)
         for tensor in tensors:
-            if len(tensor) == n_rows:
-                torch._dynamo.mark_dynamic(tensor, 0)
+            torch._dynamo.mark_dynamic(tensor, 0)
         run = _compile(kernel, function, len(_COMPILED), _IN_ROWS, dynamic=None)
-        return self._first_run(key, run, (rows, *outs)) is not None
+        return self._first_run(key, run, (rows, *fixed, *outs)) is not None
 
     def _merge_in_rows(
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,7 @@ class Measure:
         numbers: Numbers,
         n_rows: int,
         *,
+        computed: tuple[ChunkFunction, Tensor] | None = None,
         grid: Sequence[int] = (),
         experts: Sequence[int] | None = None,
     ) -> OrderStatistics:
@@ -147,11 +149,21 @@ class Measure:
             label: What they are, in a few words; tells their cache from others.
             numbers: Makes them, ``n_rows`` tensors a call.
             n_rows: How many numbers there are per entry.
+            computed: The arithmetic that makes them and its scalars, by which a GPU counts them
+                where they are made; ``None`` where they are read.
             grid: Ranks that will be asked for.
             experts: Indices of the experts read; ``None`` for all.
         """
+
+        def blocks() -> Iterator[Block]:
+            for name, part in self.parts(experts):
+                if computed is not None and self._counts_there(part):
+                    yield self._counted(computed[0], part.with_scalars(computed[1]))
+                else:
+                    yield _block(numbers(name, part))
+
         return OrderStatistics(
-            lambda: (_block(numbers(name, part)) for name, part in self.parts(experts)),
+            blocks,
             n_rows,
             self.n_parameters,
             grid=grid,
@@ -291,8 +303,24 @@ class Measure:
         )
         return Operands(base, tuple(flat), torch.empty(0, len(chosen)))
 
+    def _counts_there(self, part: Operands) -> bool:
+        return part.base.device.type == "cuda" and self.engine.is_compiled(part.base.device)
+
+    def _counted(self, function: ChunkFunction, part: Operands) -> Block:
+        """Return a block that a GPU counts; what it would read, should it fail to compile."""
+
+        def read(row: int) -> Callable[[slice], Tensor]:
+            return lambda where: self.engine.compute(function, part)[row][where]
+
+        rows = [read(row) for row in range(len(part.experts))]
+        count = partial(self.engine.count, function, part)
+        return Block(len(part.base), rows, count, part.base.device)
+
     def _magnitude_blocks(self) -> Iterator[Block]:
         for _, part in self.parts():
+            if self._counts_there(part):
+                yield self._counted(magnitudes, part)
+                continue
             yield Block(len(part.base), [_magnitude(expert, part.base) for expert in part.experts])
 
     def _file(self, label: str) -> Path | None:
@@ -321,6 +349,11 @@ class _Computed(Mapping[str, tuple[Tensor, ...]]):
 
     def __len__(self) -> int:
         return len(self._measure.names)
+
+
+def magnitudes(chunk: Chunk) -> tuple[Tensor, ...]:
+    """Return the magnitude of each task vector's entries, ``(m,)`` float32 each."""
+    return tuple(delta.abs() for delta in chunk.deltas)
 
 
 def _products(chunk: Chunk) -> tuple[Tensor, ...]:
