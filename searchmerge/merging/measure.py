@@ -13,6 +13,7 @@ from torch import Tensor
 
 from searchmerge.merging.engine import CHUNK, MOST_AT_ONCE, Engine, Operands
 from searchmerge.merging.kernels import GRID, Chunk, ChunkFunction
+from searchmerge.merging.residency import free_bytes
 from searchmerge.merging.statistics import Block, OrderStatistics
 from searchmerge.merging.task_vectors import TaskVectors
 
@@ -179,6 +180,9 @@ class Measure:
     ) -> dict[str, tuple[Tensor, ...]] | None:
         """Compute numbers per entry and keep them, ``(numel,)`` float32 each, if memory allows.
 
+        Where a kernel on a GPU computes them as it merges they are not kept: reading them would
+        take longer.
+
         Args:
             numbers: Makes them, ``n_rows`` tensors a call.
             n_rows: How many numbers there are per entry.
@@ -187,6 +191,8 @@ class Measure:
         Returns:
             Parameter name to what is kept; ``None`` if it does not fit.
         """
+        if any(self._is_compiled_on_gpu(self.device(name)) for name in self.names):
+            return None
         size_bytes = 4 * n_rows * self.n_parameters
         if not self.budget.take(size_bytes):
             return None
@@ -202,29 +208,46 @@ class Measure:
                 row[part.start : part.start + len(values)] = values
         return kept
 
-    def keep_whole(self, numbers: WholeNumbers, n_rows: int) -> Mapping[str, tuple[Tensor, ...]]:
+    def keep_whole(
+        self, numbers: WholeNumbers, n_rows: int, *, as_weights: bool = False
+    ) -> Mapping[str, tuple[Tensor, ...]]:
         """Compute numbers per entry from whole parameters, and keep them if memory allows.
+
+        What does not fit on a GPU is kept in its host's memory, page-locked.
 
         Args:
             numbers: Makes them, ``n_rows`` tensors a call, from a parameter's name and task
                 vectors.
             n_rows: How many numbers there are per entry.
+            as_weights: Whether they are kept on a GPU as weights are, in the base's dtype.
 
         Returns:
-            Parameter name to ``(numel,)`` float32 each; where there is no room to keep them
-            they are computed each time they are looked up.
+            Parameter name to ``(numel,)`` each, float32 unless kept as weights are; where there
+            is no room to keep them they are computed each time they are looked up.
         """
         computed = _Computed(self, numbers)
-        if not self.budget.take(4 * n_rows * self.n_parameters):
+        on_gpu = any(self.device(name).type == "cuda" for name in self.names)
+        dtypes = {
+            name: self.vectors.base[name].dtype if as_weights and on_gpu else torch.float32
+            for name in self.names
+        }
+        size_bytes = n_rows * sum(self.shape(n).numel() * d.itemsize for n, d in dtypes.items())
+        fits = self.budget.take(size_bytes)
+        if not fits and not (on_gpu and size_bytes <= free_bytes(torch.device("cpu")) // 2):
             _logger.warning("there is no memory to keep what is measured: each merge does it anew")
             return computed
-        return dict(computed)
+        kept = {}
+        for name, dtype in dtypes.items():
+            rows = tuple(row.to(dtype) for row in computed[name])
+            kept[name] = rows if fits else tuple(row.cpu().pin_memory() for row in rows)
+        return kept
 
     def release(self, kept: Mapping[str, tuple[Tensor, ...]]) -> None:
         """Give back the budget of what was kept; the caller forgets the tensors."""
         if isinstance(kept, dict):
-            for tensors in kept.values():
-                self.budget.left_bytes += sum(4 * tensor.numel() for tensor in tensors)
+            for name, tensors in kept.items():
+                here = [t for t in tensors if t.device.type == self.device(name).type]
+                self.budget.left_bytes += sum(tensor.nbytes for tensor in here)
 
     def compute(self, function: ChunkFunction, name: str) -> tuple[Tensor, ...]:
         """Return what ``function`` returns of one whole parameter, without scalars."""
@@ -304,7 +327,10 @@ class Measure:
         return Operands(base, tuple(flat), torch.empty(0, len(chosen)))
 
     def _counts_there(self, part: Operands) -> bool:
-        return part.base.device.type == "cuda" and self.engine.is_compiled(part.base.device)
+        return self._is_compiled_on_gpu(part.base.device)
+
+    def _is_compiled_on_gpu(self, device: torch.device) -> bool:
+        return device.type == "cuda" and self.engine.is_compiled(device)
 
     def _counted(self, function: ChunkFunction, part: Operands) -> Block:
         """Return a block that a GPU counts; what it would read, should it fail to compile."""

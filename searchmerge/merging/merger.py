@@ -206,7 +206,10 @@ class Merger:
         """
         inputs = self._inputs(vectors, work)
         on_gpus = all(device.type == "cuda" for device in self._devices.values())
-        is_kept = not work.kept or isinstance(work.kept, dict)
+        is_kept = not work.kept or (
+            isinstance(work.kept, dict)
+            and all(t.device.type == "cuda" for kept in work.kept.values() for t in kept)
+        )
         if not (isinstance(inputs, list) and inputs and on_gpus and is_kept):
             return None
         if not all(self._engine.is_compiled(device) for device in self._devices.values()):
@@ -252,7 +255,8 @@ class Merger:
         """Merge one parameter into ``out``, of any layout; return the tally."""
         flat = out.view(-1) if out.is_contiguous() else torch.empty_like(out).reshape(-1)
         keys = work.keys(name) if work.keys else None
-        kept = tuple(t.to(tensors[0].device) for t in work.kept[name]) if work.kept else ()
+        kept = () if not work.kept else work.kept[name]
+        kept = tuple(t.to(tensors[0].device, non_blocking=True) for t in kept)
         parameter = Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
         tally = self._engine.merge(work.function, parameter, scale, flat)
         if not out.is_contiguous():

@@ -78,7 +78,7 @@ class IsoC:
             total = torch.stack(scaled).sum(0)
             return (isotropic(total) if total.ndim == 2 else total / len(deltas),)
 
-        return self._measure.keep_whole(flatten, 1)
+        return self._measure.keep_whole(flatten, 1, as_weights=True)
 
 
 def _ratios(row: Sequence[float]) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ class Tsv:
     def bind(self, plan: MergePlan) -> Pass:
         """Fix the coefficients."""
         if self._parts is None:
-            self._parts = self._measure.keep_whole(_separate, len(plan.experts))
+            self._parts = self._measure.keep_whole(_separate, len(plan.experts), as_weights=True)
         scalars = [SumScalars(row) for row in plan.values["coefficient"]]
         return Pass(weighted_kept, by_group(plan, self._measure.names, scalars), (), self._parts)
 
