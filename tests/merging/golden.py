@@ -1,6 +1,7 @@
 """The outputs of the authors' own code, and how far a merger is from them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,25 @@ class Case:
             method, values["coefficient"] = "linear", ((1.0,) * len(experts),)
         return MergePlan(method, experts, values, settings=settings)
 
-    def deviations(self, engine: EngineKind) -> dict[str, int]:
-        """Return, for every output that is not reproduced, how many of its entries are off."""
+    def one_of_each(self) -> list[str]:
+        """Return outputs such that each method, and each of its ways, made one."""
+        first: dict[tuple[str, ...], str] = {}
+        for key in self.outputs:
+            method, *how = key.removeprefix("dropzero/").split("/")
+            first.setdefault((method, how[1] if method == "ties" else ""), key)
+        return list(first.values())
+
+    def deviations(self, engine: EngineKind, keys: Sequence[str] | None = None) -> dict[str, int]:
+        """Return, for every output that is not reproduced, how many of its entries are off.
+
+        Args:
+            engine: How arithmetic is run.
+            keys: The outputs; ``None`` for all.
+        """
         merger = Merger(TaskVectors.from_weights(self.base, self.experts), engine=engine)
         worst = {}
-        for key, wanted in self.outputs.items():
+        for key in self.outputs if keys is None else keys:
+            wanted = self.outputs[key]
             got = self.flat({**self.base, **dict(merger.merged(self.plan(key)))})
             bound = 1e-6 * wanted.abs() + 3e-7 * max(1.0, float(self._largest()))
             if "pcb" in key:
