@@ -52,8 +52,13 @@ _ALWAYS: _Options = {"cpp.dynamic_threads": True, "size_asserts": False}
 """Of inductor: threads whatever the first parameter's size, which would decide for all; and no
 check of every input in every call, as all are contiguous."""
 
-_IN_ROWS: _Options = {**_INLINED, "assert_indirect_indexing": False}
-"""Of inductor, for kernels on a GPU: one, and no check of indices that are within by masks."""
+_IN_ROWS: _Options = {
+    **_INLINED,
+    "assert_indirect_indexing": False,
+    "emulate_precision_casts": True,
+}
+"""Of inductor, for kernels on a GPU: one; no check of indices that are within by masks; and each
+operation rounded by itself, as where nothing is compiled, so that what is equal stays equal."""
 
 RowKernel = Callable[..., None]
 """Takes a function, :class:`~searchmerge.merging.rows.Rows` and the tensors that it writes."""

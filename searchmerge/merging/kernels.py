@@ -126,11 +126,18 @@ def clamp_between(numbers: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return numbers.clamp_(low.item(), high.item())
 
 
-def positive_part(numbers: Tensor) -> Tensor:
-    """Return the numbers, 0 in place of those below it, in place of ``numbers``."""
+def excess(numbers: Tensor, least: Tensor) -> Tensor:
+    """Return by how much numbers are above ``least``, 0 where they are not, in a fresh tensor.
+
+    On a GPU a product and a difference may be rounded once for both: it is compared before.
+
+    Args:
+        numbers: ``(m,)`` float32.
+        least: One number.
+    """
     if is_on_gpu(numbers):
-        return torch.where(numbers > 0, numbers, 0.0)
-    return numbers.relu_()
+        return torch.where(numbers > least, numbers - least, 0.0)
+    return (numbers - least).relu_()
 
 
 def exponential(numbers: Tensor, factor: float) -> Tensor:

@@ -109,8 +109,8 @@ class ResidentPass:
         self._engine, self._function, self._parameters = engine, work.function, parameters
         self._record, self._n_runs = record, 0
         self._play: Launch | None = None
-        self._operands = [_operands(parameter, work) for parameter in parameters]
-        device, scalars = parameters[0].target.device, self._operands[0].scalars
+        every = [_operands(parameter, work) for parameter in parameters]
+        device, scalars, first_keys = parameters[0].target.device, every[0].scalars, every[0].keys
         sizes = (len(parameters), n_number_rows(*scalars.shape), scalars.shape[1])
         self._numbers = _Sent(sizes, torch.float32, device)
         cuts = [
@@ -120,24 +120,29 @@ class ResidentPass:
         ]
         cuts.sort(key=lambda cut: cut[1] - cut[2])  # it is compiled for the largest
         self._keys: _Sent | None = None
-        if self._operands[0].keys is not None:
-            n_keys = len(self._operands[0].keys) + 1
+        if first_keys is not None:
+            n_keys = len(first_keys) + 1
             self._keys = _Sent((len(cuts), n_keys + n_keys % 2), torch.int64, device)
         n_rows = [-(-(stop - start) // (ROW * _ALIGNED)) * _ALIGNED for _, start, stop in cuts]
-        n_tallies = count_tallies(work.function, self._operands[0])
+        n_tallies = count_tallies(work.function, every[0])
         self._tallies = new_tallies(n_tallies, sum(n_rows), device)
         for tally in self._tallies:
             tally.zero_()  # what lies between two parameters is never written
         self._total = torch.zeros(n_tallies, dtype=torch.float64, device=device)
+        self._rests = [
+            (parameter, in_rows(len(parameter.target)))
+            for parameter in parameters
+            if in_rows(len(parameter.target)) < len(parameter.target)
+        ]
         ends = itertools.accumulate(n_rows, initial=0)
         self._pieces = [
-            self._piece(i, cut, place)
+            self._piece(i, every[cut[0]], cut, place)
             for i, (cut, place) in enumerate(zip(cuts, ends, strict=False))
         ]
 
-    def _piece(self, index: int, cut: tuple[int, int, int], place: int) -> _Piece:
+    def _piece(self, index: int, whole: Operands, cut: tuple[int, int, int], place: int) -> _Piece:
         (parameter, start, stop), keys = cut, None
-        part = self._operands[parameter].part(start, stop)
+        part = whole.part(start, stop)
         if self._keys is not None and part.keys is not None:
             keys = self._keys.there[index, : len(part.keys) + 1]
         rows = rows_of(part, self._numbers.there[parameter], keys)
@@ -152,8 +157,7 @@ class ResidentPass:
             work: A pass like the one given first.
             scales: Parameter name to the factor on the merged task vector.
         """
-        self._operands = [_operands(parameter, work) for parameter in self._parameters]
-        self._send([scales[parameter.name] for parameter in self._parameters])
+        self._send(work, scales)
         if self._play is None and self._n_runs == 1:
             self._play = self._recorded()
         self._n_runs += 1
@@ -162,28 +166,24 @@ class ResidentPass:
         elif not self._launch():
             return False, None
         tallies = [self._total] if self._tallies else []
-        for parameter, operands in zip(self._parameters, self._operands, strict=True):
-            whole = in_rows(len(parameter.target))
-            if whole < len(parameter.target):
-                scale = scales[parameter.name]
-                rest = operands.part(whole, len(parameter.target))
-                tally = self._engine.merge_chunks(
-                    self._function, rest, scale, parameter.target[whole:]
-                )
-                tallies += [tally.double()] if tally is not None else []
+        for parameter, whole in self._rests:
+            rest = _operands(parameter, work).part(whole, len(parameter.target))
+            scale, out = scales[parameter.name], parameter.target[whole:]
+            tally = self._engine.merge_chunks(self._function, rest, scale, out)
+            tallies += [tally.double()] if tally is not None else []
         return True, torch.stack(tallies).sum(0) if tallies else None
 
-    def _send(self, scales: Sequence[float]) -> None:
-        scalars = torch.stack([operands.scalars for operands in self._operands])
+    def _send(self, work: Pass, scales: Mapping[str, float]) -> None:
+        names = [parameter.name for parameter in self._parameters]
+        scalars = torch.stack([work.scalars(name) for name in names])
         self._numbers.host[:, : scalars.shape[1]] = scalars
-        self._numbers.host[:, -1] = torch.tensor(scales)[:, None]
+        self._numbers.host[:, -1] = torch.tensor([scales[name] for name in names])[:, None]
         self._numbers.send()
-        if self._keys is None:
+        if self._keys is None or work.keys is None:
             return
+        keys = [work.keys(name) for name in names]
         for row, piece in zip(self._keys.host, self._pieces, strict=True):
-            keys = self._operands[piece.parameter].keys
-            if keys is not None:
-                row[: len(keys) + 1] = keys_of(keys, piece.start)
+            row[: len(keys[0]) + 1] = keys_of(keys[piece.parameter], piece.start)
         self._keys.send()
 
     def _recorded(self) -> Launch | None:
@@ -212,7 +212,10 @@ def record_graph(launch: Launch, device: torch.device) -> Launch:
     """
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),  # others go on meanwhile
+    ):
         launch()
 
     def play() -> None:

@@ -19,10 +19,10 @@ from searchmerge.merging.kernels import (
     add_scaled,
     add_up,
     clamp_between,
+    excess,
     exponential,
     is_on_gpu,
     pack,
-    positive_part,
     signed,
     unpack,
 )
@@ -365,7 +365,7 @@ def _weigh(
 ) -> tuple[list[Tensor], Tensor]:
     """Return ``T_t s_t`` of each expert and the sum of ``s_t``, at least 1e-12."""
     weights = [
-        positive_part(balance - scalars.lightest[i]).mul_(scalars.factors[i])
+        excess(balance, scalars.lightest[i]).mul_(scalars.factors[i])
         for i, balance in enumerate(chunk.kept)
     ]
     total = add_up(weights).clamp_min_(1e-12)
