@@ -4,7 +4,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -190,13 +190,14 @@ class Bench:
 
     def _candidates(
         self, merger: Merger, method: str, copy_s: float, most: float | None, where: str = ""
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, dict[str, Any]]:
         """Yield how long candidates take, beside a copy; return the last figures.
 
         TIES elects signs in a pass of its own where it guessed the majority wrong, unless it
         merged the same densities before: candidates are merged once, and then all of them again.
         """
-        plans = list(itertools.islice(drawn(method), self.n_candidates + 2))
+        n_timed = 3 if where and not self.small else self.n_candidates
+        plans = list(itertools.islice(drawn(method), n_timed + 2))
         target = {} if most is None or self.small else {"at most": most}
         begun = time.perf_counter()
         merger.apply(plans[0])
@@ -205,7 +206,7 @@ class Bench:
         figures: dict[str, Any] = {}
         for known in (", new densities", "") if method == "ties" else ("",):
             rest = iter(plans[1:])
-            times = timed(lambda r=rest: merger.apply(next(r)), self.device, self.n_candidates)
+            times = timed(lambda r=rest: merger.apply(next(r)), self.device, n_timed)
             middle = statistics.median(times)
             figures = {
                 "what": f"{method}{where}{known} to the copy",
@@ -262,7 +263,7 @@ class Bench:
         base = {n: torch.randn(s, generator=draw, device=self.device) for n, s in sizes.items()}
         experts = {
             e: {
-                n: t + 0.01 * torch.randn(t.shape, generator=draw, device=t.device)
+                n: t + 0.3 * torch.randn(t.shape, generator=draw, device=t.device)
                 for n, t in base.items()
             }
             for e in EXPERTS
@@ -283,9 +284,7 @@ class Bench:
             n_off = differing(last[0], last[2]) + differing(last[1], last[3])
             n_apart = differing(results["eager", 3], last[3], rtol=1e-2, atol=1e-5)
             yield {"what": method, "played otherwise": n_off, "chunks otherwise": n_apart}
-            if (
-                n_off or n_apart > 100
-            ):  # of 103,000; what lies at a threshold may fall to either side
+            if n_off or n_apart > 200:  # of 103,000: what is at a threshold may fall either way
                 raise Wrong(f"{method}: {n_off} and {n_apart} entries differ")
 
     def _streamed(self, size: str) -> Figures:
