@@ -108,8 +108,10 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Any]:
     yield from bench.statistics()
     yield from bench.merging()
     yield from bench.tsv()
-    yield from Scoring(device, small, folders["scoring"]).steps()
+    scoring = Scoring(device, small, folders["scoring"])
+    yield from scoring.steps()
     yield from Study(device, bench.fastest, small, folders["study"]).steps()
+    yield from scoring.more()
     yield from bench.more()
 
 

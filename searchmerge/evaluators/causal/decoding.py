@@ -204,14 +204,16 @@ def graphs_of(model: nn.Module) -> Recorder | None:
     device = devices.pop()
 
     def record(step: Step) -> Step:
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device):
+        current = torch.cuda.current_stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # What fails while it is recorded leaves its stream current: the outer block does not.
+        with torch.cuda.device(device), torch.cuda.stream(current):
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 step()  # libraries get ready, which they cannot while a graph is recorded
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 step()
         return graph.replay
 
