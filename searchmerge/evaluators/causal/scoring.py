@@ -6,6 +6,7 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -36,6 +37,9 @@ _KEPT_LAYOUTS = 1024
 """Calls whose layouts are kept: a study scores the same rounds of examples in every trial."""
 
 
+_Layout = tuple[list[Cluster], list[int]]
+
+
 class CausalScorer:
     """Scores continuations under whatever weights a model holds now.
 
@@ -49,6 +53,7 @@ class CausalScorer:
         self._fitting = Fitting()
         self._packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._lay_out = lru_cache(maxsize=_KEPT_LAYOUTS)(self._laid_out)
+        self._calls: OrderedDict[tuple[Any, ...], tuple[Any, _Layout]] = OrderedDict()
 
     @torch.no_grad()
     def score(
@@ -67,13 +72,27 @@ class CausalScorer:
 
         def run(part: float) -> list[tuple[float, bool]]:
             batch_tokens = max(1, int(part * self._batch_tokens))
-            clusters, indices = self._lay_out(
-                tuple(pairs), max_length, window, batch_tokens, device_of(model)
-            )
+            how = max_length, window, batch_tokens, device_of(model)
+            clusters, indices = self._layout(pairs, how)
             results = _run(model, clusters)
             return [results[index] for index in indices]
 
         return self._fitting.run(run)
+
+    def _layout(
+        self, pairs: Sequence[tuple[Tokens, Tokens]], how: tuple[int, int, int, torch.device]
+    ) -> _Layout:
+        """Return what ``_laid_out`` returns; pairs that are the same objects are not compared.
+
+        To look at all tokens of long prompts takes a noticeable part of a round on a GPU.
+        """
+        key = (*map(id, pairs), *how)
+        if key not in self._calls:
+            kept = tuple(pairs)  # while they are kept, no others have their ids
+            self._calls[key] = kept, self._lay_out(kept, *how)
+            if len(self._calls) > _KEPT_LAYOUTS:
+                self._calls.popitem(last=False)
+        return self._calls[key][1]
 
     def _laid_out(
         self,
@@ -82,7 +101,7 @@ class CausalScorer:
         window: int,
         batch_tokens: int,
         device: torch.device,
-    ) -> tuple[list[Cluster], list[int]]:
+    ) -> _Layout:
         """Return what to run, on its device for as long as it is kept, and each pair's place.
 
         Args:
