@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -205,7 +206,7 @@ def graphs_of(model: nn.Module) -> Recorder | None:
 
     def record(step: Step) -> Step:
         current = torch.cuda.current_stream(device)
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side = _side_stream(device)
         # What fails while it is recorded leaves its stream current: the outer block does not.
         with torch.cuda.device(device), torch.cuda.stream(current):
             side.wait_stream(current)
@@ -218,6 +219,12 @@ def graphs_of(model: nn.Module) -> Recorder | None:
         return graph.replay
 
     return record
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which steps are recorded: for each, libraries keep memory."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _Batch:
