@@ -84,11 +84,11 @@ def own_task(name: str) -> dict[str, Any]:
 
 def long_task(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
     """Return a task whose prompts all begin with the same 2,000 tokens, more or less."""
-    task = own_task("rhyme") | first | {"task": "bench_long", "num_fewshot": 110}
+    task = own_task("rhyme") | first | {"task": "bench_long", "num_fewshot": 150}
     files = task["dataset_kwargs"]["data_files"]
     rows = Path(files["validation"]).read_text(encoding="utf-8").splitlines(keepends=True)
     shown = folder / "shown.jsonl"
-    shown.write_text("".join(rows[-120:]), encoding="utf-8")
+    shown.write_text("".join(rows[-160:]), encoding="utf-8")
     task["dataset_kwargs"] = {"data_files": files | {"train": str(shown)}}
     return task | {"training_split": "train", "fewshot_split": "train"}
 
