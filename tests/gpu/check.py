@@ -108,9 +108,11 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Any]:
     device, small = options.device, options.small
     engines = tuple(options.engines)
     bench = Bench(device, engines, small, folders["merging"], 2 if small else 9)
+    scoring = Scoring(device, small, folders["scoring"])
     yield from bench.first()
-    yield from Scoring(device, small, folders["scoring"]).steps()
+    yield from scoring.steps()
     yield from Study(device, bench.fastest, small, folders["study"]).steps()
+    yield from scoring.more()
     yield from bench.more()
 
 

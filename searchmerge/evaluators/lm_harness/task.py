@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal.generation import NonFiniteLogits
+from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
