@@ -135,6 +135,7 @@ class Classification:
         self._tasks = tasks
         self._inputs: dict[str, Inputs] = {}
         self._targets: dict[str, Tensor] = {}
+        self._grades: dict[str, dict[int, float]] = {name: {} for name in tasks}
         processors = Processors(model_dir, max_length, trust_remote_code=trust_remote_code)
         for name, task in tasks.items():
             where = f"tasks.{name}"
@@ -182,7 +183,30 @@ class Classification:
         predicted, true = by_example.argmax(1), self._targets[task][list(examples)]
         if self._tasks[task].metric == "macro_f1":
             return tuple((true * head.n_classes + predicted).double().tolist())
+        margins = log_odds(by_example, true).tolist()
+        self._grades[task] |= dict(zip(examples, margins, strict=True))
         return tuple((predicted == true).float().tolist())
+
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return the log-odds of each example's class against the most likely other class.
+
+        There are none for macro-F1, nor where the head has a single class.
+        """
+        if self._tasks[task].metric == "macro_f1" or self._tasks[task].head.n_classes < 2:
+            return ()
+        return tuple(self._grades[task][example] for example in examples)
+
+
+def log_odds(logits: Tensor, true: Tensor) -> Tensor:
+    r"""Return :math:`z_y - \max_{k \ne y} z_k` of each row, above 0 where y is predicted.
+
+    Args:
+        logits: z, ``(n, n_classes)`` float32.
+        true: y, ``(n,)`` int64.
+    """
+    of_true = logits.gather(1, true[:, None])
+    others = logits.scatter(1, true[:, None], -torch.inf)
+    return of_true.squeeze(1) - others.amax(1)
 
 
 def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

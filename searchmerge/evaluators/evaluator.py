@@ -136,6 +136,19 @@ class Answering(Protocol):
 
 
 @runtime_checkable
+class Grading(Protocol):
+    """An evaluator that tells how clearly examples were answered, beside right or wrong."""
+
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored, one each.
+
+        Any finite numbers that grow with it, in a unit of their own for each task: the log-odds
+        of the right answer against the best other, say. None where the task has no such number.
+        """
+        ...
+
+
+@runtime_checkable
 class Prompting(Protocol):
     """An evaluator that shows a person what the model is given."""
 

@@ -58,11 +58,13 @@ class BlockScores:
         block: What was scored.
         values: As many numbers as its task's kind of score says.
         answers: What the model said, where that is kept and its evaluator can tell.
+        grades: How clearly each example was answered; none where its evaluator cannot tell.
     """
 
     block: Block
     values: tuple[float, ...]
     answers: tuple[Answer, ...] = ()
+    grades: tuple[float, ...] = ()
 
 
 Round = tuple[Block, ...]

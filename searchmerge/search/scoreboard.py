@@ -54,6 +54,17 @@ class Scoreboard:
         blocks = self.schedule.blocks[part][task]
         return _by_example(self.store.task_values(plan, blocks), blocks)
 
+    def grades(self, plan: MergePlan, blocks: Sequence[Block]) -> dict[int, float]:
+        """Return how clearly a plan answered each example of a task's blocks; none if unknown."""
+        graded = self.store.grades(plan)
+        if not all(graded.get(block.key) for block in blocks):
+            return {}
+        return {
+            example: grade
+            for block in blocks
+            for example, grade in zip(block.examples, graded[block.key], strict=True)
+        }
+
     def observed(self, plan: MergePlan) -> BlockValues:
         """Return the observations on every block that a plan was scored on."""
         kinds = {task: info.kind for task, info in self.schedule.tasks.items()}
@@ -95,9 +106,14 @@ class Scoreboard:
         for task, blocks in select.items():
             pilot = self.schedule.blocks["pilot"][task]
             values = _by_example(self.store.task_values(plan, pilot), pilot)
+            grades = self.grades(plan, pilot)
             for block in blocks:
                 n_values = self.schedule.tasks[task].kind.n_values(len(block.examples))
-                yield BlockScores(block, tuple(values[e] for e in block.examples[:n_values]))
+                yield BlockScores(
+                    block,
+                    tuple(values[e] for e in block.examples[:n_values]),
+                    grades=tuple(grades[e] for e in block.examples) if grades else (),
+                )
 
 
 def _by_example(numbers: tuple[float, ...], blocks: Sequence[Block]) -> dict[int, float]:

@@ -128,6 +128,10 @@ class LmHarness:
         """Return what the model said to examples when they were last scored."""
         return self._tasks[task].answers(examples)
 
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored."""
+        return self._tasks[task].grades(examples)
+
     def shown(self, task: str, example: int) -> str:
         """Return the example's first prompt as the model reads it, special tokens as text."""
         return str(self._lm.as_read(self.prompts(task, example)[0]))

@@ -98,6 +98,12 @@ class PreparedGroup:
             for example, member, place in placed
         )
 
+    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored."""
+        placed = map(self._place, examples)
+        graded = [self._members[member].grades([place]) for member, place in placed]
+        return tuple(grade for its in graded for grade in its)
+
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""
         places = [self._place(example) for example in examples]
