@@ -150,6 +150,7 @@ class StudySpec(Strict):
     experts: dict[str, Model] = Field(min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     scoring: Literal["dtype", "int8"] = "dtype"
+    scores: Literal["graded", "metric"] = "graded"
     exclude: list[str] = Field(default_factory=list)
     vocabulary: Literal["same", "base", "union"] = "same"
     tokenizer: str = "base"

@@ -14,7 +14,7 @@ def candidates(records: Iterable[TrialRecord], objective: Objective) -> list[Tri
     The records hold what the objective made of the scores when they were kept; what is picked
     from a front may have been changed since.
     """
-    return [r.judged(objective, r.scores) for r in records if r.value is not None]
+    return [r.judged(objective, r.scores, r.estimates) for r in records if r.value is not None]
 
 
 def best_candidates(

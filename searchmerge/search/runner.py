@@ -70,13 +70,20 @@ class StudyRunner:
         self.board = self.board.informed(scored.values(), [scored[name] for name in deciding])
         return scored
 
-    def run(self, objective: Objective, budget: Budget, racing: Racing | None) -> None:
+    def run(
+        self,
+        objective: Objective,
+        budget: Budget,
+        racing: Racing | None,
+        seed: int | None = None,
+    ) -> None:
         """Run trials until the budget ends.
 
         Args:
             objective: With the experts' scores put in.
             budget: When to end.
             racing: Stops candidates that will not win; ``None`` scores all in full.
+            seed: Of how grades are read; ``None`` goes by the metric alone.
 
         Raises:
             StudyError: If the first trials all fail.
@@ -90,6 +97,7 @@ class StudyRunner:
             racing,
             base=self._references.get(BASE),
             pool=merges(self._references),
+            seed=seed,
         )
         clock = StudyClock(self._directory)
         spending = Spending(budget, clock, len(self._directory.trials(*FINISHED)))

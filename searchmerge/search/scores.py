@@ -27,7 +27,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS plans (digest TEXT PRIMARY KEY, plan TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scores (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, block INTEGER NOT NULL,
-    vals TEXT NOT NULL, grades TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (digest, task, part, block)
+    vals TEXT NOT NULL, grades TEXT NOT NULL, checksum TEXT NOT NULL,
+    PRIMARY KEY (digest, task, part, block)
 );
 CREATE TABLE IF NOT EXISTS answers (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, example INTEGER NOT NULL,
@@ -206,7 +207,8 @@ class ScoreStore:
             return self._cached[digest]
         with self._read_errors():
             entries = self._connection.execute(
-                "SELECT digest, task, part, block, vals, grades, checksum FROM scores WHERE digest = ?",
+                "SELECT digest, task, part, block, vals, grades, checksum FROM scores "
+                "WHERE digest = ?",
                 (digest,),
             ).fetchall()
         scored = _Scored({}, {})

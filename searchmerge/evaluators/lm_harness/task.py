@@ -29,7 +29,7 @@ _OF_LIKELIEST: Mapping[str, Callable[[str], float]] = {
     "acc_norm": lambda choice: float(len(choice) or 1),
     "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
 }
-"""Metrics that are 1 where the right choice is the likeliest: what a log-likelihood is divided by."""
+"""Metrics that are 1 where the right choice is the likeliest: what a choice is divided by."""
 
 
 class PreparedTask:
