@@ -39,7 +39,7 @@ from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
-from searchmerge.search.references import BASE, reference_plans
+from searchmerge.search.references import BASE
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
@@ -114,7 +114,7 @@ class StudyRun:
         self._study = study
         self._models = models
         self._directory = directory
-        self._references = reference_plans(study.experts)
+        self._references = assemble.references(study, models)
         self._runner = StudyRunner(
             directory,
             study.space,
