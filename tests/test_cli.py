@@ -74,7 +74,7 @@ def n_scored(run_dir):
 def test_what_a_stopped_run_has_found_is_confirmed_and_saved(study, searchmerge, killed, tmp_path):
     file = study(name="cut", search={"sampler": "random", "n_trials": 40, "racing": "off"})
     run_dir = tmp_path / "runs" / "cut"
-    killed(file, run_dir, 120)
+    killed(file, run_dir, 160)
     best_so_far = MergePlan.from_yaml(run_dir / "plans" / "best-so-far.yaml")
     before = len(trials(run_dir))
     code, out, err = searchmerge("finish", run_dir)
