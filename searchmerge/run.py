@@ -172,7 +172,8 @@ class StudyRun:
         """
         top_k, references = self._study.spec.confirm.top_k, self._references.values()
         scored = candidates(self._directory.records(), objective)
-        best = best_candidates(scored, top_k, references)
+        observed = self._runner.board.observed
+        best = best_candidates(scored, top_k, references, observed)
         if stopped := {record.name: record for record in best if not record.is_full}:
             plans = {name: record.plan for name, record in stopped.items()}
             names = self._runner.score_plans("completing the best", plans, "select")
@@ -180,7 +181,8 @@ class StudyRun:
                 scores = self._runner.board.scores(plans[name], "select")
                 self._directory.keep_completed(stopped[name].judged(objective, scores))
             scored = candidates(self._directory.records(), objective)
-        best = best_candidates([r for r in scored if r.is_full], top_k, references)
+        full = [record for record in scored if record.is_full]
+        best = best_candidates(full, top_k, references, observed)
         best_plans = {record.name: record.plan for record in best}
         for name, plan in best_plans.items():
             self._directory.write_plan(name, plan)
