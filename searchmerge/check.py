@@ -32,6 +32,7 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     if study.spec.search.warm_start:
         n_plans = len(assemble.warm_start(study))
         yield f"warm start: {n_plans} plans of {', '.join(study.spec.search.warm_start)}"
+    yield f"references: {', '.join(assemble.references(study, models))}"
     evaluators = assemble.make_evaluators(study, models, assemble.pick_device(config))
     infos = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
     schedule = assemble.make_schedule(study, infos)

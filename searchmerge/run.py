@@ -42,7 +42,7 @@ from searchmerge.search.evidence import Evidence
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.pick import confirmed, evidence_on_select
-from searchmerge.search.references import BASE, expert_name, reference_plans
+from searchmerge.search.references import BASE, expert_name
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
@@ -118,7 +118,7 @@ class StudyRun:
         self._study = study
         self._models = models
         self._directory = directory
-        self._references = reference_plans(study.experts)
+        self._references = assemble.references(study, models)
         self._runner = StudyRunner(
             directory,
             study.space,
@@ -183,9 +183,9 @@ class StudyRun:
             The best candidates, best first, their plans written down; and what is believed of
             all plans by what was scored on the examples that select.
         """
-        top_k = self._study.spec.confirm.top_k
+        top_k, known = self._study.spec.confirm.top_k, self._references.values()
         scored = candidates(self._directory.records(), objective)
-        best = best_candidates(scored, top_k, self._references.values())
+        best = best_candidates(scored, top_k, known, self._runner.board.observed)
         if stopped := {record.name: record for record in best if not record.is_full}:
             plans = {name: record.plan for name, record in stopped.items()}
             names = self._runner.score_plans("completing the best", plans, "select")
@@ -197,7 +197,7 @@ class StudyRun:
         evidence = self._evidence(references, full, objective)
         believed = dict(zip(evidence.names, evidence.values.tolist(), strict=True))
         full = [replace(r, value=believed[r.name]) for r in full if r.name in believed]
-        best = best_candidates(full, top_k, self._references.values())
+        best = best_candidates(full, top_k, known, self._runner.board.observed)
         best_plans = {record.name: record.plan for record in best}
         for name, plan in best_plans.items():
             self._directory.write_plan(name, plan)

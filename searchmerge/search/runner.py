@@ -65,6 +65,8 @@ class StudyRunner:
         """
         names = self.score_plans("references", self._references, "pilot")
         scored = {name: plan for name, plan in self._references.items() if name in names}
+        for name, plan in scored.items():
+            self._directory.write_plan(name, plan)
         # a reference that failed in an earlier run may be scored now: the order stays what it was
         deciding = self._directory.keep_deciding([name for name in scored if name != BASE])
         self.board = self.board.informed(scored.values(), [scored[name] for name in deciding])
