@@ -17,7 +17,11 @@ Vector = npt.NDArray[np.float64]
 Observations = Mapping[str, Mapping[str, Vector]]
 """Plan name to task to its observations, ``(n_examples,)``: the same examples for all plans."""
 
-_LEAST_SPREAD = 1e-9
+_LEAST_SPREAD = 0.3
+"""What a few plans say of how far plans truly differ is chance too: that is taken for this part of
+the variance of a value's error at least, so that further examples still count."""
+
+_TINY = 1e-18
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,8 @@ class Evidence:
         For plans whose true values are normal, :math:`N(\mu, \tau^2)`, a measured value y with an
         error of variance v leaves :math:`\mu + \frac{\tau^2}{\tau^2 + v} (y - \mu)` with the
         variance :math:`\frac{\tau^2 v}{\tau^2 + v}`. :math:`\mu` is the mean of typical plans;
-        :math:`\tau^2` their variance minus that of their errors, 0 at least.
+        :math:`\tau^2` their variance minus that of their errors, and a part of the latter at
+        least.
 
         Args:
             measured: What was measured.
@@ -89,7 +94,8 @@ class Evidence:
         chosen = [measured.names.index(name) for name in typical]
         usual = measured.values[chosen]
         spread = float(usual.var(ddof=1)) if len(chosen) > 1 else 0.0
-        true_spread = max(_LEAST_SPREAD, spread - float(measured.variances[chosen].mean()))
+        error = float(measured.variances[chosen].mean())
+        true_spread = max(spread - error, _LEAST_SPREAD * error, _TINY)
         part = true_spread / (true_spread + measured.variances)
         values = usual.mean() + part * (measured.values - usual.mean())
         return cls(measured.names, values, part * measured.variances)
@@ -100,9 +106,9 @@ class Evidence:
         Both are relative to some mean, and are moved to agree on that of the plans measured now.
         """
         at = [self.names.index(name) for name in measured.names]
-        before, errors = self.values[at], self.variances[at] + _LEAST_SPREAD**2
+        before, errors = self.values[at], self.variances[at] + _TINY
         new = measured.values + (before.mean() - measured.values.mean())
-        new_errors = measured.variances + _LEAST_SPREAD**2
+        new_errors = measured.variances + _TINY
         weight = errors / (errors + new_errors)
         values = before + weight * (new - before)
         return Evidence(measured.names, values, errors * new_errors / (errors + new_errors))

@@ -140,7 +140,9 @@ def main() -> None:
         rows = {task: recorder.score(plan, task, its) for task, its in examples.items()}
         kept[name] = (plan, rows)
         means = " ".join(f"{values.mean():.3f}" for values, _ in rows.values())
-        print(f"{time.monotonic() - begun:6.0f} s  {name:16s} {plan.method:16s} {means}", flush=True)
+        print(
+            f"{time.monotonic() - begun:6.0f} s  {name:16s} {plan.method:16s} {means}", flush=True
+        )
         if len(kept) % 10 == 0:
             _save(args.out, meta, kept)
     _save(args.out, meta, kept)

@@ -110,11 +110,19 @@ RULES = {
     "graded, all compete": Rule(graded=True, all_compete=True),
     "the same, no racing": Rule(None, graded=True, all_compete=True),
     "signed rank, p 0.05": Rule(SignedRank(0.05), "random"),
-    **{f"graded, all compete, p {p}": Rule(Racing(p), graded=True, all_compete=True)
-       for p in (0.01, 0.02, 0.05, 0.1)},
+    **{
+        f"graded, all compete, p {p}": Rule(Racing(p), graded=True, all_compete=True)
+        for p in (0.01, 0.02, 0.05, 0.1)
+    },
 }
-DEFAULT = ("before", "no racing", "graded", "all compete", "graded, all compete",
-           "the same, no racing")
+DEFAULT = (
+    "before",
+    "no racing",
+    "graded",
+    "all compete",
+    "graded, all compete",
+    "the same, no racing",
+)
 
 
 @dataclass(frozen=True)
@@ -145,9 +153,7 @@ class Recording:
             goals = {task: Goal(*goal) for task, goal in meta["goals"].items()}
             values = {task: data[f"{task}/values"].astype(float) for task in goals}
             grades = {task: data[f"{task}/grades"].astype(float) for task in goals}
-        return cls(
-            meta["rows"], meta["n_references"], meta["n_select"], goals, values, grades
-        )
+        return cls(meta["rows"], meta["n_references"], meta["n_select"], goals, values, grades)
 
     def objective(self, examples: Examples) -> Objective:
         """Return the normalised objective on some examples."""
@@ -253,7 +259,9 @@ class Run:
 
     def _cut(self, select: Examples, hold_out: Examples) -> dict[str, Schedule]:
         """Cut the examples into blocks, at random and by how telling they are."""
-        infos = {task: TaskInfo(values.shape[1]) for task, values in self._recording.values.items()}
+        infos = {
+            task: TaskInfo(values.shape[1]) for task, values in self._recording.values.items()
+        }
         blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"select": {}, "hold_out": {}}
         for part, examples in zip(blocks, (select, hold_out), strict=True):
             for task, its in examples.items():
