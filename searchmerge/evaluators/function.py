@@ -21,8 +21,11 @@ from searchmerge.evaluators.evaluator import (
 )
 from searchmerge.evaluators.user_code import as_scores, model_kept, user_code
 
-UserFunction = Callable[[nn.Module, str, Sequence[int]], Sequence[float]]
-"""Takes the resident model, a task and examples; returns one score per example."""
+UserFunction = Callable[
+    [nn.Module, str, Sequence[int]], Sequence[float] | Sequence[tuple[float, float]]
+]
+"""Takes the resident model, a task and examples; returns one score per example, or one pair: the
+score, and how clearly the example was answered, e.g. by which margin."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,28 @@ class FunctionEvaluator:
             task: TaskInfo(n_examples) for task, n_examples in tasks.items()
         }
         self._name = function
+        self._grades: dict[str, dict[int, float]] = {task: {} for task in tasks}
         self._function = import_function(function, search_path)
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return what the user's function returns for these examples.
+        """Return the scores that the user's function returns for these examples.
 
         Raises:
-            EvaluationError: If it raises, or returns anything but one finite number each.
+            EvaluationError: If it raises, or returns anything but one finite number each, or one
+                pair of them.
             StudyError: If it changes the model.
         """
         what = f"task {task!r}: {self._name}"
         with model_kept(model, what), user_code(what, EvaluationError):
             returned = self._function(model, task, examples)
-            return as_scores(returned, examples, what)
+            scores, grades = as_scores(returned, examples, what)
+        self._grades[task] = dict(zip(examples, grades, strict=bool(grades)))
+        return scores
+
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered, where the function said so."""
+        graded = self._grades[task]
+        return tuple(graded[example] for example in examples) if graded else ()
 
 
 def import_function(name: str, search_path: Path | None = None) -> UserFunction:

@@ -109,7 +109,7 @@ def make_worker(file):
     return assemble.make_worker(study, open_models(study), EAGER)
 
 
-def score(file, expert):
+def scored(file, expert):
     """Score the expert itself, which task arithmetic with one coefficient of 1 gives."""
     study, worker = read_study(file), make_worker(file)
     plan = reference_plans(study.experts)[f"expert {expert}"]
@@ -117,7 +117,13 @@ def score(file, expert):
     blocks = schedule.blocks["pilot"][expert]
     [result] = list(worker.score(plan, [tuple(blocks)]))
     order = [example for block in blocks for example in block.examples]
-    return order, [value for scores in result.scores for value in scores.values]
+    return order, result.scores
+
+
+def score(file, expert):
+    """Return the examples in their order, and what the expert itself scores on them."""
+    order, blocks = scored(file, expert)
+    return order, [value for scores in blocks for value in scores.values]
 
 
 def text_labels(expert, n=24):
@@ -143,6 +149,18 @@ def test_a_text_classifier_scores_as_in_transformers(write, tmp_path, expert):
     labels = text_labels(expert)
     assert values == [float(predicted[i] == labels[i]) for i in order]
     assert 0 < sum(values) < len(values)  # or this test would show little
+
+
+def test_grades_are_the_lead_of_the_right_class_over_the_likeliest_other(write, tmp_path):
+    expert = next(iter(CLASSES))
+    file = write("bert", text_tasks(), classification={"batch_tokens": 64})
+    order, blocks = scored(file, expert)
+    labels, leads = text_labels(expert), {}
+    for i, logits in enumerate(own_text_logits(tmp_path, expert)):
+        others = [float(z) for k, z in enumerate(logits) if k != labels[i]]
+        leads[i] = float(logits[labels[i]]) - max(others)
+    grades = [grade for block in blocks for grade in block.grades]
+    assert grades == pytest.approx([leads[i] for i in order], abs=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])

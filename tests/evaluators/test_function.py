@@ -24,6 +24,9 @@ import torch
 def bias(model, task, examples):
     return [model.bias.item() * len(task) + example for example in examples]
 
+def pairs(model, task, examples):
+    return [(float(example > 0), example - 0.5) for example in examples]
+
 def too_few(model, task, examples):
     return [0.5]
 
@@ -162,7 +165,7 @@ def test_the_users_function_scores_the_model(folder, model):
         ("lines", r"task 'mine': scores_of_mine:lines raised ValueError: no such row"),
         ("words", r"words scored example 0 'good' \(str\); a finite number is needed"),
         ("digits", r"digits scored example 0 '0\.5' \(str\)"),
-        ("text", r"text returned '55' \(str\); a list of one number per example is needed"),
+        ("text", r"text returned '55' \(str\); a list of one number, or one pair"),
         ("mapping", r"mapping returned \{0: 0\.5, 3: 0\.5\} \(dict\)"),
         ("truths", r"truths scored example 0 True \(bool\)"),
         ("empty", r"empty returned None \(NoneType\)"),
@@ -258,3 +261,12 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
     before = fingerprint(study, content_of(models), "cpu")
     (tmp_path / "own_scores.py").write_text("def score(model, task, examples): return []")
     assert fingerprint(study, content_of(models), "cpu") != before
+
+
+def test_the_users_function_may_grade_beside_the_score(folder, model):
+    graded = evaluator(folder, "pairs")
+    assert graded.score(model, "mine", [4, 0]) == (1.0, 0.0)
+    assert graded.grades("mine", [4, 0]) == (3.5, -0.5)
+    plain = evaluator(folder, "bias")
+    plain.score(model, "mine", [4, 0])
+    assert plain.grades("mine", [4, 0]) == ()
