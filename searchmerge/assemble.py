@@ -138,8 +138,8 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
             name,
             info,
             seed=search.seed,
-            select=_count(task.select, info.n_examples),
-            hold_out=_count(task.hold_out, info.n_examples),
+            select=_count(task.select, info.n_of("select")),
+            hold_out=_count(task.hold_out, info.n_of("hold_out")),
         )
         for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
             blocks[part][name] = make_blocks(name, part, examples, info, search.block_size)

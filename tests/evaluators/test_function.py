@@ -137,7 +137,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def evaluator(folder, name):
-    return FunctionEvaluator(f"scores_of_mine:{name}", {"mine": 5}, search_path=folder)
+    return FunctionEvaluator(f"scores_of_mine:{name}", {"mine": TaskInfo(5)}, search_path=folder)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_what_is_no_score_fails_the_candidate(folder, model, name, message):
 )
 def test_a_function_that_cannot_be_imported_is_refused(folder, name, message):
     with pytest.raises(SpecError, match=message):
-        FunctionEvaluator(name, {"mine": 5}, search_path=folder)
+        FunctionEvaluator(name, {"mine": TaskInfo(5)}, search_path=folder)
 
 
 @pytest.mark.parametrize("name", ["tensor", "array", "scalars"])

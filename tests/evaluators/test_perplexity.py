@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def evaluator(folder, text="body", **options):
-    task = TextTask(DataSource(str(folder / "texts.jsonl")), text)
+    task = TextTask((DataSource(str(folder / "texts.jsonl")),), text)
     return Perplexity({"t": task}, model_dir=folder, **options)
 
 
@@ -99,14 +99,14 @@ def test_what_cannot_be_scored_is_refused(folder, options, match):
 
 def test_a_text_without_tokens_is_refused(folder, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"body": "a"}\n{"body": ""}\n')
-    task = TextTask(DataSource(str(tmp_path / "empty.jsonl")), "body")
+    task = TextTask((DataSource(str(tmp_path / "empty.jsonl")),), "body")
     with pytest.raises(SpecError, match="row 1 is '', which has no tokens"):
         Perplexity({"t": task}, model_dir=folder)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    task = TextTask(DataSource(str(folder / "texts.jsonl")), "body")
+    task = TextTask((DataSource(str(folder / "texts.jsonl")),), "body")
     with pytest.raises(SpecError, match="the tokenizer cannot be loaded: ") as refused:
         Perplexity({"t": task}, model_dir=tmp_path)
     assert "\n" not in str(refused.value)
