@@ -120,6 +120,26 @@ def test_a_collapsed_model_fails_by_task_and_example(folder):
         evaluator(folder).score(model, "t", [2, 1])
 
 
+def test_the_parts_of_a_task_may_be_files_of_their_own(folder):
+    (folder / "more.txt").write_text("the lazy dog\na fog\n")
+    more = DataSource(str(folder / "more.txt"))
+    options = {"model_dir": folder, "max_length": 16}
+    with pytest.raises(SpecError, match=r"tasks\.t\.text: no column 'body' \(there are: text\)"):
+        Perplexity(
+            {"t": TextTask((DataSource(str(folder / "texts.jsonl")), more), "body")}, **options
+        )
+    texts = folder / "texts.txt"
+    texts.write_text("".join(f"{text.strip()}\n" for text in TEXTS))
+    sources = (DataSource(str(texts)), more)
+    apart = Perplexity({"t": TextTask(sources)}, **options)
+    assert [apart.tasks["t"].n_of(part) for part in ("select", "hold_out")] == [4, 2]
+    assert apart.tasks["t"].parts["hold_out"].source == str(folder / "more.txt")
+    alone = [Perplexity({"t": TextTask((source,))}, **options) for source in sources]
+    model = tiny_model("llama")
+    expected = alone[0].score(model, "t", range(4)) + alone[1].score(model, "t", range(2))
+    assert apart.score(model, "t", range(6)) == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_study_of_texts_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("SEARCHMERGE_CACHE", str(tmp_path / "cache"))
     make_models(tmp_path)
