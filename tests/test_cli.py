@@ -222,6 +222,25 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "chat template" not in out
 
 
+def test_check_says_where_each_part_is_from(study, searchmerge, tmp_path):
+    for name, n in (("seen", 30), ("unseen", 10)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"w{i} is a\n" for i in range(n)))
+    texts = {
+        "evaluator": "perplexity",
+        "data": {"select": "seen.txt", "hold_out": "unseen.txt"},
+        "select": 0.5,
+    }
+    code, out, err = searchmerge("check", study(tasks={"texts": texts}))
+    assert code == 0, err
+    told = "".join(out.split())
+    assert "40examples,15toselectfrom" in told and "seen.txt,10heldoutfrom" in told
+    code, _, err = searchmerge("check", study(tasks={"texts": {**texts, "hold_out": 11}}))
+    assert code == 2
+    assert re.search(
+        r"tasks\.texts\.hold_out: 11 were asked for, but \S*unseen.txt has 10 ex", err
+    )
+
+
 BAD = {
     "more memory than any machine has": (
         {"lm_harness": {"include_path": "tasks", "batch_tokens": 10**13}},
