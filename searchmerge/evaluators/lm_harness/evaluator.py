@@ -83,7 +83,7 @@ class LmHarness:
 
     def _prepare(self, name: str, task: LmTask) -> Prepared | PreparedParts:
         parts = [self._prepare_part(name, part) for part in task.by_part()]
-        return PreparedParts(*parts) if len(parts) > 1 else parts[0]
+        return PreparedParts(name, *parts) if len(parts) > 1 else parts[0]
 
     def _prepare_part(self, name: str, task: LmTask) -> Prepared:
         task = prompted(task, self.section)

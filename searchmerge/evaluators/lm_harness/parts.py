@@ -1,9 +1,11 @@
 """A task whose ``select`` and ``hold_out`` are of different splits: one after the other."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, PartInfo, TaskInfo
 from searchmerge.evaluators.lm_harness.group import PreparedGroup
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
@@ -15,11 +17,16 @@ class PreparedParts:
     """A task or group in the split of ``select``, and after it in that of ``hold_out``.
 
     Args:
+        name: The study's name of the task.
         select: The task, set to score the one split.
         hold_out: The same, set to score the other.
+
+    Raises:
+        SpecError: If an example is in both.
     """
 
-    def __init__(self, select: Prepared, hold_out: Prepared) -> None:
+    def __init__(self, name: str, select: Prepared, hold_out: Prepared) -> None:
+        _check_apart(name, select, hold_out)
         self._select = select
         self._hold_out = hold_out
         self._n_select = select.info.n_examples
@@ -62,6 +69,24 @@ class PreparedParts:
         """Return one score per example of a part, or one in all, higher is better."""
         prepared, first = self._of(examples)
         return prepared.score(lm, [example - first for example in examples])
+
+
+def _check_apart(name: str, select: Prepared, hold_out: Prepared) -> None:
+    seen, unseen = (_documents(prepared) for prepared in (select, hold_out))
+    for (lm_name, source), documents in seen.items():
+        if shared := documents & unseen.get((lm_name, source), set()):
+            raise SpecError(
+                f"tasks.{name}.split: select and hold_out share {len(shared)} examples of "
+                f"{lm_name!r}, {source}; name another split for one of them"
+            )
+
+
+def _documents(prepared: Prepared) -> dict[tuple[str, str], set[int]]:
+    """Return which documents of which task's split the examples are."""
+    documents: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for part in prepared.parts(range(prepared.info.n_examples)):
+        documents[part.task.lm_name, part.task.source].update(part.documents)
+    return documents
 
 
 def _part_info(prepared: Prepared) -> PartInfo:

@@ -71,3 +71,14 @@ def test_a_split_that_is_not_there_is_named(folder):
         harness(folder, LmTask("mc", {"select": "test", "hold_out": "dev"}))
     with pytest.raises(SpecError, match=r"no position 7; the split 'test' has 7 examples"):
         harness(folder, LmTask("mc", APART, samples=Samples((9,), (7,))))
+
+
+def test_an_example_that_would_be_in_both_parts_is_refused(folder, groups):
+    some = {"select": {"small": "validation", "rest": "test"}, "hold_out": "test"}
+    message = r"tasks\.mine\.split: select and hold_out share 10 examples of 'large', split 'test'"
+    with pytest.raises(SpecError, match=message):
+        harness(groups, LmTask("by_size", some))
+    samples = Samples((0, 1, 2), (2, 3))
+    of_one = {"select": {"mc": "test"}, "hold_out": "test"}
+    with pytest.raises(SpecError, match=r"share 1 examples of 'mc', split 'test'; name another"):
+        harness(folder, LmTask("mc", of_one, samples=samples))
