@@ -184,8 +184,8 @@ def references(study: Study, models: Models) -> dict[str, MergePlan]:
     slow = [m for m in slow_methods(shapes, len(models.experts)) if m not in searched]
     if slow:
         _logger.warning(
-            "%s: no references, as taking every matrix of models of this size apart takes long; "
-            "they are where the space has them",
+            "not among the references: %s, as taking every matrix of models of this size apart "
+            "takes long; where the space has the method it is",
             ", ".join(slow),
         )
     return reference_plans(study.experts, slow)
