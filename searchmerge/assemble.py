@@ -138,8 +138,8 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
             name,
             info,
             seed=search.seed,
-            select=_count(task.select, info.n_examples),
-            hold_out=_count(task.hold_out, info.n_examples),
+            select=_count(task.select, info.n_of("select")),
+            hold_out=_count(task.hold_out, info.n_of("hold_out")),
         )
         for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
             blocks[part][name] = make_blocks(name, part, examples, info, search.block_size)
@@ -184,8 +184,8 @@ def references(study: Study, models: Models) -> dict[str, MergePlan]:
     slow = [m for m in slow_methods(shapes, len(models.experts)) if m not in searched]
     if slow:
         _logger.warning(
-            "%s: no references, as taking every matrix of models of this size apart takes long; "
-            "they are where the space has them",
+            "not among the references: %s, as taking every matrix of models of this size apart "
+            "takes long; where the space has the method it is",
             ", ".join(slow),
         )
     return reference_plans(study.experts, slow)

@@ -52,7 +52,7 @@ Model = Annotated[
 ]
 
 Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
-"""A number of examples, or a part of all that a task has."""
+"""A number of examples, or a part of all that there are to draw from."""
 
 
 class TaskSpec(Strict):

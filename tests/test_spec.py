@@ -154,6 +154,22 @@ def test_overrides_replace_values_of_the_file(tmp_path):
             {"tasks": {"t": {"evaluator": "function"}}},
             "function is missing: name your function",
         ),
+        (
+            {"tasks": {"t": {"split": {"select": "train"}}}},
+            r"tasks\.t: split: select and hold_out stand together and alone; found select",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "perplexity", "data": {"select": "a.txt"}}}},
+            r"tasks\.t\.data\.hold_out: Field required",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "perplexity", "data": {"pth": "a.txt"}}}},
+            r"tasks\.t\.data\.path: Field required",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "function", "function": "m:f", "n_examples": 1}}},
+            r"tasks\.t\.n_examples: .*greater than or equal to 2; found 1",
+        ),
         ({"experts": {}}, r"experts: .*at least 1"),
         ({"search": {"n_trials": 1}}, "search.n_trials is 1, and as many trials go to references"),
         ({"search": {"seed": 2**32, "n_trials": 9}}, "search.seed"),
@@ -317,5 +333,5 @@ def test_nothing_is_normalised_by_no_expert(tmp_path):
     file = tmp_path / "study.yaml"
     written = {key: value for key, value in STUDY.items() if key != "objective"}
     file.write_text(yaml.safe_dump(written))
-    with pytest.raises(SpecError, match=r"study\.yaml:1: objective: normalised .* tasks: t"):
+    with pytest.raises(SpecError, match=r"study\.yaml:1: objective: normalised .*tasks: t;"):
         read_study(file)

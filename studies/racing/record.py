@@ -1,12 +1,12 @@
 """Score diverse plans of a study on every example, right or wrong and how clearly, for replay.py.
 
-python record.py STUDY OUT.npz --select 96 --further 500 [--plans 170] [--device cpu] [--set KEY=VALUE]
+python record.py STUDY OUT.npz --select 96 --further 500 [--plans 170] [--set KEY=VALUE ...]
 
 The plans are the references, and as many drawn with a seed from all over what methods allow:
 several methods, scales around the published ones, one number for all experts or one each. Of each
-task the study's first ``select`` examples are what a search may see; ``further`` ones, from the
-rest, are for the regret alone. What was scored is kept after every plan; an interrupted recording
-goes on.
+task the first ``select`` examples, shuffled as the study does it, are what a search may see;
+``further`` ones are for the regret alone. What was scored is kept after every fourth plan; an
+interrupted recording goes on.
 """
 
 import argparse
@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 from searchmerge import assemble
-from searchmerge.config import RunConfig
+from searchmerge.checkpoints.renames import aligned
+from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.evaluators.evaluator import Grading
 from searchmerge.merging.method import METHODS, default_plan
 from searchmerge.models import load_task_vectors, make_merger, open_models
-from searchmerge.checkpoints.renames import aligned
-from searchmerge.checkpoints.resident import load_resident, writable_views
 from searchmerge.plan import MergePlan
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
@@ -90,7 +89,7 @@ class Recorder:
             raise SystemExit(f"{task}: {len(order)} examples; {n_examples} are wanted")
         return order[:n_examples]
 
-    def score(self, plan: MergePlan, task: str, examples: Sequence[int]) -> tuple[Any, Any]:
+    def score(self, task: str, examples: Sequence[int]) -> tuple[Any, Any]:
         """Return what each example scored, and how clearly."""
         evaluator = self.evaluators[task]
         values = evaluator.score(self.model, task, examples)
@@ -106,46 +105,51 @@ def main() -> None:
     parser.add_argument("--select", type=int, required=True)
     parser.add_argument("--further", type=int, default=500)
     parser.add_argument("--plans", type=int, default=170)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after as many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    begun = time.monotonic()
     overrides = dict(setting.split("=", 1) for setting in args.overrides)
-    recorder = Recorder(args.study, overrides, args.device)
-    references = reference_plans(recorder.study.experts)
-    n_examples = args.select + args.further
-    examples = {task: recorder.examples(task, n_examples) for task in recorder.study.spec.tasks}
-    plans: dict[str, MergePlan] = dict(references)
-    drawn = drawn_plans(recorder.study.experts, args.seed)
-    for i in range(args.plans):
-        plans[f"drawn {i}"] = next(drawn)
-    kept = _load(args.out)
+    record(args, Recorder(args.study, overrides, args.device))
+
+
+def record(args: argparse.Namespace, recorder: Recorder) -> None:
+    """Score what is not scored yet."""
+    begun = time.monotonic()
     spec = recorder.study.spec
+    plans = reference_plans(recorder.study.experts)
     meta = {
         "study": recorder.study.name,
-        "n_references": len(references),
+        "n_references": len(plans),
         "n_select": args.select,
         "goals": {task: [goal.weight, goal.expert] for task, goal in spec.tasks.items()},
     }
+    drawn = drawn_plans(recorder.study.experts, args.seed)
+    plans |= {f"drawn {i}": next(drawn) for i in range(args.plans)}
+    n_examples = args.select + args.further
+    examples = {task: recorder.examples(task, n_examples) for task in spec.tasks}
+    kept = _load(args.out)
     for name, plan in plans.items():
         if name in kept:
             continue
         if time.monotonic() - begun > args.seconds:
             break
         recorder.merger.apply(plan)
-        rows = {task: recorder.score(plan, task, its) for task, its in examples.items()}
-        kept[name] = (plan, rows)
-        means = " ".join(f"{values.mean():.3f}" for values, _ in rows.values())
-        print(
-            f"{time.monotonic() - begun:6.0f} s  {name:16s} {plan.method:16s} {means}", flush=True
-        )
-        if len(kept) % 10 == 0:
-            _save(args.out, meta, kept)
-    _save(args.out, meta, kept)
+        kept[name] = (plan, {t: recorder.score(t, its) for t, its in examples.items()})
+        means = " ".join(f"{values.mean():.3f}" for values, _ in kept[name][1].values())
+        seconds = time.monotonic() - begun
+        print(f"{seconds:6.0f} s  {name:16s} {plan.method:16s} {means}", flush=True)
+        if len(kept) % 4 == 0:
+            _save(args.out, meta, _ordered(kept, plans))
+    _save(args.out, meta, _ordered(kept, plans))
+
+
+def _ordered(kept: dict[str, Any], plans: dict[str, MergePlan]) -> dict[str, Any]:
+    """Return what is kept, references first."""
+    return {name: kept[name] for name in plans if name in kept}
 
 
 def _save(out: Path, meta: dict[str, Any], kept: dict[str, Any]) -> None:

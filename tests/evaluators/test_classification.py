@@ -26,13 +26,14 @@ from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError, EvaluationError, SpecError
 from searchmerge.evaluators.classification import macro_f1
+from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import saved_heads
 from searchmerge.models import load_task_vectors, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
-from searchmerge.watch import Watch
+from searchmerge.watch import Watch, content_of
 from tests.evaluators.classifiers import (
     CLASSES,
     NAMES,
@@ -235,6 +236,42 @@ def test_macro_f1_is_the_mean_of_the_classes_that_occur(pairs):
     true, predicted = np.array(pairs).T
     found = macro_f1([float(5 * t + p) for t, p in pairs], 5)
     assert found == pytest.approx(f1_by_hand(true, predicted))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "data"),
+    [
+        ("bert", text_tasks(), {"select": "data/first.jsonl", "hold_out": "moved.jsonl"}),
+        ("vit", image_tasks(), {"select": "data/first", "hold_out": "moved"}),
+    ],
+)
+def test_each_part_may_be_classified_from_data_of_its_own(write, tmp_path, kind, tasks, data):
+    def scored(study):
+        """Return each example's score by the expert itself."""
+        worker = assemble.make_worker(study, open_models(study), EAGER)
+        schedule = assemble.make_schedule(study, worker.tasks())
+        blocks = [b for part in ("pilot", "hold_out") for b in schedule.blocks[part]["first"]]
+        [result] = worker.score(reference_plans(study.experts)["expert first"], [tuple(blocks)])
+        values = [dict(zip(s.block.examples, s.values, strict=True)) for s in result.scores]
+        by_example = {e: value for of_block in values for e, value in of_block.items()}
+        return [by_example[e] for e in sorted(by_example)], worker.tasks()["first"]
+
+    whole, _ = scored(read_study(write(kind, tasks)))
+    expected = [*whole, *whole]
+    if kind == "bert":
+        lines = (tmp_path / "data" / "first.jsonl").read_text().splitlines()
+        (tmp_path / "moved.jsonl").write_text("\n".join(reversed(lines)))
+        expected = [*whole, *reversed(whole)]
+    else:
+        (tmp_path / "moved").symlink_to(tmp_path / "data" / "first")
+    both = {**tasks["first"], "data": data, "select": None, "hold_out": None}
+    study = read_study(write(kind, {**tasks, "first": both}))
+    found, info = scored(study)
+    assert found == expected and len(set(whole)) > 1
+    assert [info.n_of(part) for part in data] == [len(whole)] * 2
+    assert all(info.parts[part].source.endswith(data[part]) for part in data)
+    files = fingerprint(study, content_of(open_models(study)), "cpu")["files"]
+    assert set(data.values()) <= files.keys()
 
 
 @pytest.mark.parametrize(

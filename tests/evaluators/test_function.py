@@ -7,7 +7,7 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.evaluators.function import FunctionEvaluator
+from searchmerge.evaluators.function import Counts, FunctionEvaluator, FunctionKeys
 from searchmerge.fingerprint import fingerprint
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
@@ -140,7 +140,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def evaluator(folder, name):
-    return FunctionEvaluator(f"scores_of_mine:{name}", {"mine": 5}, search_path=folder)
+    return FunctionEvaluator(f"scores_of_mine:{name}", {"mine": TaskInfo(5)}, search_path=folder)
 
 
 @pytest.fixture
@@ -154,6 +154,14 @@ def test_the_users_function_scores_the_model(folder, model):
     mine = evaluator(folder, "bias")
     assert mine.tasks == {"mine": TaskInfo(5)}
     assert mine.score(model, "mine", [4, 0]) == (5.0, 1.0)
+
+
+def test_a_function_may_have_examples_of_each_part():
+    keys = FunctionKeys("scores_of_mine:bias", Counts(select=3, hold_out=5))
+    info = keys.info
+    assert (info.n_examples, info.n_of("select"), info.n_of("hold_out")) == (8, 3, 5)
+    assert info.parts["select"].source == "n_examples.select of scores_of_mine:bias"
+    assert FunctionKeys("scores_of_mine:bias", 4).info == TaskInfo(4)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +204,7 @@ def test_what_is_no_score_fails_the_candidate(folder, model, name, message):
 )
 def test_a_function_that_cannot_be_imported_is_refused(folder, name, message):
     with pytest.raises(SpecError, match=message):
-        FunctionEvaluator(name, {"mine": 5}, search_path=folder)
+        FunctionEvaluator(name, {"mine": TaskInfo(5)}, search_path=folder)
 
 
 @pytest.mark.parametrize("name", ["tensor", "array", "scalars"])

@@ -26,6 +26,7 @@ from searchmerge.evaluators.lm_harness.language_model import (
     make_lm,
 )
 from searchmerge.evaluators.lm_harness.loading import load_task
+from searchmerge.evaluators.lm_harness.parts import Prepared, PreparedParts
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
 from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
@@ -80,7 +81,11 @@ class LmHarness:
             name: task.info for name, task in self._tasks.items()
         }
 
-    def _prepare(self, name: str, task: LmTask) -> PreparedTask | PreparedGroup:
+    def _prepare(self, name: str, task: LmTask) -> Prepared | PreparedParts:
+        parts = [self._prepare_part(name, part) for part in task.by_part()]
+        return PreparedParts(name, *parts) if len(parts) > 1 else parts[0]
+
+    def _prepare_part(self, name: str, task: LmTask) -> Prepared:
         task = prompted(task, self.section)
         tree = self._catalogue.find(task.task or name, f"tasks.{name}.task")
         if isinstance(tree, Leaf):

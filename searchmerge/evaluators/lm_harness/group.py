@@ -64,6 +64,11 @@ class PreparedGroup:
         )
 
     @property
+    def source(self) -> str:
+        """Return what its examples are drawn from, for messages."""
+        return ", ".join(dict.fromkeys(member.source for member in self._members))
+
+    @property
     def is_chat(self) -> bool:
         """Whether prompts are turns of a chat template."""
         return self._members[0].is_chat

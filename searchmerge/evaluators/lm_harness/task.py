@@ -13,7 +13,7 @@ from searchmerge.evaluators.causal.generation import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.loading import explained, quiet, task_errors
+from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
 from searchmerge.evaluators.score_kind import Mean, Whole
 
 _READING_KEYS = {
@@ -126,14 +126,15 @@ class PreparedTask:
             SpecError: If the study names one that is not there.
         """
         n_documents = len(self._task.eval_docs)
-        if self.spec.samples is None:
+        samples = self.spec.samples
+        if not isinstance(samples, tuple):
             return tuple(range(n_documents))
-        if (last := max(self.spec.samples)) >= n_documents:
+        if (last := max(samples)) >= n_documents:
             raise SpecError(
                 f"tasks.{self._name}.samples: there is no position {last}; the split "
                 f"{self.spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
             )
-        return self.spec.samples
+        return samples
 
     @property
     def n_fewshot(self) -> int:
@@ -202,6 +203,11 @@ class PreparedTask:
         )
         requests = requests if isinstance(requests, list) else [requests]
         return sorted(requests, key=lambda request: request.idx)
+
+    @property
+    def source(self) -> str:
+        """Return what its examples are drawn from, for messages."""
+        return f"split {split_of(self.leaf, self.spec.split, 'split')!r}"
 
     @property
     def is_chat(self) -> bool:

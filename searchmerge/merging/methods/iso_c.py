@@ -49,7 +49,7 @@ class IsoC:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "tensor"
-    published: ClassVar[Published | None] = Published("Iso-C", "2502.04959", decomposes=True)
+    published: ClassVar[Published | None] = None
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to decompose matrices, at the first plan."""
