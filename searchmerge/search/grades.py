@@ -18,7 +18,7 @@ from scipy.special import ndtr
 Vector = npt.NDArray[np.float64]
 
 _N_SPLITS = 24
-_WIDTHS = (1.0, 2.0)
+_WIDTHS = (2.0, 4.0)
 _WEIGHTS = (0.5, 1.0)
 _LEAST_PLANS = 5  # of fewer nothing is learnt
 

@@ -84,6 +84,9 @@ class SignedRank:
         return bool(test.pvalue < self.p_threshold)
 
 
+RACING = Racing()
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a search races, and how it picks what is saved.
@@ -96,7 +99,7 @@ class Rule:
             the best on held-out examples of the top candidates.
     """
 
-    racing: Racing | SignedRank | None = Racing()
+    racing: Racing | SignedRank | None = RACING
     order: str = "informed"
     graded: bool = False
     all_compete: bool = False
@@ -343,7 +346,7 @@ class Run:
         return board.read_by(board.learn([*self._merges(), *full], self._seed))
 
     def _lost(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> bool:
-        """Return whether the best candidate by its full score was stopped, and none as good left."""
+        """Return whether the best by its full score was stopped, and none as good was left."""
         grader = self._read(board, full, rule).grader if rule.graded else Grader()
         value = {}
         for row in self._candidates:
