@@ -180,7 +180,9 @@ def references(study: Study, models: Models) -> dict[str, MergePlan]:
     where the study's own space has its method, so that the time is spent anyway.
     """
     shapes = [header.shape for header in models.base.headers.values()]
-    searched = {alternative.method for alternative in study.space.alternatives.values()}
+    searched: set[str] = set()
+    if not study.space.is_auto:  # which goes by the references that there are
+        searched = {alternative.method for alternative in study.space.alternatives.values()}
     slow = [m for m in slow_methods(shapes, len(models.experts)) if m not in searched]
     if slow:
         _logger.warning(

@@ -159,7 +159,7 @@ class StudySpec(Strict):
     tokenizers: Literal["same", "any"] = "same"
     may_differ: list[str] = Field(default_factory=list)
     trust_remote_code: bool = False
-    space: SpaceSpec | list[SpaceSpec]
+    space: SpaceSpec | list[SpaceSpec] | Literal["auto"] = "auto"
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     objective: Kind = Field(default="normalised", validate_default=True)
     constraints: list[ConstraintSpec] = Field(default_factory=list)

@@ -268,6 +268,13 @@ def standing_of(trial: FrozenTrial) -> Standing:
     return Standing.of(trial.constraints.values(), trial.values[0])
 
 
+def error_of(trial: FrozenTrial) -> float | None:
+    """Return the standard error of a finished trial's value, where it is known."""
+    result: Mapping[str, Any] = trial.user_attrs.get(_RESULT, {})
+    error: float | None = result.get("se")
+    return error
+
+
 class Finished(Protocol):
     """A trial that is finished, or its record."""
 
