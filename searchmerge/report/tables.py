@@ -1,10 +1,9 @@
 """From what a study has scored to what its report shows: rows, constraints, points, counts."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Part
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Bound, Detail, Point, PointKind, Row
@@ -125,24 +124,16 @@ def make_details(
             for metric in info.other_metrics:
                 known = {answer.example: answer.metrics[metric] for answer in answers}
                 values.setdefault(metric, {})[name] = known
-            for member, examples in _members(info):
+            for member, examples in info.members_of("hold_out"):
                 scored = board.by_example(plans[name], task, "hold_out")
                 known = {e: score for e, score in scored.items() if e in examples}
-                values.setdefault(member, {})[name] = known
+                values.setdefault(member.name, {})[name] = known
         for label, by_plan in values.items():
             n_examples = len(by_plan[names[0]])
             if n_examples:
                 scores = {name: fmean(scored.values()) for name, scored in by_plan.items()}
                 details.append(Detail(task, label, n_examples, scores))
     return details
-
-
-def _members(info: TaskInfo) -> Iterator[tuple[str, range]]:
-    """Yield a task's members, each with its examples."""
-    start = 0
-    for member in info.members:
-        yield member.name, range(start, start + member.n_examples)
-        start += member.n_examples
 
 
 def make_counts(

@@ -14,7 +14,7 @@ from searchmerge.report.tables import (
     make_points,
     make_rows,
 )
-from searchmerge.search.confirm import Bootstrap, confirm
+from searchmerge.search.confirm import Bootstrap, Contest, confirm
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import reference_plans
 from searchmerge.search.schedule import Schedule
@@ -43,7 +43,7 @@ def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
     board = runner.board
     confirmation = confirm(
         {name: board.values(p, "hold_out") for name, p in plans.items()},
-        ["trial 3"],
+        Contest(["trial 3"], ["trial 3"]),
         dict.fromkeys(EXPERTS, Mean()),
         study.objective,
         {},

@@ -33,6 +33,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -191,6 +192,7 @@ class Pcb:
     )
     settings: ClassVar[tuple[Setting, ...]] = (VARIANT, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = Published("PCB", "2410.02396")
 
     def __init__(self, measure: "Measure") -> None:
         """Find the experts to leave out; balances are measured at the first plan."""

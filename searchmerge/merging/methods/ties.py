@@ -16,6 +16,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -68,6 +69,7 @@ class Ties:
     )
     settings: ClassVar[tuple[Setting, ...]] = (AGGREGATE, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = Published("TIES", "2306.01708")
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to look up magnitudes, which are measured at the first plan."""
