@@ -167,6 +167,7 @@ class Engine:
     def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
         return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)
 
+    @torch.no_grad()
     def count(self, function: ChunkFunction, operands: Operands, counters: Counters) -> bool:
         """Count the keys of what ``function`` returns, on a GPU; return whether it could be done.
 
