@@ -33,6 +33,8 @@ from searchmerge.report.tables import (
     make_details,
     make_points,
     make_rows,
+    make_searched,
+    told_readings,
 )
 from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
@@ -268,6 +270,8 @@ class StudyRun:
             made_of=_described(self._models) | versions(self._study),
             bounds=make_bounds(winner, objective, held_out),
             details=make_details(board, plans, detailed),
+            searched=make_searched(candidates(records, objective)),
+            readings=told_readings(board.grader),
             points=make_points(candidates(records, objective), rows, objective),
         )
 

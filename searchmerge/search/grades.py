@@ -34,11 +34,14 @@ class Reading(NamedTuple):
         weight: w, in [0, 1]; 0 is the metric alone.
         width: h, above 0: how soft the step is.
         offset: b: what makes the mean over the study's plans that of the metric.
+        agreement: The correlation, over the plans, of the soft steps of one half of the examples
+            with the metric on the other, in [-1, 1]; ``None`` where too few plans are known.
     """
 
     weight: float = 0.0
     width: float = 1.0
     offset: float = 0.0
+    agreement: float | None = None
 
     def __call__(self, values: Vector, grades: Vector) -> Vector:
         """Return a plan's observations, ``(n,)``, from its values and grades."""
@@ -114,12 +117,10 @@ def learn(table: Table, seed: int = 0) -> Reading:
             correlations += [_correlation(o[:, half].mean(1), metric) for o in observed]
     r = np.clip(correlations / (2 * _N_SPLITS), 0.0, 1 - 1e-6)
     likelihoods = -0.5 * n_plans * np.log1p(-(r**2))
-    best = int(np.argmax(likelihoods))
-    if not best:
-        return METRIC
-    weight, width, _ = readings[best]
-    offset = float((table.values - soft(table.grades, width)).mean())
-    return Reading(weight, width, offset)
+    chosen = readings[int(np.argmax(likelihoods))]
+    offset = float((table.values - soft(table.grades, chosen.width)).mean())
+    agreement = float(correlations[-1]) / (2 * _N_SPLITS)
+    return chosen._replace(offset=offset if chosen.weight else 0.0, agreement=agreement)
 
 
 def _correlation(one: Vector, other: Vector) -> float:

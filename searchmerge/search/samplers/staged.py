@@ -87,7 +87,7 @@ class Process:
     def _solved(self) -> tuple[Vector, Vector, float]:
         """Return the Cholesky factor, the solved residuals, and the mean."""
         covariance = self._kernel(self.x, self.x) + np.diag(self.errors**2)
-        factor: Vector = np.linalg.cholesky(covariance)
+        factor: Vector = np.linalg.cholesky(covariance).astype(np.float64)
         ones = np.linalg.solve(factor, np.ones(len(self.x)))
         white = np.linalg.solve(factor, self.values)
         mean = float(ones @ white / (ones @ ones))
