@@ -34,6 +34,7 @@ PLAYED_BY_TESTS = {
     ("AsyncCmaSampler", "sigma"): "a search that has narrowed",
     ("open_checkpoint", "cache_dir"): "the user's cache",
     ("save_model", "max_shard_bytes"): "a model of many shards",
+    ("Decoder", "recorder"): "the device",
 }
 """What tests put in place of the world, and what it is there."""
 

@@ -169,7 +169,7 @@ def _told_reading(reading: Reading) -> str:
     if reading.agreement is None:
         return "by the metric alone, as too few plans were scored to learn from"
     agreement = f"over the plans the two have a correlation of {reading.agreement:+.2f}"
-    if not reading.weight:
+    if not reading.steps:
         contradicts = reading.agreement < _CONTRADICTS
         told = "by the metric alone, which how clearly examples were answered "
         return f"{told}{'contradicts' if contradicts else 'does not tell better'}: {agreement}"

@@ -8,7 +8,7 @@ other.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,40 +18,56 @@ from scipy.special import ndtr
 Vector = npt.NDArray[np.float64]
 
 _N_SPLITS = 24
-_WIDTHS = (2.0, 4.0)
-_WEIGHTS = (0.5, 1.0)
+_STEPS = tuple((weight, width) for weight in (0.5, 1.0) for width in (1.0, 2.0))
 _LEAST_PLANS = 5  # of fewer nothing is learnt
+
+
+class Step(NamedTuple):
+    r"""A part of what an example counts: :math:`w\,(\Phi(g / (h s)) + b)`.
+
+    Attributes:
+        weight: w, in [0, 1].
+        width: h, above 0: how soft the step is.
+        offset: b: what makes the mean over the study's plans that of the metric.
+    """
+
+    weight: float
+    width: float
+    offset: float
 
 
 class Reading(NamedTuple):
     r"""How a task's examples are read.
 
     An example with value c and grade g counts as
-    :math:`(1 - w)\,c + w\,(\Phi(g / (h s)) + b)`, where s is the plan's own median of
+    :math:`(1 - \sum w)\,c + \sum w\,(\Phi(g / (h s)) + b)`, where s is the plan's own median of
     :math:`|g|`: a plan that is twice as sure of everything is read the same.
 
     Attributes:
-        weight: w, in [0, 1]; 0 is the metric alone.
-        width: h, above 0: how soft the step is.
-        offset: b: what makes the mean over the study's plans that of the metric.
-        agreement: The correlation, over the plans, of the soft steps of one half of the examples
+        steps: What grades count; none is the metric alone.
+        agreement: The correlation, over the plans, of soft steps on one half of the examples
             with the metric on the other, in [-1, 1]; ``None`` where too few plans are known.
     """
 
-    weight: float = 0.0
-    width: float = 1.0
-    offset: float = 0.0
-    agreement: float | None = None
+    steps: tuple[Step, ...]
+    agreement: float | None
+
+    @property
+    def weight(self) -> float:
+        """What grades count beside the metric, in [0, 1]."""
+        return sum(step.weight for step in self.steps)
 
     def __call__(self, values: Vector, grades: Vector) -> Vector:
         """Return a plan's observations, ``(n,)``, from its values and grades."""
-        if not self.weight or not len(grades):
+        if not self.steps or not len(grades):
             return values
-        steps = soft(grades, self.width) + self.offset
-        return (1 - self.weight) * values + self.weight * steps
+        read: Vector = (1 - self.weight) * values
+        for weight, width, offset in self.steps:
+            read = read + weight * (soft(grades, width) + offset)
+        return read
 
 
-METRIC = Reading()
+METRIC = Reading((), None)
 """The metric alone."""
 
 
@@ -63,12 +79,16 @@ class Grader:
         readings: Task to reading; a task that is left out is read by its metric.
     """
 
-    readings: Mapping[str, Reading] = field(default_factory=dict)
+    readings: Mapping[str, Reading]
+
+    def reading(self, task: str) -> Reading:
+        """Return how a task's examples are read."""
+        return self.readings.get(task, METRIC)
 
     def observations(self, task: str, values: Sequence[float], grades: Sequence[float]) -> Vector:
         """Return a plan's observations on examples of a task."""
-        reading = self.readings.get(task, METRIC)
-        return reading(np.asarray(values, dtype=float), np.asarray(grades, dtype=float))
+        read = self.reading(task)
+        return read(np.asarray(values, dtype=float), np.asarray(grades, dtype=float))
 
 
 class Table(NamedTuple):
@@ -90,37 +110,81 @@ def soft(grades: Vector, width: float) -> Vector:
     return steps
 
 
-def learn(table: Table, seed: int = 0) -> Reading:
-    r"""Return the reading of one half of the examples that best tells the metric on the other.
+def learn(tables: Mapping[str, Table], seed: int) -> Grader:
+    r"""Return the readings of one half of the examples that best tell the metric on the other.
 
-    For a reading whose means over one half have, over the plans, the correlation r with the
-    metric on the other half, on average over random halves, P plans have the log-likelihood
-    :math:`-\frac P2 \log(1 - r^2)` under a linear relation. The reading with the largest is
-    taken, the metric alone where none is ahead of it.
+    A reading is the metric alone, or soft steps of some weight and width beside it. If its means
+    over one half have, over P plans, the correlation r with the metric on the other half, on
+    average over random halves, its log-likelihood under a linear relation is
+    :math:`-\frac P2 \log(1 - r^2)`. Readings count by their likelihoods: for a task half by its
+    own and half by those of all tasks together.
 
     Args:
-        table: What plans scored on the examples that select, those of no other part.
+        tables: Task to what plans scored on the examples that select, those of no other part.
         seed: Of the halves.
     """
+    told = {task: _correlations(table, seed) for task, table in tables.items()}
+    likelihoods = {
+        task: -0.5 * len(tables[task].values) * np.log1p(-(np.clip(r, 0.0, 1 - 1e-6) ** 2))
+        for task, r in told.items()
+        if r is not None
+    }
+    of_all = np.sum(list(likelihoods.values()), axis=0)
+    readings = {}
+    for task, table in tables.items():
+        r = told[task]
+        if r is None:
+            readings[task] = METRIC
+            continue
+        logs = (likelihoods[task] + of_all) / 2
+        parts = np.exp(logs - logs.max())
+        readings[task] = Reading(
+            _steps(parts / parts.sum(), table), float(r[_OF_STEPS.index((1.0, 2.0))])
+        )
+    return Grader(readings)
+
+
+_OF_STEPS = ((0.0, 1.0), *_STEPS)
+"""Weight and width of each reading that is weighed up; the first is the metric alone."""
+
+
+def _steps(parts: Vector, table: Table) -> tuple[Step, ...]:
+    """Return what readings come to that count by their parts; none where grades hardly count."""
+    widths = sorted({width for _, width in _STEPS})
+    weights = {
+        h: float(sum(p * w for p, (w, width) in zip(parts, _OF_STEPS, strict=True) if width == h))
+        for h in widths
+    }
+    if sum(weights.values()) < _LEAST_WEIGHT:
+        return ()
+    return tuple(
+        Step(weight, h, float((table.values - soft(table.grades, h)).mean()))
+        for h, weight in weights.items()
+    )
+
+
+_LEAST_WEIGHT = 0.01
+
+
+def _correlations(table: Table, seed: int) -> Vector | None:
+    """Return each reading's correlation with the metric on other examples, over the plans.
+
+    ``None`` where too little is known to learn from, or the plans all score the same.
+    """
     n_plans, n_examples = table.values.shape
-    if n_plans < _LEAST_PLANS or n_examples < 4:
-        return METRIC
-    readings = [METRIC, *(Reading(w, h) for w in _WEIGHTS for h in _WIDTHS)]
-    observed = [reading(table.values, table.grades) for reading in readings]
+    if n_plans < _LEAST_PLANS or n_examples < 4 or not np.ptp(table.values.mean(1)):
+        return None
+    steps = {width: soft(table.grades, width) for _, width in _STEPS}
+    observed = [(1 - weight) * table.values + weight * steps[width] for weight, width in _OF_STEPS]
     generator = np.random.default_rng(seed)
-    correlations = np.zeros(len(readings))
+    total = np.zeros(len(_OF_STEPS))
     for _ in range(_N_SPLITS):
         order = generator.permutation(n_examples)
-        for half in (order[: n_examples // 2], order[n_examples // 2 :]):
-            rest = np.setdiff1d(order, half)
+        one, other = order[: n_examples // 2], order[n_examples // 2 :]
+        for half, rest in ((one, other), (other, one)):
             metric = table.values[:, rest].mean(1)
-            correlations += [_correlation(o[:, half].mean(1), metric) for o in observed]
-    r = np.clip(correlations / (2 * _N_SPLITS), 0.0, 1 - 1e-6)
-    likelihoods = -0.5 * n_plans * np.log1p(-(r**2))
-    chosen = readings[int(np.argmax(likelihoods))]
-    offset = float((table.values - soft(table.grades, chosen.width)).mean())
-    agreement = float(correlations[-1]) / (2 * _N_SPLITS)
-    return chosen._replace(offset=offset if chosen.weight else 0.0, agreement=agreement)
+            total += [_correlation(o[:, half].mean(1), metric) for o in observed]
+    return total / (2 * _N_SPLITS)
 
 
 def _correlation(one: Vector, other: Vector) -> float:

@@ -197,4 +197,4 @@ class Incumbents:
 
     def _plan_scores(self, plan: MergePlan) -> PlanScores:
         values = self._board.observations(plan, "select")
-        return PlanScores({task: float(own.mean()) for task, own in values.items()}, values)
+        return PlanScores(self._board.estimates(plan, "select"), values)

@@ -39,7 +39,7 @@ class Scoreboard:
     ) -> None:
         self.schedule = schedule
         self.store = store
-        self.grader = grader or Grader()
+        self.grader = grader or Grader({})
 
     def read_by(self, grader: Grader) -> "Scoreboard":
         """Return the same scoreboard, whose observations are read by another grader."""
@@ -52,14 +52,13 @@ class Scoreboard:
         their metric.
         """
         plans = list({plan.digest: plan for plan in plans}.values())
-        readings = {}
+        tables = {}
         for task, blocks in self.schedule.blocks["select"].items():
             grades = [list(self.grades(plan, blocks).values()) for plan in plans]
-            if all(grades) and isinstance(self.schedule.tasks[task].kind, Mean):
+            if plans and all(grades) and isinstance(self.schedule.tasks[task].kind, Mean):
                 values = [self.store.task_values(plan, blocks) for plan in plans]
-                table = Table(np.array(values), np.array(grades))
-                readings[task] = learn(table, seed)
-        return Grader(readings)
+                tables[task] = Table(np.array(values), np.array(grades))
+        return learn(tables, seed)
 
     def is_full(self, plan: MergePlan, part: Part) -> bool:
         """Return whether a plan was scored on all of ``part``."""
@@ -107,7 +106,8 @@ class Scoreboard:
             together[task, part].append((task, part, index))
         observed: dict[BlockKey, tuple[float, ...]] = {}
         for (task, _), keys in together.items():
-            if task not in self.grader.readings or not all(graded[key] for key in keys):
+            is_read = self.grader.reading(task).steps and all(graded[key] for key in keys)
+            if not is_read:
                 kind = self.schedule.tasks[task].kind
                 observed |= {key: kind.observations(scored[key]) for key in keys}
                 continue
@@ -126,8 +126,12 @@ class Scoreboard:
         }
 
     def estimates(self, plan: MergePlan, part: Part) -> dict[str, float]:
-        """Return what each task's score is taken for: the mean of its observations."""
-        return {task: float(o.mean()) for task, o in self.observations(plan, part).items()}
+        """Return what each task's score is taken for: with grades, as far as they count."""
+        observations = self.observations(plan, part)
+        return {
+            task: float(observations[task].mean()) if self.grader.reading(task).steps else score
+            for task, score in self.scores(plan, part).items()
+        }
 
     def informed(self, plans: Iterable[MergePlan], deciding: Sequence[MergePlan]) -> "Scoreboard":
         """Return the scoreboard with ``select`` cut from ``pilot``, telling examples first.

@@ -31,7 +31,7 @@ from searchmerge.execution.blocks import (
     make_blocks,
     telling_first,
 )
-from searchmerge.search.grades import METRIC, Grader
+from searchmerge.search.grades import Grader
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.pick import confirmed, evidence_on_select
@@ -347,7 +347,7 @@ class Run:
 
     def _lost(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> bool:
         """Return whether the best by its full score was stopped, and none as good was left."""
-        grader = self._read(board, full, rule).grader if rule.graded else Grader()
+        grader = self._read(board, full, rule).grader if rule.graded else Grader({})
         value = {}
         for row in self._candidates:
             means = {}
@@ -355,7 +355,7 @@ class Run:
                 its = [example for block in blocks for example in block.examples]
                 values = self._recording.values[task][row.index][its]
                 grades = self._recording.grades[task][row.index][its]
-                means[task] = float(grader.readings.get(task, METRIC)(values, grades).mean())
+                means[task] = float(grader.reading(task)(values, grades).mean())
             value[row] = self._goal.scalar(means)
         return max(value.values()) > max((value[row] for row in full), default=-np.inf) + 1e-12
 

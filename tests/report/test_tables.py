@@ -18,7 +18,7 @@ from searchmerge.report.tables import (
     told_readings,
 )
 from searchmerge.search.confirm import Bootstrap, Contest, confirm
-from searchmerge.search.grades import Grader, Reading
+from searchmerge.search.grades import METRIC, Grader, Reading, Step
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import reference_plans
 from searchmerge.search.schedule import Schedule
@@ -177,10 +177,10 @@ def test_trials_are_told_by_method_and_by_whether_experts_have_their_own_numbers
 
 def test_how_tasks_are_read_is_told_in_words():
     readings = {
-        "read": Reading(0.5, 2.0, 0.1, 0.75),
-        "not": Reading(agreement=0.3),
-        "against": Reading(agreement=-0.6),
-        "few": Reading(),
+        "read": Reading((Step(0.2, 1.0, 0.1), Step(0.3, 2.0, 0.1)), 0.75),
+        "not": Reading((), 0.3),
+        "against": Reading((), -0.6),
+        "few": METRIC,
     }
     told = told_readings(Grader(readings))
     assert told["read"].startswith("50 % by how clearly")
