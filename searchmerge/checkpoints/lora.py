@@ -5,6 +5,7 @@ Files and configuration are those of the PEFT library.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,6 +28,7 @@ from searchmerge.checkpoints.files import (
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
+from searchmerge.checkpoints.lora_targets import TARGET_KEYS, selects
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
 from searchmerge.checkpoints.renames import resident_names, transposed_weights
@@ -77,7 +79,9 @@ _KEYS = {
     "lora_bias": SWITCH,
     "fan_in_fan_out": SWITCH,
     "auto_mapping": TEXTS_BY_NAME,
+    **TARGET_KEYS,
 }
+_logger = logging.getLogger(__name__)
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
 
@@ -156,7 +160,7 @@ def read_adapter(
     config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
-    headers = read_headers(file)
+    headers = _selected(file, config, read_headers(file))
     layers = _Layers(config, base_dir, trust_remote_code)
     find = _finder(headers, base_headers, layers)
     updates = _plan(file, config, headers, find)
@@ -221,6 +225,45 @@ def _adapter_file(directory: Path) -> Path:
         if (file := directory / name).exists():
             return file
     raise CheckpointError(f"{directory}: has no {' or '.join(_ADAPTER_FILES)}")
+
+
+def _selected(
+    file: Path, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]
+) -> Mapping[str, TensorHeader]:
+    """Return the tensors of a file without those of layers that the adapter is not put on.
+
+    PEFT leaves them out without a word. A bias that it saved from inside of such a layer is one.
+    """
+    names = {key: _plain(key) for key in headers}
+    modules = {key: match["module"] for key in names if (match := _FACTOR.match(names[key]))}
+    if not modules:
+        return headers
+    if config.get("target_modules") is None:
+        raise CheckpointError(
+            f"{file.parent / ADAPTER_CONFIG}: target_modules is missing; name the layers that the "
+            f"adapter is put on, e.g. {_last_part(min(modules.values()))!r}"
+        )
+    foreign = sorted({name for name in modules.values() if not selects(config, name)})
+    if not foreign:
+        return headers
+    more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+    told = (
+        f"{file}: holds layers that {ADAPTER_CONFIG} does not select (target_modules, "
+        f"layers_to_transform, exclude_modules, ...): {foreign[0]!r}{more}"
+    )
+    if len(foreign) == len(set(modules.values())):
+        raise CheckpointError(f"{told}; it selects none of those that it holds")
+    _logger.warning("%s; they are left out, as PEFT does", told)
+    inside = tuple(f"{name}.{part}" for name in foreign for part in ("lora_", "base_layer."))
+    return {
+        key: header
+        for key, header in headers.items()
+        if not key.removeprefix(_PREFIX).startswith(inside)
+    }
+
+
+def _last_part(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _plan(
