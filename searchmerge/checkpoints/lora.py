@@ -31,7 +31,7 @@ from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_pa
 from searchmerge.checkpoints.lora_targets import TARGET_KEYS, selects
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
-from searchmerge.checkpoints.renames import resident_names, transposed_weights
+from searchmerge.checkpoints.renames import resident_names, transposed_weights, without_data
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
     TensorHeader,
@@ -81,6 +81,8 @@ _KEYS = {
     "auto_mapping": TEXTS_BY_NAME,
     **TARGET_KEYS,
 }
+_WITHOUT_OUTPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""What an adapter is for whose model has no output over the vocabulary, whatever its base has."""
 _logger = logging.getLogger(__name__)
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
@@ -164,6 +166,10 @@ def read_adapter(
     layers = _Layers(config, base_dir, trust_remote_code)
     find = _finder(headers, base_headers, layers)
     updates = _plan(file, config, headers, find)
+    for module in (
+        part[0] for key in headers if (part := _part(_plain(key))) and part[1] == "rows"
+    ):
+        layers.refuse_output_with_bias(file, module)
     updates = orient(file, updates, headers, base_headers, layers.are_transposed)
     for name, update in updates.items():
         check_parts(file, name, update, headers, base_headers)
@@ -426,6 +432,35 @@ class _Layers:
         if transposed is None:
             return bool(self.config.get("fan_in_fan_out"))
         return _find(name, dict.fromkeys(transposed)) is not None
+
+    def refuse_output_with_bias(self, file: Path, module: str) -> None:
+        """Refuse trained tokens of an output that has a bias, or shares an embedding's weight.
+
+        PEFT's layer of trained tokens has none: it computes ``x @ W.T`` while the adapter runs
+        and trains, and gives back the base's layer, with its bias, where the adapter is merged.
+
+        Raises:
+            CheckpointError: If the layer is one.
+        """
+        mapping = self.config.get("auto_mapping") or {}
+        model = without_data(
+            self.base_dir,
+            mapping.get("base_model_class"),
+            trust_remote_code=self.trust_remote_code,
+        )
+        output = None if model is None else model.get_output_embeddings()
+        if (
+            getattr(output, "bias", None) is None
+            or self.config.get("task_type") in _WITHOUT_OUTPUT
+        ):
+            return
+        trained = dict(model.named_modules()).get(module)
+        if trained is not None and trained.weight is output.weight:
+            raise CheckpointError(
+                f"{file}: trains tokens of {module!r}, which the output with its bias shares; "
+                "PEFT leaves that bias out until it merges the adapter, so that this is two models; "
+                "merge it with PEFT (merge_and_unload) and give the model that this makes"
+            )
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
