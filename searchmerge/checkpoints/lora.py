@@ -448,17 +448,17 @@ class _Layers:
             mapping.get("base_model_class"),
             trust_remote_code=self.trust_remote_code,
         )
-        output = None if model is None else model.get_output_embeddings()
+        output: Any = None if model is None else model.get_output_embeddings()
         if (
             getattr(output, "bias", None) is None
             or self.config.get("task_type") in _WITHOUT_OUTPUT
         ):
             return
-        trained = dict(model.named_modules()).get(module)
-        if trained is not None and trained.weight is output.weight:
+        modules = dict(model.named_modules())
+        if module in modules and modules[module].weight is output.weight:
             raise CheckpointError(
                 f"{file}: trains tokens of {module!r}, which the output with its bias shares; "
-                "PEFT leaves that bias out until it merges the adapter, so that this is two models; "
+                "PEFT leaves that bias out until it merges the adapter, so this is two models; "
                 "merge it with PEFT (merge_and_unload) and give the model that this makes"
             )
 
