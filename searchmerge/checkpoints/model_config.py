@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,8 +73,8 @@ _FREE_KINDS = re.compile(
 _IN_LAYER_TYPES = {"use_sliding_window", "max_window_layers"}
 """What transformers turns into ``sliding_window`` and ``layer_types``, which are compared."""
 
-_PADDING = "pad_token_id"
-_FROM_PADDING = "create_position_ids_from_input_ids"
+PADDING, _END, _START = "pad_token_id", "eos_token_id", "decoder_start_token_id"
+_FROMPADDING = "create_position_ids_from_input_ids"
 """What code calls where positions are counted from the id of padding on, as RoBERTa does."""
 
 _LENGTH = "max_position_embeddings"
@@ -134,7 +134,25 @@ def comparable_config(
     return SimpleNamespace(**values)
 
 
-def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
+def pooling_tokens(model: Any) -> frozenset[str]:
+    """Return the token ids in a configuration that decide what a classifier of sequences pools.
+
+    Decoders pool the last token that is not padding, encoder-decoders that at the end; what
+    their decoders read begins with a token of its own.
+
+    Args:
+        model: A model of transformers; ``None`` where it cannot be made.
+    """
+    import inspect
+
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return frozenset()
+    code = inspect.getsource(type(model).forward)
+    tokens = {name for name in (PADDING, _END) if re.search(rf"\.{name}\b", code)}
+    return frozenset(tokens | ({_START} if model.config.is_encoder_decoder else set()))
+
+
+def differences(base: Any, expert: Any, read: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Return the fields that change a forward pass and differ, with both values.
 
     Defaults are filled in, and older spellings count as the newer ones, as transformers has it.
@@ -142,12 +160,13 @@ def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
     Args:
         base: What :func:`comparable_config` returned.
         expert: The same of another model of this kind.
+        read: Fields that are compared too, as the class that models are loaded as reads them.
 
     Returns:
         Dotted name, e.g. ``rope_parameters.rope_theta``, to the base's value and the expert's;
         ``None`` where one does not have the field.
     """
-    ours, theirs = (dict(_compared(config)) for config in (base, expert))
+    ours, theirs = (dict(_compared(config, read)) for config in (base, expert))
     return {
         name: (ours.get(name), theirs.get(name))
         for name in dict.fromkeys((*ours, *theirs))
@@ -156,17 +175,21 @@ def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _compared(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _compared(config: Any, read: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the fields that change a forward pass, those of a configuration within too."""
     from transformers import PretrainedConfig
 
-    values = {key: value for key, value in vars(config).items() if not _is_free(key, config)}
+    values = {
+        key: value
+        for key, value in vars(config).items()
+        if key in read or not _is_free(key, config)
+    }
     heads, width = (getattr(config, key, None) for key in ("num_attention_heads", "hidden_size"))
     if values.get("head_dim") is None and isinstance(heads, int) and isinstance(width, int):
         values["head_dim"] = width // heads if heads else None
     for key, value in values.items():
         if isinstance(value, PretrainedConfig):
-            yield from _compared(value, f"{prefix}{key}.")
+            yield from _compared(value, read, f"{prefix}{key}.")
         elif key == "rope_parameters":
             yield from _flat(_plain_rope(value or {}), f"{prefix}{key}")
         else:
@@ -174,8 +197,8 @@ def _compared(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_free(key: str, config: Any) -> bool:
-    if key == _PADDING and not isinstance(config, SimpleNamespace):
-        return not _mentions(config, re.escape(_FROM_PADDING))
+    if key == PADDING and not isinstance(config, SimpleNamespace):
+        return not _mentions(config, re.escape(_FROMPADDING))
     if key in _FREE or _FREE_KINDS.search(key):
         return True
     if key in _IN_LAYER_TYPES:

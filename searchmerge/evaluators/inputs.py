@@ -57,7 +57,15 @@ class Processors:
 
     @property
     def pad_token_id(self) -> int:
-        """Return what fills the shorter texts of a batch; 0 where the tokenizer does not say."""
+        """Return what fills the shorter texts of a batch: what the model takes for padding.
+
+        Decoders classify the last token that is none. Where the model's configuration does not
+        say, it is what the tokenizer says, or 0.
+        """
+        config = load_config(self._model_dir, trust_remote_code=self._trust_remote_code)
+        token = getattr(config.get_text_config(), "pad_token_id", None)
+        if isinstance(token, int) and token >= 0:
+            return token
         return int(self._tokenizer().pad_token_id or 0)
 
     def pixels(self) -> Callable[[Any], Tensor]:

@@ -78,6 +78,7 @@ def made(tmp_path_factory):
     roots = {}
     for name, make, write, kind in (
         ("bert", make_experts, write_texts, "bert"),
+        ("llama", make_experts, write_texts, "llama"),
         ("vit", make_experts, write_images, "vit"),
         ("sentence", make_pooled_experts, write_texts, "bert"),
         ("clip", make_pooled_experts, write_images, "clip"),
@@ -135,9 +136,10 @@ def own_text_logits(folder, expert):
         ]
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("expert", CLASSES)
-def test_a_text_classifier_scores_as_in_transformers(write, tmp_path, expert):
-    file = write("bert", text_tasks(), classification={"batch_tokens": 64})
+def test_a_text_classifier_scores_as_in_transformers(write, tmp_path, expert, kind):
+    file = write(kind, text_tasks(), classification={"batch_tokens": 64})
     order, values = score(file, expert)
     predicted = [int(logits.argmax()) for logits in own_text_logits(tmp_path, expert)]
     labels = text_labels(expert)
@@ -459,6 +461,17 @@ def test_an_expert_without_a_head_is_refused(write, tmp_path):
     file = write("bert", text_tasks(), classification={"pooling": "mean"})
     with pytest.raises(SpecError, match=r"needs a linear .*\(its private tensors: none\)"):
         score(file, "second")
+
+
+def test_a_decoder_that_takes_no_token_for_padding_is_refused_as_a_classifier(write, tmp_path):
+    file = write("llama", text_tasks())
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    file.write_text(file.read_text().replace("base: base", "base: other"))
+    message = r"other: has no pad_token_id in its config\.json, by which LlamaForSequenceClassif"
+    with pytest.raises(CheckpointError, match=message):
+        open_models(read_study(file))
 
 
 def test_an_encoder_of_no_such_class_is_refused(write):
