@@ -25,6 +25,9 @@ _OF_A_HEAD = {
     "problem_type",
     "finetuning_task",
     "task_specific_params",
+    "encoder_stride",  # of masked images
+    "sparse_prediction",  # of masked words, where there are labels
+    "sparse_pred_ignore_index",
 }
 _OF_GENERATION = {
     "use_cache",
@@ -41,6 +44,14 @@ _OF_GENERATION = {
     "begin_suppress_tokens",
     "suppress_tokens",
     "prefix",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "num_beams",
+    "early_stopping",
+    "length_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
 }
 _OF_A_PROGRAM = {
     "transformers_version",
@@ -54,6 +65,9 @@ _OF_A_PROGRAM = {
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
+    "tokenizer_class",
+    "attn_implementation",
+    "deterministic_flash_attn",
     "chunk_size_feed_forward",  # the same values, in less memory
     "pretraining_tp",
     "gradient_checkpointing",
@@ -263,8 +277,13 @@ def _kinds_of_rope(parameters: Mapping[str, Any] | None) -> set[str]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether two values are the same; numbers that were written in float32 are."""
+    """Return whether two values are the same; numbers that were written in float32 are.
+
+    A switch that is not set is off.
+    """
     numbers = (int, float)
+    if None in (one, other):
+        return all(value is None or value is False for value in (one, other))
     if isinstance(one, numbers) and isinstance(other, numbers):
         return math.isclose(one, other, rel_tol=1e-6)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):

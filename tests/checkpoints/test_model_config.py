@@ -10,6 +10,7 @@ from searchmerge.checkpoints.checkpoint import open_checkpoint
 from searchmerge.checkpoints.compatibility import check_compatible
 from searchmerge.checkpoints.model_config import comparable_config, differences, load_config
 from searchmerge.errors import CheckpointError
+from tests.checkpoints.published import PUBLISHED
 
 _DECODER = {
     "vocab_size": 64,
@@ -197,6 +198,33 @@ def test_the_tokens_that_decide_what_a_classifier_pools_are_compared(case, tmp_p
         check_compatible(base, {"a": expert})
     check_compatible(base, {"a": expert}, may_differ=[field])
     check_compatible(base, {"a": expert}, auto_class="AutoModel")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_fine_tuned_models_configuration_as_it_is_published_fits(name, tmp_path):
+    said, changes, dropped = PUBLISHED[name]
+    tuned = {key: value for key, value in (said | changes).items() if key not in dropped}
+    assert differences(*_read(tmp_path, said, tuned)) == {}
+    heads = "num_heads" if name == "t5" else "num_attention_heads"
+    other = tuned | {heads: said[heads] * 2}
+    assert heads in differences(*_read(tmp_path, said, other))
+
+
+def _read(tmp_path, *configs):
+    """Return configurations as transformers reads them."""
+    for i, config in enumerate(configs):
+        (tmp_path / str(i)).mkdir(exist_ok=True)
+        (tmp_path / str(i) / "config.json").write_text(json.dumps(config))
+    return [comparable_config(config, tmp_path / str(i)) for i, config in enumerate(configs)]
+
+
+def test_how_a_model_generates_is_compared_nowhere(tmp_path):
+    said = {"model_type": "other", "num_beams": 4, "max_length": 20, "tokenizer_class": "A"}
+    one, other = (
+        comparable_config(said, tmp_path),
+        comparable_config({"model_type": "o"}, tmp_path),
+    )
+    assert differences(one, other) == {}
 
 
 def test_a_message_names_field_values_models_and_the_way_out(pair):
