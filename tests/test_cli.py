@@ -268,19 +268,19 @@ BAD = {
     "missing path": ({"base": "nowhere"}, "nowhere: no such directory"),
     "missing split": (
         {"tasks": {"first": {"task": "tiny_first", "split": "test"}}},
-        "test.*validation",
+        r"study.yaml:\d+: tasks.first.split: .*test.*validation",
     ),
     "unknown task": (
         {"tasks": {"first": {"task": "tiny_frist", "split": "validation"}}},
-        "tiny_frist.*did you mean.*tiny_first",
+        r"study.yaml:\d+: tasks.first.task: .*tiny_frist.*did you mean.*tiny_first",
     ),
     "empty select": (
         {"tasks": {"first": {"task": "tiny_first", "split": "validation", "hold_out": 48}}},
-        "select 0 and hold_out 48 were asked for, but the task has 48 examples",
+        r"study.yaml:\d+: tasks.first: select 0 and hold_out 48 were asked for",
     ),
     "unknown expert": (
         {"tasks": {"first": {"split": "validation", "expert": "third"}}},
-        "expert is 'third'; experts are: first, second",
+        r"study.yaml:\d+: tasks.first.expert is 'third'; experts are: first, second",
     ),
 }
 
