@@ -169,6 +169,20 @@ class StudySpec(Strict):
         """Let it be read again in another process, whose classes are made there."""
         return _read_again, (self.model_dump(mode="json", exclude_unset=True),)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _experts_by_name(cls, data: Any) -> Any:
+        """Let tasks be those of the experts of their names, where no task names an expert."""
+        if not isinstance(data, Mapping) or data.get("objective") == "mean":
+            return data
+        experts, tasks = data.get("experts"), data.get("tasks")
+        if not isinstance(experts, Mapping) or not isinstance(tasks, Mapping):
+            return data
+        if not all(isinstance(task, Mapping) and "expert" not in task for task in tasks.values()):
+            return data
+        named = {n: {**t, "expert": n} if n in experts else t for n, t in tasks.items()}
+        return {**data, "tasks": named}
+
     @model_validator(mode="after")
     def _fits(self) -> "StudySpec":
         for task, spec in self.tasks.items():

@@ -22,6 +22,7 @@ STUDY = {
     "experts": {"math": "m", "code": "org/code"},
     "space": {"method": "ties", "coefficient": {"low": 0.0, "high": 2.0}},
     "tasks": {"t": {"split": "train"}},
+    "objective": "mean",
 }
 
 
@@ -33,6 +34,27 @@ def read(tmp_path, overrides=None, **changes):
 
 STUDIES = {file.parent.name: file for file in sorted(ROOT.glob("studies/*/study.yaml"))}
 CONFIGS = {file.stem: file for file in sorted(ROOT.glob("configs/*.yaml"))}
+
+
+@pytest.mark.parametrize("objective", ["normalised", "worst", "tasks", None])
+def test_tasks_that_name_no_expert_are_those_of_the_experts_of_their_names(tmp_path, objective):
+    said = {"objective": objective} if objective else {}
+    both = {"code": {"split": "train"}, "other": {"split": "train"}}
+    study = {key: value for key, value in STUDY.items() if key != "objective"} | said
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "tasks": both}))
+    tasks = read_study(tmp_path).spec.tasks
+    assert {name: task.expert for name, task in tasks.items()} == {"code": "code", "other": None}
+    some = {**both, "other": {"split": "train", "expert": "math"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "tasks": some}))
+    tasks = read_study(tmp_path).spec.tasks
+    assert {name: task.expert for name, task in tasks.items()} == {"code": None, "other": "math"}
+    assert read(tmp_path, tasks=both).tasks["code"].expert is None  # a mean needs none
+
+
+def test_a_normalised_objective_without_any_tasks_expert_is_refused(tmp_path):
+    message = r"study\.yaml.*: objective: normalised divides each score by that of the task's own"
+    with pytest.raises(SpecError, match=message):
+        read(tmp_path, objective="normalised")
 
 
 def test_there_are_studies_and_configs_to_read():
