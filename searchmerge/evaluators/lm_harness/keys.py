@@ -50,6 +50,8 @@ class LmTask(PromptKeys):
         samples: Positions of the split's examples that are scored; all if ``None``.
         generation: Replaces arguments of the task's generation: ``max_gen_toks``, ``until``,
             ``temperature`` and others.
+        repeats: How often each example is answered, for filters that vote on the answers
+            (maj@k), 1 or more; what the task says if ``None``.
     """
 
     task: str | Mapping[str, Any] | None = None
@@ -59,6 +61,7 @@ class LmTask(PromptKeys):
     num_fewshot: Annotated[int, Ge(0)] | None = None
     samples: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(2)] | None = None
     generation: Mapping[str, Any] | None = None
+    repeats: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         if self.samples is not None and len(set(self.samples)) != len(self.samples):
