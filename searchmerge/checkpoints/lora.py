@@ -295,8 +295,10 @@ def _plan(
         for suffix, update in _of_module(file, config, module, parts).items():
             changed = find(f"{module}.{suffix}")
             if changed is None:
+                added = "; lora_bias gives a bias to a layer that has none in this kind of model"
                 raise CheckpointError(
                     f"{file}: changes {module + '.' + suffix!r}, which the base does not have"
+                    + (added if update.addend and find(f"{module}.weight") else "")
                 )
             earlier = updates.get(changed, Update())
             updates[changed] = replace(update, replacement=earlier.replacement)

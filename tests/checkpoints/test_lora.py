@@ -379,7 +379,8 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ),
         (
             lambda t: {**t, f"{_Q}.lora_B.bias": torch.ones(16)},
-            r"changes 'model\.layers\.0\.self_attn\.q_proj\.bias', which the base does not have",
+            r"changes 'model\.layers\.0\.self_attn\.q_proj\.bias', which the base does not have; "
+            r"lora_bias gives a bias to a layer that has none in this kind of model",
         ),
         (lambda t: {}, "holds no tensor"),
     ],
