@@ -20,7 +20,7 @@ from searchmerge.checkpoints.chosen_tokenizer import (
 from searchmerge.checkpoints.compatibility import check_compatible, doubts
 from searchmerge.checkpoints.files import default_cache_dir
 from searchmerge.checkpoints.heads import exclude_patterns, trained_class, unused_tensors
-from searchmerge.checkpoints.model_class import check_class, check_padding
+from searchmerge.checkpoints.model_class import check_class
 from searchmerge.checkpoints.tokenizer_files import AddedToken
 from searchmerge.checkpoints.tying import untie_where_needed
 from searchmerge.checkpoints.vocabulary import with_union
@@ -92,7 +92,6 @@ def open_models(study: Study, *, resident: bool = True) -> Models:
     base = _open(study, spec.base, None)
     if resident:
         check_class(base, spec.resident_class)
-        check_padding(base, spec.resident_class)
     experts = {name: _open(study, model, base) for name, model in spec.experts.items()}
     auto_class = spec.resident_class if resident else spec.model_class or _trained_as(experts)
     base, experts = untie_where_needed(base, experts, auto_class)

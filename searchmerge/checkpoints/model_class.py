@@ -3,8 +3,7 @@
 from typing import Any
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
-from searchmerge.checkpoints.model_config import PADDING, comparable_config, pooling_tokens
-from searchmerge.checkpoints.renames import without_data
+from searchmerge.checkpoints.model_config import comparable_config
 from searchmerge.errors import CheckpointError
 
 CAUSAL_LM = "AutoModelForCausalLM"
@@ -67,29 +66,6 @@ def check_class(checkpoint: Checkpoint, auto_class: str) -> None:
             "perplexity need a model that reads left to right. It can be merged with "
             "`model_class: AutoModelForMaskedLM` and tasks of evaluator function, or with tasks "
             "of evaluator classification"
-        )
-
-
-def check_padding(checkpoint: Checkpoint, auto_class: str) -> None:
-    """Refuse a classifier that finds the token to classify by padding, which it has none of.
-
-    Args:
-        checkpoint: The model.
-        auto_class: The class that it is loaded as.
-
-    Raises:
-        CheckpointError: If so.
-    """
-    model = without_data(
-        checkpoint.path, auto_class, trust_remote_code=checkpoint.trust_remote_code
-    )
-    if model is None or PADDING not in pooling_tokens(model):
-        return
-    if getattr(model.config.get_text_config(), PADDING, None) is None:
-        raise CheckpointError(
-            f"{checkpoint.name}: has no {PADDING} in its config.json, by which "
-            f"{type(model).__name__} finds the last token of a text, the one it classifies; put "
-            "there the padding token of the tokenizer that the experts were trained with"
         )
 
 

@@ -87,8 +87,8 @@ _FREE_KINDS = re.compile(
 _IN_LAYER_TYPES = {"use_sliding_window", "max_window_layers"}
 """What transformers turns into ``sliding_window`` and ``layer_types``, which are compared."""
 
-PADDING, _END, _START = "pad_token_id", "eos_token_id", "decoder_start_token_id"
-_FROMPADDING = "create_position_ids_from_input_ids"
+_PADDING, _END, _START = "pad_token_id", "eos_token_id", "decoder_start_token_id"
+_FROM_PADDING = "create_position_ids_from_input_ids"
 """What code calls where positions are counted from the id of padding on, as RoBERTa does."""
 
 _LENGTH = "max_position_embeddings"
@@ -152,7 +152,8 @@ def pooling_tokens(model: Any) -> frozenset[str]:
     """Return the token ids in a configuration that decide what a classifier of sequences pools.
 
     Decoders pool the last token that is not padding, encoder-decoders that at the end; what
-    their decoders read begins with a token of its own.
+    their decoders read begins with a token of its own. Where a configuration names no padding,
+    whoever fills texts says what it is.
 
     Args:
         model: A model of transformers; ``None`` where it cannot be made.
@@ -162,7 +163,9 @@ def pooling_tokens(model: Any) -> frozenset[str]:
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return frozenset()
     code = inspect.getsource(type(model).forward)
-    tokens = {name for name in (PADDING, _END) if re.search(rf"\.{name}\b", code)}
+    tokens = {name for name in (_PADDING, _END) if re.search(rf"\.{name}\b", code)}
+    if getattr(model.config.get_text_config(), _PADDING, None) is None:
+        tokens.discard(_PADDING)
     return frozenset(tokens | ({_START} if model.config.is_encoder_decoder else set()))
 
 
@@ -211,8 +214,8 @@ def _compared(config: Any, read: Collection[str], prefix: str = "") -> Iterator[
 
 
 def _is_free(key: str, config: Any) -> bool:
-    if key == PADDING and not isinstance(config, SimpleNamespace):
-        return not _mentions(config, re.escape(_FROMPADDING))
+    if key == _PADDING and not isinstance(config, SimpleNamespace):
+        return not _mentions(config, re.escape(_FROM_PADDING))
     if key in _FREE or _FREE_KINDS.search(key):
         return True
     if key in _IN_LAYER_TYPES:

@@ -167,6 +167,7 @@ class Classification:
         if not examples:
             return ()
         head, places, logits = self._tasks[task].head, [], []
+        _name_padding(model, self._inputs[task].padding)
         with evaluating(model):
             for batch, inputs in self._inputs[task].batches(examples):
                 logits.append(head.logits(model, _placed(inputs, model)))
@@ -183,6 +184,15 @@ class Classification:
         if self._tasks[task].metric == "macro_f1":
             return tuple((true * head.n_classes + predicted).double().tolist())
         return tuple((predicted == true).float().tolist())
+
+
+def _name_padding(model: Any, token: int | None) -> None:
+    """Tell a decoder what fills texts, where its configuration does not; it passes over that."""
+    if token is None or not hasattr(model, "config"):
+        return
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = token
 
 
 def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
