@@ -36,27 +36,6 @@ STUDIES = {file.parent.name: file for file in sorted(ROOT.glob("studies/*/study.
 CONFIGS = {file.stem: file for file in sorted(ROOT.glob("configs/*.yaml"))}
 
 
-@pytest.mark.parametrize("objective", ["normalised", "worst", "tasks", None])
-def test_tasks_that_name_no_expert_are_those_of_the_experts_of_their_names(tmp_path, objective):
-    said = {"objective": objective} if objective else {}
-    both = {"code": {"split": "train"}, "other": {"split": "train"}}
-    study = {key: value for key, value in STUDY.items() if key != "objective"} | said
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "tasks": both}))
-    tasks = read_study(tmp_path).spec.tasks
-    assert {name: task.expert for name, task in tasks.items()} == {"code": "code", "other": None}
-    some = {**both, "other": {"split": "train", "expert": "math"}}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "tasks": some}))
-    tasks = read_study(tmp_path).spec.tasks
-    assert {name: task.expert for name, task in tasks.items()} == {"code": None, "other": "math"}
-    assert read(tmp_path, tasks=both).tasks["code"].expert is None  # a mean needs none
-
-
-def test_a_normalised_objective_without_any_tasks_expert_is_refused(tmp_path):
-    message = r"study\.yaml.*: objective: normalised divides each score by that of the task's own"
-    with pytest.raises(SpecError, match=message):
-        read(tmp_path, objective="normalised")
-
-
 def test_there_are_studies_and_configs_to_read():
     assert {"quickstart", "encoder"} <= STUDIES.keys()
     assert {"local", "ray-local", "ray-cluster"} <= CONFIGS.keys()
@@ -174,6 +153,22 @@ def test_overrides_replace_values_of_the_file(tmp_path):
         (
             {"tasks": {"t": {"evaluator": "function"}}},
             "function is missing: name your function",
+        ),
+        (
+            {"tasks": {"t": {"split": {"select": "train"}}}},
+            r"tasks\.t: split: select and hold_out stand together and alone; found select",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "perplexity", "data": {"select": "a.txt"}}}},
+            r"tasks\.t\.data\.hold_out: Field required",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "perplexity", "data": {"pth": "a.txt"}}}},
+            r"tasks\.t\.data\.path: Field required",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "function", "function": "m:f", "n_examples": 1}}},
+            r"tasks\.t\.n_examples: .*greater than or equal to 2; found 1",
         ),
         ({"experts": {}}, r"experts: .*at least 1"),
         ({"search": {"n_trials": 1}}, "search.n_trials is 1, and as many trials go to references"),
@@ -314,3 +309,29 @@ def test_whether_answers_are_kept_is_no_part_of_what_guards_a_resume(tmp_path):
     dropped = read(tmp_path)
     kept = read(tmp_path, {"tasks.t.answers": "keep"}, lm_harness={"answers": "keep"})
     assert dropped.canonical() == kept.canonical()
+
+
+@pytest.mark.parametrize("objective", ["normalised", "worst", "tasks"])
+def test_a_task_that_is_called_as_an_expert_is_normalised_by_it(tmp_path, objective):
+    tasks = {name: {"split": "train"} for name in ("math", "law")}
+    study = read(tmp_path, tasks=tasks, objective=objective)
+    assert [task.expert for task in study.tasks.values()] == ["math", None]
+    tasks["law"]["expert"] = "code"
+    study = read(tmp_path, tasks=tasks, objective=objective)
+    assert [task.expert for task in study.tasks.values()] == [None, "code"]
+
+
+def test_nothing_is_normalised_by_no_expert(tmp_path):
+    tasks = {name: {"split": "train"} for name in ("math", "law")}
+    assert read(tmp_path, tasks=tasks, objective="mean").tasks["math"].expert is None
+    message = (
+        r"study\.yaml:\d+: objective: normalised .* no task names an expert: of its own, or is "
+        r"called as one \(tasks: law; experts: math, code\); name one, or use objective: mean"
+    )
+    with pytest.raises(SpecError, match=message):
+        read(tmp_path, tasks={"law": {"split": "train"}}, objective="normalised")
+    file = tmp_path / "study.yaml"
+    written = {key: value for key, value in STUDY.items() if key != "objective"}
+    file.write_text(yaml.safe_dump(written))
+    with pytest.raises(SpecError, match=r"study\.yaml:1: objective: normalised .*tasks: t;"):
+        read_study(file)

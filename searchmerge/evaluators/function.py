@@ -16,13 +16,30 @@ from searchmerge.evaluators.evaluator import (
     EvaluationContext,
     EvaluatorKind,
     NoKeys,
+    PartInfo,
     TaskInfo,
     needed,
 )
 from searchmerge.evaluators.user_code import as_scores, model_kept, user_code
 
-UserFunction = Callable[[nn.Module, str, Sequence[int]], Sequence[float]]
-"""Takes the resident model, a task and examples; returns one score per example."""
+UserFunction = Callable[
+    [nn.Module, str, Sequence[int]], Sequence[float] | Sequence[tuple[float, float]]
+]
+"""Takes the resident model, a task and examples; returns one score per example, or one pair: the
+score, and how clearly the example was answered, e.g. by which margin."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many examples each part of a task is drawn from.
+
+    Attributes:
+        select: The first ones.
+        hold_out: Those that follow.
+    """
+
+    select: Annotated[int, Ge(1)]
+    hold_out: Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True)
@@ -31,11 +48,25 @@ class FunctionKeys:
 
     Attributes:
         function: ``module:function``, in a module of the study's folder or an installed one.
-        n_examples: How many examples the task has, 2 or more.
+        n_examples: How many examples the task has, 2 or more; or how many ``select`` is drawn
+            from, the first ones, and how many that follow them ``hold_out`` is drawn from.
     """
 
     function: str = needed("name your function as module:function")
-    n_examples: Annotated[int, Ge(2)] = needed("say how many examples your function can score")
+    n_examples: Annotated[int, Ge(2)] | Counts = needed(
+        "say how many examples your function can score"
+    )
+
+    @property
+    def info(self) -> TaskInfo:
+        """Return what is known of the task."""
+        if isinstance(self.n_examples, int):
+            return TaskInfo(self.n_examples)
+        select, hold_out = self.n_examples.select, self.n_examples.hold_out
+        return TaskInfo.of_parts(
+            PartInfo(f"n_examples.select of {self.function}", select),
+            PartInfo(f"n_examples.hold_out of {self.function}", hold_out),
+        )
 
 
 class FunctionEvaluator:
@@ -43,7 +74,7 @@ class FunctionEvaluator:
 
     Args:
         function: ``module:function``.
-        tasks: Task name to how many examples it has.
+        tasks: Task name to what is known of it.
         search_path: A folder to import the module from, beside the usual ones.
 
     Raises:
@@ -51,25 +82,32 @@ class FunctionEvaluator:
     """
 
     def __init__(
-        self, function: str, tasks: Mapping[str, int], *, search_path: Path | None = None
+        self, function: str, tasks: Mapping[str, TaskInfo], *, search_path: Path | None = None
     ) -> None:
-        self.tasks: Mapping[str, TaskInfo] = {
-            task: TaskInfo(n_examples) for task, n_examples in tasks.items()
-        }
+        self.tasks = tasks
         self._name = function
+        self._grades: dict[str, dict[int, float]] = {task: {} for task in tasks}
         self._function = import_function(function, search_path)
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return what the user's function returns for these examples.
+        """Return the scores that the user's function returns for these examples.
 
         Raises:
-            EvaluationError: If it raises, or returns anything but one finite number each.
+            EvaluationError: If it raises, or returns anything but one finite number each, or one
+                pair of them.
             StudyError: If it changes the model.
         """
         what = f"task {task!r}: {self._name}"
         with model_kept(model, what), user_code(what, EvaluationError):
             returned = self._function(model, task, examples)
-            return as_scores(returned, examples, what)
+            scores, grades = as_scores(returned, examples, what)
+        self._grades[task] = dict(zip(examples, grades, strict=bool(grades)))
+        return scores
+
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered, where the function said so."""
+        graded = self._grades[task]
+        return tuple(graded[example] for example in examples) if graded else ()
 
 
 def import_function(name: str, search_path: Path | None = None) -> UserFunction:
@@ -95,7 +133,7 @@ def _build(
     tasks: Mapping[str, FunctionKeys], section: NoKeys, context: EvaluationContext
 ) -> dict[str, FunctionEvaluator]:
     return {
-        name: FunctionEvaluator(task.function, {name: task.n_examples}, search_path=context.folder)
+        name: FunctionEvaluator(task.function, {name: task.info}, search_path=context.folder)
         for name, task in tasks.items()
     }
 

@@ -55,10 +55,14 @@ class TrialRecord:
         number: Optuna's number of the trial.
         plan: What it merged.
         kind: The reference or the warm start that it is; empty where a sampler proposed it.
-        scores: Task name to score; expected ones where it was stopped early.
+        scores: Task name to score; predicted ones where it was stopped early.
+        estimates: Task name to what the score is taken for when trials are compared: with how
+            clearly examples were answered, as far as that tells of the score.
         values: What Optuna was told: the value of each objective; none where it failed.
         value: The one value that it is ranked by; ``None`` where it failed.
         violations: Constraint name to by how much it is broken; 0 or less where it is kept.
+        se: Standard error of the value, beside that of the best trial before it; ``None`` where
+            that is not known.
         stopped_after: Blocks that it was scored on when it was stopped early, else ``None``.
         is_completed: Whether it was stopped early and scored in full after the search.
         merge_s: Seconds that workers merged.
@@ -71,9 +75,11 @@ class TrialRecord:
     plan: MergePlan
     kind: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    estimates: Mapping[str, float] = field(default_factory=dict)
     values: tuple[float, ...] = ()
     value: float | None = None
     violations: Mapping[str, float] = field(default_factory=dict)
+    se: float | None = None
     stopped_after: int | None = None
     is_completed: bool = False
     merge_s: float = 0.0
@@ -118,13 +124,26 @@ class TrialRecord:
         pairs = zip(self.values, other.values, strict=True)
         return self.values != other.values and all(mine >= theirs for mine, theirs in pairs)
 
-    def judged(self, objective: Objective, scores: Mapping[str, float]) -> "TrialRecord":
-        """Return the record with these scores, and with what the objective makes of them."""
+    def judged(
+        self,
+        objective: Objective,
+        scores: Mapping[str, float],
+        estimates: Mapping[str, float] | None = None,
+    ) -> "TrialRecord":
+        """Return the record with these scores, and with what the objective makes of them.
+
+        Args:
+            objective: What trials are compared by.
+            scores: Task name to score.
+            estimates: What the scores are taken for; the scores themselves if ``None``.
+        """
+        estimates = dict(estimates or scores)
         return replace(
             self,
             scores=dict(scores),
-            values=objective.values(scores),
-            value=objective.scalar(scores),
+            estimates=estimates,
+            values=objective.values(estimates),
+            value=objective.scalar(estimates),
             violations=objective.violations(scores),
         )
 
@@ -137,6 +156,7 @@ class TrialRecord:
         """Return what :meth:`completed` takes, as plain data."""
         return {
             "scores": dict(self.scores),
+            "estimates": dict(self.estimates),
             "values": list(self.values),
             "value": self.value,
             "violations": dict(self.violations),
@@ -149,7 +169,9 @@ class TrialRecord:
             return
         result = {
             "scores": dict(self.scores),
+            "estimates": dict(self.estimates),
             "value": self.value,
+            "se": self.se,
             "stopped_after": self.stopped_after,
             "merge_s": round(self.merge_s, 4),
             "score_s": round(self.score_s, 4),
@@ -176,7 +198,7 @@ class TrialRecord:
         if trial.state == TrialState.FAIL:
             return replace(record, failure=str(kept.get(_FAILURE, "")))
         result: dict[str, Any] = kept[_RESULT]
-        if "stopped_after" not in result:
+        if "estimates" not in result:
             raise StudyError(
                 f"{record.name} was scored by an earlier version of searchmerge, whose records "
                 "this one cannot read; run the study again, under another name or run directory"
@@ -187,7 +209,7 @@ class TrialRecord:
 
 
 CompletedScores = dict[str, Any]
-"""Scores, values, value and violations of a record, by these names."""
+"""Scores, estimates, values, value and violations of a record, by these names."""
 
 
 # --- Ranking ------------------------------------------------------------------------------------
@@ -244,6 +266,13 @@ def standing_of(trial: FrozenTrial) -> Standing:
     if trial.state == TrialState.FAIL or not trial.values:
         return FAILED
     return Standing.of(trial.constraints.values(), trial.values[0])
+
+
+def error_of(trial: FrozenTrial) -> float | None:
+    """Return the standard error of a finished trial's value, where it is known."""
+    result: Mapping[str, Any] = trial.user_attrs.get(_RESULT, {})
+    error: float | None = result.get("se")
+    return error
 
 
 class Finished(Protocol):

@@ -64,6 +64,11 @@ class PreparedGroup:
         )
 
     @property
+    def source(self) -> str:
+        """Return what its examples are drawn from, for messages."""
+        return ", ".join(dict.fromkeys(member.source for member in self._members))
+
+    @property
     def is_chat(self) -> bool:
         """Whether prompts are turns of a chat template."""
         return self._members[0].is_chat
@@ -97,6 +102,12 @@ class PreparedGroup:
             replace(self._members[member].answers([place])[0], example=example)
             for example, member, place in placed
         )
+
+    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored."""
+        placed = map(self._place, examples)
+        graded = [self._members[member].grades([place]) for member, place in placed]
+        return tuple(grade for its in graded for grade in its)
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""
