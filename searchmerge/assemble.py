@@ -120,7 +120,8 @@ def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Eval
     evaluators: dict[str, Evaluator] = {}
     for name, kind in study.spec.kinds.items():
         tasks, section = study.spec.keys_of(name), study.spec.section(name)
-        evaluators.update(kind.build(tasks, section, context))
+        with study.errors_at_keys():
+            evaluators.update(kind.build(tasks, section, context))
     return {name: evaluators[name] for name in study.spec.tasks}
 
 
@@ -134,13 +135,14 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
     blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"pilot": {}, "hold_out": {}}
     for name, info in tasks.items():
         task = study.spec.tasks[name]
-        parts = split_examples(
-            name,
-            info,
-            seed=search.seed,
-            select=_count(task.select, info.n_of("select")),
-            hold_out=_count(task.hold_out, info.n_of("hold_out")),
-        )
+        with study.errors_at_keys():
+            parts = split_examples(
+                name,
+                info,
+                seed=search.seed,
+                select=_count(task.select, info.n_of("select")),
+                hold_out=_count(task.hold_out, info.n_of("hold_out")),
+            )
         for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
             blocks[part][name] = make_blocks(name, part, examples, info, search.block_size)
     return Schedule.interleaved(tasks, blocks, round_blocks=search.round_blocks, seed=search.seed)

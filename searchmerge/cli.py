@@ -285,6 +285,8 @@ def _print_stopped(run_dir: Path, storage: str | None) -> None:
     _err.print(f"Stopped. All scores are kept in {run_dir}.", soft_wrap=True)
     with contextlib.suppress(StudyError):  # it may have been stopped before it was begun
         _print_status(run_dir, storage)
+    if (report := run_dir / "report.md").exists():
+        _err.print(f"Report so far: {report}", soft_wrap=True)
     _err.print(
         "The same command goes on from here; searchmerge finish confirms and saves the best plan "
         "that there is.",

@@ -1,6 +1,7 @@
 """Running a study from its file to its results."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from searchmerge import assemble
 from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.classifier import SavedHead, head_files
 from searchmerge.config import RunConfig
-from searchmerge.errors import SpecError, StudyError
+from searchmerge.errors import SearchMergeError, SpecError, StudyError
 from searchmerge.execution.executor import Executor
 from searchmerge.fingerprint import versions
 from searchmerge.heads import saved_heads
@@ -25,6 +26,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.report.answers import explained_zero
 from searchmerge.report.card import model_card
 from searchmerge.report.front import save_front
+from searchmerge.report.interim import InterimReport, InterimRow
 from searchmerge.report.results import Results
 from searchmerge.report.tables import (
     held_out_objective,
@@ -48,12 +50,14 @@ from searchmerge.search.references import BASE, expert_name
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
-from searchmerge.search.trials import TrialRecord
+from searchmerge.search.trials import TrialRecord, best_of
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
 from searchmerge.watch import Watch
 
 MODEL_DIR = "model"
+_logger = logging.getLogger(__name__)
+_N_SHOWN = 5  # trials in the report of a study that was stopped
 
 Plans = dict[str, MergePlan]
 """What a plan is called to the plan."""
@@ -121,6 +125,7 @@ class StudyRun:
         self._models = models
         self._directory = directory
         self._references = assemble.references(study, models)
+        self._objective: Objective | None = None  # until the references are scored
         self._runner = StudyRunner(
             directory,
             study.space,
@@ -133,20 +138,55 @@ class StudyRun:
     def run(self, *, search: bool) -> Results:
         """Score the references, search, confirm the best, and return what came of it.
 
+        A run that is stopped by a signal leaves a report of what there is.
+
         Args:
             search: Whether trials are run, or those that there are decide.
 
         Raises:
             SearchMergeError: If a step cannot be done; all that was scored is kept.
         """
+        try:
+            return self._to_the_end(search=search)
+        except KeyboardInterrupt:
+            try:
+                self._report_so_far()
+            except SearchMergeError as error:
+                _logger.warning("no report of what there is: %s", error)
+            raise
+
+    def _to_the_end(self, *, search: bool) -> Results:
         references = self._runner.score_references()
-        objective = self._relative_objective(references)
+        objective = self._objective = self._relative_objective(references)
         if search:
             self._search(objective)
         best, evidence = self._complete_the_best(references, objective)
         plans = self._score_held_out({**references, **best})
         confirmation = self._confirm(plans, best, evidence, objective)
         return self._results(plans, best, objective, confirmation)
+
+    def _report_so_far(self) -> None:
+        """Write the report of a study that is stopped, once its references are scored."""
+        if (objective := self._objective) is None:
+            return
+        board, records = self._runner.board, self._directory.records()
+        scored = {
+            name: board.scores(plan, "select")
+            for name, plan in self._references.items()
+            if board.is_full(plan, "select")
+        }
+        best = best_of((r for r in candidates(records, objective) if r.is_full), _N_SHOWN)
+        rows = list(scored.items())
+        rows += [(record.name, dict(record.scores)) for record in best]
+        InterimReport(
+            study=self._study.name,
+            tasks={task: board.schedule.tasks[task].metric for task in self._study.spec.tasks},
+            objectives=objective.names,
+            rows=[InterimRow(name, scores, objective.values(scores)) for name, scores in rows],
+            best=best[0].name if best else "",
+            plan=best[0].plan if best else None,
+            counts=make_counts(records, board.schedule, self._directory.elapsed_s),
+        ).save(self._directory.run_dir)
 
     def _relative_objective(self, references: Plans) -> Objective:
         """Return the objective, relative to what the experts and the base score."""

@@ -1,8 +1,9 @@
 """A study: what its file says, where it is, and what follows from both."""
 
+import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.space import SearchSpace
 from searchmerge.space_spec import make_space
 from searchmerge.spec import StudySpec, plain_spec, study_model
-from searchmerge.yaml_file import read_yaml, to_model
+from searchmerge.yaml_file import at_key, read_yaml, to_model
 
 SPEC_FILE = "study.yaml"
 KEPT_FILE = "study.json"
@@ -28,10 +29,12 @@ class Study:
     Attributes:
         spec: What the file says.
         file: The file; paths in it are relative to its folder.
+        overridden: Dotted keys whose values were given beside the file.
     """
 
     spec: StudySpec
     file: Path
+    overridden: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -85,7 +88,15 @@ class Study:
 
     def elsewhere(self) -> "Study":
         """Return the study as it is sent to another process, which may have another folder."""
-        return Study(self.spec, self.file.resolve())
+        return replace(self, file=self.file.resolve())
+
+    @contextlib.contextmanager
+    def errors_at_keys(self) -> Iterator[None]:
+        """Name file and line in errors that begin with a key's path."""
+        try:
+            yield
+        except SpecError as error:
+            raise SpecError(at_key(str(error), self.file, self.overridden)) from error
 
     def keep(self, run_dir: Path) -> None:
         """Write down in ``run_dir`` what is run, and from which folder its paths are."""
@@ -122,11 +133,9 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
         SpecError: If it cannot be read or is not a study; it names file, line and key.
     """
     file = path / SPEC_FILE if path.is_dir() else path
-    study = Study(read_yaml(file, study_model(), overrides), file)
-    try:
+    study = Study(read_yaml(file, study_model(), overrides), file, tuple(overrides or {}))
+    with study.errors_at_keys():
         _check_search(study)
-    except SpecError as error:
-        raise SpecError(f"{file}: {error}") from error
     return study
 
 
@@ -147,7 +156,11 @@ def plain_study(base: str, experts: Mapping[str, str], overrides: Mapping[str, s
 def _check_search(study: Study) -> None:
     """Refuse a search that proposes nothing, or that ends before anything is searched."""
     search, space = study.spec.search, study.space
-    make_sampler(search.sampler, SamplerSetting(0, space, len(study.objective.names)))
+    try:
+        make_sampler(search.sampler, SamplerSetting(0, space, len(study.objective.names)))
+    except SpecError as error:
+        message = str(error).removeprefix("search.sampler: ")
+        raise SpecError(f"search.sampler: {message}") from error
     if len(space.alternatives) == 1 and not space.distributions():
         raise SpecError(
             "space: nothing is searched, all is fixed or left at its default; "

@@ -1,7 +1,7 @@
 """Reading a YAML file into a pydantic model, with errors that name file, line and key."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,15 +56,56 @@ def to_model(
     Raises:
         SpecError: If a key is unknown or a value is not allowed.
     """
-    lines = dict(lines or {})
     for key, value in (overrides or {}).items():
         _override(data, key, value)
-        replaced = tuple(key.split("."))
-        lines = {path: n for path, n in lines.items() if path[: len(replaced)] != replaced}
+    lines = _without(lines or {}, overrides or {})
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise SpecError(_describe(error, lines, where, model, overrides or {})) from error
+
+
+def at_key(message: str, file: Path, overrides: Collection[str] = ()) -> str:
+    """Return a message with the file and the line of the key in front, whose path it begins with.
+
+    The line is that of the whole path, or of as much of it as the file holds.
+
+    Args:
+        message: Such as ``tasks.math.split: there is no such split``.
+        file: A YAML file that could be read.
+        overrides: Dotted keys whose values are not the file's.
+    """
+    try:
+        lines = read_yaml_file(file).lines
+    except SpecError:  # it has gone since
+        return f"{file}: {message}"
+    return _at_key(message, file, _without(lines, overrides), overrides)
+
+
+def _at_key(message: str, where: Path | str, lines: Lines, overrides: Collection[str]) -> str:
+    if lines and any(_begins(message, key) for key in overrides):
+        return f"{where}: --set: {message}"
+    paths = ((".".join(map(str, path)), path) for path in lines if path)
+    told = [(dotted, path) for dotted, path in paths if _begins(message, dotted)]
+    if not told:
+        return f"{where}: {message}"
+    _, path = max(told, key=lambda each: len(each[0]))
+    return f"{where}:{lines[path]}: {message}"
+
+
+def _begins(message: str, dotted: str) -> bool:
+    """Return whether a message begins with this key."""
+    return message.startswith(dotted) and message[len(dotted) :][:1] in ("", ":", ".", " ")
+
+
+def _without(lines: Lines, overrides: Iterable[str]) -> Lines:
+    """Return the lines of the keys whose values are the file's."""
+    replaced = [tuple(key.split(".")) for key in overrides]
+    return {
+        path: line
+        for path, line in lines.items()
+        if not any(path[: len(key)] == key for key in replaced)
+    }
 
 
 def _override(data: dict[str, Any], key: str, value: str) -> None:
@@ -97,6 +138,8 @@ def _describe(
         place += f":{lines[known]}" if known in lines else ""
     dotted = ".".join(str(part) for part in where)
     message = details["msg"].removeprefix("Value error, ")
+    if not where:  # it is of several keys, and names the first itself
+        return _at_key(message, file, lines, overrides)
     if details["type"] == "extra_forbidden":
         names = _field_names(model)
         close = get_close_matches(str(where[-1]), names, n=1)

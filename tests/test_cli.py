@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import optuna
 import pytest
@@ -42,18 +43,19 @@ def study(models, tmp_path):
 
 @pytest.fixture
 def killed(tmp_path):
-    """Begin a study in a process of its own, and kill it once a number of blocks is scored."""
+    """Begin a study in a process of its own, and end it once a number of blocks is scored."""
 
-    def kill(file, run_dir, n_blocks):
+    def kill(file, run_dir, n_blocks, number=signal.SIGKILL):
         process = subprocess.Popen(
             [*RUN, "run", file], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         try:
             wait_for(lambda: n_scored(run_dir) >= n_blocks or process.poll() is not None, 120)
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.send_signal(number)
+            _, err = process.communicate()
         assert n_scored(run_dir) >= n_blocks
+        return process.returncode, err.decode()
 
     return kill
 
@@ -83,6 +85,27 @@ def test_what_a_stopped_run_has_found_is_confirmed_and_saved(study, searchmerge,
     results = Results.load(run_dir)
     assert MergePlan.from_yaml(run_dir / "model" / "merge_plan.yaml") == results.merge_plan
     assert best_so_far.method == "ties" and results.verdict in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_stops_leaves_a_report(study, killed, searchmerge, number, tmp_path):
+    file = study(name="cut", search={"sampler": "random", "n_trials": 400, "racing": "off"})
+    run_dir = tmp_path / "runs" / "cut"
+    code, err = killed(file, run_dir, 200, number)
+    assert code == 128 + number
+    assert f"Report so far: {Path('runs', 'cut', 'report.md')}" in err
+    report = (run_dir / "report.md").read_text()
+    assert "# cut: stopped, not confirmed" in report
+    assert "| expert first | " in report and "| **trial " in report
+    best_so_far = (run_dir / "plans" / "best-so-far.yaml").read_text()
+    assert best_so_far.rstrip() in report
+    (command,) = re.findall("`(searchmerge finish .*?)`", report)
+    code, _, err = searchmerge(*shlex.split(command)[1:])
+    assert code == 0, err
+    confirmed = (run_dir / "report.md").read_text()
+    assert "not confirmed" not in confirmed
+    killed(file, run_dir, n_scored(run_dir) + 20, number)
+    assert (run_dir / "report.md").read_text() == confirmed
 
 
 @pytest.mark.parametrize(
@@ -270,19 +293,19 @@ BAD = {
     "missing path": ({"base": "nowhere"}, "nowhere: no such directory"),
     "missing split": (
         {"tasks": {"first": {"task": "tiny_first", "split": "test"}}},
-        "test.*validation",
+        r"study.yaml:\d+: tasks.first.split: .*test.*validation",
     ),
     "unknown task": (
         {"tasks": {"first": {"task": "tiny_frist", "split": "validation"}}},
-        "tiny_frist.*did you mean.*tiny_first",
+        r"study.yaml:\d+: tasks.first.task: .*tiny_frist.*did you mean.*tiny_first",
     ),
     "empty select": (
         {"tasks": {"first": {"task": "tiny_first", "split": "validation", "hold_out": 48}}},
-        "select 0 and hold_out 48 were asked for, but the task has 48 examples",
+        r"study.yaml:\d+: tasks.first: select 0 and hold_out 48 were asked for",
     ),
     "unknown expert": (
         {"tasks": {"first": {"split": "validation", "expert": "third"}}},
-        "expert is 'third'; experts are: first, second",
+        r"study.yaml:\d+: tasks.first.expert is 'third'; experts are: first, second",
     ),
 }
 

@@ -47,6 +47,43 @@ def test_a_folder_means_the_study_in_it(write, tmp_path):
         read_study(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        (
+            {"tasks": {"t": {"split": "train", "expert": "cod"}}},
+            "expert:",
+            r"tasks\.t\.expert is 'cod'; experts are: math, code",
+        ),
+        (
+            {"constraints": [{"tasks": ["t"], "at_least": 1}, {"tasks": ["x"], "at_least": 1}]},
+            "- x",
+            r"constraints\.1\.tasks: no task 'x'",
+        ),
+        ({"search": {"seed": 1}}, "search:", r"search: give n_trials, timeout, or both"),
+        ({"tokenizer": "maths"}, "tokenizer:", r"tokenizer is 'maths'; choose base or an expert"),
+        ({"space": {"method": "tis"}}, "space:", r"space: no merge method named 'tis'"),
+        ({"space": [{"method": "ties"}, {"method": "tis"}]}, "method: tis", r"space\.1: no merge"),
+        ({"search": {"n_trials": 9, "sampler": "x"}}, "sampler:", r"search\.sampler: no sampler"),
+        ({"search": {"n_trials": 1}}, "n_trials:", r"search\.n_trials is 1, and as many"),
+    ],
+)
+def test_an_error_of_several_keys_names_the_line_of_the_one_that_it_names(
+    write, changes, key, message
+):
+    file = write(**changes)
+    [line] = [i for i, text in enumerate(file.read_text().splitlines(), 1) if key in text][-1:]
+    line -= key == "- x"  # the list itself stands a line above
+    with pytest.raises(SpecError, match=rf"^{file}:{line}: {message}"):
+        read_study(file)
+
+
+def test_an_error_of_a_key_that_was_overridden_names_no_line(write):
+    file = write()
+    with pytest.raises(SpecError, match=rf"^{file}: --set: tasks\.t\.expert is 'x'; experts"):
+        read_study(file, {"tasks.t.expert": "x"})
+
+
 def test_experts_stand_in_the_order_of_the_file(write):
     study = read_study(write())
     assert study.experts == ("math", "code")

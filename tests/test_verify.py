@@ -20,8 +20,12 @@ TASKS = ("pair", "drawn", "said", "apart")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished study of a group with a chat template, and of tasks of every sort."""
-    root = tmp_path_factory.mktemp("verified")
-    make_models(root)
+    return finish(tmp_path_factory.mktemp("verified"), "llama")
+
+
+def finish(root, kind):
+    """Run such a study on models of a kind."""
+    make_models(root, kind=kind)
     for name in ("base", *EXPERTS):
         (root / name / "chat_template.jinja").write_text(CHAT)
     parts = {"split": "validation", "select": 8, "hold_out": 8}
@@ -62,6 +66,14 @@ def test_the_saved_model_scores_in_lm_eval_what_the_report_says(finished):
     assert [*verification.told(compared)] == [
         "The saved model scores in lm-eval what the report says."
     ]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("olmo2", marks=pytest.mark.slow)])
+def test_models_of_other_families_score_in_lm_eval_what_the_report_says(kind, tmp_path):
+    compared = list(Verification(finish(tmp_path, kind), RunConfig()).compare())
+    assert len(compared) == 6
+    assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
+    assert any(0 < c.ours < 1 for c in compared)
 
 
 def test_the_command_prints_a_table_and_what_comes_of_it(finished):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(60)), "is", "a"]
 EXPERTS = ("first", "second")
@@ -22,9 +22,15 @@ def save_tokenizer(folder: Path, words=WORDS) -> None:
 
 
 def make_models(
-    root: Path, *, device: str = "cpu", dtype=torch.float32, noise: float = 0.2, **shape
+    root: Path,
+    *,
+    kind: str = "llama",
+    device: str = "cpu",
+    dtype=torch.float32,
+    noise: float = 0.2,
+    **shape,
 ) -> None:
-    """Save a base, two experts and their tokenizer; ``shape`` is what a ``LlamaConfig`` says."""
+    """Save a base, two experts and their tokenizer; ``shape`` is what a configuration says."""
     sizes = {
         "vocab_size": len(WORDS),
         "hidden_size": 16,
@@ -34,12 +40,14 @@ def make_models(
         "num_key_value_heads": 1,
         "max_position_embeddings": 64,
     }
-    config = LlamaConfig(
-        **{**sizes, **shape}, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1
+    if kind == "gpt2":
+        sizes = {"vocab_size": len(WORDS), "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = AutoConfig.for_model(
+        kind, **{**sizes, **shape}, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     for i, name in enumerate(("base", *EXPERTS)):
         generator = torch.Generator(device).manual_seed(i)

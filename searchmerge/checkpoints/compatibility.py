@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,8 @@ from searchmerge.checkpoints.heads import (
     refuse_foreign,
     unused_tensors,
 )
-from searchmerge.checkpoints.model_config import comparable_config, differences
+from searchmerge.checkpoints.model_config import comparable_config, differences, pooling_tokens
+from searchmerge.checkpoints.renames import without_data
 from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.checkpoints.tokenizer_files import difference, read_tokenizer
 from searchmerge.errors import CheckpointError
@@ -61,7 +62,8 @@ def check_compatible(  # noqa: PLR0913
     excluded = _excluded((base, *experts.values()), exclude)
     unused = unused_tensors(base, auto_class)
     names = {name for checkpoint in (base, *experts.values()) for name in checkpoint.headers}
-    _check_configs(base, experts, may_differ)
+    model = without_data(base.path, auto_class, trust_remote_code=base.trust_remote_code)
+    _check_configs(base, experts, may_differ, pooling_tokens(model))
     _check_floating("base", base)
     for name, expert in experts.items():
         _check_floating(f"expert {name!r}", expert)
@@ -158,14 +160,17 @@ def _check_floating(who: str, checkpoint: Checkpoint) -> None:
 
 
 def _check_configs(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], may_differ: Sequence[str]
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    may_differ: Sequence[str],
+    read: Collection[str],
 ) -> None:
     """Refuse experts that compute something else with the same weights."""
     unused = dict.fromkeys(may_differ)
     for name, expert in experts.items():
         if expert.adapter is not None:  # its configuration is the base's
             continue
-        found = differences(*_same_kind(name, base, expert))
+        found = differences(*_same_kind(name, base, expert), read)
         for key in [k for k in unused if any(_names(k, field) for field in found)]:
             unused.pop(key)
         left = [field for field in found if not any(_names(k, field) for k in may_differ)]

@@ -82,7 +82,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_pattern(value: str) -> bool:
+def is_pattern(value: str) -> bool:
+    """Return whether text is a regular expression."""
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError):
@@ -98,7 +99,7 @@ COUNT = Kind("a whole number from 0", _is_count)
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 PATTERNS = Kind(
     "an object of numbers by regular expression",
-    lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_number(v[k]) for k in v),
+    lambda v: isinstance(v, dict) and all(is_pattern(k) and _is_number(v[k]) for k in v),
 )
 TEXTS_BY_NAME = Kind(
     "an object of texts",

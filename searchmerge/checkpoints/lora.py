@@ -5,6 +5,7 @@ Files and configuration are those of the PEFT library.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,9 +28,10 @@ from searchmerge.checkpoints.files import (
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
+from searchmerge.checkpoints.lora_targets import TARGET_KEYS, selects
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
-from searchmerge.checkpoints.renames import resident_names, transposed_weights
+from searchmerge.checkpoints.renames import resident_names, transposed_weights, without_data
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
     TensorHeader,
@@ -77,7 +79,11 @@ _KEYS = {
     "lora_bias": SWITCH,
     "fan_in_fan_out": SWITCH,
     "auto_mapping": TEXTS_BY_NAME,
+    **TARGET_KEYS,
 }
+_WITHOUT_OUTPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""What an adapter is for whose model has no output over the vocabulary, whatever its base has."""
+_logger = logging.getLogger(__name__)
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
 
@@ -156,10 +162,14 @@ def read_adapter(
     config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
-    headers = read_headers(file)
+    headers = _selected(file, config, read_headers(file))
     layers = _Layers(config, base_dir, trust_remote_code)
     find = _finder(headers, base_headers, layers)
     updates = _plan(file, config, headers, find)
+    for module in (
+        part[0] for key in headers if (part := _part(_plain(key))) and part[1] == "rows"
+    ):
+        layers.refuse_output_with_bias(file, module)
     updates = orient(file, updates, headers, base_headers, layers.are_transposed)
     for name, update in updates.items():
         check_parts(file, name, update, headers, base_headers)
@@ -223,6 +233,45 @@ def _adapter_file(directory: Path) -> Path:
     raise CheckpointError(f"{directory}: has no {' or '.join(_ADAPTER_FILES)}")
 
 
+def _selected(
+    file: Path, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]
+) -> Mapping[str, TensorHeader]:
+    """Return the tensors of a file without those of layers that the adapter is not put on.
+
+    PEFT leaves them out without a word. A bias that it saved from inside of such a layer is one.
+    """
+    names = {key: _plain(key) for key in headers}
+    modules = {key: match["module"] for key in names if (match := _FACTOR.match(names[key]))}
+    if not modules:
+        return headers
+    if config.get("target_modules") is None:
+        raise CheckpointError(
+            f"{file.parent / ADAPTER_CONFIG}: target_modules is missing; name the layers that the "
+            f"adapter is put on, e.g. {_last_part(min(modules.values()))!r}"
+        )
+    foreign = sorted({name for name in modules.values() if not selects(config, name)})
+    if not foreign:
+        return headers
+    more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+    told = (
+        f"{file}: holds layers that {ADAPTER_CONFIG} does not select (target_modules, "
+        f"layers_to_transform, exclude_modules, ...): {foreign[0]!r}{more}"
+    )
+    if len(foreign) == len(set(modules.values())):
+        raise CheckpointError(f"{told}; it selects none of those that it holds")
+    _logger.warning("%s; they are left out, as PEFT does", told)
+    inside = tuple(f"{name}.{part}" for name in foreign for part in ("lora_", "base_layer."))
+    return {
+        key: header
+        for key, header in headers.items()
+        if not key.removeprefix(_PREFIX).startswith(inside)
+    }
+
+
+def _last_part(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
 def _plan(
     file: Path,
     config: Mapping[str, Any],
@@ -246,8 +295,10 @@ def _plan(
         for suffix, update in _of_module(file, config, module, parts).items():
             changed = find(f"{module}.{suffix}")
             if changed is None:
+                added = "; lora_bias gives a bias to a layer that has none in this kind of model"
                 raise CheckpointError(
                     f"{file}: changes {module + '.' + suffix!r}, which the base does not have"
+                    + (added if update.addend and find(f"{module}.weight") else "")
                 )
             earlier = updates.get(changed, Update())
             updates[changed] = replace(update, replacement=earlier.replacement)
@@ -383,6 +434,35 @@ class _Layers:
         if transposed is None:
             return bool(self.config.get("fan_in_fan_out"))
         return _find(name, dict.fromkeys(transposed)) is not None
+
+    def refuse_output_with_bias(self, file: Path, module: str) -> None:
+        """Refuse trained tokens of an output that has a bias, or shares an embedding's weight.
+
+        PEFT's layer of trained tokens has none: it computes ``x @ W.T`` while the adapter runs
+        and trains, and gives back the base's layer, with its bias, where the adapter is merged.
+
+        Raises:
+            CheckpointError: If the layer is one.
+        """
+        mapping = self.config.get("auto_mapping") or {}
+        model = without_data(
+            self.base_dir,
+            mapping.get("base_model_class"),
+            trust_remote_code=self.trust_remote_code,
+        )
+        output: Any = None if model is None else model.get_output_embeddings()
+        if (
+            getattr(output, "bias", None) is None
+            or self.config.get("task_type") in _WITHOUT_OUTPUT
+        ):
+            return
+        modules = dict(model.named_modules())
+        if module in modules and modules[module].weight is output.weight:
+            raise CheckpointError(
+                f"{file}: trains tokens of {module!r}, which the output with its bias shares; "
+                "PEFT leaves that bias out until it merges the adapter, so this is two models; "
+                "merge it with PEFT (merge_and_unload) and give the model that this makes"
+            )
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,9 @@ _OF_A_HEAD = {
     "problem_type",
     "finetuning_task",
     "task_specific_params",
+    "encoder_stride",  # of masked images
+    "sparse_prediction",  # of masked words, where there are labels
+    "sparse_pred_ignore_index",
 }
 _OF_GENERATION = {
     "use_cache",
@@ -41,6 +44,14 @@ _OF_GENERATION = {
     "begin_suppress_tokens",
     "suppress_tokens",
     "prefix",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "num_beams",
+    "early_stopping",
+    "length_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
 }
 _OF_A_PROGRAM = {
     "transformers_version",
@@ -54,6 +65,9 @@ _OF_A_PROGRAM = {
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
+    "tokenizer_class",
+    "attn_implementation",
+    "deterministic_flash_attn",
     "chunk_size_feed_forward",  # the same values, in less memory
     "pretraining_tp",
     "gradient_checkpointing",
@@ -73,7 +87,7 @@ _FREE_KINDS = re.compile(
 _IN_LAYER_TYPES = {"use_sliding_window", "max_window_layers"}
 """What transformers turns into ``sliding_window`` and ``layer_types``, which are compared."""
 
-_PADDING = "pad_token_id"
+_PADDING, _END, _START = "pad_token_id", "eos_token_id", "decoder_start_token_id"
 _FROM_PADDING = "create_position_ids_from_input_ids"
 """What code calls where positions are counted from the id of padding on, as RoBERTa does."""
 
@@ -134,7 +148,28 @@ def comparable_config(
     return SimpleNamespace(**values)
 
 
-def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
+def pooling_tokens(model: Any) -> frozenset[str]:
+    """Return the token ids in a configuration that decide what a classifier of sequences pools.
+
+    Decoders pool the last token that is not padding, encoder-decoders that at the end; what
+    their decoders read begins with a token of its own. Where a configuration names no padding,
+    whoever fills texts says what it is.
+
+    Args:
+        model: A model of transformers; ``None`` where it cannot be made.
+    """
+    import inspect
+
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return frozenset()
+    code = inspect.getsource(type(model).forward)
+    tokens = {name for name in (_PADDING, _END) if re.search(rf"\.{name}\b", code)}
+    if getattr(model.config.get_text_config(), _PADDING, None) is None:
+        tokens.discard(_PADDING)
+    return frozenset(tokens | ({_START} if model.config.is_encoder_decoder else set()))
+
+
+def differences(base: Any, expert: Any, read: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Return the fields that change a forward pass and differ, with both values.
 
     Defaults are filled in, and older spellings count as the newer ones, as transformers has it.
@@ -142,12 +177,13 @@ def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
     Args:
         base: What :func:`comparable_config` returned.
         expert: The same of another model of this kind.
+        read: Fields that are compared too, as the class that models are loaded as reads them.
 
     Returns:
         Dotted name, e.g. ``rope_parameters.rope_theta``, to the base's value and the expert's;
         ``None`` where one does not have the field.
     """
-    ours, theirs = (dict(_compared(config)) for config in (base, expert))
+    ours, theirs = (dict(_compared(config, read)) for config in (base, expert))
     return {
         name: (ours.get(name), theirs.get(name))
         for name in dict.fromkeys((*ours, *theirs))
@@ -156,17 +192,21 @@ def differences(base: Any, expert: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _compared(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _compared(config: Any, read: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the fields that change a forward pass, those of a configuration within too."""
     from transformers import PretrainedConfig
 
-    values = {key: value for key, value in vars(config).items() if not _is_free(key, config)}
+    values = {
+        key: value
+        for key, value in vars(config).items()
+        if key in read or not _is_free(key, config)
+    }
     heads, width = (getattr(config, key, None) for key in ("num_attention_heads", "hidden_size"))
     if values.get("head_dim") is None and isinstance(heads, int) and isinstance(width, int):
         values["head_dim"] = width // heads if heads else None
     for key, value in values.items():
         if isinstance(value, PretrainedConfig):
-            yield from _compared(value, f"{prefix}{key}.")
+            yield from _compared(value, read, f"{prefix}{key}.")
         elif key == "rope_parameters":
             yield from _flat(_plain_rope(value or {}), f"{prefix}{key}")
         else:
@@ -240,8 +280,13 @@ def _kinds_of_rope(parameters: Mapping[str, Any] | None) -> set[str]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether two values are the same; numbers that were written in float32 are."""
+    """Return whether two values are the same; numbers that were written in float32 are.
+
+    A switch that is not set is off.
+    """
     numbers = (int, float)
+    if None in (one, other):
+        return all(value is None or value is False for value in (one, other))
     if isinstance(one, numbers) and isinstance(other, numbers):
         return math.isclose(one, other, rel_tol=1e-6)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):

@@ -192,6 +192,7 @@ class Classification:
         if not examples:
             return ()
         head, places, logits = self._tasks[task].head, [], []
+        _name_padding(model, self._inputs[task].padding)
         with evaluating(model):
             for batch, inputs in self._inputs[task].batches(examples):
                 logits.append(head.logits(model, _placed(inputs, model)))
@@ -231,6 +232,15 @@ def log_odds(logits: Tensor, true: Tensor) -> Tensor:
     of_true = logits.gather(1, true[:, None])
     others = logits.scatter(1, true[:, None], -torch.inf)
     return of_true.squeeze(1) - others.amax(1)
+
+
+def _name_padding(model: Any, token: int | None) -> None:
+    """Tell a decoder what fills texts, where its configuration does not; it passes over that."""
+    if token is None or not hasattr(model, "config"):
+        return
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = token
 
 
 def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,11 @@ class Inputs(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def padding(self) -> int | None:
+        """Return the token that fills the shorter texts of a batch; ``None`` without texts."""
+        ...
+
     def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Yield places in ``examples`` and the model's inputs for them."""
         ...
@@ -57,8 +62,18 @@ class Processors:
 
     @property
     def pad_token_id(self) -> int:
-        """Return what fills the shorter texts of a batch; 0 where the tokenizer does not say."""
-        return int(self._tokenizer().pad_token_id or 0)
+        """Return what fills the shorter texts of a batch: what the model takes for padding.
+
+        Decoders classify the last token that is none. Where the model's configuration does not
+        say, it is what the tokenizer pads with, or ends a text with, or 0.
+        """
+        config = load_config(self._model_dir, trust_remote_code=self._trust_remote_code)
+        token = getattr(config.get_text_config(), "pad_token_id", None)
+        if isinstance(token, int) and token >= 0:
+            return token
+        tokenizer = self._tokenizer()
+        token = tokenizer.pad_token_id
+        return int((tokenizer.eos_token_id if token is None else token) or 0)
 
     def pixels(self) -> Callable[[Any], Tensor]:
         """Return what makes an image the model's input, ``(channels, height, width)``."""
@@ -135,6 +150,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self._tokens)
 
+    @property
+    def padding(self) -> int | None:
+        """Return the token that fills the shorter texts of a batch."""
+        return self._padding["input_ids"]
+
     def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Yield batches of padded tokens, the longest texts first."""
         sizes = [len(self._tokens[example]["input_ids"]) for example in examples]
@@ -177,6 +197,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def padding(self) -> None:
+        """Return that nothing is filled: images are of one size."""
+        return
 
     def batches(self, examples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Yield batches of pixels, in the order of ``examples``.

@@ -54,6 +54,8 @@ class TrialSource:
         self._left_running = directory.left_running()
         for record in by_completion(candidates(directory.records(), objective)):
             self._enter(record)
+        if incumbents.best is not None:  # a run that was killed may have left an earlier one's
+            directory.write_plan(BEST_SO_FAR, incumbents.best.plan)
 
     def next_job(self) -> TrialJob | None:
         """Return a trial left behind, or a new one while the budget lasts."""

@@ -169,6 +169,36 @@ def test_an_adapter_computes_what_it_does_in_peft(case, dtype, opened, tmp_path,
     assert (logits(base) - expected).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_trained_tokens_of_an_output_with_a_bias_are_two_models_in_peft_and_refused(
+    tmp_path, cache_dir
+):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    base = transformers.BertForMaskedLM(config).eval()
+    base.cls.predictions.bias.fill_(0.5)
+    base.save_pretrained(tmp_path / "base")
+    tokens = torch.arange(12).unsqueeze(0)
+    before = base(tokens).logits
+    settings = {"r": 2, "target_modules": ["query"], "trainable_token_indices": [3, 7]}
+    adapter = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    adapter.save_pretrained(tmp_path / "masked")  # nothing is trained: it should change nothing
+    torch.testing.assert_close(adapter(tokens).logits, before - 0.5)
+    torch.testing.assert_close(adapter.merge_and_unload()(tokens).logits, before)
+
+    model = open_checkpoint(tmp_path / "base", cache_dir=cache_dir)
+    message = r"trains tokens of 'bert\.embeddings\.word_embeddings', which the output with its"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "masked", base=model, cache_dir=cache_dir)
+    for task in ("SEQ_CLS", None):
+        classifier = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+        adapter = peft.get_peft_model(classifier, peft.LoraConfig(**settings, task_type=task))
+        adapter.save_pretrained(tmp_path / str(task))
+        open_checkpoint(tmp_path / str(task), base=model, cache_dir=cache_dir)
+
+
 def test_an_adapter_is_opened_and_told_apart_without_being_materialised(opened, edit, tmp_path):
     cache = tmp_path / "cache"
     expert = open_checkpoint(edit(), base=opened("llama"), cache_dir=cache)
@@ -349,7 +379,8 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ),
         (
             lambda t: {**t, f"{_Q}.lora_B.bias": torch.ones(16)},
-            r"changes 'model\.layers\.0\.self_attn\.q_proj\.bias', which the base does not have",
+            r"changes 'model\.layers\.0\.self_attn\.q_proj\.bias', which the base does not have; "
+            r"lora_bias gives a bias to a layer that has none in this kind of model",
         ),
         (lambda t: {}, "holds no tensor"),
     ],

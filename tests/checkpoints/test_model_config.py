@@ -10,6 +10,7 @@ from searchmerge.checkpoints.checkpoint import open_checkpoint
 from searchmerge.checkpoints.compatibility import check_compatible
 from searchmerge.checkpoints.model_config import comparable_config, differences, load_config
 from searchmerge.errors import CheckpointError
+from tests.checkpoints.published import PUBLISHED
 
 _DECODER = {
     "vocab_size": 64,
@@ -31,6 +32,11 @@ _WINDOWS = {
 _ENCODER = {
     key: _DECODER[key] for key in _DECODER if key not in ("num_key_value_heads", "head_dim")
 }
+_BART = {
+    "vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24, "eos_token_id": 13, "pad_token_id": 1, "decoder_start_token_id": 2,
+}  # fmt: skip
 _DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}
 
 _CHANGES = {
@@ -151,6 +157,74 @@ def test_a_configuration_that_computes_the_same_fits(case, pair):
     assert torch.equal(*map(_outputs, folders))
     base, expert = _opened(folders)
     check_compatible(base, {"a": expert})
+
+
+_CLASSIFIERS = {
+    "padding of a decoder": ("llama", _DECODER | {"pad_token_id": 0}, {"pad_token_id": 13}),
+    "padding of an older decoder": (
+        "gpt2",
+        {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
+        {"pad_token_id": 13},
+    ),
+    "end of an encoder-decoder": ("bart", _BART, {"eos_token_id": 12}),
+    "start of an encoder-decoder": ("bart", _BART, {"decoder_start_token_id": 5}),
+}
+"""Classifiers of sequences, and which token they pool, or begin with."""
+
+
+@pytest.mark.parametrize("case", _CLASSIFIERS)
+def test_the_tokens_that_decide_what_a_classifier_pools_are_compared(case, tmp_path):
+    kind, config, changes = _CLASSIFIERS[case]
+    folders = tmp_path / "base", tmp_path / "expert"
+    auto_class = transformers.AutoModelForSequenceClassification
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = auto_class.from_config(transformers.AutoConfig.for_model(kind, **config))
+        for tensor in model.parameters():
+            tensor.data = torch.randn_like(tensor) * 0.3
+    model.save_pretrained(folders[0])
+    shutil.copytree(folders[0], folders[1])
+    file = folders[1] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    tokens = torch.arange(2, 14).unsqueeze(0)
+    with torch.no_grad():
+        one, other = (
+            auto_class.from_pretrained(folder).eval()(tokens).logits for folder in folders
+        )
+    assert not torch.allclose(one, other, atol=1e-3)
+    base, expert = _opened(folders)
+    [field] = changes
+    with pytest.raises(CheckpointError, match=rf"^expert 'a' .* has {field} {changes[field]} in"):
+        check_compatible(base, {"a": expert})
+    check_compatible(base, {"a": expert}, may_differ=[field])
+    check_compatible(base, {"a": expert}, auto_class="AutoModel")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_fine_tuned_models_configuration_as_it_is_published_fits(name, tmp_path):
+    said, changes, dropped = PUBLISHED[name]
+    tuned = {key: value for key, value in (said | changes).items() if key not in dropped}
+    assert differences(*_read(tmp_path, said, tuned)) == {}
+    heads = "num_heads" if name == "t5" else "num_attention_heads"
+    other = tuned | {heads: said[heads] * 2}
+    assert heads in differences(*_read(tmp_path, said, other))
+
+
+def _read(tmp_path, *configs):
+    """Return configurations as transformers reads them."""
+    for i, config in enumerate(configs):
+        (tmp_path / str(i)).mkdir(exist_ok=True)
+        (tmp_path / str(i) / "config.json").write_text(json.dumps(config))
+    return [comparable_config(config, tmp_path / str(i)) for i, config in enumerate(configs)]
+
+
+def test_how_a_model_generates_is_compared_nowhere(tmp_path):
+    said = {"model_type": "other", "num_beams": 4, "max_length": 20, "tokenizer_class": "A"}
+    one, other = (
+        comparable_config(said, tmp_path),
+        comparable_config({"model_type": "o"}, tmp_path),
+    )
+    assert differences(one, other) == {}
 
 
 def test_a_message_names_field_values_models_and_the_way_out(pair):

@@ -16,6 +16,9 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -32,6 +35,8 @@ SMALL = {
     "initializer_range": 0.5,
 }
 BERT = {**SMALL, "vocab_size": len(WORDS), "max_position_embeddings": 24}
+LLAMA = {**BERT, "vocab_size": len(WORDS) + 1, "pad_token_id": len(WORDS)}
+"""A decoder that takes another token for padding than its tokenizer does."""
 IMAGE = {**SMALL, "image_size": 8, "patch_size": 4}
 CLASSES = {"first": 3, "second": 4}
 NAMES = {"first": ("red", "green", "blue")}
@@ -76,6 +81,12 @@ def make_experts(root, kind="bert"):
             lambda config: ViTModel(config, add_pooling_layer=False),
             ViTForImageClassification,
             save_processor,
+        ),
+        "llama": (
+            lambda **own: LlamaConfig(**LLAMA, **own),
+            LlamaModel,
+            LlamaForSequenceClassification,
+            save_tokenizer,
         ),
     }[kind]
     torch.manual_seed(0)

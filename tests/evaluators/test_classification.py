@@ -79,6 +79,7 @@ def made(tmp_path_factory):
     roots = {}
     for name, make, write, kind in (
         ("bert", make_experts, write_texts, "bert"),
+        ("llama", make_experts, write_texts, "llama"),
         ("vit", make_experts, write_images, "vit"),
         ("sentence", make_pooled_experts, write_texts, "bert"),
         ("clip", make_pooled_experts, write_images, "clip"),
@@ -142,9 +143,10 @@ def own_text_logits(folder, expert):
         ]
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("expert", CLASSES)
-def test_a_text_classifier_scores_as_in_transformers(write, tmp_path, expert):
-    file = write("bert", text_tasks(), classification={"batch_tokens": 64})
+def test_a_text_classifier_scores_as_in_transformers(write, tmp_path, expert, kind):
+    file = write(kind, text_tasks(), classification={"batch_tokens": 64})
     order, values = score(file, expert)
     predicted = [int(logits.argmax()) for logits in own_text_logits(tmp_path, expert)]
     labels = text_labels(expert)
@@ -514,6 +516,16 @@ def test_an_expert_without_a_head_is_refused(write, tmp_path):
     file = write("bert", text_tasks(), classification={"pooling": "mean"})
     with pytest.raises(SpecError, match=r"needs a linear .*\(its private tensors: none\)"):
         score(file, "second")
+
+
+def test_a_decoder_that_names_no_padding_passes_over_what_fills_its_texts(write, tmp_path):
+    file = write("llama", text_tasks(), classification={"batch_tokens": 64})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    named = score(file, "first")
+    file.write_text(file.read_text().replace("base: base", "base: other"))
+    assert score(file, "first") == named
 
 
 def test_an_encoder_of_no_such_class_is_refused(write):

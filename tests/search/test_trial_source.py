@@ -4,6 +4,8 @@ import pytest
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
+from searchmerge.plan import MergePlan
+from searchmerge.search.directory import BEST_SO_FAR, plan_file
 from tests.toy import ToyEvaluator
 
 
@@ -35,6 +37,23 @@ def test_a_study_whose_first_trials_all_fail_stops_with_the_reason(toy):
     evaluator = ToyEvaluator(fails=lambda c: True)
     with pytest.raises(StudyError, match=r"the first 5 trials all failed; the first: .*NaN"):
         toy(evaluator=evaluator).run(50)
+
+
+def test_the_best_plan_of_earlier_runs_is_written_where_a_kill_left_another(toy):
+    class Dies(ToyEvaluator):
+        def score(self, model, task, examples):
+            raise KeyboardInterrupt
+
+    study = toy()
+    study.run(10)
+    file = plan_file(study.directory.run_dir, BEST_SO_FAR)
+    best = MergePlan.from_yaml(file)
+    assert study.directory.records()[0].plan != best
+    for leave in (lambda: study.directory.records()[0].plan.to_yaml(file), file.unlink):
+        leave()
+        with pytest.raises(KeyboardInterrupt):
+            toy(evaluator=Dies()).run(20)
+        assert MergePlan.from_yaml(file) == best
 
 
 def test_a_candidate_that_cannot_be_scored_fails_alone(toy):

@@ -71,6 +71,8 @@ class LmTask(PromptKeys):
             ``select`` and of ``hold_out``; all if ``None``.
         generation: Replaces arguments of the task's generation: ``max_gen_toks``, ``until``,
             ``temperature`` and others.
+        repeats: How often each example is answered, for filters that vote on the answers
+            (maj@k), 1 or more; what the task says if ``None``.
     """
 
     task: str | Mapping[str, Any] | None = None
@@ -82,6 +84,7 @@ class LmTask(PromptKeys):
     num_fewshot: Annotated[int, Ge(0)] | None = None
     samples: Annotated[Positions, MinLen(2)] | Samples | None = None
     generation: Mapping[str, Any] | None = None
+    repeats: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         self._check_split()

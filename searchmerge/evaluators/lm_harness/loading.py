@@ -130,11 +130,18 @@ def _configure(task: Any, spec: LmTask, where: str, lm_name: str) -> None:
     """Put in what a study may say of a task that is loaded."""
     shots = spec.num_fewshot if spec.num_fewshot is not None else task.config.num_fewshot
     task.set_config("num_fewshot", shots or 0)
-    if spec.generation is None:
-        return
-    if task.OUTPUT_TYPE != "generate_until":
-        raise SpecError(
-            f"{where}.generation: nothing is generated in {lm_name!r}, which is a "
-            f"{task.OUTPUT_TYPE} task"
-        )
-    task.set_config("generation_kwargs", dict(spec.generation), update=True)
+    for key in ("generation", "repeats"):
+        if getattr(spec, key) is not None and task.OUTPUT_TYPE != "generate_until":
+            raise SpecError(
+                f"{where}.{key}: nothing is generated in {lm_name!r}, which is a "
+                f"{task.OUTPUT_TYPE} task"
+            )
+    if spec.generation is not None:
+        task.set_config("generation_kwargs", dict(spec.generation), update=True)
+    if spec.repeats is not None:
+        if not (task.config.generation_kwargs or {}).get("do_sample"):
+            raise SpecError(
+                f"{where}.repeats: {lm_name!r} does not sample its answers, so that all would be "
+                "the same; give generation: {do_sample: true, temperature: ...}"
+            )
+        task.set_config("repeats", spec.repeats)

@@ -233,7 +233,7 @@ class PreparedTask:
             requests: Of each example.
             examples: Which they are, for messages.
         """
-        self._filters[self.filter].apply([request for group in requests for request in group])
+        self._read_answers(self.filter, requests)
         with explained(self._name, f"compute {self.metric!r} of its task {self.lm_name!r}"):
             values = [self._value(group, self._decides) for group in requests]
             scores = list(self.aggregated(values))
@@ -245,6 +245,11 @@ class PreparedTask:
                     f"task {self._name!r}, {which}: {self.metric} is {score}, not a finite number"
                 )
         return tuple(scores)
+
+    def _read_answers(self, name: str, requests: Sequence[Sequence[Any]]) -> None:
+        """Apply one of the task's filters to what was answered."""
+        with explained(self._name, f"apply filter {name!r} of its task {self.lm_name!r}"):
+            self._filters[name].apply([request for group in requests for request in group])
 
     def aggregated(self, values: Sequence[Any]) -> tuple[float, ...]:
         """Return the scores that come of the metric's values of examples, higher is better."""
@@ -267,7 +272,7 @@ class PreparedTask:
         """Return what the model said to examples when they were last scored."""
         requests = self.requests(examples)
         for name in {metric.filter: None for metric in self._others}:
-            self._filters[name].apply([request for group in requests for request in group])
+            self._read_answers(name, requests)
         with explained(self._name, f"compute metrics of its task {self.lm_name!r}"):
             return tuple(map(self._answer, examples, requests))
 

@@ -17,6 +17,7 @@ output embedding that was not sent.
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,8 +215,27 @@ class VllmBackend:
         prompts: Sequence[Tokens],
         options: GenerationOptions,
     ) -> list[list[int]]:
-        """Return the new tokens of every prompt."""
-        return self.server.generate(prompts, sampling_arguments(options))
+        """Return the new tokens of every prompt; one that is asked again is drawn anew."""
+        arguments = sampling_arguments(options)
+        turns = _turns(prompts)
+        results: list[list[int]] = [[]] * len(prompts)
+        for turn in sorted(set(turns)):
+            rows = [row for row, its_turn in enumerate(turns) if its_turn == turn]
+            drawn = arguments | {"seed": arguments["seed"] + turn}
+            new = self.server.generate([prompts[row] for row in rows], drawn)
+            for row, tokens in zip(rows, new, strict=True):
+                results[row] = tokens
+        return results
+
+
+def _turns(prompts: Sequence[Tokens]) -> list[int]:
+    """Return how often each prompt stands before itself."""
+    counts: Counter[Tokens] = Counter()
+    turns = []
+    for prompt in prompts:
+        turns.append(counts[prompt])
+        counts[prompt] += 1
+    return turns
 
 
 def named_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

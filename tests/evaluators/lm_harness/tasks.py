@@ -95,6 +95,26 @@ TASKS = {
         "metric_list": [{"metric": "bypass", "aggregation": "mean", "higher_is_better": True}],
     },
 }
+_OF_FIRST_LETTER = {"function": "regex", "regex_pattern": "([a-z])"}
+TASKS["voted"] = TASKS["sampled"] | {
+    "repeats": 5,
+    "metric_list": [{"metric": "exact_match", **MEAN}],
+    "filter_list": [
+        {"name": "first", "filter": [_OF_FIRST_LETTER, {"function": "take_first"}]},
+        *(
+            {
+                "name": f"maj@{k}",
+                "filter": [
+                    _OF_FIRST_LETTER,
+                    {"function": "take_first_k", "k": k},
+                    {"function": "majority_vote"},
+                    {"function": "take_first"},
+                ],
+            }
+            for k in (3, 5, 6)
+        ),
+    ],
+}
 
 
 def documents(split, n):

@@ -9,6 +9,7 @@ from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.lm_harness.keys import LmTask
+from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from searchmerge.evaluators.score_kind import Whole
 from tests.evaluators.lm_harness.tasks import TASKS, documents, harness, lm_eval_samples
 from tests.evaluators.models import tiny_model, tiny_tokenizer
@@ -171,6 +172,43 @@ def test_what_the_model_said_is_told_with_what_a_filter_read_in_it(folder, model
         assert answer.expected == sample["target"]
         assert list(answer.said) == sample["resps"][0]
         assert list(answer.read) == sample["filtered_resps"]
+
+
+@pytest.mark.parametrize("answer_filter", ["first", "maj@3", "maj@5"])
+def test_answers_are_sampled_again_and_voted_on_as_in_lm_eval(folder, model, answer_filter):
+    theirs = make_lm(tiny_tokenizer(), TransformersBackend(1024))
+    theirs.model = model
+    filters = [f for f in TASKS["voted"]["filter_list"] if f["name"] == answer_filter]
+    samples, _ = lm_eval_samples(folder, theirs, "voted", filter_list=filters)
+    evaluator = harness(folder, LmTask("voted", "test", filter=answer_filter))
+    scores = evaluator.score(model, "mine", range(7))
+    assert scores == tuple(sample["exact_match"] for sample in samples)
+    for sample, answer in zip(samples, evaluator.answers("mine", range(7)), strict=True):
+        assert list(answer.said) == sample["resps"][0]
+        assert len(set(answer.said)) > 1
+        assert list(answer.read) == sample["filtered_resps"]
+
+
+def test_a_study_may_say_how_often_each_example_is_answered(folder, model):
+    theirs = make_lm(tiny_tokenizer(), TransformersBackend(1024))
+    theirs.model = model
+    filters = [f for f in TASKS["voted"]["filter_list"] if f["name"] == "maj@3"]
+    samples, _ = lm_eval_samples(folder, theirs, "voted", filter_list=filters, repeats=3)
+    evaluator = harness(folder, LmTask("voted", "test", filter="maj@3", repeats=3))
+    evaluator.score(model, "mine", range(7))
+    for sample, answer in zip(samples, evaluator.answers("mine", range(7)), strict=True):
+        assert list(answer.said) == sample["resps"][0]
+        assert len(answer.said) == 3
+    with pytest.raises(SpecError, match=r"tasks\.mine\.repeats: 'generate' does not sample its"):
+        harness(folder, LmTask("generate", "test", repeats=3))
+    with pytest.raises(SpecError, match=r"tasks\.mine\.repeats: nothing is generated in 'mc'"):
+        harness(folder, LmTask("mc", "test", repeats=3))
+
+
+def test_a_vote_of_more_answers_than_there_are_is_refused_by_name(folder, model):
+    message = r"tasks\.mine: .*'maj@6' .*first 6.* got 5"
+    with pytest.raises(SpecError, match=message):
+        harness(folder, LmTask("voted", "test", filter="maj@6")).score(model, "mine", [0])
 
 
 def test_of_choices_the_likeliest_is_what_was_said(folder, model):

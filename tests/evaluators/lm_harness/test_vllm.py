@@ -115,6 +115,19 @@ def test_its_answers_are_those_of_transformers(tmp_path):
             assert answers[0] == pytest.approx(answers[1], abs=1e-3)
 
 
+def test_a_prompt_that_is_asked_again_is_drawn_with_another_seed(tmp_path):
+    model = tiny_model("llama")
+    engine, servers = backend(tmp_path)
+    engine.follow(model, weights_of(model))
+    engine.generate(model, tiny_tokenizer(), [(1,), (2,)], GenerationOptions((), 1, {}))
+    del servers[0].asked[:]
+    options = GenerationOptions((), 2, {"do_sample": True})
+    again = engine.generate(model, tiny_tokenizer(), [(1,), (2, 3), (1,), (1,)], options)
+    seeds = [arguments["seed"] for arguments in servers[0].asked]
+    assert len(seeds) == len(set(seeds)) == 3
+    assert again[0] == again[2] == again[3] != again[1]
+
+
 class Scales:
     """A merger that multiplies the model's weights."""
 

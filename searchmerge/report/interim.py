@@ -1,0 +1,108 @@
+"""The report of a study that was stopped: what it has found so far, and how it goes on."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from searchmerge.durable import write_atomically
+from searchmerge.errors import StudyError
+from searchmerge.plan import MergePlan
+from searchmerge.report.escape import code, code_block, markdown
+from searchmerge.report.results import REPORT_FILE, RESULTS_FILE, markdown_table
+
+
+@dataclass(frozen=True, slots=True)
+class InterimRow:
+    """One plan that was scored in full on what the trials see.
+
+    Attributes:
+        name: What the plan is called.
+        scores: Task name to score.
+        values: The value of each objective.
+    """
+
+    name: str
+    scores: Mapping[str, float]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InterimReport:
+    """All that is said of a study that was stopped before it was confirmed.
+
+    Attributes:
+        study: Name of the study.
+        tasks: Task name to the name of its metric.
+        objectives: The name of each objective.
+        rows: References first, then the best trials, best first.
+        best: Name of the best trial; empty where no trial was scored in full.
+        plan: Its plan; ``None`` where there is none.
+        counts: Numbers of trials by what became of them, examples, seconds.
+    """
+
+    study: str
+    tasks: Mapping[str, str]
+    objectives: Sequence[str]
+    rows: Sequence[InterimRow]
+    best: str
+    plan: MergePlan | None
+    counts: Mapping[str, float]
+
+    def save(self, run_dir: Path) -> None:
+        """Write the report into ``run_dir``, unless that of an earlier, confirmed end is there.
+
+        Raises:
+            StudyError: If it cannot be written.
+        """
+        if (run_dir / RESULTS_FILE).exists():
+            return
+        try:
+            write_atomically(run_dir / REPORT_FILE, self.markdown(run_dir))
+        except OSError as error:
+            raise StudyError(f"{run_dir}: cannot be written: {error.strerror}") from error
+
+    def markdown(self, run_dir: Path) -> str:
+        """Return the report."""
+        metrics = ", ".join(markdown(f"{task}: {name}") for task, name in self.tasks.items())
+        counts = ", ".join(f"{name} {number:g}" for name, number in self.counts.items())
+        cells = [
+            [
+                row.name,
+                *(f"{100 * row.scores[task]:.1f}" for task in self.tasks),
+                *(f"{100 * value:.1f}" for value in row.values),
+            ]
+            for row in self.rows
+        ]
+        table = markdown_table(["", *self.tasks, *self._value_names()], cells, bold=self.best)
+        finish = code(f"searchmerge finish {shlex.quote(str(run_dir))}")
+        return f"""# {markdown(self.study)}: stopped, not confirmed
+
+**The study was stopped before its end. {self._best_so_far()}**
+
+The same {code("searchmerge run")} goes on from here and scores nothing again. {finish} searches no
+more: it confirms the best that there is on held-out examples, saves the model, and writes the
+report in place of this one.
+
+Scores times 100, on the select examples, which chose the best: they flatter it. Metrics:
+{metrics}.
+
+{table}
+
+Counts: {counts}.
+{self._plan_text()}"""
+
+    def _value_names(self) -> list[str]:
+        if len(self.objectives) == 1:
+            return [f"{self.objectives[0]}, select"]
+        return [f"{name}, normalised" for name in self.objectives]
+
+    def _best_so_far(self) -> str:
+        if not self.best:
+            return "No trial has been scored in full yet."
+        return f"The best plan so far is that of {markdown(self.best)}; it is not confirmed."
+
+    def _plan_text(self) -> str:
+        if self.plan is None:
+            return ""
+        return f"\n## The best plan so far\n\n{code_block(self.plan.to_yaml(), 'yaml')}\n"
