@@ -4,18 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
 from annotated_types import Ge, Len
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
     EvaluationContext,
     EvaluatorKind,
+    LossKind,
     TaskInfo,
     evaluating,
     needed,
@@ -151,7 +153,9 @@ class Classification:
                 )
             )
         self.tasks: Mapping[str, TaskInfo] = {
-            name: TaskInfo(len(self._inputs[name]), task.metric, _score_kind(task))
+            name: TaskInfo(
+                len(self._inputs[name]), task.metric, _score_kind(task), losses=get_args(LossKind)
+            )
             for name, task in tasks.items()
         }
 
@@ -166,13 +170,7 @@ class Classification:
         """
         if not examples:
             return ()
-        head, places, logits = self._tasks[task].head, [], []
-        with evaluating(model):
-            for batch, inputs in self._inputs[task].batches(examples):
-                logits.append(head.logits(model, _placed(inputs, model)))
-                places += batch
-        by_example = torch.empty(len(examples), head.n_classes)
-        by_example[torch.tensor(places)] = torch.cat(logits).float().cpu()
+        head, by_example = self._tasks[task].head, self._logits(model, task, examples).cpu()
         finite = torch.isfinite(by_example).all(1)
         if not finite.all():
             example = examples[int((~finite).nonzero()[0, 0])]
@@ -183,6 +181,27 @@ class Classification:
         if self._tasks[task].metric == "macro_f1":
             return tuple((true * head.n_classes + predicted).double().tolist())
         return tuple((predicted == true).float().tolist())
+
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return the mean cross-entropy of the examples' classes, in nats."""
+        logits = self._logits(model, task, examples)
+        return cross_entropy(logits, self._targets[task][list(examples)].to(logits.device))
+
+    def log_probabilities(
+        self, model: nn.Module, task: str, examples: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """Return the log-probabilities of each example's classes, ``(n_classes,)``."""
+        return self._logits(model, task, examples).log_softmax(1).unbind()
+
+    def _logits(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return each example's logits, ``(n_examples, n_classes)`` float32."""
+        places, logits = [], []
+        with evaluating(model):
+            for batch, inputs in self._inputs[task].batches(examples):
+                logits.append(self._tasks[task].head.logits(model, _placed(inputs, model)))
+                places += batch
+        by_batch = torch.cat(logits).float()
+        return by_batch[torch.tensor(places, device=by_batch.device).argsort()]
 
 
 def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -5,24 +5,28 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
     EvaluationContext,
     EvaluatorKind,
+    LossKind,
     NoKeys,
     TaskInfo,
     needed,
 )
-from searchmerge.evaluators.user_code import as_scores, model_kept, user_code
+from searchmerge.evaluators.user_code import as_loss, as_scores, model_kept, user_code
 
 UserFunction = Callable[[nn.Module, str, Sequence[int]], Sequence[float]]
 """Takes the resident model, a task and examples; returns one score per example."""
+
+UserLoss = Callable[[nn.Module, str, Sequence[int]], Tensor]
+"""Takes the same; returns one number, lower is better, that can be differentiated."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,13 @@ class FunctionKeys:
     Attributes:
         function: ``module:function``, in a module of the study's folder or an installed one.
         n_examples: How many examples the task has, 2 or more.
+        loss: ``module:function`` of what gives a loss, for coefficients by gradient: it takes the
+            same, and returns one number, lower is better, that torch can differentiate.
     """
 
     function: str = needed("name your function as module:function")
     n_examples: Annotated[int, Ge(2)] = needed("say how many examples your function can score")
+    loss: str | None = None
 
 
 class FunctionEvaluator:
@@ -44,20 +51,28 @@ class FunctionEvaluator:
     Args:
         function: ``module:function``.
         tasks: Task name to how many examples it has.
+        loss: The same, of a function that returns a loss; ``None`` for no such function.
         search_path: A folder to import the module from, beside the usual ones.
 
     Raises:
-        SpecError: If the function cannot be imported.
+        SpecError: If a function cannot be imported.
     """
 
     def __init__(
-        self, function: str, tasks: Mapping[str, int], *, search_path: Path | None = None
+        self,
+        function: str,
+        tasks: Mapping[str, int],
+        *,
+        loss: str | None = None,
+        search_path: Path | None = None,
     ) -> None:
+        losses: tuple[LossKind, ...] = ("labels",) if loss else ()
         self.tasks: Mapping[str, TaskInfo] = {
-            task: TaskInfo(n_examples) for task, n_examples in tasks.items()
+            task: TaskInfo(n_examples, losses=losses) for task, n_examples in tasks.items()
         }
-        self._name = function
-        self._function = import_function(function, search_path)
+        self._name, self._loss_name = function, loss or ""
+        self._function: UserFunction = import_function(function, search_path)
+        self._loss: UserLoss | None = import_function(loss, search_path) if loss else None
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return what the user's function returns for these examples.
@@ -71,8 +86,21 @@ class FunctionEvaluator:
             returned = self._function(model, task, examples)
             return as_scores(returned, examples, what)
 
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return what the user's loss returns for these examples.
 
-def import_function(name: str, search_path: Path | None = None) -> UserFunction:
+        Raises:
+            EvaluationError: If it raises, or returns anything but one number that can be
+                differentiated.
+            StudyError: If it changes the model.
+        """
+        what = f"task {task!r}: {self._loss_name or 'it has no loss'}"
+        with model_kept(model, what), user_code(what, EvaluationError):
+            returned = self._loss(model, task, examples) if self._loss else None
+        return as_loss(returned, what)
+
+
+def import_function(name: str, search_path: Path | None = None) -> Any:
     """Return the function that ``module:function`` names.
 
     Raises:
@@ -85,7 +113,7 @@ def import_function(name: str, search_path: Path | None = None) -> UserFunction:
         sys.path.insert(0, str(search_path))
     with user_code(f"function {name!r}: importing module {module_name!r}", SpecError):
         module = importlib.import_module(module_name)
-    function: UserFunction | None = getattr(module, attribute, None)
+    function: Any = getattr(module, attribute, None)
     if not callable(function):
         raise SpecError(f"function {name!r}: module {module_name!r} has no function {attribute!r}")
     return function
@@ -95,7 +123,9 @@ def _build(
     tasks: Mapping[str, FunctionKeys], section: NoKeys, context: EvaluationContext
 ) -> dict[str, FunctionEvaluator]:
     return {
-        name: FunctionEvaluator(task.function, {name: task.n_examples}, search_path=context.folder)
+        name: FunctionEvaluator(
+            task.function, {name: task.n_examples}, loss=task.loss, search_path=context.folder
+        )
         for name, task in tasks.items()
     }
 
@@ -112,5 +142,6 @@ EVALUATORS.register("function")(
         build=_build,
         model_classes=lambda tasks, section: (),
         places=_modules,
+        free_keys=("loss",),
     )
 )

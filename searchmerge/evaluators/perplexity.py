@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
 
 from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
@@ -114,7 +115,8 @@ class Perplexity:
         self._scorer = CausalScorer(batch_tokens)
         self._windows = {name: self._prepare(name, tasks[name], tokenizer) for name in tasks}
         self.tasks: Mapping[str, TaskInfo] = {
-            name: TaskInfo(len(windows), metric=METRIC) for name, windows in self._windows.items()
+            name: TaskInfo(len(windows), metric=METRIC, losses=("labels",))
+            for name, windows in self._windows.items()
         }
 
     def _prepare(
@@ -158,6 +160,17 @@ class Perplexity:
                 )
             scores.append(score)
         return tuple(scores)
+
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return the mean over texts of each one's negative log-likelihood per token, in nats."""
+        texts = [self._windows[task][example] for example in examples]
+        with evaluating(model):
+            pairs = [pair for text in texts for pair in text]
+            likelihoods = self._scorer.log_likelihoods(model, pairs, self._max_length)
+        by_text = torch.split(likelihoods, [len(text) for text in texts])
+        n_tokens = [sum(len(tokens) for _, tokens in text) for text in texts]
+        means = [of_text.sum() / n for of_text, n in zip(by_text, n_tokens, strict=True)]
+        return -torch.stack(means).mean()
 
 
 def window(config: Any, tokenizer: Any) -> int:

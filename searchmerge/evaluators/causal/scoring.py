@@ -27,7 +27,7 @@ from searchmerge.evaluators.causal.model import (
     takes,
 )
 from searchmerge.evaluators.causal.packing import Cluster, plan_packed
-from searchmerge.evaluators.causal.reading import Reading, read
+from searchmerge.evaluators.causal.reading import Reading, read, read_with_gradient
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class CausalScorer:
         """
         if not pairs:
             return []
-        window = packed_window(model, max_length) if self._can_pack(model) else 0
+        window = self._packed_window(model, max_length)
 
         def run(part: float) -> list[tuple[float, bool]]:
             batch_tokens = max(1, int(part * self._batch_tokens))
@@ -71,6 +71,34 @@ class CausalScorer:
             return [results[index] for index in indices]
 
         return self._fitting.run(run)
+
+    def log_likelihoods(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> Tensor:
+        """Return each continuation's log-likelihood, ``(n_pairs,)`` float32, with its gradient.
+
+        All forward passes are kept until it is differentiated or let go of.
+
+        Args:
+            model: As for :meth:`score`.
+            pairs: One or more; as there.
+            max_length: As there.
+        """
+        window = self._packed_window(model, max_length)
+        clusters, indices = self._lay_out(tuple(pairs), max_length, window, self._batch_tokens)
+        values, owners = [], []
+        for cluster in clusters:
+            prefix = run_prefix(model, cluster.prefix)
+            for batch in cluster.batches:
+                values.append(read_with_gradient(_logits(model, batch, prefix), batch))
+                owners.append(batch.owners)
+        owner, value = torch.cat(owners), torch.cat(values)
+        totals = value.new_zeros(int(owner.max()) + 1).index_add(0, owner.to(value.device), value)
+        return totals[torch.tensor(indices, device=value.device)]
+
+    def _packed_window(self, model: nn.Module, max_length: int) -> int:
+        """Return within how many tokens rows may be packed; 0 where they may not."""
+        return packed_window(model, max_length) if self._can_pack(model) else 0
 
     def _laid_out(
         self,
