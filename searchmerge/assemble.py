@@ -19,11 +19,13 @@ from searchmerge.evaluators.evaluator import (
 from searchmerge.execution.blocks import Block, Part, make_blocks, split_examples
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.followed_merger import FollowedMerger
+from searchmerge.execution.gradient import Merges
 from searchmerge.execution.int8_merger import Int8Merger
 from searchmerge.execution.watched_merger import WatchedMerger
-from searchmerge.execution.worker import Merges, Worker
+from searchmerge.execution.worker import Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
+from searchmerge.merging.gradient import CoefficientGradients
 from searchmerge.models import Models, load_task_vectors, make_merger, open_models
 from searchmerge.plan import SettingValue
 from searchmerge.search.budget import Budget
@@ -83,10 +85,8 @@ def make_worker(
     views = writable_views(model)
     names = aligned(views, models.base.headers)
     targets = {names[name]: view for name, view in views.items()}
-    merger: Merges = make_merger(
-        models, vectors, config.engine, memory=config.memory, targets=targets
-    )
-    merger = WatchedMerger(merger, watch.check)
+    plain = make_merger(models, vectors, config.engine, memory=config.memory, targets=targets)
+    merger: Merges = WatchedMerger(plain, watch.check)
     if study.spec.scoring == "int8":
         merged = [targets[name] for name in vectors.weights if name in targets]
         merger = Int8Merger(merger, model, merged)
@@ -94,7 +94,7 @@ def make_worker(
     if followers:
         merger = FollowedMerger(merger, model, targets, list(followers.values()))
     watch.check()
-    return Worker(model, merger, evaluators)
+    return Worker(model, merger, evaluators, CoefficientGradients(model, plain))
 
 
 def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Evaluator]:

@@ -288,7 +288,7 @@ class StudySpec(Strict):
                 data.pop(name, None)  # so that a new kind of evaluator changes no other study
                 continue
             for key in kind.free_keys:
-                for keys in (data[name], *(t for t in tasks if t["evaluator"] == name)):
+                for keys in (data.get(name, {}), *(t for t in tasks if t["evaluator"] == name)):
                     keys.pop(key, None)
         return data
 

@@ -77,14 +77,16 @@ class CausalScorer:
     ) -> Tensor:
         """Return each continuation's log-likelihood, ``(n_pairs,)`` float32, with its gradient.
 
-        All forward passes are kept until it is differentiated or let go of.
+        All forward passes are kept until it is differentiated or let go of. A model that computes
+        its activations again for the backward pass keeps no prefix: its rows are plain.
 
         Args:
             model: As for :meth:`score`.
             pairs: One or more; as there.
             max_length: As there.
         """
-        window = self._packed_window(model, max_length)
+        keeps_prefixes = not getattr(model, "is_activation_checkpointing", False)
+        window = self._packed_window(model, max_length) if keeps_prefixes else 0
         clusters, indices = self._lay_out(tuple(pairs), max_length, window, self._batch_tokens)
         values, owners = [], []
         for cluster in clusters:

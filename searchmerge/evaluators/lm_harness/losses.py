@@ -16,6 +16,10 @@ _LENGTHS: Mapping[str, Callable[[str], float]] = {
 """Metrics of choices to what they divide a choice's log-likelihood by; others by nothing."""
 
 
+def _nothing(choice: str) -> float:
+    return 1.0
+
+
 class TaskLosses:
     """The losses of one task of lm-eval's.
 
@@ -34,7 +38,7 @@ class TaskLosses:
 
     def __init__(self, task: Any, metric: str, *, is_chat: bool) -> None:
         self._task = task
-        self._divide = _LENGTHS.get(metric, lambda choice: 1.0)
+        self._divide = _LENGTHS.get(metric, _nothing)
         self._is_chat = is_chat
         self.kinds: tuple[LossKind, ...] = self._kinds()
 
