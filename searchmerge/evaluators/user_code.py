@@ -80,7 +80,7 @@ def as_loss(returned: Any, what: str) -> Tensor:
             f"{what} returned a loss that does not depend on the model's weights"
         )
     if not bool(returned.isfinite()):
-        raise EvaluationError(f"{what} returned {float(returned)}; a finite number is needed")
+        raise EvaluationError(f"{what} returned {returned.item()}; a finite number is needed")
     return returned.reshape(())
 
 
