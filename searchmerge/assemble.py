@@ -26,11 +26,13 @@ from searchmerge.execution.worker import Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
 from searchmerge.merging.gradient import CoefficientGradients
-from searchmerge.models import Models, load_task_vectors, make_merger, open_models
-from searchmerge.plan import SettingValue
+from searchmerge.models import Models, load_task_vectors, make_merger, merged_names, open_models
+from searchmerge.plan import TENSOR, Groups, SettingValue
 from searchmerge.search.budget import Budget
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.racing import Racing
+from searchmerge.search.refine import Recipe
+from searchmerge.search.refinements import Refining
 from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.warm_start import warm_start_params
@@ -155,6 +157,20 @@ def make_racing(study: Study) -> Racing | None:
     if racing == "off":
         return None
     return Racing(racing.p_threshold, racing.min_blocks, racing.collapse_margin)
+
+
+def make_refining(study: Study, models: Models) -> Refining | None:
+    """Return how the study's best plans are refined, or ``None`` where they are not."""
+    refine, seed = study.spec.search.refine, study.spec.search.seed
+    if refine == "off":
+        return None
+    names = tuple(merged_names(models))
+    whole = refine.groups == TENSOR
+    groups = Groups.of_tensors(names) if whole else Groups.from_data(refine.groups)
+    recipe = Recipe(
+        groups, refine.steps, refine.batch, refine.shrink, refine.loss, refine.rate, seed
+    )
+    return Refining(recipe, refine.starts, names)
 
 
 def warm_start(study: Study) -> list[dict[str, SettingValue]]:

@@ -55,6 +55,9 @@ class TrialRecord:
         number: Optuna's number of the trial.
         plan: What it merged.
         kind: The reference or the warm start that it is; empty where a sampler proposed it.
+        refines: What the plan is called that it was refined from, by gradient; empty where it
+            was not. Such a trial is none of Optuna's, as its plan is not in the space, and its
+            number is below 0.
         scores: Task name to score; expected ones where it was stopped early.
         values: What Optuna was told: the value of each objective; none where it failed.
         value: The one value that it is ranked by; ``None`` where it failed.
@@ -70,6 +73,7 @@ class TrialRecord:
     number: int
     plan: MergePlan
     kind: str = ""
+    refines: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
     values: tuple[float, ...] = ()
     value: float | None = None
@@ -89,7 +93,7 @@ class TrialRecord:
     @property
     def name(self) -> str:
         """Return what it is called in tables."""
-        return f"trial {self.number}"
+        return f"refined {self.refines}" if self.refines else f"trial {self.number}"
 
     @property
     def seconds(self) -> float:
