@@ -77,7 +77,8 @@ class Groups:
                 if all(isinstance(pattern, str) for pattern in patterns):
                     return cls(patterns=tuple(patterns))
         raise SpecError(
-            f"groups: found {data!r}; allowed: whole, {{depth: k}} or {{patterns: [p, ...]}}"
+            f"groups: found {data!r}; allowed: whole, {{depth: k}} or {{patterns: [p, ...]}}; "
+            f"{TENSOR} is for plans whose values name the tensors, and for search.refine"
         )
 
     def to_data(self) -> Any:

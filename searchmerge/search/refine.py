@@ -25,7 +25,8 @@ _logger = logging.getLogger(__name__)
 WATCHED = 1 / 4
 """The part of the examples that decides how far to go."""
 
-_BLOCK = 8  # examples whose loss is watched as one
+_BLOCK = 8  # examples whose loss is watched as one, if that makes
+_LEAST_BLOCKS = 6  # so many, from which it is seen how far losses vary
 _CHECKS = 8  # how often it is looked at whether to go on
 _PATIENCE = 3  # checks without a lower loss after which the steps end
 _SHRINKS = (0.75, 0.5, 0.25)
@@ -120,7 +121,8 @@ def _divided(material: Material, seed: int) -> dict[str, _Parts]:
         random.Random(f"{seed}/{task}/refine").shuffle(order)
         n_watched = max(1, round(WATCHED * len(order)))
         watched = order[:n_watched]
-        blocks = tuple(tuple(watched[i : i + _BLOCK]) for i in range(0, n_watched, _BLOCK))
+        size = min(_BLOCK, -(-n_watched // _LEAST_BLOCKS))
+        blocks = tuple(tuple(watched[i : i + size]) for i in range(0, n_watched, size))
         parts[task] = _Parts(tuple(order[n_watched:]), blocks)
     return parts
 
