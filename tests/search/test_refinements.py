@@ -12,6 +12,7 @@ from searchmerge.run import run_study
 from searchmerge.search.directory import records_of, stored_study
 from searchmerge.search.refine import Recipe
 from searchmerge.search.refinements import material
+from searchmerge.search.status import read_status
 from searchmerge.study import read_study
 from tests.evaluators.classifiers import make_experts, text_tasks, write_study, write_texts
 from tests.search.conftest import Recorder, pilot_schedule
@@ -75,6 +76,13 @@ def test_a_refined_plan_is_confirmed_and_its_rows_are_written_down(folder, ran):
         assert MergePlan.from_yaml(file) == refined[name]
     counted = sum(n for name, n in ran[1].counts.items() if name.startswith("trials"))
     assert counted == 5 + len(refined)
+
+
+def test_the_status_calls_a_refined_plan_by_its_name(folder, ran):
+    best = read_status(folder / "run")["best"]
+    refined = [shown for shown in best if shown["name"].startswith("refined ")]
+    assert refined
+    assert all(shown["trial"] is None for shown in refined)
 
 
 def test_a_study_that_goes_on_refines_nothing_twice(folder, ran):
