@@ -88,6 +88,21 @@ class LossResult:
         return self.merge_s + self.loss_s
 
 
+_HALF_SCALE = 1024.0
+"""In float16 most gradients are below what it can tell from 0."""
+
+
+def _unscaled(rows: Rows, scale: float, task: str) -> Rows:
+    """Return the gradient of a loss that was multiplied by ``scale``.
+
+    Raises:
+        EvaluationError: If it is not finite.
+    """
+    if not all(math.isfinite(number) for row in rows for number in row):
+        raise EvaluationError(f"task {task!r}: the gradient of its loss is not finite")
+    return tuple(tuple(number / scale for number in row) for row in rows)
+
+
 class Losses:
     """Computes losses of the resident model, and their gradients as backward passes go.
 
@@ -116,7 +131,7 @@ class Losses:
         """Merge ``plan`` and return its losses.
 
         Raises:
-            EvaluationError: If a loss is not finite.
+            EvaluationError: If a loss or its gradient is not finite.
             SpecError: If a task has no such loss, or the plan's method is not linear in its
                 coefficients.
         """
@@ -165,10 +180,17 @@ class Losses:
                 rows = stack.enter_context(self._collecting(plan))
             else:
                 stack.enter_context(torch.no_grad())
-            return {
-                task: TaskLoss(tuple(self._values(task, request, part)), rows())
-                for task in request.batches
-            }
+            tasks = {}
+            for task in request.batches:
+                values = tuple(self._values(task, request, part))
+                tasks[task] = TaskLoss(values, _unscaled(rows(), self._scale, task))
+            return tasks
+
+    @property
+    def _scale(self) -> float:
+        """The factor on losses, so that gradients stay within the range of the model's dtype."""
+        dtypes = {p.dtype for p in self._model.parameters()}
+        return _HALF_SCALE if torch.float16 in dtypes else 1.0
 
     def _collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
         if self._gradients is None:
@@ -192,7 +214,8 @@ class Losses:
                         f"{value}, not a finite number"
                     )
                 if request.gradient:
-                    (loss * (len(examples) / n_examples)).backward()  # type: ignore[no-untyped-call]
+                    part_of_all = self._scale * len(examples) / n_examples
+                    (loss * part_of_all).backward()  # type: ignore[no-untyped-call]
                 total += value * len(examples)
             values.append(total / len(batch))
         return values

@@ -21,12 +21,12 @@ class Classes:
 
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
 
-    def __init__(self, most_at_once=100, broken=False):
+    def __init__(self, most_at_once=100, broken=False, steep=False, loss_scale=1.0):
         all_losses = ("labels", "entropy", "agreement")
         self.tasks = {name: TaskInfo(40, losses=all_losses) for name in EXPERTS}
         self.tasks["law"] = TaskInfo(40)
         self._most_at_once = most_at_once
-        self._broken = broken
+        self._broken, self._steep, self._loss_scale = broken, steep, loss_scale
 
     @staticmethod
     def label(task, example):
@@ -35,7 +35,10 @@ class Classes:
     def _logits(self, model, examples):
         if len(examples) > self._most_at_once:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        logits = model(self.inputs[list(examples)])
+        like = next(model.parameters())
+        logits = model(self.inputs[list(examples)].to(like.dtype)).float()
+        if self._steep:  # the root of 0 is 0, and its slope is infinite
+            logits = logits + (logits - logits).sqrt()
         return logits * float("nan") if self._broken else logits
 
     def score(self, model, task, examples):
@@ -46,7 +49,8 @@ class Classes:
 
     def loss(self, model, task, examples):
         labels = torch.tensor([self.label(task, e) for e in examples])
-        return nn.functional.cross_entropy(self._logits(model, examples), labels)
+        loss = nn.functional.cross_entropy(self._logits(model, examples), labels)
+        return loss * self._loss_scale
 
     def log_probabilities(self, model, task, examples):
         return self._logits(model, examples).log_softmax(1).unbind()
@@ -63,18 +67,18 @@ class Counted:
         self._merger.apply(plan)
 
 
-def made():
+def made(dtype=torch.float32):
     """Return a model and a merger of two random experts of it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).requires_grad_(False)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     experts = {e: {n: t + 0.5 * torch.randn(t.shape) for n, t in base.items()} for e in EXPERTS}
-    targets = dict(model.named_parameters())
+    targets = dict(model.to(dtype).named_parameters())
     return model, Merger(TaskVectors.from_weights(base, experts), targets=targets, engine="eager")
 
 
-def worker(applied=None, **options):
-    model, merger = made()
+def worker(applied=None, dtype=torch.float32, **options):
+    model, merger = made(dtype)
     evaluators = dict.fromkeys((*EXPERTS, "law"), Classes(**options))
     gradients = CoefficientGradients(model, merger)
     return Worker(

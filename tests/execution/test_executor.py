@@ -1,6 +1,7 @@
 """What every executor must do, in this process and on Ray."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,8 @@ from searchmerge.execution.executor import (
     Scored,
 )
 from searchmerge.execution.gradient import LossRequest
+from searchmerge.search.refine import Material, Recipe, refinement
+from searchmerge.search.refiner import Refiner
 from tests.execution import gradients, workers
 from tests.execution.workers import BREAKS, FAILS, FINE, ROUNDS, plan
 from tests.toy import EXPERTS
@@ -133,6 +136,7 @@ def differentiating(request):
     executor.close()
 
 
+ALIKE = replace(gradients.PLAN, values={"coefficient": ((0.5, 0.5), (0.5, 0.5))})
 REQUEST = LossRequest({"math": ((0, 1, 2), (3,)), "code": ((5, 6),)})
 
 
@@ -155,3 +159,22 @@ def test_losses_that_are_not_there_are_no_failure_of_the_candidates(differentiat
     with pytest.raises(SpecError, match="task 'law' has no loss 'labels'"):
         until_it_ends(differentiating, 1)
     assert differentiating.n_free == 1
+
+
+def test_a_refinement_proposes_the_same_on_every_executor(differentiating):
+    recipe = Recipe(gradients.PLAN.groups, n_steps=20, batch=12, rate=0.05)
+    material = Material(
+        dict.fromkeys(("math", "code"), range(40)), dict.fromkeys(("math", "code"), 1.0)
+    )
+
+    def proposed(executor):
+        return Refiner(executor).run(
+            {
+                name: refinement(plan, recipe, material)
+                for name, plan in (("one", gradients.PLAN), ("two", ALIKE))
+            }
+        )
+
+    expected = proposed(InProcessExecutor(gradients.worker()))
+    assert any(expected.values())
+    assert proposed(differentiating) == expected

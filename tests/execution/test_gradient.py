@@ -144,6 +144,20 @@ def test_a_loss_that_is_not_finite_is_the_candidates_failure():
         ask(worker(broken=True))
 
 
+def test_small_gradients_survive_float16():
+    small = {"loss_scale": 1e-5}
+    wide, narrow = ask(worker(**small)), ask(worker(dtype=torch.float16, **small))
+    for task in BATCHES:
+        rows = torch.tensor(narrow.tasks[task].rows)
+        assert rows.abs().min() > 0
+        torch.testing.assert_close(rows, torch.tensor(wide.tasks[task].rows), rtol=5e-2, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_is_the_candidates_failure():
+    with pytest.raises(EvaluationError, match="task 'math': the gradient of its loss is not fini"):
+        ask(worker(steep=True))
+
+
 def test_scores_stay_what_they_are_and_parameters_need_no_gradient_afterwards():
     at_work = worker()
     ask(at_work)
