@@ -1,6 +1,7 @@
 """From a study and a run config to live objects: wiring, and nothing else."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
 from searchmerge.merging.gradient import CoefficientGradients
 from searchmerge.models import Models, load_task_vectors, make_merger, merged_names, open_models
-from searchmerge.plan import TENSOR, Groups, SettingValue
+from searchmerge.plan import TENSOR, Groups, MergePlan, SettingValue
 from searchmerge.search.budget import Budget
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.racing import Racing
+from searchmerge.search.references import reference_plans, slow_methods
 from searchmerge.search.refine import Recipe
 from searchmerge.search.refinements import Refining
 from searchmerge.search.sampler import SamplerSetting, sampler_after
@@ -38,6 +40,8 @@ from searchmerge.search.schedule import Schedule
 from searchmerge.search.warm_start import warm_start_params
 from searchmerge.study import Study
 from searchmerge.watch import Content, Watch
+
+_logger = logging.getLogger(__name__)
 
 
 def pick_device(config: RunConfig) -> str:
@@ -136,8 +140,8 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
             name,
             info,
             seed=search.seed,
-            select=_count(task.select, info.n_examples),
-            hold_out=_count(task.hold_out, info.n_examples),
+            select=_count(task.select, info.n_of("select")),
+            hold_out=_count(task.hold_out, info.n_of("hold_out")),
         )
         for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
             blocks[part][name] = make_blocks(name, part, examples, info, search.block_size)
@@ -183,6 +187,26 @@ def warm_start(study: Study) -> list[dict[str, SettingValue]]:
     search = study.spec.search
     run_dirs = [Path(study.resolve(name)).expanduser() for name in search.warm_start]
     return warm_start_params(run_dirs, study.space, search.warm_start_plans)
+
+
+def references(study: Study, models: Models) -> dict[str, MergePlan]:
+    """Return the plans that a study's winner is compared with, by what they are called.
+
+    A published setting that takes long to merge is one of them where the models are small, or
+    where the study's own space has its method, so that the time is spent anyway.
+    """
+    shapes = [header.shape for header in models.base.headers.values()]
+    searched: set[str] = set()
+    if not study.space.is_auto:  # which goes by the references that there are
+        searched = {alternative.method for alternative in study.space.alternatives.values()}
+    slow = [m for m in slow_methods(shapes, len(models.experts)) if m not in searched]
+    if slow:
+        _logger.warning(
+            "not among the references: %s, as taking every matrix of models of this size apart "
+            "takes long; where the space has the method it is",
+            ", ".join(slow),
+        )
+    return reference_plans(study.experts, slow)
 
 
 def make_budget(study: Study) -> Budget:

@@ -32,6 +32,7 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     if study.spec.search.warm_start:
         n_plans = len(assemble.warm_start(study))
         yield f"warm start: {n_plans} plans of {', '.join(study.spec.search.warm_start)}"
+    yield f"references: {', '.join(assemble.references(study, models))}"
     evaluators = assemble.make_evaluators(study, models, assemble.pick_device(config))
     infos = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
     schedule = assemble.make_schedule(study, infos)
@@ -40,9 +41,11 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
             part: sum(len(block.examples) for block in by_task[name])
             for part, by_task in schedule.blocks.items()
         }
+        sources = {part: f" from {its.source}" for part, its in info.parts.items()}
         yield (
             f"task {name}: {info.metric}, {info.n_examples} examples, "
-            f"{parts['pilot']} to select, {parts['hold_out']} held out"
+            f"{parts['pilot']} to select{sources.get('select', '')}, "
+            f"{parts['hold_out']} held out{sources.get('hold_out', '')}"
         )
         yield from _prompts(evaluators[name], name, schedule.blocks["pilot"][name][0])
     yield from _cost(study, assemble.make_worker(study, models, config), schedule)

@@ -15,6 +15,7 @@ from searchmerge.merging.residency import fits_device, fits_pinned, free_bytes
 
 _PROCESS_BYTES = 2 * 2**30  # of a worker's process without any model: its libraries, measured
 _LOGIT_ROWS = 1024  # reduced at once, in float32
+_MOST_READS = 8192  # logits of a batch are computed where they are read, of no more places
 _COPIED_BYTES = 2**27  # to find out how fast memory is copied
 
 
@@ -118,7 +119,8 @@ def _activations(shapes: Sequence[tuple[int, ...]], n_tokens: int, dtype: torch.
     vocabulary, width = max(matrices[-1]), min(matrices[-1])
     inner = max((max(shape) for shape in matrices[:-1] if max(shape) != vocabulary), default=width)
     layer = n_tokens * dtype.itemsize * (8 * width + 4 * inner)
-    return layer + n_tokens * vocabulary * dtype.itemsize + 4 * _LOGIT_ROWS * vocabulary
+    logits = min(n_tokens, _MOST_READS) * vocabulary * dtype.itemsize
+    return layer + logits + 4 * _LOGIT_ROWS * vocabulary
 
 
 def room(device: str, share: float, n_workers: int, folder: Path) -> Room:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import SpecError
+from searchmerge.search.references import reference_plans
 from searchmerge.study import Study
 from searchmerge.watch import Content
 
@@ -23,6 +24,7 @@ def fingerprint(study: Study, content: Content, device: str) -> dict[str, Any]:
     return {
         "study": study.spec.canonical(),
         "space": study.space.describe(),
+        "references": {n: plan.digest for n, plan in reference_plans(study.experts).items()},
         "checkpoints": content,
         "files": _hashes_of_files(study),
         "device": device.partition(":")[0],

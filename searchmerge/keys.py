@@ -35,8 +35,8 @@ class Strict(BaseModel):
 def keys_model(name: str, declared: type[Any], base: type[Model]) -> type[Model]:
     """Return a model with the keys of ``base`` and those that a dataclass declares.
 
-    A tuple may be written as a single value, and a dataclass as the value of its first field.
-    A key whose field has a hint must be given.
+    A tuple may be written as a single value, and a dataclass as the value of its first field
+    where all others have a default. A key whose field has a hint must be given.
 
     Args:
         name: Of the model.
@@ -108,7 +108,9 @@ def _replaced(hint: Any, readers: list[Callable[[Any], Any]]) -> Any:
     if origin is tuple:
         readers.append(_as_list)
     elif is_dataclass(hint) and isinstance(hint, type):
-        readers.append(partial(_as_mapping, fields(hint)[0].name))
+        first, *others = fields(hint)
+        if all(_default(field) is not ... for field in others):
+            readers.append(partial(_as_mapping, first.name))
         return keys_model(hint.__name__, hint, Strict)
     return hint
 

@@ -1,7 +1,8 @@
 """Running a study from its file to its results."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from searchmerge import assemble
@@ -32,18 +33,23 @@ from searchmerge.report.tables import (
     make_details,
     make_points,
     make_rows,
+    make_searched,
+    told_readings,
 )
 from searchmerge.search.candidates import best_candidates, candidates
-from searchmerge.search.confirm import Bootstrap, Confirmation, confirm
+from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
 from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
+from searchmerge.search.evidence import Evidence
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
-from searchmerge.search.references import BASE, reference_plans
+from searchmerge.search.pick import confirmed, evidence_on_select
+from searchmerge.search.references import BASE, expert_name
 from searchmerge.search.refinements import Refinements, material
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
+from searchmerge.search.trials import TrialRecord
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
 from searchmerge.watch import Watch
@@ -117,7 +123,7 @@ class StudyRun:
         self._directory = directory
         self._executor = executor
         self._observer = observer
-        self._references = reference_plans(study.experts)
+        self._references = assemble.references(study, models)
         self._runner = StudyRunner(
             directory,
             study.space,
@@ -142,9 +148,9 @@ class StudyRun:
             refine = self._refinement(references, objective)
             self._search(objective)
             refine()
-        best = self._complete_the_best(objective)
+        best, evidence = self._complete_the_best(references, objective)
         plans = self._score_held_out({**references, **best})
-        confirmation = self._confirm(plans, best, objective)
+        confirmation = self._confirm(plans, best, evidence, objective)
         return self._results(plans, best, objective, confirmation)
 
     def _relative_objective(self, references: Plans) -> Objective:
@@ -167,7 +173,7 @@ class StudyRun:
     def _search(self, objective: Objective) -> None:
         """Run trials until the budget ends."""
         budget, racing = assemble.make_budget(self._study), assemble.make_racing(self._study)
-        self._runner.run(objective, budget, racing)
+        self._runner.run(objective, budget, racing, self._grading_seed)
 
     def _refinement(self, references: Plans, objective: Objective) -> Callable[[], None]:
         """Return what refines the best plans by gradient; nothing where the study says nothing.
@@ -186,15 +192,24 @@ class StudyRun:
         )
         return lambda: stage.run(references, objective, learnt)
 
-    def _complete_the_best(self, objective: Objective) -> Plans:
+    @property
+    def _grading_seed(self) -> int | None:
+        """The seed of how grades are read; ``None`` where a study goes by its metric alone."""
+        spec = self._study.spec
+        return spec.search.seed if spec.scores == "graded" else None
+
+    def _complete_the_best(
+        self, references: Plans, objective: Objective
+    ) -> tuple[Plans, Evidence]:
         """Score in full those of the best candidates that were stopped early.
 
         Returns:
-            The best candidates, best first; their plans are written down.
+            The best candidates, best first, their plans written down; and what is believed of
+            all plans by what was scored on the examples that select.
         """
-        top_k, references = self._study.spec.confirm.top_k, self._references.values()
+        top_k, known = self._study.spec.confirm.top_k, self._references.values()
         scored = candidates(self._directory.records(), objective)
-        best = best_candidates(scored, top_k, references)
+        best = best_candidates(scored, top_k, known, self._runner.board.observed)
         if stopped := {record.name: record for record in best if not record.is_full}:
             plans = {name: record.plan for name, record in stopped.items()}
             names = self._runner.score_plans("completing the best", plans, "select")
@@ -202,18 +217,41 @@ class StudyRun:
                 scores = self._runner.board.scores(plans[name], "select")
                 self._directory.keep_completed(stopped[name].judged(objective, scores))
             scored = candidates(self._directory.records(), objective)
-        best = best_candidates([r for r in scored if r.is_full], top_k, references)
+        full = [record for record in scored if record.is_full]
+        evidence = self._evidence(references, full, objective)
+        believed = dict(zip(evidence.names, evidence.values.tolist(), strict=True))
+        full = [replace(r, value=believed[r.name]) for r in full if r.name in believed]
+        best = best_candidates(full, top_k, known, self._runner.board.observed)
         best_plans = {record.name: record.plan for record in best}
         for name, plan in best_plans.items():
             self._directory.write_plan(name, plan)
-        return best_plans
+        return best_plans, evidence
+
+    def _evidence(
+        self, references: Plans, full: Iterable[TrialRecord], objective: Objective
+    ) -> Evidence:
+        """Return what is believed of the references and of trials that were scored in full."""
+        known = {plan.digest for plan in references.values()}
+        plans = dict(references)
+        for record in full:
+            if record.plan.digest not in known:
+                known.add(record.plan.digest)
+                plans[record.name] = record.plan
+        alone = {BASE, *map(expert_name, self._study.experts)}
+        merges = [name for name in plans if name not in alone]
+        if self._grading_seed is not None:
+            learnt = self._runner.board.learn([plans[name] for name in merges], self._grading_seed)
+            self._runner.board = self._runner.board.read_by(learnt)
+        return evidence_on_select(self._runner.board, plans, objective, merges)
 
     def _score_held_out(self, plans: Plans) -> Plans:
         """Score plans on held-out examples; return those that can be."""
         names = self._runner.score_plans("confirmation", plans, "hold_out")
         return {name: plan for name, plan in plans.items() if name in names}
 
-    def _confirm(self, plans: Plans, best: Plans, objective: Objective) -> Confirmation:
+    def _confirm(
+        self, plans: Plans, best: Plans, evidence: Evidence, objective: Objective
+    ) -> Confirmation:
         """Compare the best candidates with the references on held-out examples."""
         if not plans.keys() & best.keys():
             raise StudyError(
@@ -222,7 +260,10 @@ class StudyRun:
         board, spec = self._runner.board, self._study.spec
         return confirm(
             {name: board.values(plan, "hold_out") for name, plan in plans.items()},
-            [name for name in plans if name in best],
+            Contest(
+                [name for name in plans if name in best],
+                confirmed(board, evidence, plans, objective).ranked(),
+            ),
             {name: info.kind for name, info in board.schedule.tasks.items()},
             objective,
             self._study.task_experts if objective.kind != "mean" else {},
@@ -251,6 +292,8 @@ class StudyRun:
             made_of=_described(self._models) | versions(self._study),
             bounds=make_bounds(winner, objective, held_out),
             details=make_details(board, plans, detailed),
+            searched=make_searched(candidates(records, objective)),
+            readings=told_readings(board.grader),
             points=make_points(candidates(records, objective), rows, objective),
         )
 

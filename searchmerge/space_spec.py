@@ -9,7 +9,8 @@ A space names a method; every other key is one of its hyper-parameters, in one o
     coefficient: auto                         # searched in the range that the method declares good
 
 A range takes ``per`` (what has a number of its own), ``step`` and ``log``; where it says nothing,
-and for ``auto``, the hyper-parameter's declaration decides.
+and for ``auto``, the hyper-parameter's declaration decides. ``space: auto`` is all methods that
+publish a setting, see :mod:`searchmerge.search.auto_space`.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from searchmerge.errors import SpecError
 from searchmerge.keys import Strict
 from searchmerge.merging.method import METHODS, Hyperparameter, hyperparameter
 from searchmerge.plan import WHOLE, Groups, SettingValue
+from searchmerge.search.auto_space import auto_space
 from searchmerge.search.searched import (
     Choices,
     Fixed,
@@ -111,7 +113,9 @@ class SpaceSpec(BaseModel):
     )
 
 
-def make_space(experts: Sequence[str], space: SpaceSpec | Sequence[SpaceSpec]) -> SearchSpace:
+def make_space(
+    experts: Sequence[str], space: SpaceSpec | Sequence[SpaceSpec] | Literal["auto"]
+) -> SearchSpace:
     """Return the search space that a study file asks for.
 
     Args:
@@ -121,6 +125,8 @@ def make_space(experts: Sequence[str], space: SpaceSpec | Sequence[SpaceSpec]) -
     Raises:
         SpecError: If a range is not within its method's legal one, or a name is unknown.
     """
+    if isinstance(space, str):
+        return auto_space(experts)
     alternatives = []
     for number, spec in enumerate([space] if isinstance(space, SpaceSpec) else space):
         where = "space" if isinstance(space, SpaceSpec) else f"space.{number}"

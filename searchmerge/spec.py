@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -52,7 +53,7 @@ Model = Annotated[
 ]
 
 Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
-"""A number of examples, or a part of all that a task has."""
+"""A number of examples, or a part of all that there are to draw from."""
 
 
 class TaskSpec(Strict):
@@ -171,6 +172,7 @@ class StudySpec(Strict):
     experts: dict[str, Model] = Field(min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     scoring: Literal["dtype", "int8"] = "dtype"
+    scores: Literal["graded", "metric"] = "graded"
     exclude: list[str] = Field(default_factory=list)
     vocabulary: Literal["same", "base", "union"] = "same"
     tokenizer: str = "base"
@@ -178,9 +180,9 @@ class StudySpec(Strict):
     tokenizers: Literal["same", "any"] = "same"
     may_differ: list[str] = Field(default_factory=list)
     trust_remote_code: bool = False
-    space: SpaceSpec | list[SpaceSpec]
+    space: SpaceSpec | list[SpaceSpec] | Literal["auto"] = "auto"
     tasks: dict[str, TaskSpec] = Field(min_length=1)
-    objective: Kind = "normalised"
+    objective: Kind = Field(default="normalised", validate_default=True)
     constraints: list[ConstraintSpec] = Field(default_factory=list)
     model_class: str | None = Field(default=None, pattern=r"^Auto[A-Za-z0-9]+$")
     search: SearchSpec = SearchSpec(n_trials=50)
@@ -189,6 +191,28 @@ class StudySpec(Strict):
     def __reduce__(self) -> Any:
         """Let it be read again in another process, whose classes are made there."""
         return _read_again, (self.model_dump(mode="json", exclude_unset=True),)
+
+    @field_validator("objective")
+    @classmethod
+    def _is_normalised_by_something(cls, objective: Kind, info: ValidationInfo) -> Kind:
+        tasks, experts = info.data.get("tasks", {}), info.data.get("experts", {})
+        is_raw = not any(task.expert or name in experts for name, task in tasks.items())
+        if objective == "normalised" and tasks and experts and is_raw:
+            raise ValueError(
+                "normalised divides a task's score by its own expert's, and no task names an "
+                f"expert: of its own, or is called as one (tasks: {', '.join(tasks)}; experts: "
+                f"{', '.join(experts)}); name one, or use objective: mean"
+            )
+        return objective
+
+    @model_validator(mode="after")
+    def _experts_of_the_same_name(self) -> "StudySpec":
+        if self.objective == "mean" or any(task.expert for task in self.tasks.values()):
+            return self
+        for name, task in self.tasks.items():
+            if name in self.experts:
+                self.tasks[name] = task.model_copy(update={"expert": name})
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "StudySpec":
@@ -373,6 +397,7 @@ def plain_spec(base: str, experts: Mapping[str, str], overrides: Mapping[str, st
         "experts": dict(experts),
         "space": {"method": "task_arithmetic"},
         "tasks": {"none": {"split": "none"}},
+        "objective": "mean",
     }
     spec = to_model(data, study_model(), overrides, "--set")
     asked = {"base": base, **{f"experts.{name}": path for name, path in experts.items()}}

@@ -1,5 +1,6 @@
 """Reading a YAML file into a pydantic model, with errors that name file, line and key."""
 
+from collections import Counter
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -82,8 +83,10 @@ def _describe(
     model: type[BaseModel],
     overrides: Mapping[str, str],
 ) -> str:
-    # a union reports every form that did not fit: the deepest one is what was meant
-    details = max(error.errors(), key=lambda detail: len(detail["loc"]))
+    # a union reports every form that did not fit: what was meant is the deepest one, of several
+    # that which is wrong in the fewest places
+    counts = Counter(detail["loc"][:-1] for detail in error.errors())
+    details = max(error.errors(), key=lambda d: (len(d["loc"]), -counts[d["loc"][:-1]]))
     where = _key_path(details["loc"], lines)
     set_by = [key for key in overrides if where[: key.count(".") + 1] == tuple(key.split("."))]
     place = f"{file}: --set" if set_by and lines else f"{file}"
@@ -132,7 +135,7 @@ def _is_key(part: str | int) -> bool:
     )
 
 
-_FORMS = frozenset({"str", "int", "float", "bool", "constrained-str"})
+_FORMS = frozenset({"str", "int", "float", "bool", "constrained-str", "constrained-int"})
 
 
 def _field_names(model: type[BaseModel]) -> list[str]:

@@ -74,7 +74,7 @@ def n_scored(run_dir):
 def test_what_a_stopped_run_has_found_is_confirmed_and_saved(study, searchmerge, killed, tmp_path):
     file = study(name="cut", search={"sampler": "random", "n_trials": 40, "racing": "off"})
     run_dir = tmp_path / "runs" / "cut"
-    killed(file, run_dir, 120)
+    killed(file, run_dir, 160)
     best_so_far = MergePlan.from_yaml(run_dir / "plans" / "best-so-far.yaml")
     before = len(trials(run_dir))
     code, out, err = searchmerge("finish", run_dir)
@@ -119,8 +119,13 @@ def test_a_study_runs_to_a_model_that_scores_what_the_report_says(study, searchm
     results = json.loads((run_dir / "results.json").read_text())
     assert results["verdict"] in report
     names = [row["name"] for row in results["rows"]]
-    assert names[:7] == ["base", "expert first", "expert second", "average", "task arithmetic",
-                         "TIES", "PCB"]  # fmt: skip
+    references = ["base", "expert first", "expert second", "average", "task arithmetic", "TIES",
+                  "DARE", "PCB", "TSV-M"]  # fmt: skip
+    assert names[:9] == references
+    files = {f"{name.replace(' ', '-')}.yaml" for name in references}
+    assert files <= {file.name for file in (run_dir / "plans").iterdir()}
+    published = MergePlan.from_yaml(run_dir / "plans" / "TSV-M.yaml")
+    assert published.method == "tsv" and published.values == {"coefficient": ((1.0, 1.0),)}
     winner = next(row for row in results["rows"] if row["name"] == results["winner"])
     assert winner["is_candidate"]
     again = study(
@@ -154,8 +159,8 @@ def test_a_killed_run_goes_on_and_repeats_nothing_unless_the_study_changed(
     assert code == 0, err
     assert [number for number, _ in trials(run_dir)] == list(range(6))
     assert {state for _, state in trials(run_dir)} == {"COMPLETE"}
-    # 7 references on 6 blocks, kept in two cuts; at most 6 trials on 6; 9 plans on the held-out 6
-    assert n_scored(run_dir) <= (2 * 7 + 6) * 6 + 9 * 6
+    # 9 references on 6 blocks, kept in two cuts; at most 6 trials on 6; 11 plans on the held-out 6
+    assert n_scored(run_dir) <= (2 * 9 + 6) * 6 + 11 * 6
     assert "found merge" in out
     file.write_text(file.read_text().replace("high: 2.0", "high: 1.5"))
     code, _, err = searchmerge("run", file)
@@ -210,10 +215,30 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "2 experts (first, second) fit the base" in out
     assert "task first: acc, 48 examples, 24 to select, 24 held out" in out
     assert "a trial of 48 takes about" in out
+    assert "references: base, expert first, expert second, average, task arithmetic, TIES" in out
     assert re.search(r"memory: 0\.00 GiB for the resident model, .* for 512 tokens at once", out)
     assert "GiB of base and experts are read in every merge" in out
     assert out.count("  | w") == 4  # two prompts of each task
     assert "chat template" not in out
+
+
+def test_check_says_where_each_part_is_from(study, searchmerge, tmp_path):
+    for name, n in (("seen", 30), ("unseen", 10)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"w{i} is a\n" for i in range(n)))
+    texts = {
+        "evaluator": "perplexity",
+        "data": {"select": "seen.txt", "hold_out": "unseen.txt"},
+        "select": 0.5,
+    }
+    code, out, err = searchmerge("check", study(tasks={"texts": texts}))
+    assert code == 0, err
+    told = "".join(out.split())
+    assert "40examples,15toselectfrom" in told and "seen.txt,10heldoutfrom" in told
+    code, _, err = searchmerge("check", study(tasks={"texts": {**texts, "hold_out": 11}}))
+    assert code == 2
+    assert re.search(
+        r"tasks\.texts\.hold_out: 11 were asked for, but \S*unseen.txt has 10 ex", err
+    )
 
 
 BAD = {

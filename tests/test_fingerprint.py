@@ -8,6 +8,7 @@ import pytest
 
 from searchmerge.errors import SpecError
 from searchmerge.fingerprint import fingerprint, versions
+from searchmerge.merging.method import METHODS
 from searchmerge.models import open_models
 from searchmerge.study import read_study
 from searchmerge.watch import content_of
@@ -161,6 +162,15 @@ def test_versions_are_those_of_what_scores(taken, tmp_path):
     assert {"searchmerge", "torch", "transformers", "lm-eval"} <= found.keys()
     texts = {"t": {"evaluator": "perplexity", "data": "texts.txt"}}
     assert "lm-eval" not in taken(tasks=texts)["versions"]
+
+
+def test_other_published_settings_are_seen(taken, monkeypatch):
+    before = taken()
+    assert {"base", "expert first", "TIES", "TSV-M"} <= before["references"].keys()
+    monkeypatch.setattr(METHODS["tsv"], "published", None)
+    now = taken()
+    assert differs(before, now) == {"references"}
+    assert before["references"].keys() - now["references"].keys() == {"TSV-M"}
 
 
 def test_a_package_that_is_needed_and_missing_is_named(tmp_path):

@@ -74,6 +74,7 @@ class FirstOnly:
     hyperparameters = (Hyperparameter("fraction", 0.0, 1.0, default=0.5),)
     settings = (DEPTH_SLOPE,)
     scope = "entry"
+    published = None
 
     def __init__(self, measure):
         self._names = measure.names

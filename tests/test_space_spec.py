@@ -12,7 +12,7 @@ from searchmerge.study import read_study
 STUDY = """
 base: base
 experts: {math: m, code: org/code}
-tasks: {t: {split: train}}
+tasks: {t: {split: train, expert: math}}
 search: {n_trials: 50}
 space:
 """

@@ -22,6 +22,7 @@ STUDY = {
     "experts": {"math": "m", "code": "org/code"},
     "space": {"method": "ties", "coefficient": {"low": 0.0, "high": 2.0}},
     "tasks": {"t": {"split": "train"}},
+    "objective": "mean",
 }
 
 
@@ -152,6 +153,22 @@ def test_overrides_replace_values_of_the_file(tmp_path):
         (
             {"tasks": {"t": {"evaluator": "function"}}},
             "function is missing: name your function",
+        ),
+        (
+            {"tasks": {"t": {"split": {"select": "train"}}}},
+            r"tasks\.t: split: select and hold_out stand together and alone; found select",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "perplexity", "data": {"select": "a.txt"}}}},
+            r"tasks\.t\.data\.hold_out: Field required",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "perplexity", "data": {"pth": "a.txt"}}}},
+            r"tasks\.t\.data\.path: Field required",
+        ),
+        (
+            {"tasks": {"t": {"evaluator": "function", "function": "m:f", "n_examples": 1}}},
+            r"tasks\.t\.n_examples: .*greater than or equal to 2; found 1",
         ),
         ({"experts": {}}, r"experts: .*at least 1"),
         ({"search": {"n_trials": 1}}, "search.n_trials is 1, and as many trials go to references"),
@@ -292,3 +309,29 @@ def test_whether_answers_are_kept_is_no_part_of_what_guards_a_resume(tmp_path):
     dropped = read(tmp_path)
     kept = read(tmp_path, {"tasks.t.answers": "keep"}, lm_harness={"answers": "keep"})
     assert dropped.canonical() == kept.canonical()
+
+
+@pytest.mark.parametrize("objective", ["normalised", "worst", "tasks"])
+def test_a_task_that_is_called_as_an_expert_is_normalised_by_it(tmp_path, objective):
+    tasks = {name: {"split": "train"} for name in ("math", "law")}
+    study = read(tmp_path, tasks=tasks, objective=objective)
+    assert [task.expert for task in study.tasks.values()] == ["math", None]
+    tasks["law"]["expert"] = "code"
+    study = read(tmp_path, tasks=tasks, objective=objective)
+    assert [task.expert for task in study.tasks.values()] == [None, "code"]
+
+
+def test_nothing_is_normalised_by_no_expert(tmp_path):
+    tasks = {name: {"split": "train"} for name in ("math", "law")}
+    assert read(tmp_path, tasks=tasks, objective="mean").tasks["math"].expert is None
+    message = (
+        r"study\.yaml:\d+: objective: normalised .* no task names an expert: of its own, or is "
+        r"called as one \(tasks: law; experts: math, code\); name one, or use objective: mean"
+    )
+    with pytest.raises(SpecError, match=message):
+        read(tmp_path, tasks={"law": {"split": "train"}}, objective="normalised")
+    file = tmp_path / "study.yaml"
+    written = {key: value for key, value in STUDY.items() if key != "objective"}
+    file.write_text(yaml.safe_dump(written))
+    with pytest.raises(SpecError, match=r"study\.yaml:1: objective: normalised .*tasks: t;"):
+        read_study(file)

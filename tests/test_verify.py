@@ -14,6 +14,8 @@ from searchmerge.verify import Comparison, Verification
 from tests.studies_of_tasks import CHAT, run
 from tests.tiny import EXPERTS, make_models
 
+TASKS = ("pair", "drawn", "said", "apart")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -34,6 +36,11 @@ def finished(tmp_path_factory):
             "pair": {**parts, "chat_template": True, "system_instruction": "w1 w2"},
             "drawn": {**parts, "samples": list(range(40, 16, -1))},
             "said": {**parts, "filter": "word"},
+            "apart": {
+                **parts,
+                "task": "drawn",
+                "split": {"select": "train", "hold_out": "validation"},
+            },
         },
     )
 
@@ -48,10 +55,10 @@ def test_the_saved_model_scores_in_lm_eval_what_the_report_says(finished):
     verification = Verification(finished, RunConfig())
     compared = list(verification.compare())
     assert [(c.task, c.part, c.n_examples) for c in compared] == [
-        (task, part, 8) for task in ("pair", "drawn", "said") for part in ("select", "hold_out")
+        (task, part, 8) for task in TASKS for part in ("select", "hold_out")
     ]
     assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
-    assert {c.task for c in compared if 0 < c.ours < 1} == {"pair", "drawn", "said"}
+    assert {c.task for c in compared if 0 < c.ours < 1} == set(TASKS)
     assert [*verification.told(compared)] == [
         "The saved model scores in lm-eval what the report says."
     ]
@@ -67,7 +74,7 @@ def test_the_command_prints_a_table_and_what_comes_of_it(finished):
 def test_some_of_the_held_out_examples_are_compared_with_what_they_scored(finished):
     verification = Verification(finished, RunConfig())
     compared = list(verification.compare(limit=3))
-    assert [(c.part, c.n_examples) for c in compared] == [("hold_out", 3)] * 3
+    assert [(c.part, c.n_examples) for c in compared] == [("hold_out", 3)] * 4
     assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
 
 

@@ -24,7 +24,19 @@ from searchmerge.evaluators.evaluator import (
 )
 from searchmerge.evaluators.heads import Head, HeadUse, Pooling
 from searchmerge.evaluators.inputs import Images, Inputs, Processors, Texts
-from searchmerge.evaluators.rows import DataPlace, DataSource, column, load_rows, text_column
+from searchmerge.evaluators.rows import (
+    DataPlace,
+    DataPlaces,
+    Joined,
+    Sources,
+    Splits,
+    column,
+    data_paths,
+    data_sources,
+    load_rows,
+    rows_info,
+    text_column,
+)
 from searchmerge.evaluators.score_kind import Mean, OfRecords, ScoreKind
 
 Metric = Literal["acc", "macro_f1"]
@@ -39,8 +51,8 @@ class ClassificationKeys:
 
     Attributes:
         expert: The expert whose head classifies.
-        data: Where the rows are.
-        split: Which of its splits; not needed for a single file.
+        data: Where the rows are; or where those of ``select`` and of ``hold_out`` are.
+        split: Which of its splits; not needed for a single file. Or one for each part.
         text: The column of the text, or the two columns of a pair.
         image: The column of the image; a task has either texts or images.
         label: The column of the class.
@@ -49,8 +61,8 @@ class ClassificationKeys:
     """
 
     expert: str = needed("name the expert whose head classifies")
-    data: DataPlace = needed("give a file, a folder, or a dataset of the hub")
-    split: str | None = None
+    data: DataPlace | DataPlaces = needed("give a file, a folder, or a dataset of the hub")
+    split: str | Splits | None = None
     text: Annotated[tuple[str, ...], Len(1, 2)] | None = None
     image: str | None = None
     label: str = "label"
@@ -90,7 +102,7 @@ class ClassificationTask:
     """A data set, and whose head classifies it.
 
     Attributes:
-        data: Its rows.
+        data: Where its rows are.
         head: The head that gives one logit per class.
         text: The column of the text, or the two columns of a pair; none for images.
         image: The column of the image; ``None`` for texts.
@@ -99,7 +111,7 @@ class ClassificationTask:
         metric: ``acc``, or ``macro_f1``, which is no mean over examples.
     """
 
-    data: DataSource
+    data: Sources
     head: Head
     text: tuple[str, ...] = ()
     image: str | None = None
@@ -137,27 +149,41 @@ class Classification:
         self._tasks = tasks
         self._inputs: dict[str, Inputs] = {}
         self._targets: dict[str, Tensor] = {}
+        self._grades: dict[str, dict[int, float]] = {name: {} for name in tasks}
+        self.tasks: dict[str, TaskInfo] = {}
         processors = Processors(model_dir, max_length, trust_remote_code=trust_remote_code)
         for name, task in tasks.items():
             where = f"tasks.{name}"
-            rows = load_rows(task.data, where)
-            self._targets[name] = torch.tensor(class_indices(rows, task, where))
+            parts = [load_rows(source, where) for source in task.data]
+            indices = [class_indices(rows, task, where) for rows in parts]
+            self._targets[name] = torch.tensor([index for of_part in indices for index in of_part])
             self._inputs[name] = (
-                Images(column(rows, task.image, f"{where}.image"), processors, batch_images, where)
+                Images(
+                    Joined([column(rows, task.image, f"{where}.image") for rows in parts]),
+                    processors,
+                    batch_images,
+                    where,
+                )
                 if task.image is not None
                 else Texts(
-                    [text_column(rows, text, f"{where}.text") for text in task.text],
+                    [
+                        [
+                            text
+                            for rows in parts
+                            for text in text_column(rows, key, f"{where}.text")
+                        ]
+                        for key in task.text
+                    ],
                     processors,
                     batch_tokens,
                     where,
                 )
             )
-        self.tasks: Mapping[str, TaskInfo] = {
-            name: TaskInfo(
-                len(self._inputs[name]), task.metric, _score_kind(task), losses=get_args(LossKind)
+            n_rows, said = (
+                list(map(len, parts)),
+                {"kind": _score_kind(task), "metric": task.metric},
             )
-            for name, task in tasks.items()
-        }
+            self.tasks[name] = rows_info(task.data, n_rows, losses=get_args(LossKind), **said)
 
     @torch.no_grad()
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
@@ -180,6 +206,8 @@ class Classification:
         predicted, true = by_example.argmax(1), self._targets[task][list(examples)]
         if self._tasks[task].metric == "macro_f1":
             return tuple((true * head.n_classes + predicted).double().tolist())
+        margins = log_odds(by_example, true).tolist()
+        self._grades[task] |= dict(zip(examples, margins, strict=True))
         return tuple((predicted == true).float().tolist())
 
     def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
@@ -202,6 +230,27 @@ class Classification:
                 places += batch
         by_batch = torch.cat(logits).float()
         return by_batch[torch.tensor(places, device=by_batch.device).argsort()]
+
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return the log-odds of each example's class against the most likely other class.
+
+        There are none for macro-F1, nor where the head has a single class.
+        """
+        if self._tasks[task].metric == "macro_f1" or self._tasks[task].head.n_classes < 2:
+            return ()
+        return tuple(self._grades[task][example] for example in examples)
+
+
+def log_odds(logits: Tensor, true: Tensor) -> Tensor:
+    r"""Return :math:`z_y - \max_{k \ne y} z_k` of each row, above 0 where y is predicted.
+
+    Args:
+        logits: z, ``(n, n_classes)`` float32.
+        true: y, ``(n,)`` int64.
+    """
+    of_true = logits.gather(1, true[:, None])
+    others = logits.scatter(1, true[:, None], -torch.inf)
+    return of_true.squeeze(1) - others.amax(1)
 
 
 def _placed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -292,7 +341,7 @@ def _build(
     evaluator = Classification(
         {
             name: ClassificationTask(
-                task.data.source(task.split, context.resolve),
+                data_sources(task.data, task.split, context.resolve),
                 heads[task.expert].head,
                 text=task.text or (),
                 image=task.image,
@@ -336,7 +385,7 @@ EVALUATORS.register("classification")(
         section=ClassificationSection,
         build=_build,
         model_classes=_model_classes,
-        places=lambda tasks, section: [task.data.path for task in tasks.values()],
+        places=lambda tasks, section: [p for t in tasks.values() for p in data_paths(t.data)],
         heads=_heads,
         private_key="heads",
     )

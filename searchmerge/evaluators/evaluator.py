@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -39,6 +40,21 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class PartInfo:
+    """What one part of a task's examples is drawn from, where the other is drawn from other data.
+
+    Attributes:
+        source: The data, for messages: ``"split 'test'"``.
+        n_examples: How many examples they are.
+        members: As those of a task.
+    """
+
+    source: str
+    n_examples: int
+    members: tuple[Member, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TaskInfo:
     """What the search must know of a task before anything is scored.
 
@@ -53,6 +69,9 @@ class TaskInfo:
             other metrics come of it.
         reading_keys: The keys that decide how the model is asked and its answers are read.
         losses: The losses that there are of it; see :class:`Differentiable`.
+        parts: What ``select`` and ``hold_out`` are each drawn from where that differs: the first
+            of the task's examples are those of ``select``, and have the members named here.
+            Empty where both are drawn from all.
     """
 
     n_examples: int
@@ -63,6 +82,26 @@ class TaskInfo:
     keeps_answers: bool = False
     reading_keys: tuple[str, ...] = ()
     losses: tuple[LossKind, ...] = ()
+    parts: Mapping[str, PartInfo] = field(default_factory=dict)
+
+    @classmethod
+    def of_parts(cls, select: PartInfo, hold_out: PartInfo, **said: Any) -> "TaskInfo":
+        """Return what is known of a task whose parts are drawn from different data."""
+        parts = {"select": select, "hold_out": hold_out}
+        return cls(select.n_examples + hold_out.n_examples, parts=parts, **said)
+
+    def n_of(self, part: str) -> int:
+        """Return from how many examples a part is drawn."""
+        return self.parts[part].n_examples if self.parts else self.n_examples
+
+    def members_of(self, part: str) -> list[tuple[Member, range]]:
+        """Return the members that a part is drawn from, each with its examples."""
+        members, start = self.members, 0
+        if self.parts:
+            members = self.parts[part].members
+            start = self.parts["select"].n_examples if part == "hold_out" else 0
+        ends = accumulate((member.n_examples for member in members), initial=start)
+        return [(m, range(a, b)) for m, (a, b) in zip(members, pairwise(ends), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +213,19 @@ class Answering(Protocol):
 
 
 @runtime_checkable
+class Grading(Protocol):
+    """An evaluator that tells how clearly examples were answered, beside right or wrong."""
+
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored, one each.
+
+        Any finite numbers that grow with it, in a unit of their own for each task: the log-odds
+        of the right answer against the best other, say. None where the task has no such number.
+        """
+        ...
+
+
+@runtime_checkable
 class Prompting(Protocol):
     """An evaluator that shows a person what the model is given."""
 
@@ -235,7 +287,7 @@ class EvaluatorKind(Generic[Keys, Section]):
     Keys are declared as frozen dataclasses, with ``annotated_types`` for ranges; their
     ``__post_init__`` may raise ``ValueError`` of keys that do not go together. What is checked
     there is reported with file, line and key. A tuple may be written as a single value, and a
-    dataclass as its first key's value.
+    dataclass as its first key's value where the others have a default.
 
     Attributes:
         keys: The keys of a task, beside those that every task may have.

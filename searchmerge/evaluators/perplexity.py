@@ -23,7 +23,18 @@ from searchmerge.evaluators.evaluator import (
     evaluating,
     needed,
 )
-from searchmerge.evaluators.rows import DataPlace, DataSource, load_rows, text_column
+from searchmerge.evaluators.rows import (
+    DataPlace,
+    DataPlaces,
+    DataSource,
+    Sources,
+    Splits,
+    data_paths,
+    data_sources,
+    load_rows,
+    rows_info,
+    text_column,
+)
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
 METRIC = "mean_log_likelihood"
@@ -34,11 +45,11 @@ class TextTask:
     """Texts, one an example.
 
     Attributes:
-        data: Its rows.
+        data: Where its rows are.
         text: The column of the text.
     """
 
-    data: DataSource
+    data: Sources
     text: str = "text"
 
 
@@ -47,13 +58,13 @@ class TextKeys:
     """The keys of a task whose texts are scored by their likelihood.
 
     Attributes:
-        data: Where the texts are.
-        split: Which of its splits; not needed for a single file.
+        data: Where the texts are; or where those of ``select`` and of ``hold_out`` are.
+        split: Which of its splits; not needed for a single file. Or one for each part.
         text: The column of the text.
     """
 
-    data: DataPlace = needed("give a file, a folder, or a dataset of the hub")
-    split: str | None = None
+    data: DataPlace | DataPlaces = needed("give a file, a folder, or a dataset of the hub")
+    split: str | Splits | None = None
     text: str = "text"
 
 
@@ -113,18 +124,20 @@ class Perplexity:
                 "window in tokens"
             )
         self._scorer = CausalScorer(batch_tokens)
-        self._windows = {name: self._prepare(name, tasks[name], tokenizer) for name in tasks}
-        self.tasks: Mapping[str, TaskInfo] = {
-            name: TaskInfo(len(windows), metric=METRIC, losses=("labels",))
-            for name, windows in self._windows.items()
-        }
+        self._windows: dict[str, list[list[tuple[Tokens, Tokens]]]] = {}
+        self.tasks: dict[str, TaskInfo] = {}
+        for name, task in tasks.items():
+            windows = [self._prepare(name, source, task.text, tokenizer) for source in task.data]
+            self._windows[name] = [of_text for of_source in windows for of_text in of_source]
+            n_rows = list(map(len, windows))
+            self.tasks[name] = rows_info(task.data, n_rows, metric=METRIC, losses=("labels",))
 
     def _prepare(
-        self, name: str, task: TextTask, tokenizer: Any
+        self, name: str, source: DataSource, column: str, tokenizer: Any
     ) -> list[list[tuple[Tokens, Tokens]]]:
         """Return the windows of every text."""
         where = f"tasks.{name}"
-        texts = text_column(load_rows(task.data, where), task.text, f"{where}.text")
+        texts = text_column(load_rows(source, where), column, f"{where}.text")
         first = tokenizer.bos_token_id
         first = tokenizer.eos_token_id if first is None else first
         prepared = []
@@ -208,7 +221,7 @@ def _build(
 ) -> dict[str, Perplexity]:
     evaluator = Perplexity(
         {
-            name: TextTask(task.data.source(task.split, context.resolve), task.text)
+            name: TextTask(data_sources(task.data, task.split, context.resolve), task.text)
             for name, task in tasks.items()
         },
         model_dir=context.model_dir,
@@ -226,6 +239,6 @@ EVALUATORS.register("perplexity")(
         section=PerplexitySection,
         build=_build,
         model_classes=lambda tasks, section: (MODEL_CLASS,),
-        places=lambda tasks, section: [task.data.path for task in tasks.values()],
+        places=lambda tasks, section: [p for t in tasks.values() for p in data_paths(t.data)],
     )
 )

@@ -1,12 +1,15 @@
 """Rows of data for evaluators, read with Hugging Face ``datasets``: from the hub or from files."""
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import PartInfo, TaskInfo
 
 _FORMATS = {
     ".jsonl": "json",
@@ -33,19 +36,36 @@ class DataPlace:
     subset: str | None = None
     revision: str | None = None
 
-    def source(self, split: str | None, resolve: Callable[[str], str]) -> "DataSource":
-        """Return one split of it.
 
-        Args:
-            split: The split that is scored; ``None`` where there is one only.
-            resolve: Returns a file or folder of the study's as a path, all else as it is.
-        """
-        return DataSource(resolve(self.path), split, self.subset, self.revision)
+@dataclass(frozen=True)
+class DataPlaces:
+    """What a study says of where the rows of a task's two parts are.
+
+    Attributes:
+        select: The rows that trials see are drawn from these.
+        hold_out: Those that only the confirmation sees.
+    """
+
+    select: DataPlace
+    hold_out: DataPlace
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a study says of which splits a task's two parts are drawn from.
+
+    Attributes:
+        select: What trials see.
+        hold_out: What only the confirmation sees.
+    """
+
+    select: str
+    hold_out: str
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where a task's rows are.
+    """Where rows are.
 
     Attributes:
         path: A file, a folder of files named after their splits (``train.jsonl``), a folder of
@@ -59,6 +79,55 @@ class DataSource:
     split: str | None = None
     subset: str | None = None
     revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return what it is called in messages."""
+        return f"split {self.split!r} of {self.path}" if self.split else self.path
+
+
+Sources = tuple[DataSource, ...]
+"""Where a task's examples are: one source; or that of ``select``, and after it that of
+``hold_out``."""
+
+
+def data_sources(
+    data: DataPlace | DataPlaces, split: str | Splits | None, resolve: Callable[[str], str]
+) -> Sources:
+    """Return where a task's examples are.
+
+    Args:
+        data: Where the rows are, of both parts or of each.
+        split: The split that is scored, of both or of each; ``None`` where there is one only.
+        resolve: Returns a file or folder of the study's as a path, all else as it is.
+    """
+    sources = []
+    for part in ("select", "hold_out"):
+        place = data if isinstance(data, DataPlace) else getattr(data, part)
+        its_split = getattr(split, part) if isinstance(split, Splits) else split
+        path = resolve(place.path)
+        sources.append(DataSource(path, its_split, place.subset, place.revision))
+    return tuple(dict.fromkeys(sources))
+
+
+def data_paths(data: DataPlace | DataPlaces) -> list[str]:
+    """Return the files, folders and datasets that hold a task's rows, as the study says it."""
+    places = [data] if isinstance(data, DataPlace) else [data.select, data.hold_out]
+    return [place.path for place in places]
+
+
+def rows_info(sources: Sources, n_rows: Sequence[int], **said: Any) -> TaskInfo:
+    """Return what is known of a task whose examples are rows.
+
+    Args:
+        sources: Where they are.
+        n_rows: How many each source has.
+        **said: What else is known.
+    """
+    if len(sources) == 1:
+        return TaskInfo(n_rows[0], **said)
+    named = zip(sources, n_rows, strict=True)
+    return TaskInfo.of_parts(*(PartInfo(source.name, n) for source, n in named), **said)
 
 
 def load_rows(source: DataSource, where: str) -> Any:
@@ -166,6 +235,26 @@ def column(rows: Any, name: str, where: str) -> Any:
     if name not in rows.column_names:
         raise SpecError(f"{where}: no column {name!r} (there are: {', '.join(rows.column_names)})")
     return rows[name]
+
+
+class Joined:
+    """Columns one after the other; an entry is read when it is looked up.
+
+    Args:
+        columns: Of the sources of a task's examples.
+    """
+
+    def __init__(self, columns: Sequence[Any]) -> None:
+        self._columns = columns
+        self._ends = list(accumulate(len(column) for column in columns))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, example: int) -> Any:
+        number = bisect_right(self._ends, example)
+        start = self._ends[number - 1] if number else 0
+        return self._columns[number][example - start]
 
 
 def text_column(rows: Any, name: str, where: str) -> list[str]:

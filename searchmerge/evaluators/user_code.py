@@ -33,11 +33,24 @@ def user_code(what: str, error_type: type[Exception]) -> Iterator[None]:
         raise error_type(f"{what} raised {type(error).__name__}: {reason}") from error
 
 
-def as_scores(returned: Any, examples: Sequence[int], what: str) -> tuple[float, ...]:
-    """Return what the user's function returned as scores, if it is one number per example.
+class Scored(NamedTuple):
+    """What the user's function said of examples.
+
+    Attributes:
+        scores: One each.
+        grades: How clearly each was answered; none where the function does not say.
+    """
+
+    scores: tuple[float, ...]
+    grades: tuple[float, ...] = ()
+
+
+def as_scores(returned: Any, examples: Sequence[int], what: str) -> Scored:
+    """Return what the user's function returned, if it is a number, or a pair, per example.
 
     Args:
-        returned: A list, tuple, array or tensor; or what gives numbers when it is iterated over.
+        returned: A list, tuple, array or tensor; or what gives numbers, or pairs of a score and
+            a grade, when it is iterated over.
         examples: The examples that it was asked for.
         what: The function, and where it is used.
 
@@ -46,19 +59,32 @@ def as_scores(returned: Any, examples: Sequence[int], what: str) -> tuple[float,
     """
     if isinstance(returned, _NO_LIST) or not hasattr(returned, "__iter__"):
         raise EvaluationError(
-            f"{what} returned {_shown(returned)}; a list of one number per example is needed"
+            f"{what} returned {_shown(returned)}; a list of one number, or one "
+            "pair (score, grade), per example is needed"
         )
     with user_code(what, EvaluationError):
         scores = list(returned)
     if len(scores) != len(examples):
         raise EvaluationError(f"{what} returned {len(scores)} scores for {len(examples)} examples")
-    numbers = [_number(score) for score in scores]
-    for example, score, number in zip(examples, scores, numbers, strict=True):
+    if not all(isinstance(score, tuple) and len(score) == 2 for score in scores):
+        return Scored(_numbers(scores, examples, f"{what} scored"))
+    return Scored(
+        _numbers([score for score, _ in scores], examples, f"{what} scored"),
+        _numbers([grade for _, grade in scores], examples, f"{what} graded"),
+    )
+
+
+def _numbers(given: Sequence[Any], examples: Sequence[int], what: str) -> tuple[float, ...]:
+    """Return what was given for examples as finite numbers."""
+    numbers = []
+    for example, value in zip(examples, given, strict=True):
+        number = _number(value)
         if number is None:
             raise EvaluationError(
-                f"{what} scored example {example} {_shown(score)}; a finite number is needed"
+                f"{what} example {example} {_shown(value)}; a finite number is needed"
             )
-    return tuple(number for number in numbers if number is not None)
+        numbers.append(number)
+    return tuple(numbers)
 
 
 def as_loss(returned: Any, what: str) -> Tensor:

@@ -58,11 +58,13 @@ class BlockScores:
         block: What was scored.
         values: As many numbers as its task's kind of score says.
         answers: What the model said, where that is kept and its evaluator can tell.
+        grades: How clearly each example was answered; none where its evaluator cannot tell.
     """
 
     block: Block
     values: tuple[float, ...]
     answers: tuple[Answer, ...] = ()
+    grades: tuple[float, ...] = ()
 
 
 Round = tuple[Block, ...]
@@ -77,13 +79,17 @@ def split_examples(
     One shuffle, seeded by the study and the task's name; ``select`` takes from its front,
     ``hold_out`` what follows. ``None`` takes half of all examples, or all that the other leaves.
     Where a task has members, each part is drawn from them in proportion to their weights, as far
-    as whole examples go, and all examples are as many as can be drawn so.
+    as whole examples go, and all examples are as many as can be drawn so. Where the parts are
+    drawn from different data, each is shuffled by itself, and ``None`` takes all of its own.
 
     Raises:
         SpecError: If the task has too few examples, or a part would be empty.
     """
+    if info.parts:
+        asked: dict[Part, int | None] = {"select": select, "hold_out": hold_out}
+        return {part: _drawn(task, info, part, n, seed) for part, n in asked.items()}
     members = info.members or (Member(task, info.n_examples, 1.0),)
-    n_examples = int(min(member.n_examples / member.weight + 1e-9 for member in members))
+    n_examples = _n_in_proportion(members)
     if select is None:
         select = n_examples // 2 if hold_out is None else n_examples - hold_out
     if hold_out is None:
@@ -113,6 +119,36 @@ def split_examples(
         for examples in chosen.values():
             generator.shuffle(examples)
     return {part: tuple(examples) for part, examples in chosen.items()}
+
+
+def _drawn(task: str, info: TaskInfo, part: Part, asked: int | None, seed: int) -> tuple[int, ...]:
+    """Return the examples of a part that is drawn from data of its own; all for ``None``."""
+    everything = info.parts[part]
+    start = 0 if part == "select" else info.parts["select"].n_examples
+    alone = Member(task, everything.n_examples, 1.0), range(start, start + everything.n_examples)
+    ranges = info.members_of(part) or [alone]
+    members = [member for member, _ in ranges]
+    n_examples = _n_in_proportion(members)
+    n = n_examples if asked is None else asked
+    if not 1 <= n <= n_examples:
+        drawn = ", counted in proportion to its members' weights" if everything.members else ""
+        raise SpecError(
+            f"tasks.{task}.{part}: {n} were asked for, but {everything.source} has {n_examples} "
+            f"examples{drawn}; allowed are 1 to {n_examples}"
+        )
+    generator = random.Random(f"{seed}/{task}/{part}")
+    chosen = []
+    for (_, examples), n_its in zip(ranges, _shared_out(n, members), strict=True):
+        order = list(examples)
+        generator.shuffle(order)
+        chosen += order[:n_its]
+    generator.shuffle(chosen)
+    return tuple(chosen)
+
+
+def _n_in_proportion(members: Sequence[Member]) -> int:
+    """Return how many examples can be drawn of members in proportion to their weights."""
+    return int(min(member.n_examples / member.weight + 1e-9 for member in members))
 
 
 def _shared_out(total: int, members: Sequence[Member]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
-from searchmerge.evaluators.evaluator import Answer, Answering, Evaluator, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, Answering, Evaluator, Grading, TaskInfo
 from searchmerge.execution.blocks import Block, BlockScores, Round
 from searchmerge.execution.gradient import Gradients, Losses, LossRequest, LossResult, Merges
 from searchmerge.plan import MergePlan
@@ -110,7 +111,26 @@ class Worker:
                         f"task {task!r}: its evaluator gave too few scores "
                         f"for {len(examples)} examples"
                     )
-                yield BlockScores(block, scores, _answers(evaluator, block))
+                yield BlockScores(
+                    block, scores, _answers(evaluator, block), _grades(evaluator, block)
+                )
+
+
+def _grades(evaluator: Evaluator, block: Block) -> tuple[float, ...]:
+    """Return how clearly a block's examples were answered; none where that is not known.
+
+    Raises:
+        EvaluationError: If there is not one finite number for each.
+    """
+    if not isinstance(evaluator, Grading):
+        return ()
+    grades = evaluator.grades(block.task, block.examples)
+    if grades and (len(grades) != len(block.examples) or not all(map(math.isfinite, grades))):
+        raise EvaluationError(
+            f"task {block.task!r}: its evaluator graded {len(block.examples)} examples by "
+            f"{grades}; one finite number each is wanted, or none"
+        )
+    return grades
 
 
 def _answers(evaluator: Evaluator, block: Block) -> tuple[Answer, ...]:

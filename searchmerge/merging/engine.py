@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -11,6 +11,18 @@ import torch
 from torch import Tensor
 
 from searchmerge.merging.kernels import Chunk, ChunkFunction
+from searchmerge.merging.rows import (
+    ROW,
+    Rows,
+    in_rows,
+    keys_of,
+    merge_rows,
+    new_tallies,
+    numbers_of,
+    spans,
+    write_rows,
+)
+from searchmerge.merging.statistics import Counters, count_numbers, count_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -39,9 +51,23 @@ go over half as many entries at once on a CPU. Tallies would compute the express
 
 _ALWAYS: _Options = {"cpp.dynamic_threads": True, "size_asserts": False}
 """Of inductor: threads whatever the first parameter's size, which would decide for all; and no
-check of every input in every call, as all are 1-D and contiguous."""
+check of every input in every call, as all are contiguous."""
 
-_COMPILED: dict[object, Callable[..., tuple[Tensor, ...]]] = {}
+_IN_ROWS: _Options = {
+    **_INLINED,
+    "assert_indirect_indexing": False,
+    "emulate_precision_casts": True,
+}
+"""Of inductor, for kernels on a GPU: one; no check of indices that are within by masks; and each
+operation rounded by itself, as where nothing is compiled, so that what is equal stays equal."""
+
+RowKernel = Callable[..., None]
+"""Takes a function, :class:`~searchmerge.merging.rows.Rows` and the tensors that it writes."""
+
+_TALLIES: dict[object, int] = {}
+"""How many tallies each function returns, by it and what it reads."""
+
+_COMPILED: dict[object, Callable[..., Any]] = {}
 """What this process compiled, by kernel, function, device and dtypes; every engine shares it."""
 
 
@@ -53,7 +79,7 @@ class Operands:
         base: The base's entries, any float dtype.
         experts: Each expert's, any float dtypes.
         scalars: ``(n_scalars, n_experts)`` float32 on the CPU.
-        kept: What the method kept of this parameter.
+        kept: What the method kept of this parameter, any float dtype.
         keys: One int64 per expert, or ``None``.
         start: Index of the first entry in its parameter.
     """
@@ -116,15 +142,24 @@ class Engine:
             scale: The factor on the merged task vector.
             out: Where to write, 1-D and contiguous, any float dtype.
         """
-        if len(out) >= _TOO_SMALL and self.is_compiled(out.device):
+        if self._takes_rows(len(out), out.device):
+            done, tally = self._merge_in_rows(function, operands, scale, out)
+            if done:
+                return tally
+        elif len(out) >= _TOO_SMALL and self.is_compiled(out.device):
             done, tally = self._merge_compiled(function, operands, scale, out)
             if done:
                 return tally
-        return self._merge_chunks(function, operands, scale, out)
+        return self.merge_chunks(function, operands, scale, out)
 
     def compute(self, function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...]:
         """Return what ``function`` returns, ``(m,)`` float32 each, in fresh tensors."""
-        if len(operands.base) >= _TOO_SMALL and self.is_compiled(operands.base.device):
+        n_entries, device = len(operands.base), operands.base.device
+        if self._takes_rows(n_entries, device):
+            outs = self._compute_in_rows(function, operands)
+            if outs is not None:
+                return outs
+        elif n_entries >= _TOO_SMALL and self.is_compiled(device):
             done = self._run_compiled(_compute, function, operands)
             if done is not None:
                 return done
@@ -172,6 +207,101 @@ class Engine:
             merged = (function(self._chunk(part.with_scalars(s))[0])[0] for s in scalars)
             yield torch.stack([torch.dot(of_set, weights) for of_set in merged])
 
+    def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
+        return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)
+
+    @torch.no_grad()
+    def count(self, function: ChunkFunction, operands: Operands, counters: Counters) -> bool:
+        """Count the keys of what ``function`` returns, on a GPU; return whether it could be done.
+
+        Args:
+            function: Arithmetic entry by entry.
+            operands: What it reads.
+            counters: What is added to.
+        """
+        n_entries = len(operands.base)
+        numbers = numbers_of(operands.scalars, 1.0).to(operands.base.device, non_blocking=True)
+        fixed = (counters.starts, counters.step)
+        for start, stop in spans(n_entries):
+            rows = rows_of(operands.part(start, stop), numbers)
+            if not self.run_rows(count_rows, function, rows, counters.counts, fixed):
+                return False
+        whole = in_rows(n_entries)
+        if whole < n_entries:
+            rest = self._compute_chunks(function, operands.part(whole, n_entries))
+            count_numbers(rest, counters)
+        return True
+
+    def run_rows(
+        self,
+        kernel: RowKernel,
+        function: ChunkFunction,
+        rows: Rows,
+        outs: tuple[Tensor, ...],
+        fixed: tuple[Tensor, ...] = (),
+    ) -> bool:
+        """Run a kernel that writes ``outs``; return whether it could be compiled.
+
+        Args:
+            kernel: Takes ``function``, ``rows``, ``fixed`` and ``outs``.
+            function: The method's arithmetic.
+            rows: What it reads, two rows or more.
+            outs: What it writes, of any length.
+            fixed: What else it reads, of the same shapes each time.
+        """
+        tensors = (rows.base, *rows.experts, *rows.kept, *outs)
+        dtypes = tuple([tensor.dtype for tensor in tensors])
+        layout = (len(rows.experts), len(rows.kept), rows.numbers.shape, rows.keys is None)
+        key = (kernel, function, rows.base.device, layout, dtypes)
+        if key in _COMPILED:
+            _COMPILED[key](rows, *fixed, *outs)
+            return True
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        run = _compile(kernel, function, len(_COMPILED), _IN_ROWS, dynamic=None)
+        return self._first_run(key, run, (rows, *fixed, *outs)) is not None
+
+    def _merge_in_rows(
+        self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
+    ) -> tuple[bool, Tensor | None]:
+        """Return whether it could be done, and the tally."""
+        n_tallies = count_tallies(function, operands)
+        numbers = numbers_of(operands.scalars, scale).to(out.device, non_blocking=True)
+        totals = []
+        for start, stop in spans(len(operands.base)):
+            part = operands.part(start, stop)
+            rows = rows_of(part, numbers)
+            tallies = new_tallies(n_tallies, len(rows.base), out.device)
+            target = out[start:stop].view(-1, ROW)
+            if not self.run_rows(merge_rows, function, rows, (target, *tallies)):
+                return False, None
+            totals += [total_of(tallies)] if tallies else []
+        whole = in_rows(len(out))
+        if whole < len(out):
+            rest = operands.part(whole, len(out))
+            tally = self.merge_chunks(function, rest, scale, out[whole:])
+            totals += [tally.double()] if tally is not None else []
+        return True, torch.stack(totals).sum(0) if totals else None
+
+    def _compute_in_rows(
+        self, function: ChunkFunction, operands: Operands
+    ) -> tuple[Tensor, ...] | None:
+        n_entries, device = len(operands.base), operands.base.device
+        n_outs = count_tallies(function, operands) + 1
+        outs = tuple(torch.empty(n_entries, device=device) for _ in range(n_outs))
+        numbers = numbers_of(operands.scalars, 1.0).to(device, non_blocking=True)
+        for start, stop in spans(len(operands.base)):
+            part = operands.part(start, stop)
+            targets = [out[start:stop].view(-1, ROW) for out in outs]
+            if not self.run_rows(write_rows, function, rows_of(part, numbers), tuple(targets)):
+                return None
+        whole = in_rows(n_entries)
+        if whole < n_entries:
+            rest = self._compute_chunks(function, operands.part(whole, n_entries))
+            for out, numbers in zip(outs, rest, strict=True):
+                out[whole:] = numbers
+        return outs
+
     def _merge_compiled(
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
     ) -> tuple[bool, Tensor | None]:
@@ -179,7 +309,7 @@ class Engine:
         factor = self._factor(scale, out.device)
         if len(out) <= MOST_AT_ONCE:
             done = self._run_compiled(_merge, function, operands, (factor, out))
-            return done is not None, done[0] if done else None
+            return done is not None, torch.stack(done) if done else None
         total: Tensor | None = None
         for start in range(0, len(out), MOST_AT_ONCE):
             stop = min(start + MOST_AT_ONCE, len(out))
@@ -188,7 +318,8 @@ class Engine:
             if done is None:
                 return False, None
             if done:
-                total = done[0] if total is None else total + done[0]
+                of_part = torch.stack(done)
+                total = of_part if total is None else total + of_part
         return True, total
 
     def _factor(self, scale: float, device: torch.device) -> Tensor:
@@ -213,14 +344,21 @@ class Engine:
         layout = (len(inputs.experts), len(inputs.scalars), inputs.keys is None)
         key = (kernel, function, inputs.base.device, layout, dtypes)
         if key in _COMPILED:
-            return _COMPILED[key](inputs, *more)
+            done: tuple[Tensor, ...] = _COMPILED[key](inputs, *more)
+            return done
+        first, _ = self._chunk(operands.part(0, 1))
+        alone = kernel is _merge and len(function(first)) == 1
+        run = _compile(kernel, function, len(_COMPILED), _INLINED if alone else {}, dynamic=True)
+        return self._first_run(key, run, (inputs, *more))
+
+    def _first_run(
+        self, key: object, run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any, ...]
+    ) -> tuple[Tensor, ...] | None:
+        """Return what is returned by code that is compiled now, and keep it if it can be."""
         try:
-            first, _ = self._chunk(operands.part(0, 1))
-            alone = kernel is _merge and len(function(first)) == 1
-            run = _compile(kernel, function, len(_COMPILED), _INLINED if alone else None)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch thinks of its own compiler
-                done = run(inputs, *more)
+                done = run(*inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, OSError, ImportError) as error:
@@ -229,11 +367,12 @@ class Engine:
             _logger.warning("merging runs uncompiled, as compiling failed: %s", reason)
             return None
         _COMPILED[key] = run
-        return done
+        return done or ()
 
-    def _merge_chunks(
+    def merge_chunks(
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
     ) -> Tensor | None:
+        """Do what :meth:`merge` does, chunk by chunk."""
         total: Tensor | None = None
         for start in range(0, len(out), CHUNK):
             stop = min(start + CHUNK, len(out))
@@ -246,7 +385,8 @@ class Engine:
             else:
                 out[start:stop].copy_(merged.add_(origin))
             if tally:
-                total = tally[0] if total is None else total + tally[0]
+                of_chunk = torch.stack(tally)
+                total = of_chunk if total is None else total + of_chunk
         return total
 
     def _compute_chunks(self, function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...]:
@@ -271,7 +411,8 @@ class Engine:
         positions = None
         if part.keys is not None:
             positions = torch.arange(part.start, part.start + n_entries, device=device)
-        return Chunk(deltas, part.scalars, part.kept, positions, part.keys), base
+        kept = tuple(tensor.float() for tensor in part.kept)
+        return Chunk(deltas, part.scalars, kept, positions, part.keys), base
 
 
 class _Inputs(NamedTuple):
@@ -295,24 +436,75 @@ def _inputs(operands: Operands) -> _Inputs:
     return _Inputs(operands.base, operands.experts, scalars, operands.kept, keys, start)
 
 
+def count_tallies(function: ChunkFunction, operands: Operands) -> int:
+    """Return how many tallies a function returns of such a parameter, beside what is merged."""
+    is_random = operands.keys is not None
+    n_experts, n_kept = len(operands.experts), len(operands.kept)
+    key = (function, n_experts, operands.scalars.shape, n_kept, is_random)
+    if key not in _TALLIES:
+        zero, place = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        chunk = Chunk(
+            tuple(zero.clone() for _ in range(n_experts)),
+            torch.zeros(operands.scalars.shape),
+            (zero,) * n_kept,
+            place if is_random else None,
+            place.expand(max(1, n_experts)) if is_random else None,
+        )
+        _TALLIES[key] = len(function(chunk)) - 1
+    return _TALLIES[key]
+
+
+def total_of(tallies: Sequence[Tensor]) -> Tensor:
+    """Return the sum of each tally over all rows, ``(n_tallies,)`` float64, exactly."""
+    return torch.stack([tally.sum(dtype=torch.float64) for tally in tallies])
+
+
+def rows_of(part: Operands, numbers: Tensor, keys: Tensor | None = None) -> Rows:
+    """Return what a kernel reads of some entries, a whole number of rows, without copying.
+
+    Args:
+        part: The entries.
+        numbers: What ``numbers_of`` returns of its scalars, on its device.
+        keys: What ``keys_of`` returns of its keys, there; ``None`` to have it made.
+    """
+    if keys is None and part.keys is not None:
+        keys = keys_of(part.keys, part.start).to(part.base.device)
+    return Rows(
+        part.base.view(-1, ROW),
+        tuple(tensor.view(-1, ROW) for tensor in part.experts),
+        tuple(tensor.view(-1, ROW) for tensor in part.kept),
+        numbers,
+        keys,
+    )
+
+
 def _compile(
-    kernel: Callable[..., tuple[Tensor, ...]],
+    kernel: Callable[..., Any],
     function: ChunkFunction,
     number: int,
-    options: _Options | None,
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Return ``kernel`` of ``function``, compiled at the first call and for every size.
+    options: _Options,
+    *,
+    dynamic: bool | None,
+) -> Callable[..., Any]:
+    """Return ``kernel`` of ``function``, compiled at the first call.
 
     Dynamo keeps what it compiled by code object, and gives up after some variants of one: each
     gets a code object of its own.
+
+    Args:
+        kernel: What is run.
+        function: Its first argument.
+        number: Tells what was compiled apart.
+        options: Of inductor.
+        dynamic: Whether it is for every size; ``None`` where inputs say which of theirs vary.
     """
 
-    def run(inputs: _Inputs, *more: Tensor) -> tuple[Tensor, ...]:
+    def run(inputs: Any, *more: Tensor) -> Any:
         return kernel(function, inputs, *more)
 
     run.__code__ = run.__code__.replace(co_name=f"run_{number}")
-    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(
-        run, dynamic=True, fullgraph=True, options={**_ALWAYS, **(options or {})}
+    compiled: Callable[..., Any] = torch.compile(
+        run, dynamic=dynamic, fullgraph=True, options={**_ALWAYS, **options}
     )
     return compiled
 
@@ -348,4 +540,5 @@ def _compute(function: ChunkFunction, inputs: _Inputs) -> tuple[Tensor, ...]:
     positions = None
     if inputs.start is not None:
         positions = inputs.start + torch.arange(base.shape[0], device=base.device)
-    return function(Chunk(deltas, inputs.scalars, inputs.kept, positions, inputs.keys))
+    kept = tuple(tensor.float() for tensor in inputs.kept)
+    return function(Chunk(deltas, inputs.scalars, kept, positions, inputs.keys))

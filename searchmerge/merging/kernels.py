@@ -5,6 +5,7 @@ torch, where each operation is a pass of its own over a chunk that stays in the 
 operations work in place and avoid boolean masks, which are several times slower.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -50,9 +51,15 @@ ChunkFunction = Callable[[Chunk], tuple[Tensor, ...]]
 
 It is compiled once, so what it depends on is the chunk alone, and it is the same object in every
 trial. Numbers that change come in as ``scalars``, never as Python floats. It returns the merged
-task vector ``(m,)`` float32 and, where the pass has a ``revise``, a tally of shape ``(2,)``. It
-is never given more than 2^24 entries at once.
+task vector ``(m,)`` float32 and, where the pass has a ``revise``, two tallies: sums over all
+entries, of whole numbers. It is never given more than 2^24 entries at once, or else in rows,
+``(n_rows, m)``, of which it returns tallies ``(n_rows,)``.
 """
+
+
+def is_on_gpu(numbers: Tensor) -> bool:
+    """Return whether this is compiled for a GPU, where what is not NaN is compared soonest."""
+    return torch.compiler.is_compiling() and numbers.device.type != "cpu"
 
 
 def pack(scalars: Iterable[Numbers]) -> Tensor:
@@ -112,9 +119,35 @@ def clamp_between(numbers: Tensor, low: Tensor, high: Tensor) -> Tensor:
         low: One number, on the CPU unless compiled.
         high: The same.
     """
+    if is_on_gpu(numbers):
+        return torch.where(numbers < low, low, torch.where(numbers > high, high, numbers))
     if torch.compiler.is_compiling():
         return numbers.clamp_(low, high)
     return numbers.clamp_(low.item(), high.item())
+
+
+def excess(numbers: Tensor, least: Tensor) -> Tensor:
+    """Return by how much numbers are above ``least``, 0 where they are not, in a fresh tensor.
+
+    On a GPU a product and a difference may be rounded once for both: it is compared before.
+
+    Args:
+        numbers: ``(m,)`` float32.
+        least: One number.
+    """
+    if is_on_gpu(numbers):
+        return torch.where(numbers > least, numbers - least, 0.0)
+    return (numbers - least).relu_()
+
+
+def exponential(numbers: Tensor, factor: float) -> Tensor:
+    """Return ``exp(factor * numbers)``, in place of ``numbers``.
+
+    Compiled for a GPU it is a power of 2, for which that has an instruction.
+    """
+    if is_on_gpu(numbers):
+        return torch.exp2(numbers * (factor * math.log2(math.e)))
+    return numbers.mul_(factor).exp_()
 
 
 def weighted_sum(numbers: Sequence[Tensor], factors: Tensor) -> Tensor:
@@ -159,6 +192,9 @@ def signed(magnitudes: Tensor, numbers: Tensor) -> Tensor:
         magnitudes: ``(m,)`` float32.
         numbers: ``(m,)`` float32.
     """
+    if is_on_gpu(numbers):
+        of_others = torch.where(numbers == 0, 0.0, magnitudes)
+        return torch.where(numbers < 0, -magnitudes, of_others)
     if torch.compiler.is_compiling():
         positive = torch.where(numbers > 0, magnitudes, 0.0)
         return torch.where(numbers < 0, -magnitudes, positive)
@@ -181,11 +217,11 @@ def add_up_(numbers: Sequence[Tensor]) -> Tensor:
 
 
 def exact_sum(numbers: Tensor) -> Tensor:
-    """Return the sum of whole numbers from -256 to 256, exact while it is below 2^24, float32.
+    """Return the sum of whole numbers from -256 to 256 over the last dimension, float32.
 
-    Compiled code runs over twice as many entries at once where all that it reads and sums has
-    16 bits, and bfloat16 holds these numbers exactly.
+    It is exact while it is below 2^24. Code compiled for a CPU runs over twice as many entries
+    at once where all that it reads and sums has 16 bits, and bfloat16 holds these numbers exactly.
     """
-    if torch.compiler.is_compiling():
-        return numbers.bfloat16().sum(dtype=torch.float32)
-    return numbers.sum()
+    if torch.compiler.is_compiling() and not is_on_gpu(numbers):
+        return numbers.bfloat16().sum(-1, dtype=torch.float32)
+    return numbers.sum(-1)

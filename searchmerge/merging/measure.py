@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from searchmerge.merging.engine import CHUNK, MOST_AT_ONCE, Engine, Operands
 from searchmerge.merging.kernels import GRID, Chunk, ChunkFunction
+from searchmerge.merging.residency import free_bytes
 from searchmerge.merging.statistics import Block, OrderStatistics
 from searchmerge.merging.task_vectors import TaskVectors
 
@@ -138,6 +140,7 @@ class Measure:
         numbers: Numbers,
         n_rows: int,
         *,
+        computed: tuple[ChunkFunction, Tensor] | None = None,
         grid: Sequence[int] = (),
         experts: Sequence[int] | None = None,
     ) -> OrderStatistics:
@@ -147,11 +150,21 @@ class Measure:
             label: What they are, in a few words; tells their cache from others.
             numbers: Makes them, ``n_rows`` tensors a call.
             n_rows: How many numbers there are per entry.
+            computed: The arithmetic that makes them and its scalars, by which a GPU counts them
+                where they are made; ``None`` where they are read.
             grid: Ranks that will be asked for.
             experts: Indices of the experts read; ``None`` for all.
         """
+
+        def blocks() -> Iterator[Block]:
+            for name, part in self.parts(experts):
+                if computed is not None and self._counts_there(part):
+                    yield self._counted(computed[0], part.with_scalars(computed[1]))
+                else:
+                    yield _block(numbers(name, part))
+
         return OrderStatistics(
-            lambda: (_block(numbers(name, part)) for name, part in self.parts(experts)),
+            blocks,
             n_rows,
             self.n_parameters,
             grid=grid,
@@ -167,6 +180,9 @@ class Measure:
     ) -> dict[str, tuple[Tensor, ...]] | None:
         """Compute numbers per entry and keep them, ``(numel,)`` float32 each, if memory allows.
 
+        Where a kernel on a GPU computes them as it merges they are not kept: reading them would
+        take longer.
+
         Args:
             numbers: Makes them, ``n_rows`` tensors a call.
             n_rows: How many numbers there are per entry.
@@ -175,6 +191,8 @@ class Measure:
         Returns:
             Parameter name to what is kept; ``None`` if it does not fit.
         """
+        if any(self._is_compiled_on_gpu(self.device(name)) for name in self.names):
+            return None
         size_bytes = 4 * n_rows * self.n_parameters
         if not self.budget.take(size_bytes):
             return None
@@ -190,29 +208,46 @@ class Measure:
                 row[part.start : part.start + len(values)] = values
         return kept
 
-    def keep_whole(self, numbers: WholeNumbers, n_rows: int) -> Mapping[str, tuple[Tensor, ...]]:
+    def keep_whole(
+        self, numbers: WholeNumbers, n_rows: int, *, as_weights: bool = False
+    ) -> Mapping[str, tuple[Tensor, ...]]:
         """Compute numbers per entry from whole parameters, and keep them if memory allows.
+
+        What does not fit on a GPU is kept in its host's memory, page-locked.
 
         Args:
             numbers: Makes them, ``n_rows`` tensors a call, from a parameter's name and task
                 vectors.
             n_rows: How many numbers there are per entry.
+            as_weights: Whether they are kept on a GPU as weights are, in the base's dtype.
 
         Returns:
-            Parameter name to ``(numel,)`` float32 each; where there is no room to keep them
-            they are computed each time they are looked up.
+            Parameter name to ``(numel,)`` each, float32 unless kept as weights are; where there
+            is no room to keep them they are computed each time they are looked up.
         """
         computed = _Computed(self, numbers)
-        if not self.budget.take(4 * n_rows * self.n_parameters):
+        on_gpu = any(self.device(name).type == "cuda" for name in self.names)
+        dtypes = {
+            name: self.vectors.base[name].dtype if as_weights and on_gpu else torch.float32
+            for name in self.names
+        }
+        size_bytes = n_rows * sum(self.shape(n).numel() * d.itemsize for n, d in dtypes.items())
+        fits = self.budget.take(size_bytes)
+        if not fits and not (on_gpu and size_bytes <= free_bytes(torch.device("cpu")) // 2):
             _logger.warning("there is no memory to keep what is measured: each merge does it anew")
             return computed
-        return dict(computed)
+        kept = {}
+        for name, dtype in dtypes.items():
+            rows = tuple(row.to(dtype) for row in computed[name])
+            kept[name] = rows if fits else tuple(row.cpu().pin_memory() for row in rows)
+        return kept
 
     def release(self, kept: Mapping[str, tuple[Tensor, ...]]) -> None:
         """Give back the budget of what was kept; the caller forgets the tensors."""
         if isinstance(kept, dict):
-            for tensors in kept.values():
-                self.budget.left_bytes += sum(4 * tensor.numel() for tensor in tensors)
+            for name, tensors in kept.items():
+                here = [t for t in tensors if t.device.type == self.device(name).type]
+                self.budget.left_bytes += sum(tensor.nbytes for tensor in here)
 
     def compute(self, function: ChunkFunction, name: str) -> tuple[Tensor, ...]:
         """Return what ``function`` returns of one whole parameter, without scalars."""
@@ -291,8 +326,27 @@ class Measure:
         )
         return Operands(base, tuple(flat), torch.empty(0, len(chosen)))
 
+    def _counts_there(self, part: Operands) -> bool:
+        return self._is_compiled_on_gpu(part.base.device)
+
+    def _is_compiled_on_gpu(self, device: torch.device) -> bool:
+        return device.type == "cuda" and self.engine.is_compiled(device)
+
+    def _counted(self, function: ChunkFunction, part: Operands) -> Block:
+        """Return a block that a GPU counts; what it would read, should it fail to compile."""
+
+        def read(row: int) -> Callable[[slice], Tensor]:
+            return lambda where: self.engine.compute(function, part)[row][where]
+
+        rows = [read(row) for row in range(len(part.experts))]
+        count = partial(self.engine.count, function, part)
+        return Block(len(part.base), rows, count, part.base.device)
+
     def _magnitude_blocks(self) -> Iterator[Block]:
         for _, part in self.parts():
+            if self._counts_there(part):
+                yield self._counted(magnitudes, part)
+                continue
             yield Block(len(part.base), [_magnitude(expert, part.base) for expert in part.experts])
 
     def _file(self, label: str) -> Path | None:
@@ -321,6 +375,11 @@ class _Computed(Mapping[str, tuple[Tensor, ...]]):
 
     def __len__(self) -> int:
         return len(self._measure.names)
+
+
+def magnitudes(chunk: Chunk) -> tuple[Tensor, ...]:
+    """Return the magnitude of each task vector's entries, ``(m,)`` float32 each."""
+    return tuple(delta.abs() for delta in chunk.deltas)
 
 
 def _products(chunk: Chunk) -> tuple[Tensor, ...]:

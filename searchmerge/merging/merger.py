@@ -22,11 +22,14 @@ from searchmerge.merging.method import (
     setting,
     validate_plan,
 )
+from searchmerge.merging.replay import Parameter, ResidentPass, resident_passes
 from searchmerge.merging.residency import Memory, place, streamed
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)
+
+_MOST_RESIDENT = 4  # functions whose launches are kept
 
 
 class Merger:
@@ -78,6 +81,7 @@ class Merger:
         self._everyone = self._measure(self._vectors)
         self._methods: dict[tuple[str, tuple[str, ...]], MergeMethod] = {}
         self._flat: dict[object, list[tuple[str, tuple[Tensor, ...]]]] = {}
+        self._resident: dict[object, list[ResidentPass]] = {}
 
     @torch.no_grad()
     def apply(self, plan: MergePlan) -> None:
@@ -95,15 +99,23 @@ class Merger:
         vectors, first_pass, scales = self._bind(plan)
         work: Pass | None = first_pass
         while work is not None:
-            tallies, ends = [], {}
-            for name, tensors in self._inputs(vectors, work):
-                first, *others = self._targets[name]
-                tallies.append(self._write(name, tensors, work, scales[name], first))
-                if first.dtype == torch.float16:
-                    ends[name] = _ends(first)
-                for other in others:
-                    other.copy_(first)
+            tallies = self._applied_at_once(vectors, work, scales, self._targets)
+            if tallies is None:
+                tallies = [
+                    self._write(name, tensors, work, scales[name], self._targets[name][0])
+                    for name, tensors in self._inputs(vectors, work)
+                ]
             work = _revised(work, tallies)
+        self._finish(self._targets)
+
+    def _finish(self, targets: Mapping[str, tuple[Tensor, ...]]) -> None:
+        """Copy what was merged to further targets, and wait until all is there."""
+        ends = {}
+        for name, (first, *others) in targets.items():
+            for other in others:
+                other.copy_(first)
+            if first.dtype == torch.float16:
+                ends[name] = _ends(first)
         for device in dict.fromkeys(self._devices.values()):
             if device.type == "cuda":  # what fails or takes long here is not a score's doing
                 torch.cuda.synchronize(device)
@@ -220,8 +232,50 @@ class Merger:
     def _operands(self, name: str, tensors: tuple[Tensor, ...], work: Pass) -> Operands:
         """Return all that the arithmetic of a pass reads of a parameter."""
         keys = work.keys(name) if work.keys else None
-        kept = tuple(t.to(tensors[0].device) for t in work.kept[name]) if work.kept else ()
+        kept = () if not work.kept else work.kept[name]
+        kept = tuple(t.to(tensors[0].device, non_blocking=True) for t in kept)
         return Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
+
+    def _applied_at_once(
+        self,
+        vectors: TaskVectors,
+        work: Pass,
+        scales: Mapping[str, float],
+        targets: Mapping[str, tuple[Tensor, ...]],
+    ) -> list[Tensor | None] | None:
+        """Write all parameters where each lies on a GPU with its experts; return the tallies.
+
+        ``None`` where that is not so, or nothing is compiled.
+        """
+        inputs = self._inputs(vectors, work)
+        on_gpus = all(device.type == "cuda" for device in self._devices.values())
+        is_kept = not work.kept or (
+            isinstance(work.kept, dict)
+            and all(t.device.type == "cuda" for kept in work.kept.values() for t in kept)
+        )
+        if not (isinstance(inputs, list) and inputs and on_gpus and is_kept):
+            return None
+        if not all(self._engine.is_compiled(device) for device in self._devices.values()):
+            return None
+        key = (vectors.experts, work.experts, work.function)
+        passes = self._resident.get(key)
+        if passes is None or passes[0].kept is not work.kept:
+            self._resident.pop(key, None)
+            if not all(target.is_contiguous() for target, *_ in targets.values()):
+                return None
+            while len(self._resident) >= _MOST_RESIDENT:
+                del self._resident[next(iter(self._resident))]
+            passes = resident_passes(
+                self._engine,
+                work,
+                (
+                    Parameter(name, tensors, work.kept.get(name, ()), targets[name][0].view(-1))
+                    for name, tensors in inputs
+                ),
+            )
+            self._resident[key] = passes
+        runs = [each.run(work, scales) for each in passes]
+        return [tally for _, tally in runs] if all(done for done, _ in runs) else None
 
     def _settled(self, vectors: TaskVectors, work: Pass, scales: Mapping[str, float]) -> Pass:
         """Return the pass that will stand, having gone through all parameters to find out."""

@@ -100,6 +100,22 @@ SEED = Setting("seed", default=0, low=0, high=2**31 - 1, step=1)
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """That a method, with every default, is a setting that a paper publishes: a reference.
+
+    Attributes:
+        name: What it is called in tables.
+        arxiv: The paper, by which references are ordered: the earliest first.
+        decomposes: Whether its first merge takes every matrix apart, which takes time with the
+            cube of a model's width.
+    """
+
+    name: str
+    arxiv: str
+    decomposes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Pass:
     """One pass over all parameters, entry by entry, with every number fixed.
 
@@ -109,7 +125,7 @@ class Pass:
         experts: Indices of the experts that are read; ``None`` for all.
         kept: Parameter name to tensors that :class:`Measure` keeps, or computes when asked.
         keys: Parameter name to int64 ``(n_experts,)``; ``None`` where nothing is random.
-        revise: Given the sum of all tallies (float64), returns the pass that has to be done
+        revise: Given the sums of the two tallies (float64), returns the pass that has to be done
             instead, or ``None`` where this one stands.
     """
 
@@ -142,11 +158,14 @@ class MergeMethod(Protocol):
         hyperparameters: What has a number per expert and group.
         settings: The method-wide choices, ``DEPTH_SLOPE`` among them.
         scope: What a merged entry depends on.
+        published: What it is as a reference of every study; ``None`` where its defaults are a
+            place to begin at, and not a setting that the paper recommends for any experts.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]]
     settings: ClassVar[tuple[Setting, ...]]
     scope: ClassVar[Scope]
+    published: ClassVar[Published | None]
 
     def __init__(self, measure: "Measure") -> None: ...
 

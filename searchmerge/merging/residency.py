@@ -31,7 +31,7 @@ class Memory:
             the free memory, else ``pinned`` if they fit into half of the host's, else
             ``mapped``; on a CPU ``mapped``.
         keep_bytes: How much methods may keep of what they measured; ``None`` for half of what
-            is free on a CPU, and nothing on a GPU, where computing anew costs little.
+            is free where parameters are merged, once base and experts are placed.
     """
 
     residency: Residency = "auto"
@@ -41,7 +41,7 @@ class Memory:
         """Return how much methods may keep on ``device``."""
         if self.keep_bytes is not None:
             return self.keep_bytes
-        return free_bytes(device) // 2 if device.type == "cpu" else 0
+        return free_bytes(device) // 2
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """The results of a study, as data and as the written report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,23 @@ class Detail:
 
 
 @dataclass(frozen=True, slots=True)
+class Searched:
+    """What a part of the trials was.
+
+    Attributes:
+        what: The method, and whether its experts had coefficients of their own.
+        trials: How many trials, references among them.
+        full: How many of them were scored in full.
+        best: The best of their objectives on what trials see, as estimated; 0 where all failed.
+    """
+
+    what: str
+    trials: int
+    full: int
+    best: float
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """All that a report says.
 
@@ -101,6 +118,8 @@ class Results:
         bounds: How the winner stands to each constraint.
         points: Of a study with several objectives, all that was scored in full.
         details: Scores by other metrics, and of tasks' members.
+        searched: What the trials went to.
+        readings: Task to how its examples were read, in words.
     """
 
     study: str
@@ -116,6 +135,8 @@ class Results:
     bounds: Sequence[Bound] = ()
     points: Sequence[Point] = ()
     details: Sequence[Detail] = ()
+    searched: Sequence[Searched] = ()
+    readings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def merge_plan(self) -> MergePlan:
@@ -160,6 +181,7 @@ class Results:
         data["bounds"] = [Bound(**bound) for bound in data.get("bounds", ())]
         data["points"] = [Point(**point) for point in data.get("points", ())]
         data["details"] = [Detail(**detail) for detail in data.get("details", ())]
+        data["searched"] = [Searched(**searched) for searched in data.get("searched", ())]
         return cls(**data)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -183,7 +205,13 @@ class Results:
         sources = "\n".join(
             f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
         )
-        parts = (self._bounds_text(), self._front_text(), self._details_text())
+        parts = (
+            self._bounds_text(),
+            self._front_text(),
+            self._searched_text(),
+            self._readings_text(),
+            self._details_text(),
+        )
         more = "".join(part + "\n\n" for part in parts if part)
         return f"""# {markdown(self.study)}
 
@@ -192,7 +220,7 @@ class Results:
 Scores times 100, as select / held out. The trials saw the select examples only; the held-out
 ones were scored after the search. Objective: {self.objective}; metrics: {metrics}. In brackets
 the {100 * self.level:g} % interval of a paired bootstrap over held-out examples; the verdict's is
-corrected for having chosen the winner among the candidates.
+corrected for having chosen the best of the candidates.
 
 {markdown_table(header, cells, bold=self.winner)}
 
@@ -220,6 +248,26 @@ corrected for having chosen the winner among the candidates.
         ]
         table = markdown_table(["", "select", "held out"], cells)
         return f"The winner and the constraints:\n\n{table}"
+
+    def _searched_text(self) -> str:
+        """Return what the trials went to, as a table, or nothing."""
+        if not self.searched:
+            return ""
+        cells = [
+            [s.what, str(s.trials), str(s.full), f"{100 * s.best:.1f}"] for s in self.searched
+        ]
+        header = ["what was searched", "trials", "in full", "best on select, estimated"]
+        return markdown_table(header, cells)
+
+    def _readings_text(self) -> str:
+        """Return how examples were read when plans were compared, or nothing."""
+        if not self.readings:
+            return ""
+        lines = "\n".join(f"- {markdown(f'{t}: {how}')}" for t, how in self.readings.items())
+        return (
+            "Plans were compared by the metric and by how clearly examples were answered, as far "
+            f"as one half of the select examples told the metric on the other:\n\n{lines}"
+        )
 
     def _details_text(self) -> str:
         """Return other metrics and members as a table to fold out, or nothing."""

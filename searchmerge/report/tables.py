@@ -1,19 +1,22 @@
 """From what a study has scored to what its report shows: rows, constraints, points, counts."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Part
 from searchmerge.plan import MergePlan
-from searchmerge.report.results import Bound, Detail, Point, PointKind, Row
+from searchmerge.report.results import Bound, Detail, Point, PointKind, Row, Searched
 from searchmerge.search.confirm import Confirmation
+from searchmerge.search.grades import Grader, Reading
 from searchmerge.search.objective import Objective
 from searchmerge.search.references import BASE
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, front_of
+
+_CONTRADICTS = -0.2
+"""Below this correlation with the metric grades say the opposite of it."""
 
 
 def make_rows(
@@ -125,10 +128,10 @@ def make_details(
             for metric in info.other_metrics:
                 known = {answer.example: answer.metrics[metric] for answer in answers}
                 values.setdefault(metric, {})[name] = known
-            for member, examples in _members(info):
+            for member, examples in info.members_of("hold_out"):
                 scored = board.by_example(plans[name], task, "hold_out")
                 known = {e: score for e, score in scored.items() if e in examples}
-                values.setdefault(member, {})[name] = known
+                values.setdefault(member.name, {})[name] = known
         for label, by_plan in values.items():
             n_examples = len(by_plan[names[0]])
             if n_examples:
@@ -137,12 +140,40 @@ def make_details(
     return details
 
 
-def _members(info: TaskInfo) -> Iterator[tuple[str, range]]:
-    """Yield a task's members, each with its examples."""
-    start = 0
-    for member in info.members:
-        yield member.name, range(start, start + member.n_examples)
-        start += member.n_examples
+def make_searched(records: Iterable[TrialRecord]) -> list[Searched]:
+    """Return what trials went to: each method, with one coefficient and with one per expert."""
+    groups: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        rows = record.plan.values.get("coefficient", ())
+        is_fine = any(len(set(row)) > 1 for row in rows) or len(set(rows)) > 1
+        what = f"{record.plan.method}, {'a coefficient each' if is_fine else 'one coefficient'}"
+        groups.setdefault(what, []).append(record)
+    made = [
+        Searched(
+            what,
+            len(its),
+            sum(record.is_full for record in its),
+            max((record.value for record in its if record.value is not None), default=0.0),
+        )
+        for what, its in groups.items()
+    ]
+    return sorted(made, key=lambda searched: -searched.best)
+
+
+def told_readings(grader: Grader) -> dict[str, str]:
+    """Return how a grader reads each task, in words."""
+    return {task: _told_reading(reading) for task, reading in grader.readings.items()}
+
+
+def _told_reading(reading: Reading) -> str:
+    if reading.agreement is None:
+        return "by the metric alone, as too few plans were scored to learn from"
+    agreement = f"over the plans the two have a correlation of {reading.agreement:+.2f}"
+    if not reading.weight:
+        contradicts = reading.agreement < _CONTRADICTS
+        told = "by the metric alone, which how clearly examples were answered "
+        return f"{told}{'contradicts' if contradicts else 'does not tell better'}: {agreement}"
+    return f"{100 * reading.weight:.0f} % by how clearly they were answered: {agreement}"
 
 
 def make_counts(

@@ -1,9 +1,11 @@
 """The candidates of a study: the plans among which the one to be saved is chosen."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from searchmerge.errors import StudyError
+from searchmerge.execution.blocks import BlockValues
 from searchmerge.plan import MergePlan
+from searchmerge.search.distinct import distinct
 from searchmerge.search.objective import Objective
 from searchmerge.search.trials import TrialRecord, best_of
 
@@ -14,23 +16,27 @@ def candidates(records: Iterable[TrialRecord], objective: Objective) -> list[Tri
     The records hold what the objective made of the scores when they were kept; what is picked
     from a front may have been changed since.
     """
-    return [r.judged(objective, r.scores) for r in records if r.value is not None]
+    return [r.judged(objective, r.scores, r.estimates) for r in records if r.value is not None]
 
 
 def best_candidates(
-    scored: Iterable[TrialRecord], n_best: int, references: Iterable[MergePlan]
+    scored: Sequence[TrialRecord],
+    n_best: int,
+    references: Iterable[MergePlan],
+    observed: Callable[[MergePlan], BlockValues],
 ) -> list[TrialRecord]:
-    """Return the best candidates but the references, best first, each plan once.
+    """Return the best candidates but the references, best first, whose plans differ.
 
     Args:
         scored: From :func:`candidates`.
         n_best: How many to return, at most.
         references: Plans that are scored whatever the search finds.
+        observed: Returns what a plan scored.
 
     Raises:
         StudyError: If there is none.
     """
-    best = best_of(scored, n_best, references)
+    best = distinct(best_of(scored, len(scored), references), n_best, observed)
     if not best:
         raise StudyError(
             "no trial but the references was scored, so there is nothing to confirm; "

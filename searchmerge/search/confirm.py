@@ -1,5 +1,6 @@
-"""Confirmation: what the winner is worth on examples that no trial has seen."""
+"""Confirmation: what the best plans are worth on examples that no trial has seen."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,8 @@ import numpy.typing as npt
 
 from searchmerge.evaluators.score_kind import Counts, ScoreKind
 from searchmerge.search.objective import Objective
+
+_TOLD_APART = 0.01  # of the objective
 
 Values = Mapping[str, Sequence[float]]
 """Task name to what its held-out examples gave, as its kind of score says."""
@@ -28,42 +31,70 @@ class Confirmation:
 
     Attributes:
         objective: Plan name to the objective on held-out examples, with its interval.
-        winner: The candidate with the highest objective.
-        best_reference: The reference with the highest objective.
-        gain: The winner's objective minus that reference's. Its interval has the level asked for
-            together over all candidates (Bonferroni), since the winner was chosen among them.
+        winner: The plan with the best evidence, found or published: the one that is saved.
+        best_found: The candidate with the best evidence.
+        best_reference: The reference with the best evidence.
+        gain: The best candidate's objective minus that reference's. Its interval has the level
+            asked for together over all candidates (Bonferroni), since one was chosen of them.
         level: The intervals' level, in (0, 1).
-        n_candidates: How many candidates the winner was chosen among.
+        n_candidates: How many candidates it was chosen among.
+        n_examples: Held-out examples of each task, on average.
         single: Tasks of which one number is known, so that it cannot be resampled.
     """
 
     objective: Mapping[str, Interval]
     winner: str
+    best_found: str
     best_reference: str
     gain: Interval
     level: float
     n_candidates: int
+    n_examples: int
     single: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """Return one sentence that says whether the winner is better than the best reference."""
-        reference, gain = self.best_reference, self.gain
+        """Return which plan is saved, how found and published ones compare, what may help."""
+        return f"Saved is {self.winner}. {self._comparison}{self._advice}"
+
+    @property
+    def _comparison(self) -> str:
+        """Return whether the best found merge is better than the best reference."""
+        found, reference, gain = self.best_found, self.best_reference, self.gain
         points = f"{100 * gain.value:+.1f} points"
         if self.single:
             return (
-                f"The found merge differs from the best baseline, {reference}, by {points}. No "
-                f"interval can be given: of {', '.join(self.single)} there is one number for all "
-                "held-out examples."
+                f"The best found merge, {found}, differs from the best baseline, {reference}, by "
+                f"{points}. No interval can be given: of {', '.join(self.single)} there is one "
+                "number for all held-out examples."
             )
         points += f" [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+        which = "is not distinguishable from"
         if gain.low > 0:
-            return f"The found merge is better than the best baseline, {reference}, by {points}."
-        if gain.high < 0:
-            return f"The found merge is worse than the best baseline, {reference}: {points}."
+            which = "is better than"
+        elif gain.high < 0:
+            which = "is worse than"
         return (
-            "The found merge is not distinguishable from the best baseline, "
-            f"{reference}: {points}."
+            f"The best found merge, {found}, {which} the best baseline, {reference}, on held-out "
+            f"examples: {points}."
+        )
+
+    @property
+    def _advice(self) -> str:
+        """Return what may lead to a better merge, where none was found."""
+        if self.winner == self.best_found:
+            return ""
+        more = ""
+        half = (self.gain.high - self.gain.low) / 2
+        if not self.single and half > _TOLD_APART:
+            n_needed = math.ceil(self.n_examples * (half / _TOLD_APART) ** 2 / 10) * 10
+            more = (
+                f"; about {n_needed} examples of each task, to select and held out, tell merges "
+                f"apart that differ by {100 * _TOLD_APART:.0f} point"
+            )
+        return (
+            " What the search found has not enough evidence to be saved in its place: give it "
+            f"more examples (select), more trials, or another space{more}."
         )
 
 
@@ -82,9 +113,22 @@ class Bootstrap:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What is known of plans before they are compared.
+
+    Attributes:
+        candidates: Those that the search found, one or more; the others are the references.
+        ranked: Those that may be saved, by their evidence, best first.
+    """
+
+    candidates: Sequence[str]
+    ranked: Sequence[str]
+
+
 def confirm(
     values: Mapping[str, Values],
-    candidates: Sequence[str],
+    contest: Contest,
     kinds: Mapping[str, ScoreKind],
     objective: Objective,
     experts: Mapping[str, str],
@@ -97,7 +141,7 @@ def confirm(
 
     Args:
         values: Plan name to its values; the plans that are no candidates are the references.
-        candidates: Names of the plans that the winner is chosen among, one or more.
+        contest: What is known of the plans before.
         kinds: Task name to how its score comes from values.
         objective: What to compare by.
         experts: Task name to the plan name of its own expert.
@@ -113,19 +157,23 @@ def confirm(
         for drawn in _resampled(values, kinds, objective, bootstrap)
     ]
     resampled = {name: np.array([drawn[name] for drawn in resamples]) for name in values}
-    winner = max(candidates, key=lambda name: point[name])
-    references = [name for name in values if name not in candidates]
-    best_reference = max(references, key=lambda name: point[name])
+    candidates = contest.candidates
+    ranked = [*contest.ranked, *(name for name in values if name not in contest.ranked)]
+    best_found = next(name for name in ranked if name in candidates)
+    best_reference = next(name for name in ranked if name not in candidates)
     corrected = 1 - (1 - bootstrap.level) / len(candidates)
-    gains = resampled[winner] - resampled[best_reference]
+    gains = resampled[best_found] - resampled[best_reference]
+    n_values = [len(task_values) for task_values in values[best_found].values()]
     return Confirmation(
         {name: _interval(point[name], resampled[name], bootstrap.level) for name in values},
-        winner,
+        ranked[0],
+        best_found,
         best_reference,
-        _interval(point[winner] - point[best_reference], gains, corrected),
+        _interval(point[best_found] - point[best_reference], gains, corrected),
         bootstrap.level,
         len(candidates),
-        tuple(task for task, task_values in values[winner].items() if len(task_values) < 2),
+        round(sum(n_values) / len(n_values)),
+        tuple(task for task, task_values in values[best_found].items() if len(task_values) < 2),
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ PLANS_DIR = "plans"
 BEST_SO_FAR = "best so far"
 """What the plan is called that is best while a study runs."""
 _LOCK_FILE = ".lock"
+_UNSAFE = re.compile(r"[^\w+.-]")  # in the name of a file, which an expert's may not be
 # user attributes of the study
 _SPEC = "spec"  # the canonical study, as it was begun
 _AT_WORK = "at_work"  # whether a run is at work, or was when it ended
@@ -266,8 +268,9 @@ def stored_study(run_dir: Path, storage: str | None = None) -> Iterator[optuna.S
 
 
 def plan_file(run_dir: Path, name: str) -> Path:
-    """Return where the plan is that is called ``name`` in tables."""
-    return run_dir / PLANS_DIR / f"{name.replace(' ', '-')}.yaml"
+    """Return where the plan is that is called ``name`` in tables: always a file of one folder."""
+    safe = _UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", name.replace(" ", "-"))
+    return run_dir / PLANS_DIR / f"{safe}.yaml"
 
 
 def records_of(study: optuna.Study) -> list[TrialRecord]:

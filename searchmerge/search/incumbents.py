@@ -1,6 +1,8 @@
 """The incumbents of a study: what its candidates are compared with while they are scored."""
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,23 @@ from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, best_of, front_with
 
 _POOL = 64  # as many of the latest plans tell how plans differ
+_LEARNT_AT = (8, 16, 32, 64, 128)  # plans scored in full, of which it is learnt how to read grades
+
+
+class Outcome(NamedTuple):
+    """What came of a candidate.
+
+    Attributes:
+        scores: Task name to its score; where it was stopped early the one predicted.
+        estimates: What the scores are taken for, read with how clearly examples were answered.
+        se: Standard error of the objective beside the best plan's; ``None`` where there is none.
+        stopped_after: Blocks that it was scored on where it was stopped early, else ``None``.
+    """
+
+    scores: dict[str, float]
+    estimates: dict[str, float]
+    se: float | None
+    stopped_after: int | None
 
 
 class Incumbents:
@@ -31,6 +50,8 @@ class Incumbents:
         racing: Stops candidates that will not win; ``None`` scores all in full.
         base: The base model's plan.
         pool: Plans that tell how plans differ, until enough candidates do.
+        seed: Of the halves of the examples by which it is learnt what grades tell; ``None``
+            goes by the metric alone.
     """
 
     def __init__(
@@ -41,18 +62,33 @@ class Incumbents:
         *,
         base: MergePlan | None = None,
         pool: Iterable[MergePlan] = (),
+        seed: int | None = None,
     ) -> None:
         self._board = board
         self._objective = objective
         self._racing = racing
+        self._seed = seed
         self._places = board.schedule.places("select")
-        self._base = next(iter(self._in_full([base] if base else [])), None)
-        self._references = self._in_full(pool)
+        self._base_plan = base
+        self._pool = [plan for plan in pool if board.is_full(plan, "select")]
+        self._full: list[TrialRecord] = []  # all trials that were scored in full
+        self._read_anew()
+
+    def _read_anew(self) -> None:
+        """Learn how to read grades from all that was scored in full, and read that so."""
+        if self._seed is not None:
+            plans = [*self._pool, *(record.plan for record in self._full)]
+            self._board = self._board.read_by(self._board.learn(plans, self._seed))
+        self._base = next(iter(self._in_full([self._base_plan] if self._base_plan else [])), None)
+        self._references = self._in_full(self._pool)
         self._latest: list[PlanScores] = []
         self._best: TrialRecord | None = None
         self._front: list[TrialRecord] = []
         self._scores: dict[int, PlanScores] = {}  # of the best and the front, by trial number
         self._paired: dict[int, Incumbent] = {}  # by the identity of their scores
+        for record in self._full:
+            scores = self._plan_scores(record.plan)
+            self._compare(record.judged(self._objective, record.scores, scores.scores), scores)
 
     @property
     def best(self) -> TrialRecord | None:
@@ -61,7 +97,14 @@ class Incumbents:
 
     def enter(self, record: TrialRecord) -> bool:
         """Take in a trial that was scored in full; return whether it is the best so far."""
-        scores = self._plan_scores(record.plan)
+        self._full.append(record)
+        is_best = self._compare(record, self._plan_scores(record.plan))
+        if self._seed is not None and len(self._full) in _LEARNT_AT:
+            self._read_anew()
+        return is_best
+
+    def _compare(self, record: TrialRecord, scores: PlanScores) -> bool:
+        """Let a trial be the best or on the front, if it is; return whether it is the best."""
         self._latest = [*self._latest[-_POOL:], scores]
         before = [self._best] if self._best else []
         self._front = front_with(self._front, record)
@@ -96,24 +139,52 @@ class Incumbents:
             self._pair(self._base) if self._base else None,
         )
 
-    def outcome(self, plan: MergePlan) -> tuple[dict[str, float], int | None]:
-        """Return the task scores of a plan that is done with, and when it was stopped.
-
-        Returns:
-            The scores that it has, and ``None``; where it was stopped early those expected of
-            it, and on how many blocks they rest.
+    def outcome(self, plan: MergePlan) -> Outcome:
+        """Return what came of a plan that is done with.
 
         Raises:
             StudyError: If it was stopped early and there is nothing to pair it with.
         """
-        if self._board.is_full(plan, "select"):
-            return self._board.scores(plan, "select"), None
         best = self._scores[self._best.number] if self._best else self._base
+        if self._board.is_full(plan, "select"):
+            estimates = self._plan_scores(plan)
+            return Outcome(
+                self._board.scores(plan, "select"),
+                dict(estimates.scores),
+                self._paired_error(estimates, best),
+                None,
+            )
         if best is None:
             raise StudyError("a trial was stopped early though nothing was scored in full")
         observed = self._board.observed(plan)
         predicted = predict(self._places, observed, self._pair(best))
-        return {**best.scores, **predicted.scores}, n_seen(self._places, observed)
+        scores = {**best.scores, **predicted.scores}
+        units = np.array([self._objective.unit(task) for task in predicted.scores])
+        se = math.sqrt(max(0.0, float(units @ predicted.covariance @ units)))
+        clipped = {task: self._within(task, score) for task, score in scores.items()}
+        return Outcome(clipped, scores, se, n_seen(self._places, observed))
+
+    def _within(self, task: str, score: float) -> float:
+        """Return a predicted score, in [0, 1] where all that plans scored lies there."""
+        blocks = self._board.schedule.blocks["select"][task]
+        plans = [*self._pool, *(record.plan for record in self._full)]
+        seen = [v for plan in plans for v in self._board.store.task_values(plan, blocks)]
+        if seen and all(0 <= value <= 1 for value in seen):
+            return min(1.0, max(0.0, score))
+        return score
+
+    def _paired_error(self, plan: PlanScores, best: PlanScores | None) -> float | None:
+        """Return the standard error of a plan's objective beside the best one's."""
+        if best is None:
+            return None
+        variance = 0.0
+        for task, values in plan.values.items():
+            if len(values) < 2:
+                return None
+            differences = values - best.values[task]
+            unit = self._objective.unit(task)
+            variance += unit**2 * float(differences.var(ddof=1)) / len(values)
+        return math.sqrt(variance)
 
     def _pair(self, scores: PlanScores) -> Incumbent:
         if id(scores) not in self._paired:
@@ -125,9 +196,5 @@ class Incumbents:
         return [self._plan_scores(p) for p in plans if self._board.is_full(p, "select")]
 
     def _plan_scores(self, plan: MergePlan) -> PlanScores:
-        observed = self._board.observed(plan)
-        values = {
-            task: np.array([value for key in blocks for value in observed[key]])
-            for task, blocks in self._places.items()
-        }
-        return PlanScores(self._board.scores(plan, "select"), values)
+        values = self._board.observations(plan, "select")
+        return PlanScores({task: float(own.mean()) for task, own in values.items()}, values)

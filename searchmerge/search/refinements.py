@@ -133,14 +133,13 @@ class Refinements:
         for name in self._runner.score_plans("refined plans", plans, "select"):
             key, plan = proposed[name]
             record = TrialRecord(-1, plan, refines=kept[key]["name"])
-            judged = record.judged(objective, self._runner.board.scores(plan, "select"))
+            judged = self._judged(record, objective)
             self._directory.keep_refined(key, {**kept[key], "scores": judged.completed_scores()})
 
     def _starts(self, references: Plans, objective: Objective) -> dict[str, MergePlan]:
         """Return the best plans that can be refined, by what they are called, best first."""
-        board = self._runner.board
         scored = [
-            TrialRecord(-1 - i, plan, refines=name).judged(objective, board.scores(plan, "select"))
+            self._judged(TrialRecord(-1 - i, plan, refines=name), objective)
             for i, (name, plan) in enumerate(references.items())
             if plan in merges(references)
         ]
@@ -155,6 +154,12 @@ class Refinements:
             if len(starts) < self._refining.n_starts and self._refining.start(record.plan):
                 starts[record.refines or record.name] = record.plan
         return starts
+
+    def _judged(self, record: TrialRecord, objective: Objective) -> TrialRecord:
+        """Return a record with what its plan scored on all that trials see."""
+        board, plan = self._runner.board, record.plan
+        scores, estimates = board.scores(plan, "select"), board.estimates(plan, "select")
+        return record.judged(objective, scores, estimates)
 
     def _refine(self, starts: Plans, material: Material) -> None:
         """Refine plans that were not refined yet, and keep what comes of it."""

@@ -65,18 +65,27 @@ class StudyRunner:
         """
         names = self.score_plans("references", self._references, "pilot")
         scored = {name: plan for name, plan in self._references.items() if name in names}
+        for name, plan in scored.items():
+            self._directory.write_plan(name, plan)
         # a reference that failed in an earlier run may be scored now: the order stays what it was
         deciding = self._directory.keep_deciding([name for name in scored if name != BASE])
         self.board = self.board.informed(scored.values(), [scored[name] for name in deciding])
         return scored
 
-    def run(self, objective: Objective, budget: Budget, racing: Racing | None) -> None:
+    def run(
+        self,
+        objective: Objective,
+        budget: Budget,
+        racing: Racing | None,
+        seed: int | None = None,
+    ) -> None:
         """Run trials until the budget ends.
 
         Args:
             objective: With the experts' scores put in.
             budget: When to end.
             racing: Stops candidates that will not win; ``None`` scores all in full.
+            seed: Of how grades are read; ``None`` goes by the metric alone.
 
         Raises:
             StudyError: If the first trials all fail.
@@ -90,6 +99,7 @@ class StudyRunner:
             racing,
             base=self._references.get(BASE),
             pool=merges(self._references),
+            seed=seed,
         )
         clock = StudyClock(self._directory)
         spending = Spending(budget, clock, len(self._directory.trials(*FINISHED)))

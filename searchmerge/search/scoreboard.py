@@ -1,9 +1,16 @@
 """What plans score: the schedule of what there is to know, and the store of what is known."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
+
+from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import (
     Block,
+    BlockKey,
     BlockScores,
     BlockValues,
     Part,
@@ -11,8 +18,11 @@ from searchmerge.execution.blocks import (
     telling_first,
 )
 from searchmerge.plan import MergePlan
+from searchmerge.search.grades import Grader, Table, learn
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scores import ScoreStore
+
+Vector = npt.NDArray[np.float64]
 
 
 class Scoreboard:
@@ -21,11 +31,35 @@ class Scoreboard:
     Args:
         schedule: What plans are scored on.
         store: Holds every block that was scored.
+        grader: How much the grades of examples count beside the metric.
     """
 
-    def __init__(self, schedule: Schedule, store: ScoreStore) -> None:
+    def __init__(
+        self, schedule: Schedule, store: ScoreStore, grader: Grader | None = None
+    ) -> None:
         self.schedule = schedule
         self.store = store
+        self.grader = grader or Grader()
+
+    def read_by(self, grader: Grader) -> "Scoreboard":
+        """Return the same scoreboard, whose observations are read by another grader."""
+        return Scoreboard(self.schedule, self.store, grader)
+
+    def learn(self, plans: Iterable[MergePlan], seed: int) -> Grader:
+        """Return how examples are best read, from what plans scored on all of ``select``.
+
+        Tasks whose score is no mean over examples, or of which a plan has no grades, are read by
+        their metric.
+        """
+        plans = list({plan.digest: plan for plan in plans}.values())
+        readings = {}
+        for task, blocks in self.schedule.blocks["select"].items():
+            grades = [list(self.grades(plan, blocks).values()) for plan in plans]
+            if all(grades) and isinstance(self.schedule.tasks[task].kind, Mean):
+                values = [self.store.task_values(plan, blocks) for plan in plans]
+                table = Table(np.array(values), np.array(grades))
+                readings[task] = learn(table, seed)
+        return Grader(readings)
 
     def is_full(self, plan: MergePlan, part: Part) -> bool:
         """Return whether a plan was scored on all of ``part``."""
@@ -54,12 +88,46 @@ class Scoreboard:
         blocks = self.schedule.blocks[part][task]
         return _by_example(self.store.task_values(plan, blocks), blocks)
 
-    def observed(self, plan: MergePlan) -> BlockValues:
-        """Return the observations on every block that a plan was scored on."""
-        kinds = {task: info.kind for task, info in self.schedule.tasks.items()}
+    def grades(self, plan: MergePlan, blocks: Sequence[Block]) -> dict[int, float]:
+        """Return how clearly a plan answered each example of a task's blocks; none if unknown."""
+        graded = self.store.grades(plan)
+        if not all(graded.get(block.key) for block in blocks):
+            return {}
         return {
-            key: kinds[key[0]].observations(values) for key, values in self.store.get(plan).items()
+            example: grade
+            for block in blocks
+            for example, grade in zip(block.examples, graded[block.key], strict=True)
         }
+
+    def observed(self, plan: MergePlan) -> BlockValues:
+        """Return the observations on every block that a plan was scored on, grades read."""
+        scored, graded = self.store.get(plan), self.store.grades(plan)
+        together: dict[tuple[str, Part], list[BlockKey]] = defaultdict(list)
+        for task, part, index in scored:
+            together[task, part].append((task, part, index))
+        observed: dict[BlockKey, tuple[float, ...]] = {}
+        for (task, _), keys in together.items():
+            if task not in self.grader.readings or not all(graded[key] for key in keys):
+                kind = self.schedule.tasks[task].kind
+                observed |= {key: kind.observations(scored[key]) for key in keys}
+                continue
+            values = [value for key in keys for value in scored[key]]
+            grades = [grade for key in keys for grade in graded[key]]
+            read = iter(self.grader.observations(task, values, grades).tolist())
+            observed |= {key: tuple(islice(read, len(scored[key]))) for key in keys}
+        return observed
+
+    def observations(self, plan: MergePlan, part: Part) -> dict[str, Vector]:
+        """Return each task's observations of a plan that was scored on all of ``part``."""
+        observed = self.observed(plan)
+        return {
+            task: np.array([value for block in blocks for value in observed[block.key]])
+            for task, blocks in self.schedule.blocks[part].items()
+        }
+
+    def estimates(self, plan: MergePlan, part: Part) -> dict[str, float]:
+        """Return what each task's score is taken for: the mean of its observations."""
+        return {task: float(o.mean()) for task, o in self.observations(plan, part).items()}
 
     def informed(self, plans: Iterable[MergePlan], deciding: Sequence[MergePlan]) -> "Scoreboard":
         """Return the scoreboard with ``select`` cut from ``pilot``, telling examples first.
@@ -78,7 +146,7 @@ class Scoreboard:
             )
             for task, blocks in pilot.items()
         }
-        board = Scoreboard(self.schedule.with_select(select), self.store)
+        board = Scoreboard(self.schedule.with_select(select), self.store, self.grader)
         for plan in plans:
             if not board.is_full(plan, "select"):
                 self.store.put(plan, self._moved(plan, select))
@@ -95,9 +163,14 @@ class Scoreboard:
         for task, blocks in select.items():
             pilot = self.schedule.blocks["pilot"][task]
             values = _by_example(self.store.task_values(plan, pilot), pilot)
+            grades = self.grades(plan, pilot)
             for block in blocks:
                 n_values = self.schedule.tasks[task].kind.n_values(len(block.examples))
-                yield BlockScores(block, tuple(values[e] for e in block.examples[:n_values]))
+                yield BlockScores(
+                    block,
+                    tuple(values[e] for e in block.examples[:n_values]),
+                    grades=tuple(grades[e] for e in block.examples) if grades else (),
+                )
 
 
 def _by_example(numbers: tuple[float, ...], blocks: Sequence[Block]) -> dict[int, float]:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from searchmerge.errors import StudyError
 from searchmerge.evaluators.evaluator import Answer
@@ -27,7 +27,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS plans (digest TEXT PRIMARY KEY, plan TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scores (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, block INTEGER NOT NULL,
-    vals TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (digest, task, part, block)
+    vals TEXT NOT NULL, grades TEXT NOT NULL, checksum TEXT NOT NULL,
+    PRIMARY KEY (digest, task, part, block)
 );
 CREATE TABLE IF NOT EXISTS answers (
     digest TEXT NOT NULL, task TEXT NOT NULL, part TEXT NOT NULL, example INTEGER NOT NULL,
@@ -60,11 +61,11 @@ class ScoreStore:
                 self._connection.execute("PRAGMA journal_mode=WAL")
                 self._connection.execute("PRAGMA synchronous=NORMAL")  # outlives a kill alone
                 self._connection.executescript(_SCHEMA)
-                self._connection.execute("SELECT checksum FROM scores LIMIT 0")
+                self._connection.execute("SELECT checksum, grades FROM scores LIMIT 0")
         except StudyError:
             self._connection.close()
             raise
-        self._cached: OrderedDict[str, dict[BlockKey, tuple[float, ...]]] = OrderedDict()
+        self._cached: OrderedDict[str, _Scored] = OrderedDict()
 
     def claim(self, spec: str) -> None:
         """Let the file belong to a study; its scores are those of no other.
@@ -100,7 +101,7 @@ class ScoreStore:
         """
         scores = list(scores)
         entries = [
-            _signed(plan.digest, s.block.task, s.block.part, s.block.index, json.dumps(s.values))
+            _signed(plan.digest, *s.block.key, json.dumps(s.values), json.dumps(s.grades))
             for s in scores
         ]
         answers = [
@@ -115,7 +116,7 @@ class ScoreStore:
                 (plan.digest, json.dumps(plan.to_dict())),
             )
             self._connection.executemany(
-                "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?,?)", entries
+                "INSERT OR REPLACE INTO scores VALUES (?,?,?,?,?,?,?)", entries
             )
             self._connection.executemany(
                 "INSERT OR REPLACE INTO answers VALUES (?,?,?,?,?)", answers
@@ -125,20 +126,24 @@ class ScoreStore:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise StudyError(f"{self._path}: scores cannot be written: {error}") from error
-        self._of(plan.digest).update(
-            {(task, part, block): tuple(json.loads(v)) for _, task, part, block, v, _ in entries}
-        )
+        scored = self._of(plan.digest)
+        scored.values.update({s.block.key: s.values for s in scores})
+        scored.grades.update({s.block.key: s.grades for s in scores})
 
     def get(self, plan: MergePlan) -> BlockValues:
         """Return all that is known of ``plan``: block key to its values."""
-        return self._of(plan.digest)
+        return self._of(plan.digest).values
+
+    def grades(self, plan: MergePlan) -> BlockValues:
+        """Return how clearly ``plan`` answered: block key to its grades, which may be none."""
+        return self._of(plan.digest).grades
 
     def missing(self, plan: MergePlan, rounds: Sequence[Round]) -> tuple[Round, ...]:
         """Return the rounds that still have to be scored, whole, in order.
 
         A held-out block whose answers are to be kept is scored again where they were not.
         """
-        scored = self._of(plan.digest)
+        scored = self.get(plan)
         wanted = [b for r in rounds for b in r if b.part == "hold_out" and b.n_answers]
         answered = self._answered(plan.digest, "hold_out") if wanted else set()
         unanswered = {
@@ -174,7 +179,7 @@ class ScoreStore:
         Raises:
             KeyError: If a block was not scored.
         """
-        scored = self._of(plan.digest)
+        scored = self.get(plan)
         return tuple(value for block in blocks for value in scored[block.key])
 
     def flush(self) -> None:
@@ -196,29 +201,34 @@ class ScoreStore:
         """Close the file."""
         self._connection.close()
 
-    def _of(self, digest: str) -> dict[BlockKey, tuple[float, ...]]:
+    def _of(self, digest: str) -> "_Scored":
         if digest in self._cached:
             self._cached.move_to_end(digest)
             return self._cached[digest]
         with self._read_errors():
             entries = self._connection.execute(
-                "SELECT digest, task, part, block, vals, checksum FROM scores WHERE digest = ?",
+                "SELECT digest, task, part, block, vals, grades, checksum FROM scores "
+                "WHERE digest = ?",
                 (digest,),
             ).fetchall()
-        self._cached[digest] = {entry[1:4]: self._values(entry) for entry in entries}
+        scored = _Scored({}, {})
+        for entry in entries:
+            scored.values[entry[1:4]], scored.grades[entry[1:4]] = self._numbers(entry)
+        self._cached[digest] = scored
         if len(self._cached) > _MAX_CACHED:
             self._cached.popitem(last=False)
         return self._cached[digest]
 
-    def _values(self, entry: tuple[Any, ...]) -> tuple[float, ...]:
-        _, task, part, block, values, _ = entry
-        if entry != _signed(*entry[:5]):
+    def _numbers(self, entry: tuple[Any, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the values and the grades of a row."""
+        _, task, part, block, values, grades, _ = entry
+        if entry != _signed(*entry[:6]):
             raise StudyError(
                 f"{self._path}: damaged: the scores of block {block} of task {task!r} ({part}) "
                 "are not as they were written; put back a copy of the file, or begin the study "
                 "anew under another name"
             )
-        return tuple(json.loads(values))
+        return tuple(json.loads(values)), tuple(json.loads(grades))
 
     @contextlib.contextmanager
     def _read_errors(self) -> Iterator[None]:
@@ -231,8 +241,22 @@ class ScoreStore:
             ) from error
 
 
-def _signed(digest: str, task: str, part: str, block: int, values: str) -> tuple[Any, ...]:
+class _Scored(NamedTuple):
+    """What is known of a plan, by block.
+
+    Attributes:
+        values: What the blocks scored.
+        grades: How clearly their examples were answered.
+    """
+
+    values: dict[BlockKey, tuple[float, ...]]
+    grades: dict[BlockKey, tuple[float, ...]]
+
+
+def _signed(
+    digest: str, task: str, part: str, block: int, values: str, grades: str
+) -> tuple[Any, ...]:
     """Return a row with the checksum of all that stands in it."""
-    text = json.dumps((digest, task, part, block, values), default=repr)  # bytes: damaged
-    checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return digest, task, part, block, values, checksum
+    row = digest, task, part, block, values, grades
+    text = json.dumps(row, default=repr)  # bytes: damaged
+    return *row, hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -136,13 +136,21 @@ class SearchSpace:
     Args:
         experts: Expert names, in the order of every row.
         alternatives: One or more, with different names.
+        is_auto: Whether it is the space of a study that names none.
 
     Raises:
         SpecError: If there is none, or one names what its method does not have, or a range is
             not within the legal one.
     """
 
-    def __init__(self, experts: Sequence[str], alternatives: Sequence[Alternative]) -> None:
+    def __init__(
+        self,
+        experts: Sequence[str],
+        alternatives: Sequence[Alternative],
+        *,
+        is_auto: bool = False,
+    ) -> None:
+        self._is_auto = is_auto
         self.experts = tuple(experts)
         self.alternatives = {alternative.name: alternative for alternative in alternatives}
         if not alternatives:
@@ -168,6 +176,11 @@ class SearchSpace:
         """Return the parameters of a trial that says which alternative it is of."""
         chosen: dict[str, SettingValue] = {"method": name} if len(self.alternatives) > 1 else {}
         return {**chosen, **params}
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether it is the space of a study that names none."""
+        return self._is_auto
 
     @property
     def is_flat(self) -> bool:

@@ -75,10 +75,12 @@ class TrialSource:
 
     def finished(self, job: TrialJob) -> None:
         """Tell the study what the trial scored, in full or by paired estimate."""
-        scores, stopped_after = self._incumbents.outcome(job.plan)
+        outcome = self._incumbents.outcome(job.plan)
+        record = TrialRecord.of(job.subject, job.plan)
         record = replace(
-            TrialRecord.of(job.subject, job.plan).judged(self._objective, scores),
-            stopped_after=stopped_after,
+            record.judged(self._objective, outcome.scores, outcome.estimates),
+            se=outcome.se,
+            stopped_after=outcome.stopped_after,
             merge_s=job.merge_s,
             score_s=job.score_s,
         )

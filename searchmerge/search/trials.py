@@ -58,10 +58,14 @@ class TrialRecord:
         refines: What the plan is called that it was refined from, by gradient; empty where it
             was not. Such a trial is none of Optuna's, as its plan is not in the space, and its
             number is below 0.
-        scores: Task name to score; expected ones where it was stopped early.
+        scores: Task name to score; predicted ones where it was stopped early.
+        estimates: Task name to what the score is taken for when trials are compared: with how
+            clearly examples were answered, as far as that tells of the score.
         values: What Optuna was told: the value of each objective; none where it failed.
         value: The one value that it is ranked by; ``None`` where it failed.
         violations: Constraint name to by how much it is broken; 0 or less where it is kept.
+        se: Standard error of the value, beside that of the best trial before it; ``None`` where
+            that is not known.
         stopped_after: Blocks that it was scored on when it was stopped early, else ``None``.
         is_completed: Whether it was stopped early and scored in full after the search.
         merge_s: Seconds that workers merged.
@@ -75,9 +79,11 @@ class TrialRecord:
     kind: str = ""
     refines: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    estimates: Mapping[str, float] = field(default_factory=dict)
     values: tuple[float, ...] = ()
     value: float | None = None
     violations: Mapping[str, float] = field(default_factory=dict)
+    se: float | None = None
     stopped_after: int | None = None
     is_completed: bool = False
     merge_s: float = 0.0
@@ -122,13 +128,26 @@ class TrialRecord:
         pairs = zip(self.values, other.values, strict=True)
         return self.values != other.values and all(mine >= theirs for mine, theirs in pairs)
 
-    def judged(self, objective: Objective, scores: Mapping[str, float]) -> "TrialRecord":
-        """Return the record with these scores, and with what the objective makes of them."""
+    def judged(
+        self,
+        objective: Objective,
+        scores: Mapping[str, float],
+        estimates: Mapping[str, float] | None = None,
+    ) -> "TrialRecord":
+        """Return the record with these scores, and with what the objective makes of them.
+
+        Args:
+            objective: What trials are compared by.
+            scores: Task name to score.
+            estimates: What the scores are taken for; the scores themselves if ``None``.
+        """
+        estimates = dict(estimates or scores)
         return replace(
             self,
             scores=dict(scores),
-            values=objective.values(scores),
-            value=objective.scalar(scores),
+            estimates=estimates,
+            values=objective.values(estimates),
+            value=objective.scalar(estimates),
             violations=objective.violations(scores),
         )
 
@@ -141,6 +160,7 @@ class TrialRecord:
         """Return what :meth:`completed` takes, as plain data."""
         return {
             "scores": dict(self.scores),
+            "estimates": dict(self.estimates),
             "values": list(self.values),
             "value": self.value,
             "violations": dict(self.violations),
@@ -153,7 +173,9 @@ class TrialRecord:
             return
         result = {
             "scores": dict(self.scores),
+            "estimates": dict(self.estimates),
             "value": self.value,
+            "se": self.se,
             "stopped_after": self.stopped_after,
             "merge_s": round(self.merge_s, 4),
             "score_s": round(self.score_s, 4),
@@ -180,7 +202,7 @@ class TrialRecord:
         if trial.state == TrialState.FAIL:
             return replace(record, failure=str(kept.get(_FAILURE, "")))
         result: dict[str, Any] = kept[_RESULT]
-        if "stopped_after" not in result:
+        if "estimates" not in result:
             raise StudyError(
                 f"{record.name} was scored by an earlier version of searchmerge, whose records "
                 "this one cannot read; run the study again, under another name or run directory"
@@ -191,7 +213,7 @@ class TrialRecord:
 
 
 CompletedScores = dict[str, Any]
-"""Scores, values, value and violations of a record, by these names."""
+"""Scores, estimates, values, value and violations of a record, by these names."""
 
 
 # --- Ranking ------------------------------------------------------------------------------------
@@ -248,6 +270,13 @@ def standing_of(trial: FrozenTrial) -> Standing:
     if trial.state == TrialState.FAIL or not trial.values:
         return FAILED
     return Standing.of(trial.constraints.values(), trial.values[0])
+
+
+def error_of(trial: FrozenTrial) -> float | None:
+    """Return the standard error of a finished trial's value, where it is known."""
+    result: Mapping[str, Any] = trial.user_attrs.get(_RESULT, {})
+    error: float | None = result.get("se")
+    return error
 
 
 class Finished(Protocol):

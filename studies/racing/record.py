@@ -1,60 +1,183 @@
-"""Write down what every candidate of a finished study scored on every example, for replay.py.
+"""Score diverse plans of a study on every example, right or wrong and how clearly, for replay.py.
 
-python record.py RUN_DIR OUT.npz   where RUN_DIR is a study that was run with racing off and with
-a top_k no smaller than its trials, so that every candidate was scored on both parts.
+python record.py STUDY OUT.npz --select 96 --further 500 [--plans 170] [--set KEY=VALUE ...]
+
+The plans are the references, and as many drawn with a seed from all over what methods allow:
+several methods, scales around the published ones, one number for all experts or one each. Of each
+task the first ``select`` examples, shuffled as the study does it, are what a search may see;
+``further`` ones are for the regret alone. What was scored is kept after every fourth plan; an
+interrupted recording goes on.
 """
 
 import argparse
 import json
-import sqlite3
+import random
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from searchmerge.search.directory import records_of, stored_study
+from searchmerge import assemble
+from searchmerge.checkpoints.renames import aligned
+from searchmerge.checkpoints.resident import load_resident, writable_views
+from searchmerge.evaluators.evaluator import Grading
+from searchmerge.merging.method import METHODS, default_plan
+from searchmerge.models import load_task_vectors, make_merger, open_models
+from searchmerge.plan import MergePlan
 from searchmerge.search.references import reference_plans
+from searchmerge.study import read_study
 
-PARTS = ("select", "hold_out")
+DRAWN = ("ties", "pcb", "tsv", "task_arithmetic", "ties", "tsv", "dare", "pcb", "iso_c", "ties")
+"""Methods of the plans, in turns: those with more to choose more often."""
+
+
+def drawn_plans(experts: Sequence[str], seed: int) -> Iterator[MergePlan]:
+    """Yield plans without end: a scale around the published one, shares, densities."""
+    draw = random.Random(seed)
+    for i in range(10**6):
+        method = DRAWN[i % len(DRAWN)]
+        numbers: dict[str, Any] = {}
+        for legal in METHODS[method].hyperparameters:
+            low, high = legal.search
+            if legal.name == "coefficient":
+                scale = legal.default * float(np.exp(draw.gauss(0.0, 0.3)))
+                spread = draw.choice((0.0, 0.0, 0.2, 0.4))
+                row = [scale * float(np.exp(draw.gauss(0.0, spread))) for _ in experts]
+                numbers["coefficient"] = [min(legal.high, value) for value in row]
+            elif legal.name == "density":
+                each = draw.random() < 0.3
+                shared = draw.uniform(low, high)
+                row = [draw.uniform(low, high) if each else shared for _ in experts]
+                numbers["density"] = [round(value, 2) for value in row]
+        yield default_plan(method, experts, **numbers)
+
+
+class Recorder:
+    """Merges plans into the study's model and scores them.
+
+    Args:
+        study: The study's file or folder.
+        overrides: Keys of the study that are replaced.
+        device: Where the model is.
+    """
+
+    def __init__(self, study: Path, overrides: dict[str, str], device: str) -> None:
+        self.study = read_study(study, overrides)
+        models = open_models(self.study)
+        self.evaluators = assemble.make_evaluators(self.study, models, device)
+        self.model = load_resident(
+            models.base,
+            dtype=models.dtype,
+            device=device,
+            auto_class=self.study.spec.resident_class,
+            loading=self.study.spec.loading,
+        )
+        views = writable_views(self.model)
+        names = aligned(views, models.base.headers)
+        targets = {names[name]: view for name, view in views.items()}
+        vectors = load_task_vectors(self.study, models)
+        self.merger = make_merger(models, vectors, "auto", targets=targets)
+
+    def examples(self, task: str, n_examples: int) -> list[int]:
+        """Return a task's examples, shuffled as a study does."""
+        order = list(range(self.evaluators[task].tasks[task].n_examples))
+        random.Random(f"{self.study.spec.search.seed}/{task}").shuffle(order)
+        if len(order) < n_examples:
+            raise SystemExit(f"{task}: {len(order)} examples; {n_examples} are wanted")
+        return order[:n_examples]
+
+    def score(self, task: str, examples: Sequence[int]) -> tuple[Any, Any]:
+        """Return what each example scored, and how clearly."""
+        evaluator = self.evaluators[task]
+        values = evaluator.score(self.model, task, examples)
+        grades = evaluator.grades(task, examples) if isinstance(evaluator, Grading) else ()
+        return np.array(values, np.float32), np.array(grades or [np.nan] * len(values), np.float32)
 
 
 def main() -> None:
-    """Read the score cache and write one table per task."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    """Score plan after plan, and keep what was scored."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--select", type=int, required=True)
+    parser.add_argument("--further", type=int, default=500)
+    parser.add_argument("--plans", type=int, default=170)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after as many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
     args = parser.parse_args()
-    with stored_study(args.run_dir) as study:
-        plans = {record.name: record.plan for record in records_of(study) if record.is_full}
-        spec = json.loads(study.user_attrs["spec"])
-    experts = next(iter(plans.values())).experts
-    references = reference_plans(experts)
-    known = {plan.digest for plan in references.values()}
-    candidates = {}
+    torch.set_num_threads(args.threads)
+    overrides = dict(setting.split("=", 1) for setting in args.overrides)
+    record(args, Recorder(args.study, overrides, args.device))
+
+
+def record(args: argparse.Namespace, recorder: Recorder) -> None:
+    """Score what is not scored yet."""
+    begun = time.monotonic()
+    spec = recorder.study.spec
+    plans = reference_plans(recorder.study.experts)
+    meta = {
+        "study": recorder.study.name,
+        "n_references": len(plans),
+        "n_select": args.select,
+        "goals": {task: [goal.weight, goal.expert] for task, goal in spec.tasks.items()},
+    }
+    drawn = drawn_plans(recorder.study.experts, args.seed)
+    plans |= {f"drawn {i}": next(drawn) for i in range(args.plans)}
+    n_examples = args.select + args.further
+    examples = {task: recorder.examples(task, n_examples) for task in spec.tasks}
+    kept = _load(args.out)
     for name, plan in plans.items():
-        if plan.digest not in known:
-            known.add(plan.digest)
-            candidates[name] = plan
-    goals = {t: (o["weight"], o["expert"]) for t, o in spec["study"]["tasks"].items()}
-    with sqlite3.connect(args.run_dir / "scores.db") as scores:
-        rows = {**references, **candidates}
-        tables = {task: [_values(scores, p.digest, task) for p in rows.values()] for task in goals}
-    meta = {"rows": list(rows), "n_references": len(references), "goals": goals}
-    arrays = {task: np.array(table, dtype=np.uint8) for task, table in tables.items()}
-    np.savez_compressed(args.out, meta=np.array(json.dumps(meta)), **arrays)
-    shapes = ", ".join(f"{task} {table.shape}" for task, table in arrays.items())
-    print(f"{args.out}: {len(candidates)} candidates, {len(references)} references; {shapes}")
+        if name in kept:
+            continue
+        if time.monotonic() - begun > args.seconds:
+            break
+        recorder.merger.apply(plan)
+        kept[name] = (plan, {t: recorder.score(t, its) for t, its in examples.items()})
+        means = " ".join(f"{values.mean():.3f}" for values, _ in kept[name][1].values())
+        seconds = time.monotonic() - begun
+        print(f"{seconds:6.0f} s  {name:16s} {plan.method:16s} {means}", flush=True)
+        if len(kept) % 4 == 0:
+            _save(args.out, meta, _ordered(kept, plans))
+    _save(args.out, meta, _ordered(kept, plans))
 
 
-def _values(scores: sqlite3.Connection, digest: str, task: str) -> list[float]:
-    """Return one plan's values on all examples of a task, select before held out."""
-    found = []
-    for part in PARTS:
-        blocks = scores.execute(
-            "SELECT vals FROM scores WHERE digest = ? AND task = ? AND part = ? ORDER BY block",
-            (digest, task, part),
+def _ordered(kept: dict[str, Any], plans: dict[str, MergePlan]) -> dict[str, Any]:
+    """Return what is kept, references first."""
+    return {name: kept[name] for name in plans if name in kept}
+
+
+def _save(out: Path, meta: dict[str, Any], kept: dict[str, Any]) -> None:
+    told = {**meta, "rows": list(kept), "plans": [plan.to_dict() for plan, _ in kept.values()]}
+    arrays: dict[str, Any] = {}
+    for task in meta["goals"]:
+        arrays[f"{task}/values"] = np.array([rows[task][0] for _, rows in kept.values()], np.uint8)
+        grades = np.array([rows[task][1] for _, rows in kept.values()], np.float16)
+        arrays[f"{task}/grades"] = grades
+    temporary = out.with_suffix(".part.npz")
+    np.savez_compressed(temporary, meta=np.array(json.dumps(told)), **arrays)
+    temporary.replace(out)
+
+
+def _load(out: Path) -> dict[str, Any]:
+    if not out.exists():
+        return {}
+    with np.load(out) as data:
+        meta = json.loads(str(data["meta"]))
+        tasks = list(meta["goals"])
+        tables = {t: (data[f"{t}/values"], data[f"{t}/grades"]) for t in tasks}
+    return {
+        name: (
+            MergePlan.from_dict(plan),
+            {t: (tables[t][0][i].astype(np.float32), tables[t][1][i]) for t in tasks},
         )
-        found += [value for (text,) in blocks for value in json.loads(text)]
-    return found
+        for i, (name, plan) in enumerate(zip(meta["rows"], meta["plans"], strict=True))
+    }
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Replay recorded scores under racing rules: what each saves, and what it costs.
+"""Replay recorded plans under rules of racing and of picking: what each saves, and what it costs.
 
-python replay.py [quickstart.npz encoder.npz] [--runs 200]
+python replay.py [quickstart.npz encoder.npz] [--runs 200] [--trials 48] [--select 72]
 
-A run draws which examples select and which are held out, and the order of the candidates. Every
-rule then sees the same run. Printed per rule: how many times fewer examples were scored than
-without racing; how often the best candidate of the full select scores was stopped (and none as
-good was left); the regret of the confirmed winner, which is the best candidate's objective on all
-examples minus the winner's, in points; and how much that is more than without racing, with its
-standard error. The winner is the best on held-out examples of the top 3, which are scored in full
-at the end where they were stopped.
+A run draws which examples select and which are held out, which of the plans are the trials of a
+search, and in which order they come. Every rule then sees the same run. Printed per rule: how many
+times fewer examples were scored than without racing; how often the best candidate by its full
+score was stopped (and none as good was left); and the regret of the plan that is saved, in points:
+by how much the best plan of all is ahead of it on the further examples that are neither selected
+on nor held out, which no rule sees. Beside it how much that is less than the first rule's, with
+its standard error.
 """
 
 import argparse
@@ -26,12 +26,15 @@ from searchmerge.execution.blocks import (
     Block,
     BlockKey,
     BlockValues,
+    Part,
     Round,
     make_blocks,
     telling_first,
 )
+from searchmerge.search.grades import METRIC, Grader
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Goal, Objective
+from searchmerge.search.pick import confirmed, evidence_on_select
 from searchmerge.search.racing import Incumbent, Racing
 from searchmerge.search.references import BASE, expert_name
 from searchmerge.search.schedule import Places, Schedule
@@ -43,6 +46,7 @@ BLOCK_SIZE = 8
 TOP_K = 3
 
 Table = npt.NDArray[np.float64]
+Examples = Mapping[str, npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -80,22 +84,69 @@ class SignedRank:
         return bool(test.pvalue < self.p_threshold)
 
 
+RACING = Racing()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a search races, and how it picks what is saved.
+
+    Attributes:
+        racing: Stops candidates; ``None`` scores all in full.
+        order: How the examples are cut into blocks.
+        graded: Whether it goes by how clearly examples were answered too.
+        all_compete: Whether the plan with the best evidence is saved, found or published; else
+            the best on held-out examples of the top candidates.
+    """
+
+    racing: Racing | SignedRank | None = RACING
+    order: str = "informed"
+    graded: bool = False
+    all_compete: bool = False
+
+
 RULES = {
-    "signed rank, p 0.05": (SignedRank(0.05), "random"),
-    "signed rank, p 0.1": (SignedRank(0.1), "random"),
-    "predicted, p 0.05, blocks at random": (Racing(0.05), "random"),
-    **{f"predicted, p {p}": (Racing(p), "informed") for p in (0.02, 0.03, 0.05, 0.1)},
+    "before": Rule(),
+    "no racing": Rule(None),
+    "graded": Rule(graded=True),
+    "all compete": Rule(all_compete=True),
+    "graded, all compete": Rule(graded=True, all_compete=True),
+    "the same, no racing": Rule(None, graded=True, all_compete=True),
+    "signed rank, p 0.05": Rule(SignedRank(0.05), "random"),
+    **{
+        f"graded, all compete, p {p}": Rule(Racing(p), graded=True, all_compete=True)
+        for p in (0.01, 0.02, 0.05, 0.1)
+    },
 }
+DEFAULT = (
+    "before",
+    "no racing",
+    "graded",
+    "all compete",
+    "graded, all compete",
+    "the same, no racing",
+)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a study's plans scored: one row per plan, references first."""
+    """What plans of a study scored: one row per plan, references first.
+
+    Attributes:
+        rows: What the plans are called.
+        n_references: How many are references.
+        n_select: How many of each task's examples are for a search; the others are further ones.
+        goals: Task to what it counts for.
+        values: Task to ``(n_plans, n_examples)``.
+        grades: The same, how clearly examples were answered; NaN where that is not known.
+    """
 
     rows: list[str]
     n_references: int
+    n_select: int
     goals: dict[str, Goal]
-    scores: dict[str, Table]
+    values: dict[str, Table]
+    grades: dict[str, Table]
 
     @classmethod
     def load(cls, path: Path) -> "Recording":
@@ -103,26 +154,28 @@ class Recording:
         with np.load(path) as data:
             meta = json.loads(str(data["meta"]))
             goals = {task: Goal(*goal) for task, goal in meta["goals"].items()}
-            scores = {task: data[task].astype(float) for task in goals}
-        return cls(meta["rows"], meta["n_references"], goals, scores)
+            values = {task: data[f"{task}/values"].astype(float) for task in goals}
+            grades = {task: data[f"{task}/grades"].astype(float) for task in goals}
+        return cls(meta["rows"], meta["n_references"], meta["n_select"], goals, values, grades)
 
-    def objective(self, examples: Mapping[str, npt.NDArray[np.int64]]) -> Objective:
+    def objective(self, examples: Examples) -> Objective:
         """Return the normalised objective on some examples."""
         own = {
-            task: float(
-                self.scores[task][self.rows.index(expert_name(str(goal.expert)))][e].mean()
-            )
-            for (task, goal), e in zip(self.goals.items(), examples.values(), strict=True)
+            task: float(self.values[task][self._expert(task)][its].mean())
+            for task, its in examples.items()
         }
         return Objective("normalised", self.goals, own)
 
-    def values(self, examples: Mapping[str, npt.NDArray[np.int64]]) -> Table:
-        """Return every plan's objective on some examples."""
+    def _expert(self, task: str) -> int:
+        return self.rows.index(expert_name(str(self.goals[task].expert)))
+
+    def truth(self, examples: Examples) -> Table:
+        """Return every plan's objective on some examples, by the metric."""
         goal = self.objective(examples)
-        means = {task: self.scores[task][:, e].mean(1) for task, e in examples.items()}
+        means = {task: self.values[task][:, its].mean(1) for task, its in examples.items()}
         return np.array(
             [
-                goal.scalar({task: float(own[row]) for task, own in means.items()})
+                goal.scalar({task: float(its[row]) for task, its in means.items()})
                 for row in range(len(self.rows))
             ]
         )
@@ -143,20 +196,28 @@ class Row:
 class Scores:
     """Stands for a study's score store: what was shown of each row so far."""
 
-    def __init__(self, tables: Mapping[str, Table]) -> None:
-        self._tables = tables
-        self._shown: dict[Row, dict[BlockKey, tuple[float, ...]]] = {}
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._values: dict[Row, dict[BlockKey, tuple[float, ...]]] = {}
+        self._grades: dict[Row, dict[BlockKey, tuple[float, ...]]] = {}
 
     def show(self, row: Row, blocks: Sequence[Block]) -> int:
         """Put down what a row scored on blocks; return how many examples that were."""
-        shown = self._shown.setdefault(row, {})
+        values, grades = self._values.setdefault(row, {}), self._grades.setdefault(row, {})
         for block in blocks:
-            shown[block.key] = tuple(self._tables[block.task][row.index][list(block.examples)])
+            its = list(block.examples)
+            values[block.key] = tuple(self._recording.values[block.task][row.index][its])
+            graded = self._recording.grades[block.task][row.index][its]
+            grades[block.key] = () if np.isnan(graded).any() else tuple(graded)
         return sum(len(block.examples) for block in blocks)
 
     def get(self, row: Row) -> BlockValues:
         """Return what was shown of a row."""
-        return self._shown.get(row, {})
+        return self._values.get(row, {})
+
+    def grades(self, row: Row) -> BlockValues:
+        """Return how clearly a row answered what was shown of it."""
+        return self._grades.get(row, {})
 
     def missing(self, row: Row, rounds: Sequence[Round]) -> list[Round]:
         """Return the rounds that were not shown whole."""
@@ -175,84 +236,100 @@ class Run:
     Args:
         recording: What was scored.
         seed: Of the drawing.
-        n_select: Examples of each task that candidates are scored on; the rest is held out.
-        round_blocks: Blocks that are scored before a rule is asked.
+        n_select: Examples of each task that candidates are scored on.
+        n_hold_out: Examples of each task that the best are confirmed on.
+        n_trials: Candidates.
     """
 
-    def __init__(self, recording: Recording, seed: int, n_select: int, round_blocks: int) -> None:
+    def __init__(
+        self, recording: Recording, seed: int, n_select: int, n_hold_out: int, n_trials: int
+    ) -> None:
         generator = np.random.default_rng(seed)
-        orders = {t: generator.permutation(s.shape[1]) for t, s in recording.scores.items()}
-        hold_out = {task: order[n_select:] for task, order in orders.items()}
-        select = {task: order[:n_select] for task, order in orders.items()}
+        self._seed = seed
         self._recording = recording
-        self._tables = recording.scores
-        self._candidates = [
-            Row(int(row))
-            for row in generator.permutation(
-                np.arange(recording.n_references, len(recording.rows))
-            )
-        ]
-        self._on_select = recording.values(select)
-        self._on_hold_out = recording.values(hold_out)
-        self._truth = recording.values(orders)
+        select, hold_out, further = {}, {}, {}
+        for task, values in recording.values.items():
+            first = recording.n_select
+            select[task] = generator.permutation(first)[:n_select]
+            order = first + generator.permutation(values.shape[1] - first)
+            hold_out[task], further[task] = order[:n_hold_out], order[n_hold_out:]
+        numbers = np.arange(recording.n_references, len(recording.rows))
+        self._candidates = [Row(int(i)) for i in generator.permutation(numbers)[:n_trials]]
+        self._references = [Row(i) for i in range(recording.n_references)]
+        self._truth = recording.truth(further)
         self._goal = recording.objective(select)
-        info = TaskInfo(n_select)
-        cuts: dict[str, dict[str, tuple[Block, ...]]] = {"random": {}, "informed": {}}
-        for task, examples in select.items():
-            blocks = make_blocks(task, "select", [int(e) for e in examples], info, BLOCK_SIZE)
-            cuts["random"][task] = blocks
-            scored = [
-                dict(enumerate(row)) for row in self._tables[task][1 : recording.n_references]
-            ]
-            cuts["informed"][task] = telling_first(blocks, scored, "select")
-        self._schedules = {
-            cut: Schedule.interleaved(
-                dict.fromkeys(select, info),
-                {"select": blocks},
-                round_blocks=round_blocks,
-                seed=None,
+        self._schedules = self._cut(select, hold_out)
+
+    def _cut(self, select: Examples, hold_out: Examples) -> dict[str, Schedule]:
+        """Cut the examples into blocks, at random and by how telling they are."""
+        infos = {
+            task: TaskInfo(values.shape[1]) for task, values in self._recording.values.items()
+        }
+        blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"select": {}, "hold_out": {}}
+        for part, examples in zip(blocks, (select, hold_out), strict=True):
+            for task, its in examples.items():
+                numbers = [int(example) for example in its]
+                blocks[part][task] = make_blocks(task, part, numbers, infos[task], BLOCK_SIZE)
+        informed = {
+            task: telling_first(
+                its,
+                [
+                    dict(enumerate(self._recording.values[task][row.index]))
+                    for row in self._references[1:]
+                ],
+                "select",
             )
-            for cut, blocks in cuts.items()
+            for task, its in blocks["select"].items()
+        }
+        cuts = {"random": blocks, "informed": {**blocks, "select": informed}}
+        return {
+            name: Schedule.interleaved(infos, cut, round_blocks=len(infos), seed=None)
+            for name, cut in cuts.items()
         }
 
-    def without(self) -> tuple[int, bool, float]:
-        """Return how many examples are scored without racing, and the regret."""
-        n_select = self._schedules["random"].n_examples("select")
-        expected = {row: self._on_select[row.index] for row in self._candidates}
-        return n_select * len(expected), False, self._regret(self._top(expected))
-
-    def under(self, rule: Racing | SignedRank, cut: str) -> tuple[int, bool, float]:
+    def under(self, rule: Rule) -> tuple[int, bool, float]:
         """Return how many examples a rule scores, if it loses the best, and the regret."""
-        scores = Scores(self._tables)
-        board = Scoreboard(self._schedules[cut], scores)
-        every_block = [block for blocks in board.schedule.rounds["select"] for block in blocks]
-        references = [Row(i) for i in range(self._recording.n_references)]
-        for row in references:
+        scores = Scores(self._recording)
+        board = Scoreboard(self._schedules[rule.order], scores)
+        every_block = [b for rounds in board.schedule.rounds.values() for r in rounds for b in r]
+        for row in self._references:
             scores.show(row, every_block)
-        alone = {BASE, *(expert_name(str(g.expert)) for g in self._recording.goals.values())}
         incumbents = Incumbents(
             board,
             self._goal,
-            rule,
-            base=references[self._recording.rows.index(BASE)],
-            pool=[row for row in references if self._recording.rows[row.index] not in alone],
+            rule.racing,
+            base=self._references[self._recording.rows.index(BASE)],
+            pool=self._merges(),
+            seed=self._seed if rule.graded else None,
         )
-        n_scored, best_full, expected = 0, -np.inf, {}
+        n_scored, expected, full = 0, {}, []
         for row in self._candidates:
             n_scored += self._race(row, incumbents, scores)
-            outcome, stopped_after = incumbents.outcome(row)
-            if stopped_after is None:
-                incumbents.enter(TrialRecord(row.index, row).judged(self._goal, outcome))
-                expected[row] = self._on_select[row.index]
-                best_full = max(best_full, expected[row])
-            else:
-                expected[row] = self._goal.scalar(outcome)
-        top = self._top(expected)
-        for row in top:
+            outcome = incumbents.outcome(row)
+            record = TrialRecord(row.index, row).judged(
+                self._goal, outcome.scores, outcome.estimates
+            )
+            expected[row] = record.value
+            if outcome.stopped_after is None:
+                incumbents.enter(record)
+                full.append(row)
+        lost = self._lost(board, full, rule)
+        for row in sorted(expected, key=lambda row: -expected[row])[:TOP_K]:
             for blocks in board.missing(row, "select"):
                 n_scored += scores.show(row, blocks)
-        best = max(self._on_select[row.index] for row in self._candidates)
-        return n_scored, bool(best > best_full + 1e-12), self._regret(top)
+            if row not in full:
+                full.append(row)
+        for row in full:
+            scores.show(row, [b for r in board.schedule.rounds["hold_out"] for b in r])
+        winner = self._pick(board, full, rule)
+        plans = [*self._references, *self._candidates]
+        best = max(self._truth[row.index] for row in plans)
+        return n_scored, lost, 100 * float(best - self._truth[winner.index])
+
+    def _merges(self) -> list[Row]:
+        """Return the references but the base and the experts."""
+        alone = {BASE, *(expert_name(str(g.expert)) for g in self._recording.goals.values())}
+        return [row for row in self._references if self._recording.rows[row.index] not in alone]
 
     def _race(self, row: Row, incumbents: Incumbents, scores: Scores) -> int:
         n_scored = 0
@@ -262,49 +339,79 @@ class Run:
             n_scored += scores.show(row, blocks)
         return n_scored
 
-    def _top(self, expected: Mapping[Row, float]) -> list[Row]:
-        return sorted(expected, key=lambda row: -expected[row])[:TOP_K]
+    def _read(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> Scoreboard:
+        """Return the scoreboard with grades read as all that was scored in full tells."""
+        if not rule.graded:
+            return board
+        return board.read_by(board.learn([*self._merges(), *full], self._seed))
 
-    def _regret(self, top: Sequence[Row]) -> float:
-        winner = max(top, key=lambda row: self._on_hold_out[row.index])
-        best = max(self._truth[row.index] for row in self._candidates)
-        return 100 * float(best - self._truth[winner.index])
+    def _lost(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> bool:
+        """Return whether the best by its full score was stopped, and none as good was left."""
+        grader = self._read(board, full, rule).grader if rule.graded else Grader()
+        value = {}
+        for row in self._candidates:
+            means = {}
+            for task, blocks in board.schedule.blocks["select"].items():
+                its = [example for block in blocks for example in block.examples]
+                values = self._recording.values[task][row.index][its]
+                grades = self._recording.grades[task][row.index][its]
+                means[task] = float(grader.readings.get(task, METRIC)(values, grades).mean())
+            value[row] = self._goal.scalar(means)
+        return max(value.values()) > max((value[row] for row in full), default=-np.inf) + 1e-12
+
+    def _pick(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> Row:
+        """Return the plan that is saved."""
+        board = self._read(board, full, rule)
+        names = {self._recording.rows[row.index]: row for row in [*self._references, *full]}
+        found = {self._recording.rows[row.index] for row in full}
+        if not rule.all_compete:
+            value = {row: self._goal.scalar(board.estimates(row, "select")) for row in full}
+            top = sorted(full, key=lambda row: -value[row])[:TOP_K]
+            on_hold_out = {row: self._goal.scalar(board.scores(row, "hold_out")) for row in top}
+            return max(top, key=lambda row: on_hold_out[row])
+        merges = {self._recording.rows[row.index] for row in self._merges()} | found
+        evidence = evidence_on_select(board, names, self._goal, merges)
+        top_names = [name for name in evidence.ranked() if name in found][:TOP_K]
+        contest = {n: row for n, row in names.items() if n not in found or n in top_names}
+        return names[confirmed(board, evidence, contest, self._goal).best]
 
 
 def main() -> None:
     """Print one table per recording."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recordings", nargs="*", type=Path)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--round-blocks", type=int, default=0, help="default: one a task")
-    parser.add_argument("--select", type=int, default=0, help="per task; default: 75 %%")
-    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--select", type=int, default=72, help="examples of each task")
+    parser.add_argument("--hold-out", type=int, default=128, help="examples of each task")
+    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--rules", nargs="+", default=list(DEFAULT), choices=list(RULES))
     args = parser.parse_args()
     for path in args.recordings or sorted(HERE.glob("*.npz")):
         recording = Recording.load(path)
-        n_examples = min(table.shape[1] for table in recording.scores.values())
-        n_select = args.select or int(0.75 * n_examples) // BLOCK_SIZE * BLOCK_SIZE
-        round_blocks = args.round_blocks or len(recording.goals)
+        n_further = min(v.shape[1] for v in recording.values.values()) - recording.n_select
         print(
-            f"{path.name}: {len(recording.rows) - recording.n_references} candidates, "
-            f"{len(recording.goals)} tasks of {n_examples} examples, {n_select} of them select; "
-            f"rounds of {round_blocks} blocks; {args.runs} runs"
+            f"{path.name}: {len(recording.rows)} plans, {len(recording.goals)} tasks; of each "
+            f"{args.select} examples select, {args.hold_out} are held out, "
+            f"{n_further - args.hold_out} decide the regret; {args.trials} trials, "
+            f"{args.runs} runs"
         )
+        print(f"{'rule':30s} {'fewer examples':>14s} {'best stopped':>13s} {'regret':>14s}   less")
+        first = None
         runs = [
-            Run(recording, args.first_seed + i, n_select, round_blocks) for i in range(args.runs)
+            Run(recording, args.first_seed + i, args.select, args.hold_out, args.trials)
+            for i in range(args.runs)
         ]
-        full, _, regret_off = (np.array(x) for x in zip(*(r.without() for r in runs), strict=True))
-        print(f"{'rule':36s} {'fewer examples':>14s} {'best stopped':>13s} {'regret':>7s}   more")
-        print(f"{'no racing':36s} {1:12.2f} x {0:11.1f} % {regret_off.mean():7.2f}")
+        n_full = len(recording.goals) * args.select * args.trials
         for name in args.rules:
-            results = [run.under(*RULES[name]) for run in runs]
+            results = [run.under(RULES[name]) for run in runs]
             scored, lost, regret = (np.array(column) for column in zip(*results, strict=True))
-            more = regret - regret_off
-            error = more.std(ddof=1) / np.sqrt(len(more))
+            first = regret if first is None else first
+            less, error = first - regret, (first - regret).std(ddof=1) / np.sqrt(len(regret))
+            spread = regret.std(ddof=1) / np.sqrt(len(regret))
             print(
-                f"{name:36s} {np.mean(full / scored):12.2f} x {100 * lost.mean():11.1f} % "
-                f"{regret.mean():7.2f}  {more.mean():+.2f} +- {error:.2f}",
+                f"{name:30s} {np.mean(n_full / scored):12.2f} x {100 * lost.mean():11.1f} % "
+                f"{regret.mean():7.2f} +- {spread:.2f}  {less.mean():+.2f} +- {error:.2f}",
                 flush=True,
             )
 

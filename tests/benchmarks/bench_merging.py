@@ -193,7 +193,8 @@ class Bench:
 
     def ours(self, method: str, engine: str, **memory: int) -> None:
         kind = f"{method}, {engine}"
-        keeps = 4 * N_EXPERTS * self.d <= Memory(**memory).budget_bytes(torch.device(self.device))
+        budget = Memory(**memory).budget_bytes(torch.device(self.device))
+        keeps = self.device == "cpu" and 4 * N_EXPERTS * self.d <= budget
         if method == "pcb" and memory.get("keep_bytes") != 0 and not keeps:
             print(f"  {kind}, β kept: skipped, there is no memory to keep it")
             return

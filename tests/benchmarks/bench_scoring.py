@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,21 @@ BATCH_SIZES = (8, 16, 32, 64)  # of HFLM, from small to large
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of task: its name in the table and in lm-eval, and how many examples are scored."""
+    """A kind of task.
+
+    Attributes:
+        title: Its name in the table.
+        task: Its name in lm-eval.
+        n_examples: How many examples are scored.
+        batch_sizes: Among which ``HFLM``'s is chosen, from small to large.
+        is_chat: Whether prompts are turns of the tokenizer's chat template.
+    """
 
     title: str
     task: str
     n_examples: int
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    is_chat: bool = False
 
 
 CASES = (
@@ -56,6 +67,8 @@ CASES = (
     Case("4 choices, 0-shot (spelling)", "quickstart_spelling", 80),
     Case("4 choices, shared 5-shot prefix", "bench_fewshot", 40),
     Case("4 choices, drawn 5-shot prefix", "bench_drawn", 24),
+    Case("4 choices, shared prefix of 2,000 tokens", "bench_long", 4, (8,)),
+    Case("4 choices, chat template", "bench_chat", 40, is_chat=True),
     Case("rolling log-likelihood", "bench_rolling", 24),
     Case("generation, 5-shot", "bench_generate_fewshot", 24),
     Case("generation", "bench_generate", 48),
@@ -67,6 +80,17 @@ def own_task(name: str) -> dict[str, Any]:
     task: dict[str, Any] = yaml.safe_load((STUDY / "tasks" / f"{name}.yaml").read_text())
     files = {"validation": str(STUDY / "tasks" / "data" / f"{name}.jsonl")}
     return task | {"dataset_kwargs": {"data_files": files}}
+
+
+def long_task(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
+    """Return a task whose prompts all begin with the same 2,000 tokens, more or less."""
+    task = own_task("rhyme") | first | {"task": "bench_long", "num_fewshot": 150}
+    files = task["dataset_kwargs"]["data_files"]
+    rows = Path(files["validation"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    shown = folder / "shown.jsonl"
+    shown.write_text("".join(rows[-160:]), encoding="utf-8")
+    task["dataset_kwargs"] = {"data_files": files | {"train": str(shown)}}
+    return task | {"training_split": "train", "fewshot_split": "train"}
 
 
 def write_tasks(folder: Path) -> None:
@@ -103,6 +127,8 @@ def write_tasks(folder: Path) -> None:
     first = {"num_fewshot": 5, "fewshot_split": "validation"}
     first["fewshot_config"] = {"sampler": "first_n"}
     tasks.append(fewshot | {"task": "bench_fewshot"} | first)
+    tasks.append(own_task("rhyme") | {"task": "bench_chat"})
+    tasks.append(long_task(folder, first))
     tasks.append(generate | {"task": "bench_generate_fewshot"} | first)
     tasks += [fewshot | {"task": "bench_drawn"}, generate, rolling]
     for task in tasks:
@@ -130,6 +156,7 @@ class Measured:
     Attributes:
         batch_size: At which ``HFLM`` was fastest.
         theirs_s: Seconds that it took, at its best.
+        requests_s: Of these, those that it took to answer lm-eval's requests.
         ours_s: Seconds that we took, at our best.
         difference: The largest of log-likelihoods; ``None`` where there are none.
         n_same: Examples with the same answer.
@@ -138,6 +165,7 @@ class Measured:
 
     batch_size: int
     theirs_s: float
+    requests_s: float
     ours_s: float
     difference: float | None
     n_same: int
@@ -169,7 +197,6 @@ class Contest:
         timer: Measures seconds.
         batch_tokens: Of our passes.
         cases: What may be scored.
-        batch_sizes: Among which ``HFLM``'s is chosen.
     """
 
     def __init__(
@@ -181,13 +208,14 @@ class Contest:
         *,
         batch_tokens: int,
         cases: Sequence[Case] = CASES,
-        batch_sizes: Sequence[int] = BATCH_SIZES,
     ) -> None:
         self._model = model
         self._timed = timer
         self._tokenizer = tokenizer
-        self._batch_sizes = batch_sizes
-        tasks = {case.task: LmTask(case.task, "validation") for case in cases}
+        tasks = {
+            case.task: LmTask(case.task, "validation", chat_template=case.is_chat or None)
+            for case in cases
+        }
         backend = TransformersBackend(batch_tokens)
         self._harness = LmHarness(
             tasks,
@@ -205,17 +233,46 @@ class Contest:
         """Return lm-eval's own result; the task and its data are loaded already."""
         task = self._tasks[case.task]
         task.set_fewshot_seed(1234)
-        return evaluate(lm, {"tasks": {case.task: task}}, limit=limit, bootstrap_iters=0)
+        return evaluate(
+            lm,
+            {"tasks": {case.task: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=case.is_chat,
+        )
 
-    def hflm(self, batch_size: int) -> Any:
-        """Return lm-eval's model around ours."""
-        return HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=batch_size)
+    def hflm(self, batch_size: int, spent: list[float] | None = None) -> Any:
+        """Return lm-eval's model around ours.
+
+        Args:
+            batch_size: Of its passes.
+            spent: Where to add the seconds that it takes to answer requests.
+        """
+        lm = HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=batch_size)
+        for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(lm, kind, partial(self._answered, getattr(lm, kind), spent))
+        return lm
+
+    def _answered(
+        self, answer: Callable[..., Any], spent: list[float] | None, *given: Any, **options: Any
+    ) -> Any:
+        """Return what a method of a language model answers, and note how long it takes."""
+        seconds, answers = self._timed(lambda: answer(*given, **options))
+        if spent is not None:
+            spent.append(seconds)
+        return answers
 
     def best_batch_size(self, case: Case, n_examples: int) -> int:
-        """Return the batch size at which ``HFLM`` is fastest on a third of the examples."""
-        limit = max(8, n_examples // 3)
+        """Return the batch size at which ``HFLM`` is fastest on a third of the examples.
+
+        It is on 48 of them where there are more.
+        """
+        if len(case.batch_sizes) == 1:
+            return case.batch_sizes[0]
+        limit = max(8, min(48, n_examples // 3))
+        self.evaluate(self.hflm(case.batch_sizes[0]), case, 8)  # kernels are chosen and loaded
         seconds = {}
-        for size in self._batch_sizes:
+        for size in case.batch_sizes:
             try:
                 seconds[size], _ = self._timed(
                     lambda size=size: self.evaluate(self.hflm(size), case, limit)
@@ -226,21 +283,23 @@ class Contest:
 
     def measure(self, case: Case, n_examples: int, rounds: int) -> Measured:
         """Return how long one case takes both ways, and how far the answers agree."""
-        size = self.best_batch_size(case, n_examples)
-        lm = self.hflm(size)
-        self._harness.score(self._model, case.task, range(2))  # prompts are made once a study
-        theirs, ours = [], []
+        size, answering = self.best_batch_size(case, n_examples), []
+        lm = self.hflm(size, answering)
+        examples = range(n_examples)
+        self._harness.score(self._model, case.task, examples)  # prompts are made once a study
+        theirs, ours, requests = [], [], []
         for _ in range(rounds):
+            answering.clear()
             seconds, result = self._timed(lambda: self.evaluate(lm, case, n_examples))
             theirs.append(seconds)
-            seconds, _ = self._timed(
-                lambda: self._harness.score(self._model, case.task, range(n_examples))
-            )
+            requests.append(sum(answering))
+            seconds, _ = self._timed(lambda: self._harness.score(self._model, case.task, examples))
             ours.append(seconds)
         samples = result["samples"][case.task]
         _, again = self._timed(lambda: self.evaluate(self._lm, case, n_examples))
         difference, n_same = compare(samples, again["samples"][case.task])
-        return Measured(size, min(theirs), min(ours), difference, n_same, len(samples))
+        best = min(theirs), min(requests), min(ours)
+        return Measured(size, *best, difference, n_same, len(samples))
 
     def overhead_s(self, n_examples: int, rounds: int) -> float:
         """Return the seconds of a trial outside the forward passes: the best of some trials.

@@ -188,6 +188,7 @@ def _study(base, expert, file=Path("study.yaml"), **changes):
             "experts": {"a": str(expert)},
             "space": {"method": "linear", "coefficient": {"low": 0, "high": 1}},
             "tasks": {"t": {"split": "test"}},
+            "objective": "mean",
             **changes,
         }
     )

@@ -151,6 +151,7 @@ def test_the_resident_model_scores_with_the_added_tokens(save, tmp_path):
             "vocabulary": "union",
             "space": {"method": "task_arithmetic", "coefficient": {"low": 0, "high": 1}},
             "tasks": {"t": {"evaluator": "perplexity", "data": str(tmp_path / "text.jsonl")}},
+            "objective": "mean",
         }
     )
     study = Study(spec, tmp_path / "study.yaml")

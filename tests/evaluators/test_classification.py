@@ -27,13 +27,14 @@ from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError, EvaluationError, SpecError
 from searchmerge.evaluators.classification import macro_f1
 from searchmerge.execution.gradient import LossRequest
+from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import saved_heads
 from searchmerge.models import load_task_vectors, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
-from searchmerge.watch import Watch
+from searchmerge.watch import Watch, content_of
 from tests.evaluators.classifiers import (
     CLASSES,
     NAMES,
@@ -110,7 +111,7 @@ def make_worker(file):
     return assemble.make_worker(study, open_models(study), EAGER)
 
 
-def score(file, expert):
+def scored(file, expert):
     """Score the expert itself, which task arithmetic with one coefficient of 1 gives."""
     study, worker = read_study(file), make_worker(file)
     plan = reference_plans(study.experts)[f"expert {expert}"]
@@ -118,7 +119,13 @@ def score(file, expert):
     blocks = schedule.blocks["pilot"][expert]
     [result] = list(worker.score(plan, [tuple(blocks)]))
     order = [example for block in blocks for example in block.examples]
-    return order, [value for scores in result.scores for value in scores.values]
+    return order, result.scores
+
+
+def score(file, expert):
+    """Return the examples in their order, and what the expert itself scores on them."""
+    order, blocks = scored(file, expert)
+    return order, [value for scores in blocks for value in scores.values]
 
 
 def text_labels(expert, n=24):
@@ -144,6 +151,18 @@ def test_a_text_classifier_scores_as_in_transformers(write, tmp_path, expert):
     labels = text_labels(expert)
     assert values == [float(predicted[i] == labels[i]) for i in order]
     assert 0 < sum(values) < len(values)  # or this test would show little
+
+
+def test_grades_are_the_lead_of_the_right_class_over_the_likeliest_other(write, tmp_path):
+    expert = next(iter(CLASSES))
+    file = write("bert", text_tasks(), classification={"batch_tokens": 64})
+    order, blocks = scored(file, expert)
+    labels, leads = text_labels(expert), {}
+    for i, logits in enumerate(own_text_logits(tmp_path, expert)):
+        others = [float(z) for k, z in enumerate(logits) if k != labels[i]]
+        leads[i] = float(logits[labels[i]]) - max(others)
+    grades = [grade for block in blocks for grade in block.grades]
+    assert grades == pytest.approx([leads[i] for i in order], abs=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
@@ -218,6 +237,42 @@ def test_macro_f1_is_the_mean_of_the_classes_that_occur(pairs):
     true, predicted = np.array(pairs).T
     found = macro_f1([float(5 * t + p) for t, p in pairs], 5)
     assert found == pytest.approx(f1_by_hand(true, predicted))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "data"),
+    [
+        ("bert", text_tasks(), {"select": "data/first.jsonl", "hold_out": "moved.jsonl"}),
+        ("vit", image_tasks(), {"select": "data/first", "hold_out": "moved"}),
+    ],
+)
+def test_each_part_may_be_classified_from_data_of_its_own(write, tmp_path, kind, tasks, data):
+    def scored(study):
+        """Return each example's score by the expert itself."""
+        worker = assemble.make_worker(study, open_models(study), EAGER)
+        schedule = assemble.make_schedule(study, worker.tasks())
+        blocks = [b for part in ("pilot", "hold_out") for b in schedule.blocks[part]["first"]]
+        [result] = worker.score(reference_plans(study.experts)["expert first"], [tuple(blocks)])
+        values = [dict(zip(s.block.examples, s.values, strict=True)) for s in result.scores]
+        by_example = {e: value for of_block in values for e, value in of_block.items()}
+        return [by_example[e] for e in sorted(by_example)], worker.tasks()["first"]
+
+    whole, _ = scored(read_study(write(kind, tasks)))
+    expected = [*whole, *whole]
+    if kind == "bert":
+        lines = (tmp_path / "data" / "first.jsonl").read_text().splitlines()
+        (tmp_path / "moved.jsonl").write_text("\n".join(reversed(lines)))
+        expected = [*whole, *reversed(whole)]
+    else:
+        (tmp_path / "moved").symlink_to(tmp_path / "data" / "first")
+    both = {**tasks["first"], "data": data, "select": None, "hold_out": None}
+    study = read_study(write(kind, {**tasks, "first": both}))
+    found, info = scored(study)
+    assert found == expected and len(set(whole)) > 1
+    assert [info.n_of(part) for part in data] == [len(whole)] * 2
+    assert all(info.parts[part].source.endswith(data[part]) for part in data)
+    files = fingerprint(study, content_of(open_models(study)), "cpu")["files"]
+    assert set(data.values()) <= files.keys()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
-from searchmerge.evaluators.function import FunctionEvaluator
+from searchmerge.evaluators.function import Counts, FunctionEvaluator, FunctionKeys
 from searchmerge.fingerprint import fingerprint
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
@@ -23,6 +23,9 @@ import torch
 
 def bias(model, task, examples):
     return [model.bias.item() * len(task) + example for example in examples]
+
+def pairs(model, task, examples):
+    return [(float(example > 0), example - 0.5) for example in examples]
 
 def too_few(model, task, examples):
     return [0.5]
@@ -137,7 +140,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def evaluator(folder, name):
-    return FunctionEvaluator(f"scores_of_mine:{name}", {"mine": 5}, search_path=folder)
+    return FunctionEvaluator(f"scores_of_mine:{name}", {"mine": TaskInfo(5)}, search_path=folder)
 
 
 @pytest.fixture
@@ -153,6 +156,14 @@ def test_the_users_function_scores_the_model(folder, model):
     assert mine.score(model, "mine", [4, 0]) == (5.0, 1.0)
 
 
+def test_a_function_may_have_examples_of_each_part():
+    keys = FunctionKeys("scores_of_mine:bias", Counts(select=3, hold_out=5))
+    info = keys.info
+    assert (info.n_examples, info.n_of("select"), info.n_of("hold_out")) == (8, 3, 5)
+    assert info.parts["select"].source == "n_examples.select of scores_of_mine:bias"
+    assert FunctionKeys("scores_of_mine:bias", 4).info == TaskInfo(4)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -162,7 +173,7 @@ def test_the_users_function_scores_the_model(folder, model):
         ("lines", r"task 'mine': scores_of_mine:lines raised ValueError: no such row"),
         ("words", r"words scored example 0 'good' \(str\); a finite number is needed"),
         ("digits", r"digits scored example 0 '0\.5' \(str\)"),
-        ("text", r"text returned '55' \(str\); a list of one number per example is needed"),
+        ("text", r"text returned '55' \(str\); a list of one number, or one pair"),
         ("mapping", r"mapping returned \{0: 0\.5, 3: 0\.5\} \(dict\)"),
         ("truths", r"truths scored example 0 True \(bool\)"),
         ("empty", r"empty returned None \(NoneType\)"),
@@ -193,7 +204,7 @@ def test_what_is_no_score_fails_the_candidate(folder, model, name, message):
 )
 def test_a_function_that_cannot_be_imported_is_refused(folder, name, message):
     with pytest.raises(SpecError, match=message):
-        FunctionEvaluator(name, {"mine": 5}, search_path=folder)
+        FunctionEvaluator(name, {"mine": TaskInfo(5)}, search_path=folder)
 
 
 @pytest.mark.parametrize("name", ["tensor", "array", "scalars"])
@@ -283,8 +294,8 @@ def infinite(model, task, examples):
 def with_loss(folder, loss):
     name = f"losses_{folder.name.replace('-', '_')}"
     (folder / f"{name}.py").write_text(LOSS)
-    named = None if loss is None else f"{name}:{loss}"
-    return FunctionEvaluator(f"{name}:score", {"t": 5}, loss=named, search_path=folder)
+    keys = FunctionKeys(f"{name}:score", 5, None if loss is None else f"{name}:{loss}")
+    return FunctionEvaluator(keys.function, {"t": keys.info}, loss=keys.loss, search_path=folder)
 
 
 def test_a_function_may_come_with_a_loss(tmp_path):
@@ -308,3 +319,12 @@ def test_a_function_may_come_with_a_loss(tmp_path):
 def test_what_is_no_loss_is_refused(tmp_path, loss, message):
     with pytest.raises(EvaluationError, match=message):
         with_loss(tmp_path, loss).loss(nn.Linear(1, 1), "t", [0])
+
+
+def test_the_users_function_may_grade_beside_the_score(folder, model):
+    graded = evaluator(folder, "pairs")
+    assert graded.score(model, "mine", [4, 0]) == (1.0, 0.0)
+    assert graded.grades("mine", [4, 0]) == (3.5, -0.5)
+    plain = evaluator(folder, "bias")
+    plain.score(model, "mine", [4, 0])
+    assert plain.grades("mine", [4, 0]) == ()

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def evaluator(folder, text="body", **options):
-    task = TextTask(DataSource(str(folder / "texts.jsonl")), text)
+    task = TextTask((DataSource(str(folder / "texts.jsonl")),), text)
     return Perplexity({"t": task}, model_dir=folder, **options)
 
 
@@ -99,14 +99,14 @@ def test_what_cannot_be_scored_is_refused(folder, options, match):
 
 def test_a_text_without_tokens_is_refused(folder, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"body": "a"}\n{"body": ""}\n')
-    task = TextTask(DataSource(str(tmp_path / "empty.jsonl")), "body")
+    task = TextTask((DataSource(str(tmp_path / "empty.jsonl")),), "body")
     with pytest.raises(SpecError, match="row 1 is '', which has no tokens"):
         Perplexity({"t": task}, model_dir=folder)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    task = TextTask(DataSource(str(folder / "texts.jsonl")), "body")
+    task = TextTask((DataSource(str(folder / "texts.jsonl")),), "body")
     with pytest.raises(SpecError, match="the tokenizer cannot be loaded: ") as refused:
         Perplexity({"t": task}, model_dir=tmp_path)
     assert "\n" not in str(refused.value)
@@ -118,6 +118,26 @@ def test_a_collapsed_model_fails_by_task_and_example(folder):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(EvaluationError, match=r"task 't', example 2: .* not a finite number"):
         evaluator(folder).score(model, "t", [2, 1])
+
+
+def test_the_parts_of_a_task_may_be_files_of_their_own(folder):
+    (folder / "more.txt").write_text("the lazy dog\na fog\n")
+    more = DataSource(str(folder / "more.txt"))
+    options = {"model_dir": folder, "max_length": 16}
+    with pytest.raises(SpecError, match=r"tasks\.t\.text: no column 'body' \(there are: text\)"):
+        Perplexity(
+            {"t": TextTask((DataSource(str(folder / "texts.jsonl")), more), "body")}, **options
+        )
+    texts = folder / "texts.txt"
+    texts.write_text("".join(f"{text.strip()}\n" for text in TEXTS))
+    sources = (DataSource(str(texts)), more)
+    apart = Perplexity({"t": TextTask(sources)}, **options)
+    assert [apart.tasks["t"].n_of(part) for part in ("select", "hold_out")] == [4, 2]
+    assert apart.tasks["t"].parts["hold_out"].source == str(folder / "more.txt")
+    alone = [Perplexity({"t": TextTask((source,))}, **options) for source in sources]
+    model = tiny_model("llama")
+    expected = alone[0].score(model, "t", range(4)) + alone[1].score(model, "t", range(2))
+    assert apart.score(model, "t", range(6)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_study_of_texts_runs(tmp_path, monkeypatch):

@@ -8,11 +8,18 @@ import datasets
 import pytest
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.rows import (
     DataPlace,
+    DataPlaces,
     DataSource,
+    Joined,
+    Splits,
     column,
+    data_paths,
+    data_sources,
     load_rows,
+    rows_info,
     text_column,
 )
 
@@ -104,10 +111,49 @@ def test_progress_bars_are_kept_off_and_left_as_they_were(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def resolve(path):
+    return f"/study/{path}"
+
+
 def test_a_place_is_resolved_and_given_its_split():
     place = DataPlace("data", "subset", "v1")
-    source = place.source("test", lambda path: f"/study/{path}")
-    assert source == DataSource("/study/data", "test", "subset", "v1")
+    source = DataSource("/study/data", "test", "subset", "v1")
+    assert data_sources(place, "test", resolve) == (source,)
+    assert data_paths(place) == ["data"]
+
+
+def test_each_part_has_its_own_source_where_files_or_splits_differ():
+    places = DataPlaces(DataPlace("a.jsonl"), DataPlace("b.jsonl"))
+    splits = Splits("train", "test")
+    of_files = (DataSource("/study/a.jsonl"), DataSource("/study/b.jsonl"))
+    assert data_sources(places, None, resolve) == of_files
+    assert [s.split for s in data_sources(DataPlace("data"), splits, resolve)] == ["train", "test"]
+    of_both = [(s.path, s.split) for s in data_sources(places, splits, resolve)]
+    assert of_both == [("/study/a.jsonl", "train"), ("/study/b.jsonl", "test")]
+    assert data_paths(places) == ["a.jsonl", "b.jsonl"]
+
+
+def test_parts_that_are_said_to_be_of_the_same_data_are_divided_as_ever():
+    places = DataPlaces(DataPlace("a.jsonl"), DataPlace("a.jsonl"))
+    assert data_sources(places, Splits("test", "test"), resolve) == (
+        DataSource("/study/a.jsonl", "test"),
+    )
+    assert rows_info((DataSource("a"),), [5], metric="m") == TaskInfo(5, "m")
+
+
+def test_what_is_known_of_a_task_names_where_each_part_is_from():
+    sources = (DataSource("data", "train"), DataSource("b.jsonl"))
+    info = rows_info(sources, [5, 3], metric="m")
+    assert (info.n_examples, info.metric) == (8, "m")
+    assert {part: (its.source, its.n_examples) for part, its in info.parts.items()} == {
+        "select": ("split 'train' of data", 5),
+        "hold_out": ("b.jsonl", 3),
+    }
+
+
+def test_joined_columns_are_read_one_entry_at_a_time():
+    joined = Joined([["a", "b"], [], ["c"]])
+    assert [joined[i] for i in range(len(joined))] == ["a", "b", "c"]
 
 
 def test_a_column_is_found_by_its_name():

@@ -21,9 +21,10 @@ from searchmerge.evaluators.user_code import as_scores, model_kept, user_code
     ids=lambda value: type(value).__name__,
 )
 def test_any_list_of_numbers_is_scores(returned):
-    found = as_scores(returned, [3, 4], "task 't': m:f")
-    assert found == (1.0, 0.5)
-    assert all(type(score) is float for score in found)
+    scores, grades = as_scores(returned, [3, 4], "task 't': m:f")
+    assert scores == (1.0, 0.5)
+    assert all(type(score) is float for score in scores)
+    assert grades == ()
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,22 @@ def test_a_model_that_was_changed_stops_the_study(change):
     model = nn.Linear(2, 2)
     with pytest.raises(StudyError, match=r"m:f.*(weight|bias)"), model_kept(model, "m:f"):
         change(model)
+
+
+def test_pairs_are_scores_and_grades():
+    told = as_scores([(1, 0.25), (torch.tensor(0.0), -2)], [3, 4], "m:f")
+    assert told.scores == (1.0, 0.0)
+    assert told.grades == (0.25, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ([(1.0, float("nan")), (0.0, 1.0)], "graded example 3 nan"),
+        ([(1.0, 0.5), 0.0], "scored example 3"),
+        ([(1.0, 0.5, 2.0), (0.0, 1.0, 2.0)], "scored example 3"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(returned, told):
+    with pytest.raises(EvaluationError, match=f"^m:f {told}"):
+        as_scores(returned, [3, 4], "m:f")

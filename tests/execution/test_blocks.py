@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import Member, TaskInfo
+from searchmerge.evaluators.evaluator import Member, PartInfo, TaskInfo
 from searchmerge.evaluators.score_kind import Whole
 from searchmerge.execution.blocks import make_blocks, make_rounds, split_examples, telling_first
 
@@ -93,3 +93,64 @@ def test_every_beginning_of_a_part_holds_all_members():
     beginning = parts["select"][:40]
     assert any(e < 300 for e in beginning) and any(e >= 350 for e in beginning)
     assert any(300 <= e < 350 for e in beginning)
+
+
+APART = TaskInfo.of_parts(PartInfo("split 'train'", 30), PartInfo("split 'test'", 20))
+
+
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(0, 5))
+def test_each_part_is_drawn_from_its_own_data(select, hold_out, seed):
+    parts = split_examples("t", APART, seed=seed, select=select, hold_out=hold_out)
+    assert len(set(parts["select"])) == select and set(parts["select"]) <= set(range(30))
+    assert len(set(parts["hold_out"])) == hold_out and set(parts["hold_out"]) <= set(range(30, 50))
+    # one part says nothing of how the other is shuffled
+    other = split_examples("t", APART, seed=seed, select=None, hold_out=hold_out)
+    assert other["hold_out"] == parts["hold_out"]
+    assert sorted(other["select"]) == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("select", "hold_out", "message"),
+    [
+        (
+            31,
+            None,
+            r"tasks\.t\.select: 31 were asked for, but split 'train' has 30 examples; allow",
+        ),
+        (
+            None,
+            21,
+            r"tasks\.t\.hold_out: 21 were asked for, but split 'test' has 20 examples; allo",
+        ),
+    ],
+)
+def test_more_than_a_parts_own_data_has_is_refused(select, hold_out, message):
+    with pytest.raises(SpecError, match=message):
+        split_examples("t", APART, seed=0, select=select, hold_out=hold_out)
+
+
+def test_members_are_drawn_in_proportion_from_each_parts_own_data():
+    def members(*sizes):
+        weights = (0.5, 0.25, 0.25)
+        named = zip("abc", sizes, weights, strict=True)
+        return tuple(Member(name, n, weight) for name, n, weight in named)
+
+    info = TaskInfo.of_parts(
+        PartInfo("split 'dev'", 60, members(40, 10, 10)),
+        PartInfo("split 'test'", 500, members(300, 50, 150)),
+    )
+    parts = split_examples("t", info, seed=0, select=None, hold_out=100)
+    counts = [sum(e in examples for e in parts["select"]) for examples in SELECT_RANGES]
+    assert counts == [20, 10, 10]
+    counts = [sum(e in examples for e in parts["hold_out"]) for examples in HOLD_OUT_RANGES]
+    assert counts == [50, 25, 25]
+    assert [r for _, r in info.members_of("select")] == SELECT_RANGES
+    assert [r for _, r in info.members_of("hold_out")] == HOLD_OUT_RANGES
+    with pytest.raises(
+        SpecError, match=r"t\.select: 41 .* split 'dev' has 40 examples, counted in"
+    ):
+        split_examples("t", info, seed=0, select=41, hold_out=1)
+
+
+SELECT_RANGES = [range(40), range(40, 50), range(50, 60)]
+HOLD_OUT_RANGES = [range(60, 360), range(360, 410), range(410, 560)]

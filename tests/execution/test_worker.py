@@ -67,3 +67,32 @@ def test_answers_come_with_the_scores_of_blocks_that_keep_them():
     silent = Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, ToyEvaluator()))
     [result] = silent.score(plan(FINE), [blocks])
     assert [scores.answers for scores in result.scores] == [(), ()]
+
+
+class Grades(ToyEvaluator):
+    def __init__(self, graded):
+        super().__init__()
+        self._graded = graded
+
+    def grades(self, task, examples):
+        return self._graded(examples)
+
+
+def graded(by):
+    model = ToyModel()
+    worker = Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, Grades(by)))
+    block = Block(next(iter(EXPERTS)), "select", 0, (3, 1))
+    return [scores for result in worker.score(plan(FINE), [(block,)]) for scores in result.scores]
+
+
+def test_grades_come_with_the_scores():
+    [scores] = graded(lambda examples: tuple(float(example) for example in examples))
+    assert scores.grades == (3.0, 1.0)
+    [without] = graded(lambda examples: ())
+    assert without.grades == ()
+
+
+@pytest.mark.parametrize("grades", [(1.0,), (float("nan"), 1.0)])
+def test_grades_that_are_not_one_finite_number_each_are_refused(grades):
+    with pytest.raises(EvaluationError, match="graded 2 examples by"):
+        graded(lambda examples: grades)

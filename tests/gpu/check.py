@@ -1,10 +1,11 @@
 """Checks and measures everything on this machine's GPU: one command, within a budget.
 
     python tests/gpu/check.py [--out figures.jsonl] [--budget 450] [--device cuda:0]
+                              [--only golden merging statistics TSV scoring study methods]
 
 Needs nothing but the tree, torch and the product's own packages: models, data and tasks are made
 here, from seeds. PYTHONPATH decides which copy of the product runs; without it, the tree's does.
-The most important comes first: the authors' outputs, statistics, merging beside a copy, matrices
+The most important comes first: the authors' outputs, merging beside a copy, statistics, matrices
 taken apart, scoring beside lm-eval's HFLM, a study from its file to its model. A step that fails
 is noted and the rest goes on; what there was no time for is named. Figures are printed as they
 come and appended to the file, one JSON object a line. The exit code is 1 if anything failed;
@@ -29,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+SECTIONS = ("golden", "merging", "statistics", "TSV", "scoring", "study", "methods")
+"""What can be chosen, in the order in which each begins."""
 
 for _switch, _value in {
     "HF_HUB_OFFLINE": "1",
@@ -104,12 +108,11 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Any]:
     device, small = options.device, options.small
     engines = tuple(options.engines)
     bench = Bench(device, engines, small, folders["merging"], 2 if small else 9)
-    yield from bench.golden()
-    yield from bench.statistics()
-    yield from bench.merging()
-    yield from bench.tsv()
-    yield from Scoring(device, small, folders["scoring"]).steps()
+    scoring = Scoring(device, small, folders["scoring"])
+    yield from bench.first()
+    yield from scoring.steps()
     yield from Study(device, bench.fastest, small, folders["study"]).steps()
+    yield from scoring.more()
     yield from bench.more()
 
 
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--engines", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"]
     )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
     options = parser.parse_args()
     if options.device == "cuda":
         options.device = "cuda:0"
@@ -140,7 +144,8 @@ def main() -> None:
         report = Report(options.device, options.budget, open_file(options.out))
         report.header(facts(options.device))
         for step in steps(options, folder):
-            report.step(step)
+            if step.section in options.only:
+                report.step(step)
         is_right = report.summary()
     sys.exit(0 if is_right else 1)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.check import SECTIONS
 from tests.gpu.merging import covered
 from tests.gpu.report import Report, Step, Wrong, open_file
 
 CHECK = Path(__file__).with_name("check.py")
-SECTIONS = ("golden", "statistics", "merging", "TSV", "scoring", "study", "methods")
 
 
 def lines(file):
@@ -31,6 +31,15 @@ def test_all_of_it_runs_in_small_on_a_cpu(tmp_path, engines):
     assert header["torch"]
     assert tuple(dict.fromkeys(line["section"] for line in figures)) == SECTIONS
     assert summary["failed"] == summary["left out"] == []
+
+
+def test_sections_can_be_chosen(tmp_path):
+    file = tmp_path / "figures.jsonl"
+    command = [sys.executable, str(CHECK), "--small", "--device", "cpu", "--out", str(file)]
+    command += ["--engines", "eager", "--only", "TSV", "statistics"]
+    subprocess.run(command, capture_output=True, cwd=tmp_path, check=True)
+    sections = [line["section"] for line in lines(file)]
+    assert list(dict.fromkeys(sections)) == ["header", "statistics", "TSV", "summary"]
 
 
 @pytest.fixture

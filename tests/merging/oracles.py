@@ -52,14 +52,27 @@ def ties(deltas, coefficients, densities, aggregate="mean"):
 
 
 def pcb(deltas, coefficients, densities, variant="reference"):
+    balances, clamped = pcb_balances(deltas, variant)
+    total, weights = np.zeros(deltas.shape[1]), np.zeros(deltas.shape[1])
+    for i, balance in enumerate(balances):
+        dropped = pcb_dropped(balance, densities[i])
+        span = balance.max() - dropped
+        share = (np.maximum(balance, dropped) - dropped) / span if span else np.zeros(len(balance))
+        total += coefficients[i] * np.sign(deltas[i]) * clamped[i] * share
+        weights += share
+    return total / np.maximum(weights, 1e-12)
+
+
+def pcb_balances(deltas, variant):
+    """How each expert's entries compete, and their clamped magnitudes."""
     n, d = deltas.shape
     ratio = 1e-4 if variant == "reference" else 1e-2
-    total, weights = np.zeros(d), np.zeros(d)
     ordered = np.sort(np.abs(deltas), axis=1)
     low, high = ordered[:, int(d * ratio)], ordered[:, int(d * (1 - ratio) - 1)]
     clamped = np.clip(np.abs(deltas), low[:, None], high[:, None])
     scaled = (clamped - low[:, None]) / (high - low)[:, None]
     signed = np.sign(deltas) * scaled
+    balances = []
     for i in range(n):
         if variant in ("reference", "nlp"):
             inter = np.tanh(deltas[i] * deltas.sum(0))
@@ -67,13 +80,28 @@ def pcb(deltas, coefficients, densities, variant="reference"):
             inter = np.tanh(deltas[i] * signed.sum(0))
         else:
             inter = sum(np.tanh(signed[i] * signed[j]) for j in range(n))
-        balance = np.exp(n * scaled[i] ** 2) * inter
-        dropped = np.sort(balance)[min(d - 1, int(d * (1 - densities[i])))]
-        span = balance.max() - dropped
-        share = (np.maximum(balance, dropped) - dropped) / span if span else np.zeros(d)
-        total += coefficients[i] * np.sign(deltas[i]) * clamped[i] * share
-        weights += share
-    return total / np.maximum(weights, 1e-12)
+        balances.append(np.exp(n * scaled[i] ** 2) * inter)
+    return balances, clamped
+
+
+def pcb_dropped(balance, density):
+    """The heaviest balance that is dropped."""
+    return np.sort(balance)[min(len(balance) - 1, int(len(balance) * (1 - density)))]
+
+
+def pcb_tied(deltas, densities, variant, closeness):
+    """Which entries have a balance that is the heaviest dropped but for rounding.
+
+    In exact arithmetic they are dropped with it; in float32 the last bit of exp and tanh, or the
+    order of a sum, tells those that are equal apart, and one that is above by a bit is kept whole.
+    """
+    balances, _ = pcb_balances(deltas, variant)
+    dropped = [pcb_dropped(*of) for of in zip(balances, densities, strict=True)]
+    distances = [
+        np.abs(b - least) / max(abs(least), 1e-30)
+        for b, least in zip(balances, dropped, strict=True)
+    ]
+    return np.min(distances, axis=0) <= closeness
 
 
 def elected(deltas, coefficients):

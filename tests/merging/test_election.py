@@ -27,7 +27,7 @@ def test_compiled_elections_equal_eager_ones_to_the_bit(majority, aggregate):
     own = Operands(torch.zeros(columns.shape[1]), tuple(columns), scalars)
 
     def elect(chunk: Chunk):
-        merged, tally = merge_elected(list(chunk.deltas), unpack(Elected, chunk), aggregate)
+        merged, *tally = merge_elected(list(chunk.deltas), unpack(Elected, chunk), aggregate)
         return merged, merged * 0 + tally[0], merged * 0 + tally[1]
 
     eager, compiled = (Engine(kind).compute(elect, own) for kind in ("eager", "compiled"))

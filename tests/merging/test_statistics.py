@@ -1,6 +1,7 @@
 """Order statistics are those of a sort, whatever the numbers are."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
-from searchmerge.merging.engine import Engine
+from searchmerge.merging.engine import Engine, Operands
 from searchmerge.merging.measure import Measure, MemoryBudget
-from searchmerge.merging.statistics import Block, OrderStatistics
+from searchmerge.merging.statistics import Block, OrderStatistics, n_lanes
 from searchmerge.merging.task_vectors import TaskVectors
 
 ODD = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0 + 2**-23, 3.4e38, -3.4e38, 0.5]
@@ -80,6 +81,60 @@ def test_rows_can_be_asked_for_alone_and_ranks_are_clamped():
     statistics, _ = statistics_of(rows)
     assert statistics.at([2], rows=[1]) == [30.0]
     assert statistics.at([-5, 99]) == [1.0, 30.0]
+
+
+class Uncompiled(Engine):
+    """Runs kernels of rows as they are, on a CPU."""
+
+    def run_rows(self, kernel, function, rows, outs, fixed=()):
+        kernel(function, rows, *fixed, *outs)
+        return True
+
+
+def as_they_are(chunk):
+    return chunk.deltas
+
+
+def counted_where_computed(rows, size):
+    """Return statistics of ``rows``, counted as a GPU does, in blocks of ``size``."""
+    rows = torch.as_tensor(rows)
+
+    def numbers():
+        for start in range(0, rows.shape[1], size):
+            part = rows[:, start : start + size].contiguous()
+            operands = Operands(torch.zeros(part.shape[1]), tuple(part), torch.empty(0, len(part)))
+            count = partial(Uncompiled("eager").count, as_they_are, operands)
+            yield Block(part.shape[1], [], count)
+
+    return OrderStatistics(numbers, len(rows), rows.shape[1])
+
+
+@settings(max_examples=15, deadline=None)
+@given(NUMBERS, st.data())
+def test_ranks_of_what_is_counted_where_it_is_computed_are_those_of_a_sort(rows, data):
+    n_rows, n_numbers = rows.shape
+    ranks = data.draw(st.lists(st.integers(0, n_numbers - 1), min_size=n_rows, max_size=n_rows))
+    statistics = counted_where_computed(rows, size=data.draw(st.sampled_from([70, 300])))
+    assert statistics.at(ranks) == [
+        float(np.sort(own)[rank]) for own, rank in zip(rows, ranks, strict=True)
+    ]
+
+
+def test_many_rows_are_counted_by_fewer_counters_each():
+    assert [n_lanes(n_rows) for n_rows in (1, 4, 5, 8, 33, 128, 200)] == [32, 32, 16, 16, 2, 1, 1]
+    rows = torch.randn(7, 500).round(decimals=1)
+    ranks = [0, 499, 10, 100, 250, 260, 400]
+    wanted = [own.sort().values[rank].item() for own, rank in zip(rows, ranks, strict=True)]
+    assert counted_where_computed(rows, size=160).at(ranks) == wanted
+
+
+def test_what_cannot_be_counted_where_it_is_computed_is_read():
+    rows = torch.randn(2, 100)
+    blocks = [Block(100, [own.__getitem__ for own in rows], lambda counters: False)]
+    statistics = OrderStatistics(lambda: blocks, 2, 100)
+    assert statistics.at([3, 70]) == [
+        rows[i].sort().values[r].item() for i, r in ((0, 3), (1, 70))
+    ]
 
 
 def test_no_numbers_at_all_give_zeros():

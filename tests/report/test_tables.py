@@ -5,7 +5,8 @@ import pytest
 from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
 from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import BlockScores, make_blocks
-from searchmerge.report.results import Row
+from searchmerge.plan import MergePlan
+from searchmerge.report.results import Row, Searched
 from searchmerge.report.tables import (
     held_out_objective,
     make_bounds,
@@ -13,8 +14,11 @@ from searchmerge.report.tables import (
     make_details,
     make_points,
     make_rows,
+    make_searched,
+    told_readings,
 )
-from searchmerge.search.confirm import Bootstrap, confirm
+from searchmerge.search.confirm import Bootstrap, Contest, confirm
+from searchmerge.search.grades import Grader, Reading
 from searchmerge.search.objective import Constraint, Goal, Objective
 from searchmerge.search.references import reference_plans
 from searchmerge.search.schedule import Schedule
@@ -43,7 +47,7 @@ def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
     board = runner.board
     confirmation = confirm(
         {name: board.values(p, "hold_out") for name, p in plans.items()},
-        ["trial 3"],
+        Contest(["trial 3"], ["trial 3"]),
         dict.fromkeys(EXPERTS, Mean()),
         study.objective,
         {},
@@ -149,3 +153,38 @@ def test_every_trial_is_counted_once_by_what_became_of_it():
         "hold-out examples": 60,
         "search seconds": 13,
     }
+
+
+def test_trials_are_told_by_method_and_by_whether_experts_have_their_own_numbers():
+    objective = Objective("mean", dict.fromkeys(EXPERTS, Goal()))
+
+    def trial(number, coefficients, score, stopped_after=None):
+        record = TrialRecord(
+            number,
+            MergePlan("ties", ("a", "b"), {"coefficient": (coefficients,)}),
+            stopped_after=stopped_after,
+        )
+        return record.judged(objective, dict.fromkeys(EXPERTS, score))
+
+    told = make_searched(
+        [trial(0, (1.0, 1.0), 0.5), trial(1, (0.5, 0.5), 0.7, 4), trial(2, (1.0, 0.5), 0.9)]
+    )
+    assert told == [
+        Searched("ties, a coefficient each", 1, 1, pytest.approx(0.9)),
+        Searched("ties, one coefficient", 2, 1, pytest.approx(0.7)),
+    ]
+
+
+def test_how_tasks_are_read_is_told_in_words():
+    readings = {
+        "read": Reading(0.5, 2.0, 0.1, 0.75),
+        "not": Reading(agreement=0.3),
+        "against": Reading(agreement=-0.6),
+        "few": Reading(),
+    }
+    told = told_readings(Grader(readings))
+    assert told["read"].startswith("50 % by how clearly")
+    assert told["read"].endswith("a correlation of +0.75")
+    assert "does not tell better" in told["not"]
+    assert "contradicts: over the plans the two have a correlation of -0.60" in told["against"]
+    assert "too few plans" in told["few"]

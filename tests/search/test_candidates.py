@@ -10,6 +10,11 @@ from searchmerge.search.trials import TrialRecord, front_of
 from tests.search.test_trials import plan
 
 
+def none(plan):
+    """Return what is known of a plan of which nothing is."""
+    return {}
+
+
 def test_only_plans_that_keep_the_constraint_are_candidates_where_there_are_such(toy):
     bounded = toy(sampler="tpe")
     # the best coefficients are math 0.9, code 0.2, chat 0.5; ask for more of math than that gives
@@ -18,7 +23,9 @@ def test_only_plans_that_keep_the_constraint_are_candidates_where_there_are_such
     )
     trials = bounded.run(40, racing=Racing())
     assert all(set(t.constraints) == {"math at least 0.98"} for t in trials)
-    best = best_candidates(candidates(bounded.directory.records(), bounded.objective), 40, [])
+    best = best_candidates(
+        candidates(bounded.directory.records(), bounded.objective), 40, [], none
+    )
     assert 0 < len(best) < 40
     assert all(record.scores["math"] >= 0.98 for record in best)
     values = [bounded.objective.scalar(record.scores) for record in best]
@@ -39,7 +46,7 @@ def test_a_study_of_several_objectives_keeps_its_front_under_racing(toy):
     unraced.run(30)
     front = front_of(unraced.directory.records())
     assert [r.number for r in front_of(full)] == [r.number for r in front]
-    [picked] = best_candidates(full, 1, [])
+    [picked] = best_candidates(full, 1, [], none)
     assert picked.number in {record.number for record in front}
 
 
@@ -49,7 +56,7 @@ def test_what_is_picked_from_the_front_may_be_changed_later():
     scores = [{"math": 0.9, "code": 0.5}, {"math": 0.6, "code": 0.65}]
     kept = [TrialRecord(i, plan(i)).judged(by_mean, own) for i, own in enumerate(scores)]
     for objective, picked in ((by_mean, 0), (by_worst, 1)):
-        assert best_candidates(candidates(kept, objective), 1, [])[0].number == picked
+        assert best_candidates(candidates(kept, objective), 1, [], none)[0].number == picked
 
 
 def test_failed_trials_and_references_are_no_candidates():
@@ -62,4 +69,4 @@ def test_failed_trials_and_references_are_no_candidates():
     scored = candidates(records, objective)
     assert [record.number for record in scored] == [0]
     with pytest.raises(StudyError, match="no trial but the references was scored"):
-        best_candidates(scored, 3, [plan(0)])
+        best_candidates(scored, 3, [plan(0)], none)

@@ -1,10 +1,12 @@
 """Confirmation: intervals that cover, and a verdict that says what they say."""
 
+import re
+
 import numpy as np
 import pytest
 
 from searchmerge.evaluators.score_kind import Mean, OfRecords, Whole
-from searchmerge.search.confirm import Bootstrap, confirm
+from searchmerge.search.confirm import Bootstrap, Contest, confirm
 from searchmerge.search.objective import Goal, Objective
 
 GOALS = {"a": Goal(expert="a"), "b": Goal(weight=3.0, expert="b")}
@@ -22,21 +24,32 @@ def values(seed, gain):
     return {name: {t: accuracies(rng, p) for t in GOALS} for name, p in plans.items()}
 
 
+def by_mean(data):
+    """Return the plans by the mean of all values, best first."""
+    return sorted(data, key=lambda name: -np.mean([np.mean(v) for v in data[name].values()]))
+
+
 def run(data, kind="normalised", kinds=MEANS):
     candidates = [name for name in data if name.startswith("trial")]
     experts = OWN if kind == "normalised" else {}
     bootstrap = Bootstrap(level=0.95, n_resamples=400, seed=0)
-    return confirm(data, candidates, kinds, Objective(kind, GOALS), experts, bootstrap)
+    contest = Contest(candidates, by_mean(data))
+    return confirm(data, contest, kinds, Objective(kind, GOALS), experts, bootstrap)
 
 
 def test_a_clear_winner_is_called_better_and_a_clear_loser_worse():
     better = run(values(0, 0.3))
     assert better.winner == "trial 1"
     assert better.gain.low > 0
-    assert "is better than the best baseline" in better.verdict
+    assert better.verdict.startswith(
+        "Saved is trial 1. The best found merge, trial 1, is better than the best baseline, "
+    )
     worse = run(values(0, -0.3))
     assert worse.gain.high < 0
+    assert worse.winner == worse.best_reference
+    assert f"Saved is {worse.winner}." in worse.verdict
     assert "is worse than the best baseline" in worse.verdict
+    assert re.search(r"more examples \(select\).* about \d+0 examples of each task", worse.verdict)
 
 
 def test_no_difference_is_called_indistinguishable_about_as_often_as_its_level_says():
@@ -105,6 +118,6 @@ def test_intervals_are_those_of_a_bootstrap_written_out():
     for name, interval in told.objective.items():
         expected = np.quantile(objective[name], [0.025, 0.975])
         assert [interval.low, interval.high] == pytest.approx(list(expected))
-    gains = objective[told.winner] - objective[told.best_reference]
+    gains = objective[told.best_found] - objective[told.best_reference]
     expected = np.quantile(gains, [0.0125, 0.9875])  # two candidates
     assert [told.gain.low, told.gain.high] == pytest.approx(list(expected))

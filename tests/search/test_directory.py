@@ -4,7 +4,7 @@ import pytest
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
-from searchmerge.search.directory import locked, records_of, stored_study
+from searchmerge.search.directory import PLANS_DIR, locked, plan_file, records_of, stored_study
 
 
 def test_a_directory_is_held_by_one_driver(tmp_path):
@@ -93,3 +93,16 @@ def test_a_study_whose_score_cache_was_emptied_is_refused(toy, tmp_path):
     (tmp_path / "scores.db").write_bytes(b"")
     with pytest.raises(StudyError, match=r"scores\.db: has no scores of trial 0, which is comp"):
         toy()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("trial 3", "trial-3.yaml"),
+        ("expert Qwen2.5-math_é", "expert-Qwen2.5-math_é.yaml"),
+        ("expert ../org/math", "expert-..%2Forg%2Fmath.yaml"),
+        ("expert a:b\\c%2F", "expert-a%3Ab%5Cc%252F.yaml"),
+    ],
+)
+def test_a_plan_has_a_file_of_one_folder_whatever_its_experts_are_called(tmp_path, name, file):
+    assert plan_file(tmp_path, name) == tmp_path / PLANS_DIR / file

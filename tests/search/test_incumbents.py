@@ -78,13 +78,18 @@ def test_a_candidate_is_stopped_where_it_cannot_win_and_its_scores_are_estimated
     enter(incumbents, objective, board, 2, right(0.7), right(0.7))
     worse = score(board, 3, right(0.3), right(0.3), n_rounds=5)
     assert not incumbents.may_win(worse)
-    scores, stopped_after = incumbents.outcome(worse)
-    assert stopped_after == 10
-    assert 0.2 < scores["a"] < 0.5
+    outcome = incumbents.outcome(worse)
+    assert outcome.stopped_after == 10
+    assert 0.2 < outcome.scores["a"] < 0.5
+    assert 0.0 < outcome.se < 0.1
     better = score(board, 4, right(0.95), right(0.95), n_rounds=5)
     assert incumbents.may_win(better)
     full = score(board, 4, right(0.95), right(0.95))
-    assert incumbents.outcome(full) == (board.scores(full, "select"), None)
+    told, scores = incumbents.outcome(full), board.scores(full, "select")
+    assert (told.scores, told.estimates, told.stopped_after) == (scores, scores, None)
+    differences = [right(0.95) - right(0.8)] * 2
+    variance = sum(0.25 * d.var(ddof=1) / N for d in differences)
+    assert told.se == pytest.approx(np.sqrt(variance))
 
 
 def test_without_racing_nothing_is_stopped(board):
@@ -124,7 +129,46 @@ def test_a_plan_is_paired_with_the_base_while_there_is_nothing_better(board):
     stopped = score(board, 1, right(0.1), right(0.1), n_rounds=4)
     paired = Incumbents(board, Objective("mean", GOALS), Racing(), base=base)
     assert not paired.may_win(stopped)
-    assert paired.outcome(stopped)[1] == 8
+    assert paired.outcome(stopped).stopped_after == 8
     alone = Incumbents(board, Objective("mean", GOALS), Racing())
     with pytest.raises(StudyError, match="though nothing was scored in full"):
         alone.outcome(stopped)
+
+
+def test_predicted_scores_of_a_metric_between_0_and_1_lie_there(board):
+    """All that was seen is wrong, and by more than the incumbent is right on the rest."""
+    objective = Objective("mean", GOALS)
+    incumbents = Incumbents(board, objective, Racing())
+    enter(incumbents, objective, board, 1, right(0.1), right(0.1))
+    enter(incumbents, objective, board, 2, right(0.9, seed=2), right(0.9, seed=2))
+    stopped = score(board, 3, right(0.0), right(0.0), n_rounds=3)
+    scores = incumbents.outcome(stopped).scores
+    assert all(0.0 <= score <= 1.0 for score in scores.values())
+
+
+def graded(board, number, quality, seed):
+    """Score a plan whose values are coins and whose grades tell its quality."""
+    rng = np.random.default_rng(seed)
+    for blocks in board.schedule.rounds["select"]:
+        scores = []
+        for block in blocks:
+            grades = quality + rng.normal(size=len(block.examples))
+            scores.append(
+                BlockScores(block, tuple((grades > 0).astype(float)), grades=tuple(grades))
+            )
+        board.store.put(plan(number), scores)
+    return plan(number)
+
+
+def test_plans_are_compared_by_how_clearly_they_answer_once_that_is_learnt(board):
+    objective = Objective("mean", GOALS)
+    pool = [graded(board, n, 0.15 * n, seed=n) for n in range(8)]
+    read = Incumbents(board, objective, Racing(), pool=pool, seed=0)
+    plain = Incumbents(board, objective, Racing(), pool=pool)
+    candidate = graded(board, 20, 0.6, seed=20)
+    by_metric = board.scores(candidate, "select")
+    assert plain.outcome(candidate).estimates == by_metric
+    told = read.outcome(candidate)
+    assert told.scores == by_metric
+    assert told.estimates != by_metric
+    assert told.estimates["a"] == pytest.approx(by_metric["a"], abs=0.15)

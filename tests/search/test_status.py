@@ -18,7 +18,9 @@ def test_a_plan_that_breaks_a_constraint_is_not_shown_as_the_best(toy):
         "mean", study.objective.goals, constraints=(Constraint("code", "score", bound),)
     )
     study.run(20, references={})
-    [picked] = best_candidates(candidates(study.directory.records(), study.objective), 1, [])
+    [picked] = best_candidates(
+        candidates(study.directory.records(), study.objective), 1, [], lambda plan: {}
+    )
     best = read_status(study.directory.run_dir)["best"]
     assert best[0]["trial"] == picked.number != highest.number
     assert all(shown["scores"]["code"] >= bound for shown in best)
@@ -41,7 +43,9 @@ def test_of_a_front_the_plan_that_is_picked_comes_first(toy, pick):
     study = toy(n_objectives=3)
     study.objective = Objective("tasks", study.objective.goals, pick=pick)
     study.run(20, references={})
-    [picked] = best_candidates(candidates(study.directory.records(), study.objective), 1, [])
+    [picked] = best_candidates(
+        candidates(study.directory.records(), study.objective), 1, [], lambda plan: {}
+    )
     assert read_status(study.directory.run_dir)["best"][0]["trial"] == picked.number
 
 

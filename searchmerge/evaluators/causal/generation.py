@@ -1,9 +1,9 @@
 """Batched generation with a causal language model: prompts padded on the left, stop sequences.
 
-Greedy decoding, which is what nearly every task asks for, is a loop of our own over public API:
-what all prompts begin with is run once, and rows leave the batch as they finish. Whatever else a
-task or the model's generation config asks for goes through ``model.generate``, as does a model
-that does not honour masks and positions.
+Greedy decoding, which is what nearly every task asks for, is a loop of our own over public API
+(``decoding``): what all prompts begin with is run once, and rows leave the batch as they finish.
+Whatever else a task or the model's generation config asks for goes through ``model.generate``, as
+does a model that does not honour masks and positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,26 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from searchmerge.evaluators.causal.decoding import (
+    Decoder,
+    NonFiniteLogits,
+    StopSequences,
+    padded,
+)
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.fitting import Fitting
-from searchmerge.evaluators.causal.model import Prefix, device_of, run_prefix, takes
+from searchmerge.evaluators.causal.model import device_of, run_prefix
 from searchmerge.evaluators.causal.scoring import honours_packing, packed_window
 
-_MAX_ROWS = 64
-"""Prompts that are generated together at most: more would hardly be faster, and long ones fill a
-GPU's memory with keys and values."""
+_MAX_ROWS = {"cpu": 64, "cuda": 256}
+"""Prompts that are generated together at most, by kind of device: on a CPU more would hardly be
+faster; on a GPU a step reads all weights, for few rows or many."""
 
-_CACHE_FACTOR = 32
-"""Tokens of a batch's key-value cache, per token of a scoring batch."""
+_CACHE_FACTOR = {"cpu": 32, "cuda": 16}
+"""Tokens of a batch's key-value cache, per token of a scoring batch, by kind of device."""
 
 _SHARED_TOKENS = 64
 """What all prompts begin with is run once if that saves as many tokens: it is a pass more."""
-
-_LEAVE = 0.9
-"""Rows that are done leave the batch when this part of it is left, or less: each time the
-key-value cache is copied."""
 
 _HARMLESS = frozenset(
     {
@@ -44,18 +46,6 @@ that the loop here heeds too."""
 
 _SAMPLING_SEED = 1234
 """Where a task asks for sampling, every call draws the same numbers."""
-
-
-class NonFiniteLogits(Exception):
-    """The model gave a NaN or an infinity where the next token is chosen.
-
-    Attributes:
-        row: Index of the prompt.
-    """
-
-    def __init__(self, row: int) -> None:
-        super().__init__(f"logits of prompt {row} are not finite")
-        self.row = row
 
 
 @dataclass(frozen=True)
@@ -87,30 +77,6 @@ class _Finite:
         return scores
 
 
-class _StopSequences:
-    """A stopping criterion: a row is done once its new text holds a stop sequence.
-
-    The last tokens of every row are decoded after every step: as many as the longest sequence
-    has, and two more, since a model may spell it in other tokens than the tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_tokens: int) -> None:
-        self._tokenizer = tokenizer
-        self._stop = [text for text in stop if text]
-        lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in self._stop]
-        self._look_back = max(lengths, default=0) + 2
-        self._prompt_tokens = prompt_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        new = input_ids[:, max(self._prompt_tokens, input_ids.shape[1] - self._look_back) :]
-        return torch.tensor([self.met(row) for row in new.tolist()], device=input_ids.device)
-
-    def met(self, tokens: Sequence[int]) -> bool:
-        """Return whether the last of these new tokens hold a stop sequence."""
-        text = self._tokenizer.decode(tokens[-self._look_back :])
-        return any(stop in text for stop in self._stop)
-
-
 class Generator:
     """Generates with whatever weights a model holds now.
 
@@ -122,6 +88,7 @@ class Generator:
     def __init__(self, batch_tokens: int) -> None:
         self._batch_tokens = batch_tokens
         self._fitting = Fitting()
+        self._decoder = Decoder()
         self._honours: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     @torch.no_grad()
@@ -148,16 +115,36 @@ class Generator:
         """
         longest = max(map(len, prompts), default=0) + options.max_new_tokens
         greedy = is_greedy(model, options) and self._takes_masks(model, longest)
-        generate = _generate_greedily if greedy else _generate_through_model
+        generate = self._generate_greedily if greedy else _generate_through_model
 
         def run(part: float) -> list[list[int]]:
-            batches = self._batches(prompts, options, part)
+            batches = self._batches(prompts, options, part, device_of(model).type)
             return generate(model, tokenizer, prompts, options, batches)
 
         return self._fitting.run(run)
 
+    def _generate_greedily(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Tokens],
+        options: GenerationOptions,
+        batches: Sequence[Sequence[int]],
+    ) -> list[list[int]]:
+        """Return the new tokens of every prompt, by the loop of our own."""
+        results: list[list[int]] = [[]] * len(prompts)
+        n_shared = _n_shared(prompts)
+        prefix = run_prefix(model, prompts[0][:n_shared])
+        ending = tokenizer, StopSequences(tokenizer, options.stop, 0)
+        for rows in batches:
+            batch = {i: prompts[i][n_shared:] for i in rows}
+            new = self._decoder.decode(model, batch, prefix, ending, options.max_new_tokens)
+            for i, tokens in zip(rows, new, strict=True):
+                results[i] = tokens
+        return results
+
     def _batches(
-        self, prompts: Sequence[Tokens], options: GenerationOptions, part: float
+        self, prompts: Sequence[Tokens], options: GenerationOptions, part: float, kind: str
     ) -> list[list[int]]:
         """Return which prompts are generated together: those of about one length.
 
@@ -165,12 +152,14 @@ class Generator:
             prompts: What to continue.
             options: How far.
             part: Of a usual batch's prompts that are continued at once, in (0, 1].
+            kind: Of device.
         """
+        kind = kind if kind in _MAX_ROWS else "cpu"
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
         batches = []
         while order:
             longest = len(prompts[order[0]]) + options.max_new_tokens
-            n_usual = min(_MAX_ROWS, _CACHE_FACTOR * self._batch_tokens // longest)
+            n_usual = min(_MAX_ROWS[kind], _CACHE_FACTOR[kind] * self._batch_tokens // longest)
             n_rows = max(1, int(part * n_usual))
             batches.append(order[:n_rows])
             order = order[n_rows:]
@@ -186,24 +175,6 @@ class Generator:
                 return False
             self._honours[model] = verdict
         return self._honours[model]
-
-
-def _generate_greedily(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Tokens],
-    options: GenerationOptions,
-    batches: Sequence[Sequence[int]],
-) -> list[list[int]]:
-    """Return the new tokens of every prompt, by the loop of our own."""
-    results: list[list[int]] = [[]] * len(prompts)
-    n_shared = _n_shared(prompts)
-    prefix = run_prefix(model, prompts[0][:n_shared])
-    for rows in batches:
-        batch = _GreedyBatch(model, {i: prompts[i][n_shared:] for i in rows}, tokenizer)
-        for i, tokens in zip(rows, batch.run(prefix, options), strict=True):
-            results[i] = tokens
-    return results
 
 
 def _generate_through_model(
@@ -248,105 +219,18 @@ def _n_shared(prompts: Sequence[Tokens]) -> int:
     return common if common * (len(prompts) - 1) >= _SHARED_TOKENS else 0
 
 
-def _forward(model: nn.Module, **inputs: Any) -> Tensor:
-    """Return the logits of the last token of every row, ``(n_rows, vocabulary)``."""
-    if takes(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = 1
-    logits: Tensor = model(use_cache=True, **inputs).logits
-    return logits[:, -1]
-
-
-class _GreedyBatch:
-    """Rows that take a step at a time together.
-
-    Args:
-        model: What gives the logits.
-        prompts: Index of each prompt, and its tokens after the prefix that all share.
-        tokenizer: Of the model.
-    """
-
-    def __init__(self, model: Any, prompts: Mapping[int, Tokens], tokenizer: Any) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._indices = list(prompts)
-        self._tokens, self._mask = _padded(list(prompts.values()), tokenizer.pad_token_id)
-        end = model.generation_config.eos_token_id
-        self._ends = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id}
-
-    def run(self, prefix: Prefix, options: GenerationOptions) -> list[list[int]]:
-        """Return the new tokens of every row.
-
-        Args:
-            prefix: What stands before the prompts; may be empty.
-            options: When to stop.
-        """
-        stops = _StopSequences(self._tokenizer, options.stop, 0)
-        device, n_rows = device_of(self._model), len(self._tokens)
-        cache, n_past = prefix.rows(n_rows), prefix.n_tokens
-        new: list[list[int]] = [[] for _ in range(n_rows)]
-        rows = list(range(n_rows))  # those that are still in the batch
-        done: set[int] = set()
-        mask = torch.cat([self._mask.new_ones(n_rows, n_past), self._mask], 1).to(device)
-        inputs, positions = self._tokens.to(device), (mask.cumsum(1) - 1).clamp(min=0)[:, n_past:]
-        for _ in range(options.max_new_tokens):
-            logits = _forward(
-                self._model,
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-            )
-            largest, chosen = logits.max(-1)
-            self._check(largest, rows)
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                if row not in done:
-                    new[row].append(token)
-            done |= {
-                row
-                for row in rows
-                if row not in done and (new[row][-1] in self._ends or stops.met(new[row]))
-            }
-            left = [place for place, row in enumerate(rows) if row not in done]
-            if not left:
-                break
-            inputs, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-            if len(left) <= _LEAVE * len(rows):
-                kept = torch.tensor(left)  # on the CPU: a model's layers may lie on many devices
-                cache.batch_select_indices(kept)
-                inputs, positions, mask = inputs[kept], positions[kept], mask[kept]
-                rows = [rows[place] for place in left]
-        return new
-
-    def _check(self, largest: Tensor, rows: Sequence[int]) -> None:
-        finite = torch.isfinite(largest)
-        if not finite.all():
-            raise NonFiniteLogits(self._indices[rows[int((~finite).nonzero()[0, 0])]])
-
-
-def _padded(prompts: Sequence[Tokens], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Return prompts padded on the left, and their mask, ``(n_rows, longest)`` int64 each."""
-    width = max(map(len, prompts))
-    tokens = torch.full((len(prompts), width), pad_token_id)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return tokens, mask
-
-
 def _generate_batch(
     model: Any, tokenizer: Any, prompts: Mapping[int, Tokens], options: GenerationOptions
 ) -> list[list[int]]:
     """Return the new tokens of each prompt."""
-    tokens, mask = _padded(list(prompts.values()), tokenizer.pad_token_id)
+    tokens, mask = padded(list(prompts.values()), tokenizer.pad_token_id)
     width, device = tokens.shape[1], device_of(model)
     arguments = {"max_length": width + options.max_new_tokens} | options.arguments
     sequences: Tensor = model.generate(
         input_ids=tokens.to(device),
         attention_mask=mask.to(device),
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=[_StopSequences(tokenizer, options.stop, width)],
+        stopping_criteria=[StopSequences(tokenizer, options.stop, width)],
         logits_processor=[_Finite(list(prompts))],
         use_cache=True,
         **arguments,

@@ -8,13 +8,19 @@ columns, a context is run once for all of its continuations, and so is what seve
 begin with. A plain row is one text.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from searchmerge.evaluators.causal.documents import Document, Tokens, branches
+from searchmerge.evaluators.causal.model import sent
+
+_MOST_READS = 8192
+"""Places of a batch whose logits are read, at most: with a vocabulary of 128,000 the logits of so
+many take 2 GB in bfloat16, and more than all else in a pass."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,17 @@ class Batch:
     targets: Tensor
     owners: Tensor
     layout: Tensor | None = None
+
+    def on(self, device: torch.device) -> "Batch":
+        """Return it with all that a pass needs on a device; the owners stay where they are."""
+        return replace(
+            self,
+            tokens=sent(self.tokens, device),
+            kept=sent(self.kept, device),
+            at=sent(self.at, device),
+            targets=sent(self.targets, device),
+            layout=None if self.layout is None else sent(self.layout, device),
+        )
 
 
 @dataclass
@@ -151,12 +168,24 @@ def lay_out_plain(documents: Sequence[Document], batch_tokens: int) -> list[Batc
             row = document.context + continuation[:-1]
             inputs.setdefault(row, []).append((continuation, owner))
     rows = sorted(inputs.items(), key=lambda item: len(item[0]), reverse=True)
-    batches, start = [], 0
-    while start < len(rows):
-        stop = start + max(1, batch_tokens // len(rows[start][0]))
-        batches.append(_plain_batch(rows[start:stop]))
-        start = stop
-    return batches
+    sizes = [(len(row), max(len(tokens) for tokens, _ in read)) for row, read in rows]
+    return [_plain_batch(rows[places]) for places in cut(sizes, batch_tokens)]
+
+
+def cut(sizes: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[slice]:
+    """Cut rows into batches; a row that is too large gets its own.
+
+    Args:
+        sizes: Of each row its tokens, the longest first, and the logits that are read of it.
+        batch_tokens: Tokens of a batch, padding included.
+    """
+    start = 0
+    while start < len(sizes):
+        most = max(1, batch_tokens // sizes[start][0])
+        reads = accumulate(n_read for _, n_read in sizes[start : start + most])
+        n_rows = max(1, sum(n_read <= _MOST_READS for n_read in reads))
+        yield slice(start, start + n_rows)
+        start += n_rows
 
 
 def _plain_batch(rows: Sequence[tuple[Tokens, list[tuple[Tokens, int]]]]) -> Batch:

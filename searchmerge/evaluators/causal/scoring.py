@@ -6,6 +6,7 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -21,18 +22,22 @@ from searchmerge.evaluators.causal.layout import Batch, lay_out_plain
 from searchmerge.evaluators.causal.model import (
     Prefix,
     device_of,
+    dtype_of,
     head_of,
     run_prefix,
     sent,
     takes,
 )
-from searchmerge.evaluators.causal.packing import Cluster, plan_packed
+from searchmerge.evaluators.causal.packing import PREFIX_COST, Cluster, plan_packed
 from searchmerge.evaluators.causal.reading import Reading, read, read_with_gradient
 
 _logger = logging.getLogger(__name__)
 
 _KEPT_LAYOUTS = 1024
 """Calls whose layouts are kept: a study scores the same rounds of examples in every trial."""
+
+
+_Layout = tuple[list[Cluster], list[int]]
 
 
 class CausalScorer:
@@ -48,6 +53,7 @@ class CausalScorer:
         self._fitting = Fitting()
         self._packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._lay_out = lru_cache(maxsize=_KEPT_LAYOUTS)(self._laid_out)
+        self._calls: OrderedDict[tuple[Any, ...], tuple[Any, _Layout]] = OrderedDict()
 
     @torch.no_grad()
     def score(
@@ -66,7 +72,8 @@ class CausalScorer:
 
         def run(part: float) -> list[tuple[float, bool]]:
             batch_tokens = max(1, int(part * self._batch_tokens))
-            clusters, indices = self._lay_out(tuple(pairs), max_length, window, batch_tokens)
+            how = max_length, window, batch_tokens, device_of(model)
+            clusters, indices = self._layout(pairs, how)
             results = _run(model, clusters)
             return [results[index] for index in indices]
 
@@ -87,7 +94,8 @@ class CausalScorer:
         """
         keeps_prefixes = not getattr(model, "is_activation_checkpointing", False)
         window = self._packed_window(model, max_length) if keeps_prefixes else 0
-        clusters, indices = self._lay_out(tuple(pairs), max_length, window, self._batch_tokens)
+        how = max_length, window, self._batch_tokens, device_of(model)
+        clusters, indices = self._layout(pairs, how)
         values, owners = [], []
         for cluster in clusters:
             prefix = run_prefix(model, cluster.prefix)
@@ -102,28 +110,49 @@ class CausalScorer:
         """Return within how many tokens rows may be packed; 0 where they may not."""
         return packed_window(model, max_length) if self._can_pack(model) else 0
 
+    def _layout(
+        self, pairs: Sequence[tuple[Tokens, Tokens]], how: tuple[int, int, int, torch.device]
+    ) -> _Layout:
+        """Return what ``_laid_out`` returns; pairs that are the same objects are not compared.
+
+        To look at all tokens of long prompts takes a noticeable part of a round on a GPU.
+        """
+        key = (*map(id, pairs), *how)
+        if key not in self._calls:
+            kept = tuple(pairs)  # while they are kept, no others have their ids
+            self._calls[key] = kept, self._lay_out(kept, *how)
+            if len(self._calls) > _KEPT_LAYOUTS:
+                self._calls.popitem(last=False)
+        return self._calls[key][1]
+
     def _laid_out(
         self,
         pairs: tuple[tuple[Tokens, Tokens], ...],
         max_length: int,
         window: int,
         batch_tokens: int,
-    ) -> tuple[list[Cluster], list[int]]:
-        """Return what to run, and each pair's place in the results.
+        device: torch.device,
+    ) -> _Layout:
+        """Return what to run, on its device for as long as it is kept, and each pair's place.
 
         Args:
             pairs: What to score.
             max_length: Tokens in the model's window.
             window: Tokens up to which rows may be packed; 0 where they may not.
             batch_tokens: Tokens of one forward pass.
+            device: Where the model takes its inputs.
+
+        Returns:
+            What to run, and the place in the results of each pair.
         """
         documents, indices = group_documents(pairs, max_length)
         packed = [d for d in documents if _reach(d) <= window]
         plain = [d for d in documents if _reach(d) > window]
-        clusters = plan_packed(packed, batch_tokens, window) if packed else []
+        cost = PREFIX_COST.get(device.type, PREFIX_COST["cpu"])
+        clusters = plan_packed(packed, batch_tokens, window, cost=cost) if packed else []
         if plain:
             clusters.append(Cluster((), lay_out_plain(plain, batch_tokens)))
-        return clusters, indices
+        return [cluster.on(device) for cluster in clusters], indices
 
     def _can_pack(self, model: nn.Module) -> bool:
         """Return whether packed rows give this model's own scores, found out once."""
@@ -173,8 +202,9 @@ def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, boo
             reads.append(read(_logits(model, batch, prefix), batch))
             owners.append(batch.owners.numpy())
     owner = np.concatenate(owners)
-    totals = np.bincount(owner, torch.cat([reading.values for reading in reads]).cpu().numpy())
-    misses = np.bincount(owner, ~torch.cat([reading.greedy for reading in reads]).cpu().numpy())
+    both = [torch.stack([reading.values, reading.greedy.float()]) for reading in reads]
+    values, greedy = torch.cat(both, 1).cpu().numpy()  # the only wait
+    totals, misses = np.bincount(owner, values), np.bincount(owner, greedy == 0)
     return list(zip(totals.tolist(), (misses == 0).tolist(), strict=True))
 
 
@@ -184,7 +214,7 @@ def _logits(model: nn.Module, batch: Batch, prefix: Prefix) -> Tensor:
     inputs: dict[str, Any] = {"input_ids": sent(batch.tokens, device), "use_cache": False}
     if batch.layout is not None:
         positions, orders, ends = sent(batch.layout, device)
-        inputs["attention_mask"] = _mask(orders, ends, prefix.n_tokens, _dtype(model))
+        inputs["attention_mask"] = _mask(orders, ends, prefix.n_tokens, dtype_of(model))
         inputs["position_ids"] = positions
     if prefix.n_tokens:
         inputs |= {"past_key_values": prefix.rows(len(batch.tokens)), "use_cache": True}
@@ -208,10 +238,6 @@ def _mask(orders: Tensor, ends: Tensor, past: int, dtype: torch.dtype) -> Tensor
     mask = torch.zeros(n_rows, n_tokens, past + n_tokens, dtype=dtype, device=hidden.device)
     mask[:, :, past:].masked_fill_(hidden, torch.finfo(dtype).min)
     return mask[:, None]
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 # --- The canary: does this model honour packed rows? -----------------------------------------
@@ -247,7 +273,7 @@ def honours_packing(model: nn.Module) -> bool | None:
         _logger.debug("packed rows refused: %s", refusal)
         return False
     # Rounding changes a log-likelihood by some units in its last place.
-    relative = max(2 * torch.finfo(_dtype(model)).eps, 1e-5)
+    relative = max(2 * torch.finfo(dtype_of(model)).eps, 1e-5)
     noise = relative * plain.abs().mean()
     effect = (causal - plain).abs().mean()
     if not torch.isfinite(plain).all() or not effect > 2 * noise:

@@ -26,6 +26,7 @@ from searchmerge.evaluators.lm_harness.language_model import (
     make_lm,
 )
 from searchmerge.evaluators.lm_harness.loading import load_task
+from searchmerge.evaluators.lm_harness.parts import Prepared, PreparedParts
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
 from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
@@ -80,7 +81,11 @@ class LmHarness:
             name: task.info for name, task in self._tasks.items()
         }
 
-    def _prepare(self, name: str, task: LmTask) -> PreparedTask | PreparedGroup:
+    def _prepare(self, name: str, task: LmTask) -> Prepared | PreparedParts:
+        parts = [self._prepare_part(name, part) for part in task.by_part()]
+        return PreparedParts(name, *parts) if len(parts) > 1 else parts[0]
+
+    def _prepare_part(self, name: str, task: LmTask) -> Prepared:
         task = prompted(task, self.section)
         tree = self._catalogue.find(task.task or name, f"tasks.{name}.task")
         if isinstance(tree, Leaf):
@@ -127,6 +132,10 @@ class LmHarness:
     def answers(self, task: str, examples: Sequence[int]) -> tuple[Answer, ...]:
         """Return what the model said to examples when they were last scored."""
         return self._tasks[task].answers(examples)
+
+    def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored."""
+        return self._tasks[task].grades(examples)
 
     def shown(self, task: str, example: int) -> str:
         """Return the example's first prompt as the model reads it, special tokens as text."""

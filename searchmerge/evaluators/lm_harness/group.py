@@ -72,6 +72,11 @@ class PreparedGroup:
         )
 
     @property
+    def source(self) -> str:
+        """Return what its examples are drawn from, for messages."""
+        return ", ".join(dict.fromkeys(member.source for member in self._members))
+
+    @property
     def is_chat(self) -> bool:
         """Whether prompts are turns of a chat template."""
         return self._members[0].is_chat
@@ -126,6 +131,12 @@ class PreparedGroup:
         for member, place in map(self._place, examples):
             by_member[member].append(place)
         return by_member
+
+    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored."""
+        placed = map(self._place, examples)
+        graded = [self._members[member].grades([place]) for member, place in placed]
+        return tuple(grade for its in graded for grade in its)
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""

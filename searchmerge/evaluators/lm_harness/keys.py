@@ -1,7 +1,7 @@
 """What a study may say of lm-eval tasks: of each, and of all of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
@@ -32,6 +32,25 @@ class PromptKeys:
     answers: Literal["keep", "drop"] | None = None
 
 
+_PARTS = ("select", "hold_out")
+
+Positions = Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)]
+"""Of examples in a split."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The examples that each part of a task is drawn from.
+
+    Attributes:
+        select: Positions in its split of those that trials see.
+        hold_out: Positions in its split of those that only the confirmation sees.
+    """
+
+    select: Positions
+    hold_out: Positions
+
+
 @dataclass(frozen=True)
 class LmTask(PromptKeys):
     """Which lm-eval task is scored, and how: the keys of a task of a study.
@@ -40,33 +59,73 @@ class LmTask(PromptKeys):
         task: The name of a task, a group or a tag in lm-eval, the study's name of the task if
             ``None``; or a whole definition, as it would stand in a YAML file of lm-eval's.
         split: The split of its dataset whose examples are scored; of a group it may be a mapping
-            from a member, or a group within, to its split, where ``rest`` is all others.
+            from a member, or a group within, to its split, where ``rest`` is all others. Either
+            may stand under ``select`` and ``hold_out``, where the two are of different splits.
         metric: The task's metric that decides, and others that are reported beside it; each may
             name its filter as lm-eval's results do: ``exact_match,flexible-extract``. None is
             the task's first.
         filter: One of the task's filters of the model's answers; its first if ``None``.
         num_fewshot: Examples that are shown before the question, 0 or more; what the task says
             if ``None``, and 0 if it says nothing.
-        samples: Positions of the split's examples that are scored; all if ``None``.
+        samples: Positions of the split's examples that are scored, 2 or more; or those of
+            ``select`` and of ``hold_out``; all if ``None``.
         generation: Replaces arguments of the task's generation: ``max_gen_toks``, ``until``,
             ``temperature`` and others.
     """
 
     task: str | Mapping[str, Any] | None = None
-    split: str | Mapping[str, str] = needed("name the dataset split that is scored")
+    split: str | Mapping[str, str | Mapping[str, str]] = needed(
+        "name the dataset split that is scored"
+    )
     metric: tuple[str, ...] = ()
     filter: str | None = None
     num_fewshot: Annotated[int, Ge(0)] | None = None
-    samples: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(2)] | None = None
+    samples: Annotated[Positions, MinLen(2)] | Samples | None = None
     generation: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.samples is not None and len(set(self.samples)) != len(self.samples):
-            raise ValueError("samples: a position stands twice")
+        self._check_split()
+        self._check_samples()
         if self.filter is not None and (named := [m for m in self.metric if "," in m]):
             raise ValueError(f"metric {named[0]!r} names a filter, and filter another; give one")
         if len(set(self.metric)) != len(self.metric):
             raise ValueError("metric: one stands twice")
+
+    def _check_split(self) -> None:
+        if not isinstance(self.split, Mapping):
+            return
+        named = [part for part in _PARTS if part in self.split]
+        if named and set(self.split) != set(_PARTS):
+            raise ValueError(
+                "split: select and hold_out stand together and alone; found "
+                f"{', '.join(self.split)}"
+            )
+        nested = [name for name, its in self.split.items() if not isinstance(its, str)]
+        if nested and not named:
+            raise ValueError(f"split.{nested[0]}: name one split; found a mapping")
+
+    def _check_samples(self) -> None:
+        (split, samples), (other, others) = map(self._of, _PARTS)
+        if isinstance(self.samples, tuple) and split != other:
+            raise ValueError(
+                "samples: positions in which split? give {select: [...], hold_out: [...]}"
+            )
+        is_shared = split == other and isinstance(self.samples, Samples)
+        groups = [(*(samples or ()), *(others or ()))] if is_shared else [samples, others]
+        if any(group is not None and len(set(group)) != len(group) for group in groups):
+            raise ValueError("samples: a position stands twice")
+
+    def _of(self, part: str) -> tuple[str | Mapping[str, Any], Positions | None]:
+        """Return the split of a part, and the positions in it."""
+        split, samples = self.split, self.samples
+        of_part = split[part] if isinstance(split, Mapping) and part in split else split
+        return of_part, getattr(samples, part) if isinstance(samples, Samples) else samples
+
+    def by_part(self) -> "tuple[LmTask, ...]":
+        """Return what is said of ``select`` and of ``hold_out``; one where that is the same."""
+        pairs = [self._of(part) for part in _PARTS]
+        different = pairs[:1] if pairs[0] == pairs[1] else pairs
+        return tuple(replace(self, split=split, samples=samples) for split, samples in different)
 
     def metrics_and_filters(self) -> list[tuple[str | None, str | None]]:
         """Return each metric and the filter that goes with it; the first pair decides."""

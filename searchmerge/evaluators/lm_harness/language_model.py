@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.causal.documents import Tokens
-from searchmerge.evaluators.causal.generation import GenerationOptions, Generator, NonFiniteLogits
+from searchmerge.evaluators.causal.generation import GenerationOptions, Generator
 from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.tokenizer import load_tokenizer
 

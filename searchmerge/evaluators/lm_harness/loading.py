@@ -102,7 +102,7 @@ def load_task(
     return task
 
 
-def split_of(leaf: Leaf, split: str | Mapping[str, str], where: str) -> str:
+def split_of(leaf: Leaf, split: str | Mapping[str, Any], where: str) -> str:
     """Return the split of a task: that of its name, of the nearest group it is in, or the rest's.
 
     Raises:
@@ -112,7 +112,7 @@ def split_of(leaf: Leaf, split: str | Mapping[str, str], where: str) -> str:
         return split
     for name in (leaf.name, *reversed(leaf.path), "rest"):
         if name in split:
-            return split[name]
+            return str(split[name])
     raise SpecError(f"{where}: names none for {leaf.name!r} (it names: {', '.join(split)})")
 
 

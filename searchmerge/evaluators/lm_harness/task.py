@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal.generation import NonFiniteLogits
+from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.loading import explained, quiet, task_errors
+from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
 from searchmerge.evaluators.score_kind import Mean, Whole
 
@@ -24,8 +24,14 @@ _READING_KEYS = {
 }
 """What decides how answers are read, where they are generated and where they are not."""
 
-
 _TOLD_CHARACTERS = 100
+
+_OF_LIKELIEST: Mapping[str, Callable[[str], float]] = {
+    "acc": lambda choice: 1.0,
+    "acc_norm": lambda choice: float(len(choice) or 1),
+    "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
+}
+"""Metrics that are 1 where the right choice is the likeliest: what a choice is divided by."""
 
 
 class PreparedTask:
@@ -124,14 +130,15 @@ class PreparedTask:
             SpecError: If the study names one that is not there.
         """
         n_documents = len(self._task.eval_docs)
-        if self.spec.samples is None:
+        samples = self.spec.samples
+        if not isinstance(samples, tuple):
             return tuple(range(n_documents))
-        if (last := max(self.spec.samples)) >= n_documents:
+        if (last := max(samples)) >= n_documents:
             raise SpecError(
                 f"tasks.{self._name}.samples: there is no position {last}; the split "
                 f"{self.spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
             )
-        return self.spec.samples
+        return samples
 
     @property
     def n_fewshot(self) -> int:
@@ -200,6 +207,11 @@ class PreparedTask:
         )
         requests = requests if isinstance(requests, list) else [requests]
         return sorted(requests, key=lambda request: request.idx)
+
+    @property
+    def source(self) -> str:
+        """Return what its examples are drawn from, for messages."""
+        return f"split {split_of(self.leaf, self.spec.split, 'split')!r}"
 
     @property
     def is_chat(self) -> bool:
@@ -271,6 +283,34 @@ class PreparedTask:
             self._filters[name].apply([request for group in requests for request in group])
         with explained(self._name, f"compute metrics of its task {self.lm_name!r}"):
             return tuple(map(self._answer, examples, requests))
+
+    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return by how much the right choice of each example was the likelier one.
+
+        That is its log-likelihood minus that of the likeliest other, both as the metric divides
+        them; none where the metric does not come of the likeliest choice.
+        """
+        if not (self._task.OUTPUT_TYPE == "multiple_choice" and self.metric in _OF_LIKELIEST):
+            return ()
+        margins = [self._margin(group) for group in self.requests(examples)]
+        known = tuple(margin for margin in margins if margin is not None)
+        return known if len(known) == len(margins) else ()
+
+    def _margin(self, requests: Sequence[Any]) -> float | None:
+        """Return an example's grade; ``None`` where there is no right choice, or no other."""
+        doc = requests[0].doc
+        choices = self._task.doc_to_choice(doc)
+        told = getattr(self._task, "multiple_input", 0)
+        right = self._task.doc_to_text(doc) if told else self._task.doc_to_target(doc)
+        rights = set(right if isinstance(right, list) else [right])
+        divided = _OF_LIKELIEST[self.metric]
+        values: dict[bool, list[float]] = {True: [], False: []}
+        for i, (choice, request) in enumerate(zip(choices, requests, strict=False)):
+            is_right = i in rights or choice in rights
+            values[is_right].append(_first(request.resps[0]) / divided(choice))
+        if not (values[True] and values[False]):
+            return None
+        return max(values[True]) - max(values[False])
 
     def _answer(self, example: int, requests: Sequence[Any]) -> Answer:
         if self._generates:

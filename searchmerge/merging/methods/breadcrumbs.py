@@ -22,6 +22,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
 )
@@ -69,6 +70,7 @@ class Breadcrumbs:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "tensor"
+    published: ClassVar[Published | None] = None
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to look up magnitudes, which are measured at the first plan."""

@@ -21,6 +21,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -72,6 +73,7 @@ class Consensus:
     )
     settings: ClassVar[tuple[Setting, ...]] = (AGREEMENT, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = None
 
     def __init__(self, measure: "Measure") -> None:
         """Measure nothing: masks are computed where they are used."""

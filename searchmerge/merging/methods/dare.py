@@ -16,6 +16,7 @@ from searchmerge.merging.method import (
     SEED,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -87,6 +88,7 @@ class Dare:
     )
     settings: ClassVar[tuple[Setting, ...]] = (ELECTION, RESCALE, SEED, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "draw"
+    published: ClassVar[Published | None] = Published("DARE", "2311.03099")
 
     def __init__(self, measure: "Measure") -> None:
         """Measure nothing: what is dropped depends on names alone."""
@@ -168,7 +170,7 @@ def merge_drawn(chunk: Chunk) -> tuple[Tensor]:
     return (weighted_sum(_left(chunk, scalars.limits), scalars.coefficients),)
 
 
-def merge_drawn_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
+def merge_drawn_elected(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:

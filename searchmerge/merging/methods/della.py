@@ -17,6 +17,7 @@ from searchmerge.merging.method import (
     SEED,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -78,6 +79,7 @@ class Della:
     )
     settings: ClassVar[tuple[Setting, ...]] = (ELECTION, SEED, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "tensor"
+    published: ClassVar[Published | None] = None
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to rank entries, at the first plan."""
@@ -172,7 +174,7 @@ def merge_ranked(chunk: Chunk) -> tuple[Tensor]:
     return (weighted_sum(_left(chunk, scalars), scalars.coefficients),)
 
 
-def merge_ranked_elected(chunk: Chunk) -> tuple[Tensor, Tensor]:
+def merge_ranked_elected(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`merge_elected` does of what is left.
 
     Args:

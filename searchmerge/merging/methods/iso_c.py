@@ -14,6 +14,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -48,6 +49,7 @@ class IsoC:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "tensor"
+    published: ClassVar[Published | None] = None
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to decompose matrices, at the first plan."""
@@ -78,7 +80,7 @@ class IsoC:
             total = torch.stack(scaled).sum(0)
             return (isotropic(total) if total.ndim == 2 else total / len(deltas),)
 
-        return self._measure.keep_whole(flatten, 1)
+        return self._measure.keep_whole(flatten, 1, as_weights=True)
 
 
 def _ratios(row: Sequence[float]) -> tuple[float, ...]:
@@ -89,7 +91,7 @@ def _ratios(row: Sequence[float]) -> tuple[float, ...]:
 
 def isotropic(matrix: Tensor) -> Tensor:
     """Return the matrix with all singular values that are not 0 replaced by the mean of all."""
-    if not matrix.numel():
+    if not matrix.any():
         return matrix
     left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
     least = float(sizes[0]) * max(matrix.shape) * torch.finfo(sizes.dtype).eps

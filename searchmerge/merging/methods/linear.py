@@ -12,6 +12,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -46,6 +47,7 @@ class Linear:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = Published("average", "2203.05482")
 
     def __init__(self, measure: "Measure") -> None:
         """Measure nothing: an average needs no statistics."""

@@ -14,6 +14,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -43,6 +44,7 @@ class MagMax:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = None
 
     def __init__(self, measure: "Measure") -> None:
         """Measure nothing: entries are compared where they are merged."""

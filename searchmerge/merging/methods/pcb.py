@@ -19,6 +19,9 @@ from searchmerge.merging.kernels import (
     add_scaled,
     add_up,
     clamp_between,
+    excess,
+    exponential,
+    is_on_gpu,
     pack,
     signed,
     unpack,
@@ -30,6 +33,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -188,6 +192,7 @@ class Pcb:
     )
     settings: ClassVar[tuple[Setting, ...]] = (VARIANT, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = Published("PCB", "2410.02396")
 
     def __init__(self, measure: "Measure") -> None:
         """Find the experts to leave out; balances are measured at the first plan."""
@@ -255,6 +260,7 @@ class Pcb:
             f"pcb-{variant}",
             compute if kept is None else read,
             n_active,
+            computed=(_BALANCES[variant], scalars) if kept is None else None,
             grid=[*(_dropped_rank(d, step / GRID) for step in range(GRID + 1)), d - 1],
             experts=self._active,
         )
@@ -351,7 +357,7 @@ def _balances(
     inter = VARIANTS[variant].inter(deltas, scaled)
     n_experts = float(len(scaled))
     return tuple(
-        size.square_().mul_(n_experts).exp_().mul_(other)
+        exponential(size.square_(), n_experts).mul_(other)
         for size, other in zip(scaled, inter, strict=True)
     )
 
@@ -361,17 +367,23 @@ def _weigh(
 ) -> tuple[list[Tensor], Tensor]:
     """Return ``T_t s_t`` of each expert and the sum of ``s_t``, at least 1e-12."""
     weights = [
-        (balance - scalars.lightest[i]).relu_().mul_(scalars.factors[i])
+        excess(balance, scalars.lightest[i]).mul_(scalars.factors[i])
         for i, balance in enumerate(chunk.kept)
     ]
     total = add_up(weights).clamp_min_(1e-12)
     low, high = scalars.low, scalars.high
-    clamped = (
-        signed(clamp_between(delta.abs(), low[i], high[i]), delta)
-        if raises
-        else clamp_between(delta, -high[i], high[i])
-        for i, delta in enumerate(chunk.deltas)
-    )
+    if is_on_gpu(chunk.deltas[0]) and not raises:  # the balance has clamped magnitudes already
+        clamped = [
+            torch.copysign(clamp_between(delta.abs(), low[i], high[i]), delta)
+            for i, delta in enumerate(chunk.deltas)
+        ]
+    else:
+        clamped = [
+            signed(clamp_between(delta.abs(), low[i], high[i]), delta)
+            if raises
+            else clamp_between(delta, -high[i], high[i])
+            for i, delta in enumerate(chunk.deltas)
+        ]
     return [entry.mul_(weight) for entry, weight in zip(clamped, weights, strict=True)], total
 
 

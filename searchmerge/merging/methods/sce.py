@@ -24,6 +24,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     setting,
@@ -91,6 +92,7 @@ class Sce:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DENSITY, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "tensor"
+    published: ClassVar[Published | None] = None
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to select, which is done at the first plan with each density."""

@@ -9,6 +9,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -33,6 +34,7 @@ class TaskArithmetic:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = Published("task arithmetic", "2212.04089")
 
     def __init__(self, measure: "Measure") -> None:
         """Measure nothing: a sum needs no statistics."""

@@ -16,6 +16,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -68,6 +69,7 @@ class Ties:
     )
     settings: ClassVar[tuple[Setting, ...]] = (AGGREGATE, DEPTH_SLOPE)
     scope: ClassVar[Scope] = "entry"
+    published: ClassVar[Published | None] = Published("TIES", "2306.01708")
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to look up magnitudes, which are measured at the first plan."""
@@ -102,7 +104,7 @@ class Ties:
         return Pass(_MERGE[aggregate], by_group(plan, self._measure.names, scalars))
 
 
-def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor]:
+def merge_ties(chunk: Chunk, *, aggregate: str) -> tuple[Tensor, Tensor, Tensor]:
     """Trim, elect signs and merge; return what :func:`merge_elected` does.
 
     Args:

@@ -13,6 +13,7 @@ from searchmerge.merging.method import (
     METHODS,
     Hyperparameter,
     Pass,
+    Published,
     Scope,
     Setting,
     by_group,
@@ -46,6 +47,7 @@ class Tsv:
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "tensor"
+    published: ClassVar[Published | None] = Published("TSV-M", "2412.00081", decomposes=True)
 
     def __init__(self, measure: "Measure") -> None:
         """Prepare to decompose matrices, at the first plan."""
@@ -55,7 +57,7 @@ class Tsv:
     def bind(self, plan: MergePlan) -> Pass:
         """Fix the coefficients."""
         if self._parts is None:
-            self._parts = self._measure.keep_whole(_separate, len(plan.experts))
+            self._parts = self._measure.keep_whole(_separate, len(plan.experts), as_weights=True)
         scalars = [SumScalars(row) for row in plan.values["coefficient"]]
         return Pass(weighted_kept, by_group(plan, self._measure.names, scalars), (), self._parts)
 
@@ -63,7 +65,7 @@ class Tsv:
 def _separate(name: str, deltas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return each expert's part of the merged task vector, in its shape, float32."""
     n_experts = len(deltas)
-    if deltas[0].ndim != 2 or not deltas[0].numel():
+    if deltas[0].ndim != 2 or not any(delta.any() for delta in deltas):
         return tuple(delta / n_experts for delta in deltas)
     left, sizes, right = zip(*(leading(delta, n_experts) for delta in deltas), strict=True)
     ranks = [len(of_expert) for of_expert in sizes]

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.causal.generation import (
     GenerationOptions,
     Generator,
-    NonFiniteLogits,
     is_greedy,
 )
 from tests.evaluators.models import tiny_model, tiny_tokenizer

@@ -101,3 +101,26 @@ def test_no_batch_has_more_tokens_than_were_asked_for_unless_one_document_has():
     sizes = [batch.tokens.numel() for cluster in clusters for batch in cluster.batches]
     assert len(sizes) > 1
     assert max(sizes) <= 80
+
+
+def test_texts_that_share_nothing_but_their_first_token_need_no_mask():
+    texts = [((1,), sequence(k, 120 + k)) for k in range(2, 30)]
+    documents, _ = group_documents(texts, 256)
+    [cluster] = plan_packed(documents, 512, 256)
+    assert all(batch.layout is None for batch in cluster.batches)
+    short = [((1,), sequence(k, 20 + k)) for k in range(2, 30)]
+    alike = [((1,), (*sequence(1, 120), *sequence(k, 30))) for k in range(2, 30)]
+    for pairs in (short, alike):
+        documents, _ = group_documents(pairs, 256)
+        clusters = plan_packed(documents, 512, 256)
+        assert all(b.layout is not None for cluster in clusters for b in cluster.batches)
+
+
+def test_no_batch_computes_more_logits_than_there_is_room_for():
+    texts = [((1,), sequence(k, 900)) for k in range(2, 20)]
+    choices = [(sequence(k, 9), sequence(k + 50 + j, 200)) for k in range(30) for j in range(3)]
+    for pairs in (texts, choices):
+        documents, _ = group_documents(pairs, 1024)
+        [cluster] = plan_packed(documents, 1 << 20, 1024)
+        reads = [len(batch.kept) for batch in cluster.batches]
+        assert max(reads) <= 8192 < sum(reads)

@@ -195,3 +195,34 @@ def _log_likelihood(model, context, continuation):
     logits = model(row).logits[0, -len(continuation) :]
     targets = torch.tensor(continuation)
     return logits.log_softmax(-1)[torch.arange(len(targets)), targets].sum()
+
+
+def test_what_is_scored_again_is_not_laid_out_again():
+    model, scorer = tiny_model("llama"), CausalScorer(64)
+    first = scorer.score(model, PAIRS, WINDOW)
+    looked_at = []
+
+    class Watched(tuple):
+        def __hash__(self):
+            looked_at.append(True)
+            return super().__hash__()
+
+    watched = [(Watched(context), continuation) for context, continuation in PAIRS]
+    assert scorer.score(model, watched, WINDOW) == first
+    assert looked_at
+    looked_at.clear()
+    assert scorer.score(model, watched, WINDOW) == first
+    assert scorer.score(model, list(reversed(watched)), WINDOW) != first
+    looked_at.clear()
+    assert scorer.score(model, list(reversed(watched)), WINDOW) == list(reversed(first))
+    assert not looked_at
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "bloom"])
+def test_a_gpu_gives_a_cpus_scores(architecture):
+    model = tiny_model(architecture)
+    expected = CausalScorer(512).score(model, PAIRS, WINDOW)
+    scorer = CausalScorer(512)
+    for _ in range(2):
+        assert_same(scorer.score(model.cuda(), PAIRS, WINDOW), expected)

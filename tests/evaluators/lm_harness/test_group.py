@@ -13,49 +13,6 @@ from searchmerge.evaluators.lm_harness.keys import LmTask
 from tests.evaluators.lm_harness.tasks import harness
 from tests.evaluators.models import tiny_tokenizer
 
-ACC = {"metric": "acc", "aggregation": "mean"}
-
-
-@pytest.fixture(scope="module")
-def groups(folder, tmp_path_factory):
-    """Groups of a 7-example and a 10-example task, in several shapes."""
-    root = tmp_path_factory.mktemp("groups")
-    config = yaml.safe_load((folder / "mc.yaml").read_text())
-    config["dataset_kwargs"]["data_files"] = {
-        split: str(folder / name) for split, name in config["dataset_kwargs"]["data_files"].items()
-    }
-    files = {
-        "small": config | {"task": "small", "tag": ["pair"]},
-        "large": config
-        | {
-            "task": "large",
-            "tag": ["pair"],
-            "dataset_kwargs": {
-                "data_files": {
-                    "test": str(folder / "data" / "validation.jsonl"),
-                    "validation": str(folder / "data" / "test.jsonl"),
-                    "train": str(folder / "data" / "train.jsonl"),
-                }
-            },
-        },
-        "by_size": {
-            "group": "by_size",
-            "task": ["small", "large"],
-            "aggregate_metric_list": [ACC | {"weight_by_size": True}],
-        },
-        "alike": {
-            "group": "alike",
-            "task": ["small", {"task": "large", "num_fewshot": 1, "fewshot_split": "train"}],
-            "aggregate_metric_list": [ACC | {"weight_by_size": False}],
-        },
-        "nested": {"group": "nested", "task": ["by_size", {"group": "inner", "task": ["small"]}]},
-        "broken": {"group": "broken", "task": ["small", "largee"]},
-    }
-    for name, content in files.items():
-        text = yaml.safe_dump(content | {"metadata": {"version": 1.0}})
-        (root / f"{name}.yaml").write_text(text)
-    return root
-
 
 def theirs(groups, model, name):
     lm = HFLM(model, tokenizer=tiny_tokenizer(), batch_size=4)

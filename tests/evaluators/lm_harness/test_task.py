@@ -186,3 +186,31 @@ def test_of_choices_the_likeliest_is_what_was_said(folder, model):
                 if doc["question"] in answer.question
             )
         )
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+@pytest.mark.parametrize("task", ["mc", "fewshot"])
+def test_grades_are_the_right_choices_lead_over_the_others(folder, model, task, metric):
+    if task == "fewshot" and metric == "acc_norm":
+        pytest.skip("the task has no such metric")
+    samples, _ = lm_eval_samples(folder, HFLM(model, tokenizer=tiny_tokenizer()), task)
+    expected = []
+    for sample in samples:
+        choices = sample["doc"]["choices"]
+        lengths = [len(choice) if metric == "acc_norm" else 1 for choice in choices]
+        values = [r[0][0] / n for r, n in zip(sample["resps"], lengths, strict=True)]
+        right = values.pop(sample["target"] if isinstance(sample["target"], int) else 0)
+        expected.append(right - max(values))
+    evaluator = harness(folder, LmTask(task, "test", metric=(metric,)))
+    scores = evaluator.score(model, "mine", range(7))
+    grades = evaluator.grades("mine", range(7))
+    assert sum(grade != 0 for grade in grades) > 3  # it is 0 where the right choice stands twice
+    assert all((g > 0) == bool(s) for g, s in zip(grades, scores, strict=True) if g)
+    assert grades == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_generated_or_scored_otherwise_has_no_grades(folder, model):
+    for task, metric in (("generate", "exact_match"), ("mc", "mcc")):
+        evaluator = harness(folder, LmTask(task, "test", metric=(metric,)))
+        evaluator.score(model, "mine", range(7))
+        assert evaluator.grades("mine", range(7)) == ()

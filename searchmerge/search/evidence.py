@@ -1,0 +1,127 @@
+r"""What scores say of how good plans are, once chance is taken off.
+
+A score is a mean over examples, and of many plans the best score is the luckiest: what was chosen
+by it is worse than it looks. The more a score owes to chance, the more it is drawn to what plans
+of the study usually score.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+Observations = Mapping[str, Mapping[str, Vector]]
+"""Plan name to task to its observations, ``(n_examples,)``: the same examples for all plans."""
+
+_LEAST_SPREAD = 0.3
+"""What a few plans say of how far plans truly differ is chance too: that is taken for this part of
+the variance of a value's error at least, so that further examples still count."""
+
+_TINY = 1e-18
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What some plans scored on the same examples, relative to one another.
+
+    Attributes:
+        names: The plans.
+        values: Of each the objective, minus the mean of all.
+        variances: Of the values' errors: of examples that are another draw.
+    """
+
+    names: tuple[str, ...]
+    values: Vector
+    variances: Vector
+
+    @classmethod
+    def of(cls, observations: Observations, units: Mapping[str, float]) -> "Measured":
+        r"""Compare plans example by example.
+
+        With :math:`d_{pe} = o_{pe} - \bar o_{\cdot e}` on n examples of a task, what its mean
+        :math:`\bar d_p` owes to the draw of examples has the variance
+        :math:`\sum_e (d_{pe} - \bar d_p)^2 / (n (n - 1))`; tasks add up, each in the objective's
+        units. What is hard or easy for all plans alike is no noise.
+
+        Args:
+            observations: Of two plans or more.
+            units: Task to by how much the objective grows with its score.
+        """
+        names = tuple(observations)
+        values, variances = np.zeros(len(names)), np.zeros(len(names))
+        for task, unit in units.items():
+            table = np.array([observations[name][task] for name in names])
+            differences = table - table.mean(0)
+            n_examples = table.shape[1]
+            values += unit * differences.mean(1)
+            if n_examples > 1:
+                variances += unit**2 * differences.var(1, ddof=1) / n_examples
+        return cls(names, values, variances)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How good plans are believed to be.
+
+    Attributes:
+        names: The plans.
+        values: Of each the objective that is expected on further examples, minus a constant.
+        variances: How far it may be off, squared.
+    """
+
+    names: tuple[str, ...]
+    values: Vector
+    variances: Vector
+
+    @classmethod
+    def shrunken(cls, measured: Measured, typical: Sequence[str]) -> "Evidence":
+        r"""Draw what was measured to what plans usually score.
+
+        For plans whose true values are normal, :math:`N(\mu, \tau^2)`, a measured value y with an
+        error of variance v leaves :math:`\mu + \frac{\tau^2}{\tau^2 + v} (y - \mu)` with the
+        variance :math:`\frac{\tau^2 v}{\tau^2 + v}`. :math:`\mu` is the mean of typical plans;
+        :math:`\tau^2` their variance minus that of their errors, and a part of the latter at
+        least.
+
+        Args:
+            measured: What was measured.
+            typical: The plans that tell what plans usually score, one or more.
+        """
+        chosen = [measured.names.index(name) for name in typical]
+        usual = measured.values[chosen]
+        spread = float(usual.var(ddof=1)) if len(chosen) > 1 else 0.0
+        error = float(measured.variances[chosen].mean())
+        true_spread = max(spread - error, _LEAST_SPREAD * error, _TINY)
+        part = true_spread / (true_spread + measured.variances)
+        values = usual.mean() + part * (measured.values - usual.mean())
+        return cls(measured.names, values, part * measured.variances)
+
+    def and_measured(self, measured: Measured) -> "Evidence":
+        """Return what is believed after some of the plans were measured on other examples.
+
+        Both are relative to some mean, and are moved to agree on that of the plans measured now.
+        """
+        at = [self.names.index(name) for name in measured.names]
+        before, errors = self.values[at], self.variances[at] + _TINY
+        new = measured.values + (before.mean() - measured.values.mean())
+        new_errors = measured.variances + _TINY
+        weight = errors / (errors + new_errors)
+        values = before + weight * (new - before)
+        return Evidence(measured.names, values, errors * new_errors / (errors + new_errors))
+
+    @property
+    def best(self) -> str:
+        """The plan that is believed to be the best; of equal ones the first."""
+        return self.names[int(np.argmax(self.values))]
+
+    def ranked(self) -> list[str]:
+        """Return the plans, best first."""
+        return [self.names[i] for i in np.argsort(-self.values, kind="stable")]
+
+    def error_of(self, name: str) -> float:
+        """Return how far a plan's value may be off: a standard error."""
+        return math.sqrt(self.variances[self.names.index(name)])

@@ -1,0 +1,84 @@
+"""Evidence: values drawn to what is usual by as much as they owe to chance."""
+
+import numpy as np
+import pytest
+
+from searchmerge.search.evidence import Evidence, Measured
+
+UNITS = {"a": 0.25, "b": 0.75}
+
+
+def observed(rng, true, n=50):
+    """Return plans that are right as often as ``true`` says, on examples of their own luck."""
+    return {
+        name: {task: (rng.random(n) < rate).astype(float) for task in UNITS}
+        for name, rate in true.items()
+    }
+
+
+def test_values_and_their_errors_are_those_of_paired_means():
+    data = observed(np.random.default_rng(0), {"p": 0.5, "q": 0.7, "r": 0.9})
+    told = Measured.of(data, UNITS)
+    values, variances = [], []
+    for name in data:
+        value = variance = 0.0
+        for task, unit in UNITS.items():
+            difference = data[name][task] - np.mean([data[m][task] for m in data], axis=0)
+            value += unit * difference.mean()
+            variance += unit**2 * difference.var(ddof=1) / 50
+        values.append(value)
+        variances.append(variance)
+    assert told.values == pytest.approx(values)
+    assert told.variances == pytest.approx(variances)
+    assert sum(told.values) == pytest.approx(0.0)
+
+
+def test_what_is_hard_for_all_plans_is_no_noise():
+    rng = np.random.default_rng(1)
+    hard = (rng.random(40) < 0.5).astype(float)
+    data = {name: {"a": hard + shift} for name, shift in (("p", 0.0), ("q", 0.1))}
+    told = Measured.of(data, {"a": 1.0})
+    assert told.variances == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert told.values[1] - told.values[0] == pytest.approx(0.1)
+
+
+def test_a_value_is_drawn_to_the_usual_by_its_noise():
+    measured = Measured(
+        ("p", "q", "r"), np.array([-0.1, 0.0, 0.1]), np.array([0.001, 0.001, 0.004])
+    )
+    told = Evidence.shrunken(measured, ["p", "q", "r"])
+    spread = 0.01 - 0.002
+    assert told.values[0] == pytest.approx(-0.1 * spread / (spread + 0.001))
+    assert told.values[2] == pytest.approx(0.1 * spread / (spread + 0.004))
+    assert told.error_of("r") == pytest.approx(np.sqrt(spread * 0.004 / (spread + 0.004)))
+    assert told.best == "r"
+
+
+def test_the_luckiest_of_many_noisy_plans_does_not_beat_a_better_one_that_is_well_known():
+    values = np.array([0.02, *np.linspace(-0.03, 0.03, 20)])
+    names = ("published", *(f"trial {i}" for i in range(20)))
+    measured = Measured(names, values, np.array([0.0, *[0.0016] * 20]))
+    told = Evidence.shrunken(measured, names)
+    assert measured.values.argmax() == 20
+    assert told.best == "published"
+
+
+def test_further_examples_count_by_their_errors():
+    before = Evidence(("p", "q"), np.array([0.02, 0.0]), np.array([0.001, 0.001]))
+    now = Measured(("p", "q"), np.array([-0.03, 0.03]), np.array([0.003, 0.003]))
+    told = before.and_measured(now)
+    assert told.values[0] - told.values[1] == pytest.approx(0.75 * 0.02 - 0.25 * 0.06)
+    assert told.variances == pytest.approx([0.00075] * 2)
+
+
+def test_evidence_picks_better_than_the_maximum_does():
+    """Of 30 noisy plans and one that was measured on ten times the examples."""
+    rng = np.random.default_rng(5)
+    gains = []
+    for _ in range(200):
+        true = rng.normal(0.0, 0.01, 31)
+        errors = np.array([0.01, *[0.04] * 30]) ** 2
+        seen = Measured(tuple(map(str, range(31))), true + rng.normal(0, np.sqrt(errors)), errors)
+        picked = int(Evidence.shrunken(seen, seen.names).best)
+        gains.append(true[picked] - true[int(seen.values.argmax())])
+    assert np.mean(gains) > 2 * np.std(gains) / np.sqrt(len(gains))

@@ -1,0 +1,93 @@
+"""Which plan is saved: by evidence on what was selected on and held out, found or published."""
+
+import numpy as np
+import pytest
+
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.evaluators.score_kind import Whole
+from searchmerge.execution.blocks import Block, BlockScores
+from searchmerge.search.objective import Constraint, Goal, Objective
+from searchmerge.search.pick import confirmed, evidence_on_select
+from searchmerge.search.schedule import Schedule
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.scores import ScoreStore
+from tests.search.test_trials import plan
+
+GOALS = {"a": Goal(), "b": Goal()}
+N = 64
+PLANS = {"TIES": plan(1), "average": plan(2), "trial 3": plan(3), "trial 4": plan(4)}
+
+
+def blocks(part):
+    return {t: tuple(Block(t, part, i, tuple(range(8 * i, 8 * i + 8))) for i in range(8))
+            for t in GOALS}  # fmt: skip
+
+
+@pytest.fixture
+def board(tmp_path):
+    store = ScoreStore(tmp_path / "scores.db")
+    parts = {part: blocks(part) for part in ("select", "hold_out")}
+    infos = dict.fromkeys(GOALS, TaskInfo(N))
+    yield Scoreboard(Schedule.interleaved(infos, parts, round_blocks=4, seed=0), store)
+    store.close()
+
+
+def put(board, name, part, n_right):
+    """Let a plan be right on the first ``n_right`` examples of both tasks."""
+    right = (np.arange(N) < n_right).astype(float)
+    board.store.put(
+        PLANS[name],
+        [
+            BlockScores(block, tuple(right[list(block.examples)].tolist()))
+            for its in blocks(part).values()
+            for block in its
+        ],
+    )
+
+
+def scored(board, on_select, on_hold_out):
+    for name in PLANS:
+        put(board, name, "select", on_select[name])
+        put(board, name, "hold_out", on_hold_out[name])
+
+
+OBJECTIVE = Objective("mean", GOALS)
+
+
+def winner(board, objective=OBJECTIVE):
+    before = evidence_on_select(board, PLANS, objective, list(PLANS))
+    return confirmed(board, before, PLANS, objective).best
+
+
+def test_a_published_setting_is_saved_where_its_evidence_is_best(board):
+    select = {"TIES": 50, "average": 40, "trial 3": 51, "trial 4": 41}
+    scored(board, select, {"TIES": 52, "average": 40, "trial 3": 40, "trial 4": 40})
+    assert winner(board) == "TIES"
+
+
+def test_a_found_merge_is_saved_where_its_evidence_is_best(board):
+    select = {"TIES": 50, "average": 40, "trial 3": 58, "trial 4": 41}
+    scored(board, select, {"TIES": 50, "average": 40, "trial 3": 57, "trial 4": 40})
+    assert winner(board) == "trial 3"
+
+
+def test_a_plan_that_breaks_a_constraint_is_not_saved_where_another_keeps_it(board):
+    select = {"TIES": 60, "average": 62, "trial 3": 30, "trial 4": 31}
+    scored(board, select, {"TIES": 60, "average": 62, "trial 3": 60, "trial 4": 60})
+    limited = Objective("mean", GOALS, constraints=(Constraint("a", "score", 61 / N),))
+    assert winner(board, limited) == "average"
+
+
+def test_where_chance_is_not_known_select_and_held_out_count_alike(board):
+    select = {"TIES": 50, "average": 40, "trial 3": 54, "trial 4": 40}
+    scored(board, select, {"TIES": 60, "average": 40, "trial 3": 50, "trial 4": 40})
+    assert winner(board, Objective("worst", GOALS)) == "TIES"
+
+
+def test_evidence_of_scores_that_are_no_means_is_their_value(board):
+    scored(board, dict.fromkeys(PLANS, 40) | {"trial 4": 44}, dict.fromkeys(PLANS, 40))
+    infos = {**board.schedule.tasks, "b": TaskInfo(N, kind=Whole())}
+    assert not isinstance(infos["b"].kind, type(board.schedule.tasks["a"].kind))
+    told = evidence_on_select(board, PLANS, Objective("worst", GOALS), list(PLANS))
+    assert told.variances.tolist() == [0.0] * 4
+    assert told.best == "trial 4"
