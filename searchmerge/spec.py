@@ -106,11 +106,11 @@ class RefineSpec(Strict):
     """How the best plans are refined by gradient after the search."""
 
     groups: Any = TENSOR
-    steps: int = Field(default=40, ge=1)
+    steps: int = Field(default=20, ge=1)
     batch: int = Field(default=64, ge=1)
     shrink: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     loss: LossKind = "labels"
-    rate: float = Field(default=0.02, gt=0)
+    rate: float = Field(default=0.05, gt=0)
     starts: int = Field(default=2, ge=1)
 
     @field_validator("groups")

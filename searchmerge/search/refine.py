@@ -27,8 +27,8 @@ WATCHED = 1 / 4
 
 _BLOCK = 8  # examples whose loss is watched as one, if that makes
 _LEAST_BLOCKS = 6  # so many, from which it is seen how far losses vary
-_CHECKS = 8  # how often it is looked at whether to go on
-_PATIENCE = 3  # checks without a lower loss after which the steps end
+_CHECKS = 5  # how often it is looked at whether to go on
+_PATIENCE = 2  # checks without a lower loss after which the steps end
 _SHRINKS = (0.75, 0.5, 0.25)
 _LEAST_GAIN = 1.0  # standard errors by which the loss must have fallen
 
@@ -57,7 +57,7 @@ class Recipe:
     batch: int
     shrink: Shrink = "auto"
     loss: LossKind = "labels"
-    rate: float = 0.02
+    rate: float = 0.05
     seed: int = 0
 
 
