@@ -259,7 +259,7 @@ class Merger:
             return None
         key = (vectors.experts, work.experts, work.function)
         passes = self._resident.get(key)
-        if passes is None or passes[0].kept is not work.kept:
+        if passes is None or not passes[0].serves(work):
             self._resident.pop(key, None)
             if not all(target.is_contiguous() for target, *_ in targets.values()):
                 return None

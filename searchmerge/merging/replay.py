@@ -105,7 +105,7 @@ class ResidentPass:
         parameters: Sequence[Parameter],
         record: Recorder,
     ) -> None:
-        self.kept = work.kept
+        self._kept = work.kept
         self._engine, self._function, self._parameters = engine, work.function, parameters
         self._record, self._n_runs = record, 0
         self._play: Launch | None = None
@@ -149,6 +149,10 @@ class ResidentPass:
         target = self._parameters[parameter].target[start:stop].view(-1, ROW)
         tallies = tuple(tally[place : place + len(target)] for tally in self._tallies)
         return _Piece(parameter, start, rows, (target, *tallies))
+
+    def serves(self, work: Pass) -> bool:
+        """Return whether a pass of the same function reads what this one was made for."""
+        return work.kept is self._kept or not (work.kept or self._kept)
 
     def run(self, work: Pass, scales: Mapping[str, float]) -> tuple[bool, Tensor | None]:
         """Merge under the numbers of a pass; return whether it could be done, and the tally.

@@ -1,6 +1,7 @@
 """A pass over a resident model is launched, then recorded, then played."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_every_run_gives_what_each_parameter_gives_by_itself(method):
         work = bound.bind(plan)
         scales = {name: 1.0 + i * place for place, name in enumerate(SIZES)}
         wanted, tally = expected(own, work, scales)
-        if passes is None or passes.kept is not work.kept:
+        if passes is None or not passes.serves(work):
             passes = ResidentPass(engine, work, list(parameters(own, targets, work)), recorder)
         done, found = passes.run(work, scales)
         assert done
@@ -139,3 +140,19 @@ def test_where_recording_fails_each_kernel_is_launched_and_it_is_said_once(caplo
 def test_what_cannot_be_compiled_is_told():
     passes, work = ties_pass(Uncompiled(n_kernels=1), Recorder())
     assert passes.run(work, dict.fromkeys(SIZES, 1.0)) == (False, None)
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "dare", "linear", "breadcrumbs"])
+def test_a_pass_serves_every_plan_where_nothing_is_kept(method):
+    """Or each candidate would be launched anew, and none played."""
+    own = vectors()
+    bound = METHODS[method](Measure(own, Engine("eager"), MemoryBudget(2**30)))
+    plans = [default_plan(method, EXPERTS, coefficient=c, **settings(method)) for c in (0.5, 1.0)]
+    first, second = (bound.bind(plan) for plan in plans)
+    targets = {name: tensor.clone() for name, tensor in own.base.items()}
+    read = list(parameters(own, targets, first))
+    made = ResidentPass(Uncompiled(), first, read, record=Recorder())
+    assert first.function is second.function
+    assert not first.kept
+    assert made.serves(second)
+    assert not made.serves(replace(second, kept={"norm": (torch.zeros(7),)}))
