@@ -20,17 +20,21 @@ from searchmerge.evaluators.evaluator import (
 from searchmerge.execution.blocks import Block, Part, make_blocks, split_examples
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.followed_merger import FollowedMerger
+from searchmerge.execution.gradient import Merges
 from searchmerge.execution.int8_merger import Int8Merger
 from searchmerge.execution.watched_merger import WatchedMerger
-from searchmerge.execution.worker import Merges, Worker
+from searchmerge.execution.worker import Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
-from searchmerge.models import Models, load_task_vectors, make_merger, open_models
-from searchmerge.plan import MergePlan, SettingValue
+from searchmerge.merging.gradient import CoefficientGradients
+from searchmerge.models import Models, load_task_vectors, make_merger, merged_names, open_models
+from searchmerge.plan import TENSOR, Groups, MergePlan, SettingValue
 from searchmerge.search.budget import Budget
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.racing import Racing
 from searchmerge.search.references import reference_plans, slow_methods
+from searchmerge.search.refine import Recipe
+from searchmerge.search.refinements import Refining
 from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.warm_start import warm_start_params
@@ -87,10 +91,8 @@ def make_worker(
     views = writable_views(model)
     names = aligned(views, models.base.headers)
     targets = {names[name]: view for name, view in views.items()}
-    merger: Merges = make_merger(
-        models, vectors, config.engine, memory=config.memory, targets=targets
-    )
-    merger = WatchedMerger(merger, watch.check)
+    plain = make_merger(models, vectors, config.engine, memory=config.memory, targets=targets)
+    merger: Merges = WatchedMerger(plain, watch.check)
     if study.spec.scoring == "int8":
         merged = [targets[name] for name in vectors.weights if name in targets]
         merger = Int8Merger(merger, model, merged)
@@ -98,7 +100,7 @@ def make_worker(
     if followers:
         merger = FollowedMerger(merger, model, targets, list(followers.values()))
     watch.check()
-    return Worker(model, merger, evaluators)
+    return Worker(model, merger, evaluators, CoefficientGradients(model, plain))
 
 
 def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Evaluator]:
@@ -161,6 +163,20 @@ def make_racing(study: Study) -> Racing | None:
     if racing == "off":
         return None
     return Racing(racing.p_threshold, racing.min_blocks, racing.collapse_margin)
+
+
+def make_refining(study: Study, models: Models) -> Refining | None:
+    """Return how the study's best plans are refined, or ``None`` where they are not."""
+    refine, seed = study.spec.search.refine, study.spec.search.seed
+    if refine == "off":
+        return None
+    names = tuple(merged_names(models))
+    whole = refine.groups == TENSOR
+    groups = Groups.of_tensors(names) if whole else Groups.from_data(refine.groups)
+    recipe = Recipe(
+        groups, refine.steps, refine.batch, refine.shrink, refine.loss, refine.rate, seed
+    )
+    return Refining(recipe, refine.starts, names)
 
 
 def warm_start(study: Study) -> list[dict[str, SettingValue]]:

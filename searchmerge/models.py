@@ -32,7 +32,7 @@ from searchmerge.merging.groups import assign_groups, depth_positions
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.residency import Memory
 from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.plan import MergePlan
+from searchmerge.plan import TENSOR, Groups, MergePlan
 from searchmerge.spec import ModelSpec
 from searchmerge.study import Study
 
@@ -160,21 +160,26 @@ def _open(study: Study, model: ModelSpec, base: Checkpoint | None) -> Checkpoint
     return checkpoint if base is None else checkpoint.named_as(base)
 
 
-def check_groups(study: Study, models: Models) -> None:
-    """Check by the base's headers that the space's groups divide its parameters.
-
-    Raises:
-        SpecError: If a pattern overlaps another or matches nothing, or there are fewer layers
-            than blocks.
-    """
+def merged_names(models: Models) -> list[str]:
+    """Return the names of the parameters that are merged, by the base's headers."""
     aliases = tied(models.base)
-    names = [
+    return [
         name
         for name, header in models.base.headers.items()
         if header.dtype.is_floating_point
         and name not in aliases
         and not any(re.search(pattern, name) for pattern in models.not_merged)
     ]
+
+
+def check_groups(study: Study, models: Models) -> None:
+    """Check by the base's headers that the groups of a study divide its parameters.
+
+    Raises:
+        SpecError: If a pattern overlaps another or matches nothing, or there are fewer layers
+            than blocks.
+    """
+    names = merged_names(models)
     if not names:
         raise SpecError(f"exclude: {study.spec.exclude} leaves no parameter to be merged")
     for alternative in study.space.alternatives.values():
@@ -184,6 +189,12 @@ def check_groups(study: Study, models: Models) -> None:
                 depth_positions(names)
         except SpecError as error:
             raise SpecError(f"space {alternative.name!r}: {error}") from error
+    refine = study.spec.search.refine
+    if refine != "off" and refine.groups != TENSOR:
+        try:
+            assign_groups(names, Groups.from_data(refine.groups))
+        except SpecError as error:
+            raise SpecError(f"search.refine: {error}") from error
 
 
 def load_task_vectors(study: Study, models: Models) -> TaskVectors:

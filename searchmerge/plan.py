@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from searchmerge.durable import write_atomically
 from searchmerge.errors import SpecError
+from searchmerge.tensor_names import compress, expand, in_order
 
 Rows = tuple[tuple[float, ...], ...]
 """One row per group, one number per expert."""
@@ -27,30 +28,38 @@ class Groups:
         depth: Number of blocks of consecutive layers, 1 or more; ``None`` where not by depth.
         patterns: Regular expressions searched in parameter names, one group each; a last
             pattern ``rest`` takes the parameters that no other matches. Empty where not by name.
+        tensors: The name of every parameter, each a group of its own, as :meth:`of_tensors`
+            orders them. Empty where groups have several parameters.
     """
 
     depth: int | None = None
     patterns: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.depth is not None and self.patterns:
-            raise SpecError("groups: give either depth or patterns, not both")
+        if (self.depth is not None) + bool(self.patterns) + bool(self.tensors) > 1:
+            raise SpecError("groups: give either depth, patterns or tensors, not two of them")
+        if self.tensors != in_order(set(self.tensors)):
+            raise SpecError("groups: tensors are listed twice, or in another order than theirs")
         if self.depth is not None and not 1 <= self.depth <= _MAX_DEPTH:
             raise SpecError(f"groups: depth is {self.depth}; allowed is 1 to {_MAX_DEPTH}")
         if len(set(self.patterns)) != len(self.patterns):
             raise SpecError(f"groups: a pattern is listed twice in {list(self.patterns)}")
 
     def __len__(self) -> int:
-        if self.depth is not None:
-            return self.depth
-        return len(self.patterns) or 1
+        return len(self.names)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return a name for each group, for parameter names and reports."""
         if self.depth is not None:
             return tuple(f"depth{i}" for i in range(self.depth))
-        return self.patterns or ("whole",)
+        return self.tensors or self.patterns or ("whole",)
+
+    @classmethod
+    def of_tensors(cls, names: Iterable[str]) -> "Groups":
+        """Return the groups in which every parameter has a row of its own."""
+        return cls(tensors=in_order(set(names)))
 
     @classmethod
     def from_data(cls, data: Any) -> "Groups":
@@ -68,17 +77,25 @@ class Groups:
                 if all(isinstance(pattern, str) for pattern in patterns):
                     return cls(patterns=tuple(patterns))
         raise SpecError(
-            f"groups: found {data!r}; allowed: whole, {{depth: k}} or {{patterns: [p, ...]}}"
+            f"groups: found {data!r}; allowed: whole, {{depth: k}} or {{patterns: [p, ...]}}; "
+            f"{TENSOR} is for plans whose values name the tensors, and for search.refine"
         )
 
     def to_data(self) -> Any:
-        """Return what :meth:`from_data` reads."""
+        """Return what :meth:`from_data` reads; ``tensor`` where values name the tensors."""
+        if self.tensors:
+            return TENSOR
         if self.depth is not None:
             return {"depth": self.depth}
         return {"patterns": list(self.patterns)} if self.patterns else "whole"
 
 
 WHOLE = Groups()
+TENSOR = "tensor"
+"""What a file says of groups of one parameter each, whose names stand before their rows."""
+REST = "rest"
+"""As the last pattern, the parameters that no other pattern matches; before a row, the tensors
+that no other row of the hyper-parameter is for."""
 _MAX_DEPTH = 1000  # blocks of layers; no model has as many
 _KEYS = ("method", "experts", "groups", "values", "settings")
 
@@ -158,21 +175,33 @@ class MergePlan:
             raise SpecError(f"plan: method is {method!r}; a name is needed")
         if not (isinstance(experts, list | tuple) and all(isinstance(e, str) for e in experts)):
             raise SpecError(f"plan: experts is {experts!r}; a list of names is needed")
+        if data.get("groups") == TENSOR:
+            groups, values = _read_tensor_values(data["values"])
+        else:
+            groups = Groups.from_data(data.get("groups", "whole"))
+            values = _read_values(data["values"])
         return cls(
             method=method,
             experts=tuple(experts),
-            groups=Groups.from_data(data.get("groups", "whole")),
-            values=_read_values(data["values"]),
+            groups=groups,
+            values=values,
             settings=_read_settings({} if data.get("settings") is None else data["settings"]),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain lists, mappings, strings and numbers."""
+        """Return the plan as plain lists, mappings, strings and numbers.
+
+        Where every tensor has a row of its own, tensors whose rows are equal stand together: as
+        names with their layers in braces, and as ``rest``.
+        """
+        values: dict[str, Any] = {n: [list(r) for r in rows] for n, rows in self.values.items()}
+        if self.groups.tensors:
+            values = _by_tensor(self.groups.tensors, self.values)
         return {
             "method": self.method,
             "experts": list(self.experts),
             "groups": self.groups.to_data(),
-            "values": {name: [list(row) for row in rows] for name, rows in self.values.items()},
+            "values": values,
             "settings": dict(self.settings),
         }
 
@@ -215,6 +244,67 @@ def _check_row(name: str, row: tuple[float, ...], experts: tuple[str, ...]) -> N
     for expert, number in zip(experts, row, strict=True):
         if not math.isfinite(number):
             raise SpecError(f"plan: values.{name} of expert {expert!r} is {number}, not finite")
+
+
+def _by_tensor(names: tuple[str, ...], values: Mapping[str, Rows]) -> dict[str, Any]:
+    """Return the rows of each hyper-parameter under the names of the tensors that they are for.
+
+    The first names them all; in the others the commonest row is that of ``rest``.
+    """
+    by_tensor: dict[str, Any] = {}
+    for number, (name, rows) in enumerate(values.items()):
+        alike: dict[tuple[float, ...], list[str]] = {}
+        for tensor, row in zip(names, rows, strict=True):
+            alike.setdefault(row, []).append(tensor)
+        rest = max(alike, key=lambda row: len(alike[row])) if number else None
+        lines = {
+            pattern: list(row)
+            for row, tensors in alike.items()
+            if row != rest
+            for pattern in compress(tensors)
+        }
+        lines = {pattern: lines[pattern] for pattern in in_order(lines)}
+        by_tensor[name] = lines if rest is None else {**lines, REST: list(rest)}
+    return by_tensor
+
+
+def _read_tensor_values(data: Any) -> tuple[Groups, dict[str, Rows]]:
+    """Return the tensors that values name, and their rows in the order of these groups."""
+    if not isinstance(data, Mapping) or not all(isinstance(v, Mapping) for v in data.values()):
+        raise SpecError(
+            f"plan: groups: {TENSOR} needs values of the form {{coefficient: {{NAME: row}}}}, "
+            "where NAME is a tensor's, e.g. layers.{0..11}.norm.weight for those of twelve layers"
+        )
+    listed = {str(name): _listed_rows(str(name), rows) for name, rows in data.items()}
+    groups = Groups.of_tensors(
+        tensor for rows in listed.values() for tensor in rows if tensor != REST
+    )
+    if not groups.tensors:
+        raise SpecError(f"plan: groups: {TENSOR}, but values name no tensor")
+    values: dict[str, Any] = {}
+    for name, rows in listed.items():
+        values[name] = [rows.get(tensor, rows.get(REST)) for tensor in groups.tensors]
+        if None in values[name]:
+            missing = groups.tensors[values[name].index(None)]
+            raise SpecError(
+                f"plan: values.{name} has no row for tensor {missing!r}; give one, or a row {REST}"
+            )
+    return groups, _read_values(values)
+
+
+def _listed_rows(name: str, rows: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return each tensor's row of a hyper-parameter.
+
+    Raises:
+        SpecError: If a tensor has two.
+    """
+    listed: dict[str, Any] = {}
+    for pattern, row in rows.items():
+        for tensor in expand(str(pattern)):
+            if tensor in listed:
+                raise SpecError(f"plan: values.{name} has two rows for tensor {tensor!r}")
+            listed[tensor] = row
+    return listed
 
 
 def _read_values(data: Any) -> dict[str, Rows]:

@@ -47,6 +47,7 @@ from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.pick import confirmed, evidence_on_select
 from searchmerge.search.references import BASE, expert_name
+from searchmerge.search.refinements import Refinements, material
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
@@ -124,6 +125,8 @@ class StudyRun:
         self._study = study
         self._models = models
         self._directory = directory
+        self._executor = executor
+        self._observer = observer
         self._references = assemble.references(study, models)
         self._objective: Objective | None = None  # until the references are scored
         self._runner = StudyRunner(
@@ -159,7 +162,9 @@ class StudyRun:
         references = self._runner.score_references()
         objective = self._objective = self._relative_objective(references)
         if search:
+            refine = self._refinement(references, objective)
             self._search(objective)
+            refine()
         best, evidence = self._complete_the_best(references, objective)
         plans = self._score_held_out({**references, **best})
         confirmation = self._confirm(plans, best, evidence, objective)
@@ -209,6 +214,23 @@ class StudyRun:
         """Run trials until the budget ends."""
         budget, racing = assemble.make_budget(self._study), assemble.make_racing(self._study)
         self._runner.run(objective, budget, racing, self._grading_seed)
+
+    def _refinement(self, references: Plans, objective: Objective) -> Callable[[], None]:
+        """Return what refines the best plans by gradient; nothing where the study says nothing.
+
+        Raises:
+            SpecError: If no task can be learnt from.
+        """
+        refining = assemble.make_refining(self._study, self._models)
+        if refining is None:
+            return lambda: None
+        board, experts = self._runner.board, self._study.task_experts
+        teachers = {task: references[name] for task, name in experts.items() if name in references}
+        learnt = material(board, objective, refining.recipe, teachers)
+        stage = Refinements(
+            self._directory, self._runner, self._executor, self._observer, refining
+        )
+        return lambda: stage.run(references, objective, learnt)
 
     @property
     def _grading_seed(self) -> int | None:

@@ -19,8 +19,9 @@ from pydantic import (
 
 from searchmerge.checkpoints.model_class import CAUSAL_LM, is_also
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind
+from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind, LossKind
 from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
+from searchmerge.plan import TENSOR, Groups
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model
@@ -101,6 +102,25 @@ class RacingSpec(Strict):
     collapse_margin: float = Field(default=0.1, ge=0)
 
 
+class RefineSpec(Strict):
+    """How the best plans are refined by gradient after the search."""
+
+    groups: Any = TENSOR
+    steps: int = Field(default=20, ge=1)
+    batch: int = Field(default=64, ge=1)
+    shrink: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    loss: LossKind = "labels"
+    rate: float = Field(default=0.05, gt=0)
+    starts: int = Field(default=2, ge=1)
+
+    @field_validator("groups")
+    @classmethod
+    def _divides(cls, value: Any) -> Any:
+        if value != TENSOR:
+            Groups.from_data(value)
+        return value
+
+
 class ConstraintSpec(Strict):
     """A bound that the saved plan has to keep, on some tasks or on all."""
 
@@ -120,6 +140,7 @@ class SearchSpec(Strict):
     warm_start: list[str] = Field(default_factory=list)
     warm_start_plans: int = Field(default=10, ge=1)
     racing: RacingSpec | Literal["off"] = RacingSpec()
+    refine: RefineSpec | Literal["off"] = "off"
     block_size: int = Field(default=8, ge=1)
     round_blocks: int = Field(default=12, ge=1)
 
@@ -128,7 +149,7 @@ class SearchSpec(Strict):
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("racing", mode="before")
+    @field_validator("racing", "refine", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else {} if value is True or value == "on" else value
@@ -304,7 +325,8 @@ class StudySpec(Strict):
     def canonical(self) -> dict[str, Any]:
         """Return what may change a score: all but the budget and the confirmation."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude={"confirm", "name"})
-        for key in ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans"):
+        budget = ("n_trials", "timeout", "patience", "warm_start", "warm_start_plans", "refine")
+        for key in budget:
             data["search"].pop(key)
         tasks = data["tasks"].values()
         for name, kind in EVALUATORS.items():
@@ -312,7 +334,7 @@ class StudySpec(Strict):
                 data.pop(name, None)  # so that a new kind of evaluator changes no other study
                 continue
             for key in kind.free_keys:
-                for keys in (data[name], *(t for t in tasks if t["evaluator"] == name)):
+                for keys in (data.get(name, {}), *(t for t in tasks if t["evaluator"] == name)):
                     keys.pop(key, None)
         return data
 

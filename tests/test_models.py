@@ -6,9 +6,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from searchmerge.errors import CheckpointError, SpecError
-from searchmerge.merging.merger import merge_weights
+from searchmerge.merging.merger import Merger, merge_weights
 from searchmerge.merging.method import default_plan
-from searchmerge.models import check_groups, load_task_vectors, open_models, save_merge
+from searchmerge.models import (
+    check_groups,
+    load_task_vectors,
+    merged_names,
+    open_models,
+    save_merge,
+)
+from searchmerge.plan import Groups, MergePlan
 from searchmerge.study import read_study
 from searchmerge.watch import Watch
 from tests.tiny import EXPERTS, make_models, make_study
@@ -91,3 +98,24 @@ def test_what_is_saved_is_the_plans_merge_with_the_plan_beside_it(study, tmp_pat
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
     assert yaml.safe_load((tmp_path / "out" / "merge_plan.yaml").read_text())["method"] == "ties"
+
+
+@pytest.mark.parametrize("changes", [{}, {"exclude": ["norm"]}])
+def test_what_is_merged_is_known_by_name_before_anything_is_mapped(study, changes):
+    asked = study(**changes)
+    opened = open_models(asked)
+    assert merged_names(opened) == list(load_task_vectors(asked, opened).weights)
+    assert "lm_head.weight" not in merged_names(opened)  # it is tied
+
+
+def test_a_plan_with_a_row_for_every_tensor_is_saved_and_read_again(study, tmp_path):
+    asked = study()
+    opened = open_models(asked)
+    vectors, groups = load_task_vectors(asked, opened), Groups.of_tensors(merged_names(opened))
+    plan = default_plan("ties", EXPERTS, groups=groups, density=0.5)
+    save_merge(opened, vectors, plan, tmp_path / "out", files={}, check=lambda: None)
+    assert MergePlan.from_yaml(tmp_path / "out" / "merge_plan.yaml") == plan
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    whole = dict(Merger(vectors).merged(default_plan("ties", EXPERTS, density=0.5)))
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, whole[name])

@@ -14,7 +14,8 @@ DATA = {
     "settings": {"aggregate": "mean"},
 }
 numbers = st.floats(-1e6, 1e6)
-groups = st.sampled_from([Groups(), Groups(depth=3), Groups(patterns=("attn", "rest"))])
+TENSORS = Groups.of_tensors([f"layers.{i}.{kind}" for i in range(11) for kind in ("q", "norm")])
+groups = st.sampled_from([Groups(), Groups(depth=3), Groups(patterns=("attn", "rest")), TENSORS])
 
 
 @st.composite
@@ -117,3 +118,41 @@ def test_a_plan_in_another_order_of_experts_keeps_each_ones_numbers():
     assert plan.experts == ("code", "math")
     assert plan.values == {"coefficient": ((0.9, 0.7),), "density": ((0.3, 0.2),)}
     assert plan.reordered(("math", "code")) == MergePlan.from_dict(DATA)
+
+
+def test_a_plan_with_a_row_per_tensor_is_as_short_as_its_rows_differ():
+    rows = tuple((1.0, 0.5 if name == "layers.3.q" else 1.0) for name in TENSORS.tensors)
+    densities = ((0.2, 0.2),) * len(TENSORS)
+    values = {"coefficient": rows, "density": densities}
+    plan = MergePlan("ties", ("math", "code"), values, TENSORS)
+    assert plan.to_dict()["groups"] == "tensor"
+    assert plan.to_dict()["values"] == {
+        "coefficient": {
+            "layers.3.q": [1.0, 0.5],
+            "layers.{0..10}.norm": [1.0, 1.0],
+            "layers.{0..2,4..10}.q": [1.0, 1.0],
+        },
+        "density": {"rest": [0.2, 0.2]},
+    }
+    assert MergePlan.from_yaml(plan.to_yaml()) == plan
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"coefficient": [[1.0, 1.0]]}, "groups: tensor needs values of the form"),
+        ({"coefficient": {"rest": [1.0, 1.0]}}, "values name no tensor"),
+        ({"coefficient": {"l.{0..2}": [1, 1], "l.1": [0, 1]}}, "two rows for tensor 'l.1'"),
+        ({"coefficient": {"a": [1, 1]}, "density": {"b": [1, 1]}}, "no row for tensor 'b'"),
+        ({"coefficient": {"a": [1.0]}}, "a row of values.coefficient has 1 numbers"),
+        ({"coefficient": {"a": "much"}}, "one row per group"),
+    ],
+)
+def test_rows_of_tensors_that_do_not_fit_are_refused(values, message):
+    with pytest.raises(SpecError, match=message):
+        MergePlan.from_dict({**DATA, "groups": "tensor", "values": values})
+
+
+def test_tensors_have_one_order():
+    with pytest.raises(SpecError, match="in another order than theirs"):
+        Groups(tensors=("b", "a"))

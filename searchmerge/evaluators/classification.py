@@ -4,18 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
 from annotated_types import Ge, Len
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
     EvaluationContext,
     EvaluatorKind,
+    LossKind,
     TaskInfo,
     evaluating,
     needed,
@@ -177,8 +179,11 @@ class Classification:
                     where,
                 )
             )
-            n_rows, kind = list(map(len, parts)), _score_kind(task)
-            self.tasks[name] = rows_info(task.data, n_rows, metric=task.metric, kind=kind)
+            n_rows, said = (
+                list(map(len, parts)),
+                {"kind": _score_kind(task), "metric": task.metric},
+            )
+            self.tasks[name] = rows_info(task.data, n_rows, losses=get_args(LossKind), **said)
 
     @torch.no_grad()
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
@@ -191,14 +196,7 @@ class Classification:
         """
         if not examples:
             return ()
-        head, places, logits = self._tasks[task].head, [], []
-        _name_padding(model, self._inputs[task].padding)
-        with evaluating(model):
-            for batch, inputs in self._inputs[task].batches(examples):
-                logits.append(head.logits(model, _placed(inputs, model)))
-                places += batch
-        by_example = torch.empty(len(examples), head.n_classes)
-        by_example[torch.tensor(places)] = torch.cat(logits).float().cpu()
+        head, by_example = self._tasks[task].head, self._logits(model, task, examples).cpu()
         finite = torch.isfinite(by_example).all(1)
         if not finite.all():
             example = examples[int((~finite).nonzero()[0, 0])]
@@ -211,6 +209,28 @@ class Classification:
         margins = log_odds(by_example, true).tolist()
         self._grades[task] |= dict(zip(examples, margins, strict=True))
         return tuple((predicted == true).float().tolist())
+
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return the mean cross-entropy of the examples' classes, in nats."""
+        logits = self._logits(model, task, examples)
+        return cross_entropy(logits, self._targets[task][list(examples)].to(logits.device))
+
+    def log_probabilities(
+        self, model: nn.Module, task: str, examples: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """Return the log-probabilities of each example's classes, ``(n_classes,)``."""
+        return self._logits(model, task, examples).log_softmax(1).unbind()
+
+    def _logits(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return each example's logits, ``(n_examples, n_classes)`` float32."""
+        places, logits = [], []
+        _name_padding(model, self._inputs[task].padding)
+        with evaluating(model):
+            for batch, inputs in self._inputs[task].batches(examples):
+                logits.append(self._tasks[task].head.logits(model, _placed(inputs, model)))
+                places += batch
+        by_batch = torch.cat(logits).float()
+        return by_batch[torch.tensor(places, device=by_batch.device).argsort()]
 
     def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return the log-odds of each example's class against the most likely other class.

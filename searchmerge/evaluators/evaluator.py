@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from searchmerge.registry import Registry
 
 Keys = TypeVar("Keys")
 Section = TypeVar("Section")
+
+LossKind = Literal["labels", "entropy", "agreement"]
+"""How wrong answers are (``labels``), how unsure they are, or how far from the own expert's."""
 
 HINT = "hint"
 """In the metadata of a key's field: the key must be given, and this says what it is."""
@@ -65,6 +68,7 @@ class TaskInfo:
         keeps_answers: Whether what the model says to held-out examples is kept, as it is where
             other metrics come of it.
         reading_keys: The keys that decide how the model is asked and its answers are read.
+        losses: The losses that there are of it; see :class:`Differentiable`.
         parts: What ``select`` and ``hold_out`` are each drawn from where that differs: the first
             of the task's examples are those of ``select``, and have the members named here.
             Empty where both are drawn from all.
@@ -77,6 +81,7 @@ class TaskInfo:
     other_metrics: tuple[str, ...] = ()
     keeps_answers: bool = False
     reading_keys: tuple[str, ...] = ()
+    losses: tuple[LossKind, ...] = ()
     parts: Mapping[str, PartInfo] = field(default_factory=dict)
 
     @classmethod
@@ -144,6 +149,39 @@ class Evaluator(Protocol):
         Raises:
             EvaluationError: If the model cannot be scored, e.g. its logits are not finite; it
                 names the task and the example.
+        """
+        ...
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """An evaluator that has a loss of tasks whose ``losses`` hold ``labels``."""
+
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return the mean over examples of how wrong the model is, lower is better.
+
+        It is a scalar that can be differentiated by the model's parameters, where gradients are
+        enabled; the model is left as it was.
+
+        Args:
+            model: The resident model.
+            task: One of ``tasks``.
+            examples: Positions in the task's fixed order, one or more.
+        """
+        ...
+
+
+@runtime_checkable
+class Predicting(Protocol):
+    """An evaluator that has distributions over answers, for ``entropy`` and ``agreement``."""
+
+    def log_probabilities(
+        self, model: nn.Module, task: str, examples: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """Return each example's log-probabilities of its answers, ``(n_answers,)`` float32.
+
+        They can be differentiated like a :class:`Differentiable` evaluator's loss, and need no
+        label.
         """
         ...
 

@@ -5,22 +5,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
     EvaluationContext,
     EvaluatorKind,
+    LossKind,
     NoKeys,
     PartInfo,
     TaskInfo,
     needed,
 )
-from searchmerge.evaluators.user_code import as_scores, model_kept, user_code
+from searchmerge.evaluators.user_code import as_loss, as_scores, model_kept, user_code
 
 UserFunction = Callable[
     [nn.Module, str, Sequence[int]], Sequence[float] | Sequence[tuple[float, float]]
@@ -42,6 +43,10 @@ class Counts:
     hold_out: Annotated[int, Ge(1)]
 
 
+UserLoss = Callable[[nn.Module, str, Sequence[int]], Tensor]
+"""Takes the same; returns one number, lower is better, that can be differentiated."""
+
+
 @dataclass(frozen=True)
 class FunctionKeys:
     """The keys of a task that a function of the user's scores.
@@ -50,22 +55,27 @@ class FunctionKeys:
         function: ``module:function``, in a module of the study's folder or an installed one.
         n_examples: How many examples the task has, 2 or more; or how many ``select`` is drawn
             from, the first ones, and how many that follow them ``hold_out`` is drawn from.
+        loss: ``module:function`` of what gives a loss, for coefficients by gradient: it takes the
+            same, and returns one number, lower is better, that torch can differentiate.
     """
 
     function: str = needed("name your function as module:function")
     n_examples: Annotated[int, Ge(2)] | Counts = needed(
         "say how many examples your function can score"
     )
+    loss: str | None = None
 
     @property
     def info(self) -> TaskInfo:
         """Return what is known of the task."""
+        losses: tuple[LossKind, ...] = ("labels",) if self.loss else ()
         if isinstance(self.n_examples, int):
-            return TaskInfo(self.n_examples)
+            return TaskInfo(self.n_examples, losses=losses)
         select, hold_out = self.n_examples.select, self.n_examples.hold_out
         return TaskInfo.of_parts(
             PartInfo(f"n_examples.select of {self.function}", select),
             PartInfo(f"n_examples.hold_out of {self.function}", hold_out),
+            losses=losses,
         )
 
 
@@ -75,19 +85,26 @@ class FunctionEvaluator:
     Args:
         function: ``module:function``.
         tasks: Task name to what is known of it.
+        loss: The same, of a function that returns a loss; ``None`` for no such function.
         search_path: A folder to import the module from, beside the usual ones.
 
     Raises:
-        SpecError: If the function cannot be imported.
+        SpecError: If a function cannot be imported.
     """
 
     def __init__(
-        self, function: str, tasks: Mapping[str, TaskInfo], *, search_path: Path | None = None
+        self,
+        function: str,
+        tasks: Mapping[str, TaskInfo],
+        *,
+        loss: str | None = None,
+        search_path: Path | None = None,
     ) -> None:
         self.tasks = tasks
-        self._name = function
+        self._name, self._loss_name = function, loss or ""
         self._grades: dict[str, dict[int, float]] = {task: {} for task in tasks}
-        self._function = import_function(function, search_path)
+        self._function: UserFunction = import_function(function, search_path)
+        self._loss: UserLoss | None = import_function(loss, search_path) if loss else None
 
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return the scores that the user's function returns for these examples.
@@ -109,8 +126,21 @@ class FunctionEvaluator:
         graded = self._grades[task]
         return tuple(graded[example] for example in examples) if graded else ()
 
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return what the user's loss returns for these examples.
 
-def import_function(name: str, search_path: Path | None = None) -> UserFunction:
+        Raises:
+            EvaluationError: If it raises, or returns anything but one number that can be
+                differentiated.
+            StudyError: If it changes the model.
+        """
+        what = f"task {task!r}: {self._loss_name or 'it has no loss'}"
+        with model_kept(model, what), user_code(what, EvaluationError):
+            returned = self._loss(model, task, examples) if self._loss else None
+        return as_loss(returned, what)
+
+
+def import_function(name: str, search_path: Path | None = None) -> Any:
     """Return the function that ``module:function`` names.
 
     Raises:
@@ -123,7 +153,7 @@ def import_function(name: str, search_path: Path | None = None) -> UserFunction:
         sys.path.insert(0, str(search_path))
     with user_code(f"function {name!r}: importing module {module_name!r}", SpecError):
         module = importlib.import_module(module_name)
-    function: UserFunction | None = getattr(module, attribute, None)
+    function: Any = getattr(module, attribute, None)
     if not callable(function):
         raise SpecError(f"function {name!r}: module {module_name!r} has no function {attribute!r}")
     return function
@@ -133,7 +163,9 @@ def _build(
     tasks: Mapping[str, FunctionKeys], section: NoKeys, context: EvaluationContext
 ) -> dict[str, FunctionEvaluator]:
     return {
-        name: FunctionEvaluator(task.function, {name: task.info}, search_path=context.folder)
+        name: FunctionEvaluator(
+            task.function, {name: task.info}, loss=task.loss, search_path=context.folder
+        )
         for name, task in tasks.items()
     }
 
@@ -150,5 +182,6 @@ EVALUATORS.register("function")(
         build=_build,
         model_classes=lambda tasks, section: (),
         places=_modules,
+        free_keys=("loss",),
     )
 )

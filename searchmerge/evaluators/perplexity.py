@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
 
 from searchmerge.checkpoints.model_config import load_config
 from searchmerge.errors import EvaluationError, SpecError
@@ -128,7 +129,8 @@ class Perplexity:
         for name, task in tasks.items():
             windows = [self._prepare(name, source, task.text, tokenizer) for source in task.data]
             self._windows[name] = [of_text for of_source in windows for of_text in of_source]
-            self.tasks[name] = rows_info(task.data, list(map(len, windows)), metric=METRIC)
+            n_rows = list(map(len, windows))
+            self.tasks[name] = rows_info(task.data, n_rows, metric=METRIC, losses=("labels",))
 
     def _prepare(
         self, name: str, source: DataSource, column: str, tokenizer: Any
@@ -171,6 +173,17 @@ class Perplexity:
                 )
             scores.append(score)
         return tuple(scores)
+
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return the mean over texts of each one's negative log-likelihood per token, in nats."""
+        texts = [self._windows[task][example] for example in examples]
+        with evaluating(model):
+            pairs = [pair for text in texts for pair in text]
+            likelihoods = self._scorer.log_likelihoods(model, pairs, self._max_length)
+        by_text = torch.split(likelihoods, [len(text) for text in texts])
+        n_tokens = [sum(len(tokens) for _, tokens in text) for text in texts]
+        means = [of_text.sum() / n for of_text, n in zip(by_text, n_tokens, strict=True)]
+        return -torch.stack(means).mean()
 
 
 def window(config: Any, tokenizer: Any) -> int:

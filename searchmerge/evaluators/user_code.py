@@ -87,6 +87,29 @@ def _numbers(given: Sequence[Any], examples: Sequence[int], what: str) -> tuple[
     return tuple(numbers)
 
 
+def as_loss(returned: Any, what: str) -> Tensor:
+    """Return what the user's function returned as a loss, if it is one number.
+
+    Args:
+        returned: A tensor of one entry; where gradients are enabled it has to have one.
+        what: The function, and where it is used.
+
+    Raises:
+        EvaluationError: If it is anything else, or is not finite.
+    """
+    if not isinstance(returned, Tensor) or returned.numel() != 1:
+        raise EvaluationError(
+            f"{what} returned {_shown(returned)}; a tensor of one number is needed"
+        )
+    if torch.is_grad_enabled() and not returned.requires_grad:
+        raise EvaluationError(
+            f"{what} returned a loss that does not depend on the model's weights"
+        )
+    if not bool(returned.isfinite()):
+        raise EvaluationError(f"{what} returned {returned.item()}; a finite number is needed")
+    return returned.reshape(())
+
+
 def _number(score: Any) -> float | None:
     """Return a score as a finite number; ``None`` where it is none, a truth value included."""
     if isinstance(score, Tensor) and score.numel() != 1:

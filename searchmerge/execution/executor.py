@@ -7,6 +7,7 @@ from typing import Protocol
 from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
+from searchmerge.execution.gradient import LossRequest, LossResult
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
 
@@ -17,6 +18,14 @@ class Scored:
 
     job: int
     result: RoundResult
+
+
+@dataclass(frozen=True, slots=True)
+class Differentiated:
+    """The losses of a job are computed, and their gradient."""
+
+    job: int
+    result: LossResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +60,11 @@ class Lost:
     was_begun: bool = True
 
 
-Event = Scored | Finished | Failed | Lost
+Event = Scored | Differentiated | Finished | Failed | Lost
 
 
 class Executor(Protocol):
-    """Runs jobs on workers, each a plan and the rounds to score it on.
+    """Runs jobs on workers, each a plan and what to do with it: score it, or differentiate.
 
     A job ends with ``Finished``, ``Failed`` or ``Lost``, when it is stopped, or when
     ``next_event`` raises what it ended with and is no fault of its candidate.
@@ -72,6 +81,10 @@ class Executor(Protocol):
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job on a free worker; ``job`` is a number not in use."""
+        ...
+
+    def submit_gradient(self, job: int, plan: MergePlan, request: LossRequest) -> None:
+        """Start a job that computes losses and their gradient; the same of its number."""
         ...
 
     def stop(self, job: int) -> None:
@@ -92,13 +105,20 @@ class Executor(Protocol):
         ...
 
 
+def event_of(job: int, result: RoundResult | LossResult) -> Scored | Differentiated:
+    """Return the event that a worker's result is."""
+    if isinstance(result, LossResult):
+        return Differentiated(job, result)
+    return Scored(job, result)
+
+
 class InProcessExecutor:
     """One worker in this very process: for one GPU, for tests, and for a debugger."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._job: int | None = None
-        self._rounds: Iterator[RoundResult] = iter(())
+        self._results: Iterator[RoundResult | LossResult] = iter(())
 
     def tasks(self) -> Mapping[str, TaskInfo]:
         """Return what the search must know of each task."""
@@ -111,10 +131,16 @@ class InProcessExecutor:
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job; its work is done inside :meth:`next_event`."""
+        self._start(job, self._worker.score(plan, rounds))
+
+    def submit_gradient(self, job: int, plan: MergePlan, request: LossRequest) -> None:
+        """Start a job; its work is done inside :meth:`next_event`."""
+        self._start(job, self._worker.gradient(plan, request))
+
+    def _start(self, job: int, results: Iterator[RoundResult | LossResult]) -> None:
         if self._job is not None:
             raise RuntimeError(f"job {job} was submitted while job {self._job} runs")
-        self._job = job
-        self._rounds = self._worker.score(plan, rounds)
+        self._job, self._results = job, results
 
     def stop(self, job: int) -> None:
         """Give up the job."""
@@ -122,18 +148,18 @@ class InProcessExecutor:
             self._job = None
 
     def next_event(self, timeout_s: float) -> Event | None:
-        """Score one round of the job."""
+        """Score one round of the job, or differentiate."""
         if (job := self._job) is None:
             return None
         self._job = None  # whatever is raised ends the job
         try:
-            result = next(self._rounds)
+            result = next(self._results)
         except StopIteration:
             return Finished(job)
         except EvaluationError as error:
             return Failed(job, str(error))
         self._job = job
-        return Scored(job, result)
+        return event_of(job, result)
 
     def close(self) -> None:
         """Forget the job, if there is one."""

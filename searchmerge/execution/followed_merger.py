@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from searchmerge.evaluators.evaluator import Follower
-from searchmerge.execution.worker import Merges
+from searchmerge.execution.gradient import Merges
 from searchmerge.plan import MergePlan
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
-from searchmerge.execution.worker import Merges
+from searchmerge.execution.gradient import Merges
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)

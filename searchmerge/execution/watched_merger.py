@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from searchmerge.execution.worker import Merges
+from searchmerge.execution.gradient import Merges
 from searchmerge.plan import MergePlan
 
 

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
 from searchmerge.evaluators.evaluator import Answer, Answering, Evaluator, Grading, TaskInfo
 from searchmerge.execution.blocks import Block, BlockScores, Round
+from searchmerge.execution.gradient import Gradients, Losses, LossRequest, LossResult, Merges
 from searchmerge.plan import MergePlan
 
 
@@ -30,13 +30,10 @@ class RoundResult:
     merge_s: float
     score_s: float
 
-
-class Merges(Protocol):
-    """Writes a plan's merged weights into the resident model."""
-
-    def apply(self, plan: MergePlan) -> None:
-        """Overwrite the model's merged parameters with what ``plan`` asks for."""
-        ...
+    @property
+    def seconds(self) -> float:
+        """Seconds that the worker was at it."""
+        return self.merge_s + self.score_s
 
 
 class Worker:
@@ -46,14 +43,20 @@ class Worker:
         model: The resident model.
         merger: Writes into that model's parameters.
         evaluators: Task name to the evaluator that scores it; several tasks may share one.
+        gradients: Collects gradients by coefficients; ``None`` where none can be had.
     """
 
     def __init__(
-        self, model: nn.Module, merger: Merges, evaluators: Mapping[str, Evaluator]
+        self,
+        model: nn.Module,
+        merger: Merges,
+        evaluators: Mapping[str, Evaluator],
+        gradients: Gradients | None = None,
     ) -> None:
         self._model = model
         self._merger = merger
         self._evaluators = evaluators
+        self._losses = Losses(model, merger, evaluators, gradients)
 
     def tasks(self) -> dict[str, TaskInfo]:
         """Return what the search must know of each task."""
@@ -76,6 +79,19 @@ class Worker:
                 scores = tuple(self._score_round(blocks))
             yield RoundResult(scores, merge_s, time.perf_counter() - start)
             merge_s = 0.0
+
+    def gradient(self, plan: MergePlan, request: LossRequest) -> Iterator[LossResult]:
+        """Merge ``plan``, then yield once its losses and their gradient by its coefficients.
+
+        Raises:
+            EvaluationError: If a loss is not finite.
+            SpecError: If a task has no such loss, or the plan's method is not linear in its
+                coefficients.
+            DeviceFault: If the device failed.
+        """
+        with _faults_named():
+            result = self._losses.compute(plan, request)
+        yield result
 
     def _score_round(self, blocks: Round) -> Iterator[BlockScores]:
         for task, group in itertools.groupby(blocks, key=lambda block: block.task):

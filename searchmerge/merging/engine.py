@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -163,6 +164,48 @@ class Engine:
             if done is not None:
                 return done
         return self._compute_chunks(function, operands)
+
+    def products(
+        self, function: ChunkFunction, operands: Operands, scalars: Tensor, numbers: Tensor
+    ) -> Tensor:
+        """Return the inner products of numbers with what is merged under each set of scalars.
+
+        Compiled, all sets are merged in one pass over memory, and nothing is written.
+
+        Args:
+            function: The method's arithmetic.
+            operands: The parameter, whose own scalars do not count.
+            scalars: The sets, ``(n_sets, n_scalars, n_experts)`` float32 on the CPU.
+            numbers: One per entry, ``(m,)``, any float dtype, on the parameter's device.
+
+        Returns:
+            ``(n_sets,)`` float64 on that device, from products summed in float32.
+        """
+        total = torch.zeros(len(scalars), dtype=torch.float64, device=numbers.device)
+        compiled = len(numbers) >= _TOO_SMALL and self.is_compiled(numbers.device)
+        step = MOST_AT_ONCE if compiled else CHUNK
+        for start in range(0, len(numbers), step):
+            stop = min(start + step, len(numbers))
+            part, weights = operands.part(start, stop), numbers[start:stop]
+            done: Iterable[Tensor] | None = None
+            if compiled and self.is_compiled(numbers.device):
+                kernel = _products(len(scalars))
+                done = self._run_compiled(kernel, function, part.with_scalars(scalars), (weights,))
+            if done is None:
+                done = self._products_of_chunks(function, part, scalars, weights)
+            for sums in done:
+                total += sums
+        return total
+
+    def _products_of_chunks(
+        self, function: ChunkFunction, operands: Operands, scalars: Tensor, numbers: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield, for each chunk, the inner product with what each set of scalars merges."""
+        for start in range(0, len(numbers), CHUNK):
+            weights = numbers[start : start + CHUNK].float()
+            part = operands.part(start, start + CHUNK)
+            merged = (function(self._chunk(part.with_scalars(s))[0])[0] for s in scalars)
+            yield torch.stack([torch.dot(of_set, weights) for of_set in merged])
 
     def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
         return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)
@@ -474,6 +517,21 @@ def _merge(
     origin = base if base.dtype == torch.float64 else base.float()
     out.copy_(origin + scale * merged)
     return tuple(tally)
+
+
+@cache
+def _products(n_sets: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the kernel that merges under so many sets of scalars, and multiplies."""
+
+    def kernel(function: ChunkFunction, inputs: _Inputs, numbers: Tensor) -> tuple[Tensor, ...]:
+        weights = numbers.float()
+        sums = []
+        for i in range(n_sets):
+            merged = _compute(function, inputs._replace(scalars=inputs.scalars[i]))[0]
+            sums.append((merged * weights).sum())
+        return (torch.stack(sums),)
+
+    return kernel
 
 
 def _compute(function: ChunkFunction, inputs: _Inputs) -> tuple[Tensor, ...]:

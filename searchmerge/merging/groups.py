@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from searchmerge.errors import SpecError
-from searchmerge.plan import Groups
-
-REST = "rest"
-"""As the last pattern: the parameters that no other pattern matches."""
+from searchmerge.plan import REST, Groups
 
 _LAYER = re.compile(r"^(?P<stack>(?:[^.]*\D[^.]*\.)*?)(?P<index>\d+)(?:\.|$)")
 _BEFORE = re.compile(
@@ -29,9 +26,12 @@ def assign_groups(names: Sequence[str], groups: Groups) -> dict[str, int]:
     By patterns: each is searched in the name with :func:`re.search`; a last pattern ``rest``
     takes what no other matches.
 
+    By tensors: each is a group of its own, and every parameter is one of them.
+
     Raises:
         SpecError: If there are fewer layers than blocks; if a pattern is no regular expression
-            or matches nothing; or if a name matches two patterns, or none.
+            or matches nothing; if a name matches two patterns, or none; or if tensors are named
+            that are not there, or not all that are.
     """
     return dict(_assign(tuple(names), groups))
 
@@ -42,6 +42,8 @@ def _assign(names: tuple[str, ...], groups: Groups) -> dict[str, int]:
         return _by_depth(names, groups.depth)
     if groups.patterns:
         return _by_pattern(names, groups.patterns)
+    if groups.tensors:
+        return _by_tensor(names, groups.tensors)
     return dict.fromkeys(names, 0)
 
 
@@ -128,6 +130,21 @@ def _by_pattern(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]
             f"there are e.g. {_some(names)}"
         )
     return group_of
+
+
+def _by_tensor(names: Sequence[str], tensors: Sequence[str]) -> dict[str, int]:
+    group_of = {tensor: group for group, tensor in enumerate(tensors)}
+    if missing := [name for name in names if name not in group_of]:
+        raise SpecError(
+            f"groups: no row is for parameter {missing[0]!r} ({len(missing)} of {len(names)} have "
+            f"none); there are rows for e.g. {_some(tensors)}"
+        )
+    if unused := set(tensors) - set(names):
+        raise SpecError(
+            f"groups: a row is for tensor {min(unused)!r}, which is no parameter that is merged; "
+            f"there are e.g. {_some(names)}"
+        )
+    return {name: group_of[name] for name in names}
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.merging.engine import Engine, EngineKind, Operands
+from searchmerge.merging.gradient import Directions
 from searchmerge.merging.groups import depth_positions
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.method import (
@@ -17,6 +18,7 @@ from searchmerge.merging.method import (
     METHODS,
     MergeMethod,
     Pass,
+    linear_hyperparameter,
     setting,
     validate_plan,
 )
@@ -152,6 +154,36 @@ class Merger:
                     _check_finite({name: _ends(tensor)})
                 yield name, tensor
 
+    @property
+    def targets(self) -> Mapping[str, tuple[Tensor, ...]]:
+        """Return what each merged parameter is written to, each memory once; none without any."""
+        return self._targets or {}
+
+    @torch.no_grad()
+    def directions(self, plan: MergePlan) -> Directions:
+        """Return how the merged parameters move with each coefficient of ``plan``.
+
+        They do not depend on the coefficients that the plan has.
+
+        Raises:
+            SpecError: If the plan is not legal, names an expert that is not loaded, or its
+                method is not linear in its coefficients.
+        """
+        linear, n_experts = linear_hyperparameter(plan.method).name, len(plan.experts)
+        passes: list[Pass] = []
+        scales: dict[str, float] = {}
+        for i in range(n_experts):
+            row = tuple(float(j == i) for j in range(n_experts))
+            rows = (row,) * len(plan.groups)
+            vectors, work, scales = self._bind(replace(plan, values={**plan.values, linear: rows}))
+            passes.append(self._settled(vectors, work, scales))
+
+        def operands(name: str, work: Pass) -> Operands:
+            tensors = self._read(vectors, work, name)
+            return self._operands(name, tuple(t.to(self._devices[name]) for t in tensors), work)
+
+        return Directions(tuple(passes), scales, operands, self._engine)
+
     def _bind(self, plan: MergePlan) -> tuple[TaskVectors, Pass, dict[str, float]]:
         validate_plan(plan)
         plan = _in_order(plan, self._vectors.experts)
@@ -180,9 +212,7 @@ class Merger:
             return self._flat[key]
 
         def read(name: str) -> tuple[Tensor, ...]:
-            experts = vectors.weights[name]
-            chosen = experts if work.experts is None else [experts[i] for i in work.experts]
-            return tuple(t.detach().reshape(-1) for t in (vectors.base[name], *chosen))
+            return self._read(vectors, work, name)
 
         names = tuple(vectors.weights)
         tensors = [
@@ -192,6 +222,19 @@ class Merger:
             self._flat[key] = [(name, read(name)) for name in names]  # views: no memory of theirs
             return self._flat[key]
         return streamed(names, read, self._devices)
+
+    def _read(self, vectors: TaskVectors, work: Pass, name: str) -> tuple[Tensor, ...]:
+        """Return a parameter's base and experts as they are read, 1-D, where they lie."""
+        experts = vectors.weights[name]
+        chosen = experts if work.experts is None else [experts[i] for i in work.experts]
+        return tuple(t.detach().reshape(-1) for t in (vectors.base[name], *chosen))
+
+    def _operands(self, name: str, tensors: tuple[Tensor, ...], work: Pass) -> Operands:
+        """Return all that the arithmetic of a pass reads of a parameter."""
+        keys = work.keys(name) if work.keys else None
+        kept = () if not work.kept else work.kept[name]
+        kept = tuple(t.to(tensors[0].device, non_blocking=True) for t in kept)
+        return Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
 
     def _applied_at_once(
         self,
@@ -254,10 +297,7 @@ class Merger:
     ) -> Tensor | None:
         """Merge one parameter into ``out``, of any layout; return the tally."""
         flat = out.view(-1) if out.is_contiguous() else torch.empty_like(out).reshape(-1)
-        keys = work.keys(name) if work.keys else None
-        kept = () if not work.kept else work.kept[name]
-        kept = tuple(t.to(tensors[0].device, non_blocking=True) for t in kept)
-        parameter = Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
+        parameter = self._operands(name, tensors, work)
         tally = self._engine.merge(work.function, parameter, scale, flat)
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))

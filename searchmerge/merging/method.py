@@ -33,6 +33,8 @@ class Hyperparameter:
             say otherwise.
         complement: What a study may call 1 minus the number, to give that instead; ``None``
             where it has no such name.
+        is_linear: Whether the merged task vector is a sum over experts of the number times what
+            does not depend on it.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Hyperparameter:
     step: float | None = None
     shared: bool = False
     complement: str | None = None
+    is_linear: bool = False
 
     def __post_init__(self) -> None:
         if math.isnan(self.search[0]):
@@ -70,8 +73,11 @@ class Setting:
     step: float | None = None
 
 
-COEFFICIENT = Hyperparameter("coefficient", -10.0, 10.0, default=1.0, search=(0.0, 2.0))
-"""The factor on a task vector; methods take it with their own default and search range."""
+COEFFICIENT = Hyperparameter(
+    "coefficient", -10.0, 10.0, default=1.0, search=(0.0, 2.0), is_linear=True
+)
+"""The factor on a task vector; methods take it with their own default and search range, and say
+where the merge is not linear in it."""
 
 DENSITY = Hyperparameter(
     "density", 0.0, 1.0, default=0.2, step=0.01, shared=True, complement="drop_ratio"
@@ -180,6 +186,24 @@ def hyperparameter(method: str, name: str) -> Hyperparameter:
     legal = {h.name: h for h in METHODS[method].hyperparameters}
     _check_names("hyper-parameter", method, [name], legal)
     return legal[name]
+
+
+def linear_hyperparameter(method: str) -> Hyperparameter:
+    """Return the hyper-parameter that a method is linear in.
+
+    Raises:
+        SpecError: If there is no such method, or it is linear in none.
+    """
+    for h in METHODS[method].hyperparameters:
+        if h.is_linear:
+            return h
+    linear = [
+        name for name, other in METHODS.items() if any(h.is_linear for h in other.hyperparameters)
+    ]
+    raise SpecError(
+        f"method {method!r} is not linear in its coefficients, so that one pass does not give the "
+        f"gradient by them (methods that are: {', '.join(sorted(linear))})"
+    )
 
 
 def setting(plan: MergePlan, legal: Setting) -> SettingValue:

@@ -37,6 +37,7 @@ _SPEC = "spec"  # the canonical study, as it was begun
 _AT_WORK = "at_work"  # whether a run is at work, or was when it ended
 _ELAPSED = "elapsed_s"
 _DECIDING = "deciding"  # references that decide the blocks' order
+_REFINED = "refined:"  # begins the name of what came of refining a plan
 _COMPLETED = "completed"  # trial number to scores, where it was scored in full after the search
 
 
@@ -218,6 +219,20 @@ class StudyDirectory:
         scores = record.completed_scores()
         self.study.set_user_attr(_COMPLETED, {**completed, str(record.number): scores})
 
+    def refined(self) -> dict[str, dict[str, Any]]:
+        """Return what came of refining plans: see :meth:`keep_refined`."""
+        return _refined(self.study)
+
+    def keep_refined(self, key: str, kept: Mapping[str, Any]) -> None:
+        """Keep what came of refining a plan.
+
+        Args:
+            key: Tells the plan and the way of refining it from all others.
+            kept: ``name`` of the plan that was refined; where it paid also the refined ``plan``;
+                and once that was scored ``scores``, as a record gives them.
+        """
+        self.study.set_user_attr(f"{_REFINED}{key}", dict(kept))
+
     def left_running(self) -> list[optuna.Trial]:
         """Return the trials that a stopped run left behind, to be taken up again."""
         return left_running(self.study, self._storage)
@@ -259,7 +274,7 @@ def plan_file(run_dir: Path, name: str) -> Path:
 
 
 def records_of(study: optuna.Study) -> list[TrialRecord]:
-    """Return the records of a study's finished trials, by number.
+    """Return the records of a study's finished trials, by number, and then of refined plans.
 
     Raises:
         StudyError: If an earlier version of searchmerge wrote one.
@@ -268,11 +283,30 @@ def records_of(study: optuna.Study) -> list[TrialRecord]:
     trials = study.get_trials(deepcopy=False, states=FINISHED)
     records = [TrialRecord.read(trial) for trial in trials]
     return [
-        record.completed(completed[str(record.number)])
-        if str(record.number) in completed
-        else record
-        for record in records
+        *(
+            record.completed(completed[str(record.number)])
+            if str(record.number) in completed
+            else record
+            for record in records
+        ),
+        *_refined_records(study),
     ]
+
+
+def _refined_records(study: optuna.Study) -> list[TrialRecord]:
+    """Return the records of refined plans that were scored."""
+    return [
+        TrialRecord(
+            -1 - number, MergePlan.from_dict(kept["plan"]), refines=kept["name"]
+        ).completed(kept["scores"])
+        for number, kept in enumerate(_refined(study).values())
+        if "scores" in kept
+    ]
+
+
+def _refined(study: optuna.Study) -> dict[str, dict[str, Any]]:
+    attributes = sorted(study.user_attrs.items())
+    return {k.removeprefix(_REFINED): v for k, v in attributes if k.startswith(_REFINED)}
 
 
 def elapsed_of(study: optuna.Study) -> float:

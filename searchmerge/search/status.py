@@ -39,7 +39,8 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
         "elapsed_s": elapsed_s,
         "best": [
             {
-                "trial": record.number,
+                "name": record.name,
+                "trial": None if record.refines else record.number,
                 "kind": record.kind,
                 "values": list(record.values),
                 "scores": record.scores,
@@ -67,6 +68,6 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
         values = ", ".join(f"{value:.4f}" for value in best["values"])
         scores = "  ".join(f"{task} {score:.3f}" for task, score in best["scores"].items())
         marks = ["breaks a constraint"] * (not best["feasible"]) + [best["kind"]]
-        line = f"  trial {best['trial']:<5} {values}  {scores}  {', '.join(filter(None, marks))}"
+        line = f"  {best['name']:<11} {values}  {scores}  {', '.join(filter(None, marks))}"
         lines.append(line.rstrip())
     return lines

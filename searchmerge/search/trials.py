@@ -55,6 +55,9 @@ class TrialRecord:
         number: Optuna's number of the trial.
         plan: What it merged.
         kind: The reference or the warm start that it is; empty where a sampler proposed it.
+        refines: What the plan is called that it was refined from, by gradient; empty where it
+            was not. Such a trial is none of Optuna's, as its plan is not in the space, and its
+            number is below 0.
         scores: Task name to score; predicted ones where it was stopped early.
         estimates: Task name to what the score is taken for when trials are compared: with how
             clearly examples were answered, as far as that tells of the score.
@@ -74,6 +77,7 @@ class TrialRecord:
     number: int
     plan: MergePlan
     kind: str = ""
+    refines: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
     estimates: Mapping[str, float] = field(default_factory=dict)
     values: tuple[float, ...] = ()
@@ -95,7 +99,7 @@ class TrialRecord:
     @property
     def name(self) -> str:
         """Return what it is called in tables."""
-        return f"trial {self.number}"
+        return f"refined {self.refines}" if self.refines else f"trial {self.number}"
 
     @property
     def seconds(self) -> float:

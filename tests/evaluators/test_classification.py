@@ -26,6 +26,7 @@ from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError, EvaluationError, SpecError
 from searchmerge.evaluators.classification import macro_f1
+from searchmerge.execution.gradient import LossRequest
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import saved_heads
 from searchmerge.models import load_task_vectors, open_models, save_merge
@@ -600,3 +601,38 @@ def test_an_image_classifier_may_be_the_base_of_others(write, tmp_path):
     run_study(study, EAGER, tmp_path / "run", Silent())
     names = load_classifier(tmp_path / "run" / "model", "second").config.id2label
     assert len(names) == CLASSES["second"]
+
+
+@pytest.mark.parametrize("expert", CLASSES)
+def test_the_loss_is_the_cross_entropy_and_has_a_gradient_by_coefficients(write, tmp_path, expert):
+    file = write("bert", text_tasks(), classification={"batch_tokens": 64})
+    own = torch.stack(own_text_logits(tmp_path, expert)[:8])
+    study, worker = read_study(file), make_worker(file)
+    plan = reference_plans(study.experts)[f"expert {expert}"]
+    assert worker.tasks()[expert].losses == ("labels", "entropy", "agreement")
+
+    def result(plan, **changes):
+        request = LossRequest({expert: (tuple(range(8)),)}, **changes)
+        [given] = worker.gradient(plan, request)
+        return given.tasks[expert]
+
+    labels = torch.tensor(text_labels(expert)[:8])
+    expected = torch.nn.functional.cross_entropy(own, labels).item()
+    assert result(plan).values[0] == pytest.approx(expected, rel=1e-4)
+    entropy = -(own.softmax(1) * own.log_softmax(1)).sum(1).mean().item()
+    assert result(plan, kind="entropy").values[0] == pytest.approx(entropy, rel=1e-4)
+    teachers = {expert: plan}
+    assert result(plan, kind="agreement", teachers=teachers).values[0] == pytest.approx(
+        0, abs=1e-5
+    )
+    for i in range(len(study.experts)):
+        row = list(plan.values["coefficient"][0])
+        ends = []
+        for by in (0.002, -0.002):
+            moved = replace(
+                plan,
+                values={"coefficient": (tuple(n + by * (j == i) for j, n in enumerate(row)),)},
+            )
+            ends.append(result(moved, gradient=False).values[0])
+        slope = (ends[0] - ends[1]) / 0.004
+        assert result(plan).rows[0][i] == pytest.approx(slope, rel=2e-2, abs=2e-3)

@@ -271,6 +271,56 @@ def test_a_study_hands_the_merged_model_to_the_function(tmp_path, monkeypatch):
     assert fingerprint(study, content_of(models), "cpu") != before
 
 
+LOSS = """
+import torch
+
+def score(model, task, examples):
+    return [1.0 for _ in examples]
+
+def loss(model, task, examples):
+    return model(torch.ones(len(examples), 1)).square().mean()
+
+def number(model, task, examples):
+    return 0.5
+
+def apart(model, task, examples):
+    return torch.tensor(0.5)
+
+def infinite(model, task, examples):
+    return model(torch.ones(1, 1)).sum() * float("inf")
+"""
+
+
+def with_loss(folder, loss):
+    name = f"losses_{folder.name.replace('-', '_')}"
+    (folder / f"{name}.py").write_text(LOSS)
+    keys = FunctionKeys(f"{name}:score", 5, None if loss is None else f"{name}:{loss}")
+    return FunctionEvaluator(keys.function, {"t": keys.info}, loss=keys.loss, search_path=folder)
+
+
+def test_a_function_may_come_with_a_loss(tmp_path):
+    evaluator, model = with_loss(tmp_path, "loss"), nn.Linear(1, 1)
+    assert evaluator.tasks["t"].losses == ("labels",)
+    evaluator.loss(model, "t", [0, 1]).backward()
+    assert model.weight.grad is not None
+    with torch.no_grad():
+        assert not evaluator.loss(model, "t", [0]).requires_grad
+    assert with_loss(tmp_path, None).tasks["t"].losses == ()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("number", r"number returned 0.5 \(float\); a tensor of one number is needed"),
+        ("apart", "apart returned a loss that does not depend on the model's weights"),
+        ("infinite", "infinite returned -?inf; a finite number is needed"),
+    ],
+)
+def test_what_is_no_loss_is_refused(tmp_path, loss, message):
+    with pytest.raises(EvaluationError, match=message):
+        with_loss(tmp_path, loss).loss(nn.Linear(1, 1), "t", [0])
+
+
 def test_the_users_function_may_grade_beside_the_score(folder, model):
     graded = evaluator(folder, "pairs")
     assert graded.score(model, "mine", [4, 0]) == (1.0, 0.0)

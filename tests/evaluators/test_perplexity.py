@@ -163,3 +163,13 @@ def test_a_study_of_texts_runs(tmp_path, monkeypatch):
     models = open_models(study)
     one, other = (fingerprint(s, models, "cpu") for s in (study, changed))
     assert one != other
+
+
+def test_the_loss_is_the_negative_score_and_can_be_differentiated(folder):
+    model = tiny_model("llama")
+    texts = evaluator(folder, max_length=16)
+    assert texts.tasks["t"].losses == ("labels",)
+    loss = texts.loss(model, "t", range(4))
+    assert loss.item() == pytest.approx(-sum(texts.score(model, "t", range(4))) / 4, rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,11 +1,22 @@
 """What every executor must do, in this process and on Ray."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
-from searchmerge.execution.executor import Failed, Finished, InProcessExecutor, Scored
-from tests.execution import workers
+from searchmerge.errors import SpecError
+from searchmerge.execution.executor import (
+    Differentiated,
+    Failed,
+    Finished,
+    InProcessExecutor,
+    Scored,
+)
+from searchmerge.execution.gradient import LossRequest
+from searchmerge.search.refine import Material, Recipe, refinement
+from searchmerge.search.refiner import Refiner
+from tests.execution import gradients, workers
 from tests.execution.workers import BREAKS, FAILS, FINE, ROUNDS, plan
 from tests.toy import EXPERTS
 
@@ -37,7 +48,7 @@ def until_it_ends(executor, job):
     while time.monotonic() < give_up:
         if (event := executor.next_event(1.0)) is not None:
             events.append(event)
-            if event.job == job and not isinstance(event, Scored):
+            if event.job == job and not isinstance(event, Scored | Differentiated):
                 return events
     raise TimeoutError(f"job {job} did not end: {events}")
 
@@ -115,3 +126,55 @@ def test_many_jobs_in_a_row_keep_to_their_numbers(executor):
         events = until_it_ends(executor, job)
         assert {event.job for event in events} == {job}
         assert len(events) == len(ROUNDS) + 1
+
+
+@pytest.fixture(scope="module", params=[in_process, pytest.param(on_ray, marks=pytest.mark.ray)])
+def differentiating(request):
+    executor = request.param(request, gradients.worker)
+    executor.tasks()
+    yield executor
+    executor.close()
+
+
+ALIKE = replace(gradients.PLAN, values={"coefficient": ((0.5, 0.5), (0.5, 0.5))})
+REQUEST = LossRequest({"math": ((0, 1, 2), (3,)), "code": ((5, 6),)})
+
+
+def test_a_gradient_is_a_job_like_any_other(differentiating):
+    [expected] = gradients.worker().gradient(gradients.PLAN, REQUEST)
+    for job in (1, 2):
+        differentiating.submit_gradient(job, gradients.PLAN, REQUEST)
+        assert differentiating.n_free == 0
+        differentiated, last = until_it_ends(differentiating, job)
+        assert isinstance(differentiated, Differentiated)
+        assert differentiated.result.tasks == expected.tasks
+        assert differentiated.result.seconds > 0
+        assert last == Finished(job)
+    assert differentiating.n_free == 1
+
+
+def test_losses_that_are_not_there_are_no_failure_of_the_candidates(differentiating):
+    request = LossRequest({"law": ((0,),)})
+    differentiating.submit_gradient(1, gradients.PLAN, request)
+    with pytest.raises(SpecError, match="task 'law' has no loss 'labels'"):
+        until_it_ends(differentiating, 1)
+    assert differentiating.n_free == 1
+
+
+def test_a_refinement_proposes_the_same_on_every_executor(differentiating):
+    recipe = Recipe(gradients.PLAN.groups, n_steps=20, batch=12, rate=0.05)
+    material = Material(
+        dict.fromkeys(("math", "code"), range(40)), dict.fromkeys(("math", "code"), 1.0)
+    )
+
+    def proposed(executor):
+        return Refiner(executor).run(
+            {
+                name: refinement(plan, recipe, material)
+                for name, plan in (("one", gradients.PLAN), ("two", ALIKE))
+            }
+        )
+
+    expected = proposed(InProcessExecutor(gradients.worker()))
+    assert any(expected.values())
+    assert proposed(differentiating) == expected

@@ -93,3 +93,20 @@ def test_patterns_are_searched_and_rest_takes_what_is_left():
 def test_patterns_that_do_not_divide_the_model_are_refused(patterns, message):
     with pytest.raises(SpecError, match=message):
         assign_groups(LLAMA, Groups(patterns=patterns))
+
+
+def test_each_tensor_may_be_a_group_of_its_own():
+    names = ("b.10.w", "b.9.w", "a")
+    assert assign_groups(names, Groups.of_tensors(names)) == {"b.10.w": 2, "b.9.w": 1, "a": 0}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (("a",), "no row is for parameter 'b' .1 of 2 have none."),
+        (("a", "b", "c"), "a row is for tensor 'c', which is no parameter that is merged"),
+    ],
+)
+def test_groups_of_tensors_have_to_be_those_that_are_merged(tensors, message):
+    with pytest.raises(SpecError, match=message):
+        assign_groups(("a", "b"), Groups(tensors=tensors))

@@ -73,6 +73,12 @@ def read_here(logits: Tensor, batch: Batch) -> Reading:
     return Reading(chosen - totals[batch.at], torch.from_numpy(greedy))
 
 
+def read_with_gradient(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the log-probability of every token read, float32, which can be differentiated."""
+    at, targets = sent(batch.at, logits.device), sent(batch.targets, logits.device)
+    return logits[at, targets].float() - logits.float().logsumexp(-1)[at]
+
+
 def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's log-sum-exp and its largest logit, ``(n_rows,)`` float32 each.
 

@@ -29,7 +29,7 @@ from searchmerge.evaluators.causal.model import (
     takes,
 )
 from searchmerge.evaluators.causal.packing import PREFIX_COST, Cluster, plan_packed
-from searchmerge.evaluators.causal.reading import Reading, read
+from searchmerge.evaluators.causal.reading import Reading, read, read_with_gradient
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class CausalScorer:
         """
         if not pairs:
             return []
-        window = packed_window(model, max_length) if self._can_pack(model) else 0
+        window = self._packed_window(model, max_length)
 
         def run(part: float) -> list[tuple[float, bool]]:
             batch_tokens = max(1, int(part * self._batch_tokens))
@@ -78,6 +78,37 @@ class CausalScorer:
             return [results[index] for index in indices]
 
         return self._fitting.run(run)
+
+    def log_likelihoods(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> Tensor:
+        """Return each continuation's log-likelihood, ``(n_pairs,)`` float32, with its gradient.
+
+        All forward passes are kept until it is differentiated or let go of. A model that computes
+        its activations again for the backward pass keeps no prefix: its rows are plain.
+
+        Args:
+            model: As for :meth:`score`.
+            pairs: One or more; as there.
+            max_length: As there.
+        """
+        keeps_prefixes = not getattr(model, "is_activation_checkpointing", False)
+        window = self._packed_window(model, max_length) if keeps_prefixes else 0
+        how = max_length, window, self._batch_tokens, device_of(model)
+        clusters, indices = self._layout(pairs, how)
+        values, owners = [], []
+        for cluster in clusters:
+            prefix = run_prefix(model, cluster.prefix)
+            for batch in cluster.batches:
+                values.append(read_with_gradient(_logits(model, batch, prefix), batch))
+                owners.append(batch.owners)
+        owner, value = torch.cat(owners), torch.cat(values)
+        totals = value.new_zeros(int(owner.max()) + 1).index_add(0, owner.to(value.device), value)
+        return totals[torch.tensor(indices, device=value.device)]
+
+    def _packed_window(self, model: nn.Module, max_length: int) -> int:
+        """Return within how many tokens rows may be packed; 0 where they may not."""
+        return packed_window(model, max_length) if self._can_pack(model) else 0
 
     def _layout(
         self, pairs: Sequence[tuple[Tokens, Tokens]], how: tuple[int, int, int, torch.device]

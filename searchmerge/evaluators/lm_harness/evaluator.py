@@ -150,6 +150,20 @@ class LmHarness:
             "score as deployed with lm_harness.chat_template: on"
         ]
 
+    def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
+        """Return the mean loss of examples, as the task's kind has it."""
+        with evaluating(model):
+            self._lm.model = model
+            return self._tasks[task].loss(self._lm, examples)
+
+    def log_probabilities(
+        self, model: nn.Module, task: str, examples: Sequence[int]
+    ) -> list[Tensor]:
+        """Return the log-probabilities of each example's choices."""
+        with evaluating(model):
+            self._lm.model = model
+            return self._tasks[task].log_probabilities(self._lm, examples)
+
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one number per example, higher is better (one in all if not a mean).
 

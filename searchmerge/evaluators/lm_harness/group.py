@@ -6,6 +6,9 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
@@ -61,6 +64,11 @@ class PreparedGroup:
             other_metrics=members[0].info.other_metrics,
             keeps_answers=members[0].info.keeps_answers,
             reading_keys=members[0].info.reading_keys,
+            losses=tuple(
+                kind
+                for kind in members[0].info.losses
+                if all(kind in member.info.losses for member in members)
+            ),
         )
 
     @property
@@ -103,6 +111,27 @@ class PreparedGroup:
             for example, member, place in placed
         )
 
+    def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
+        """Return the mean loss of examples."""
+        members = self._by_member(examples)
+        losses = [len(its) * self._members[m].loss(lm, its) for m, its in members.items()]
+        return torch.stack(losses).sum() / len(examples)
+
+    def log_probabilities(self, lm: Any, examples: Sequence[int]) -> list[Tensor]:
+        """Return the log-probabilities of each example's choices."""
+        answers: dict[tuple[int, int], Tensor] = {}
+        for member, its in self._by_member(examples).items():
+            given = self._members[member].log_probabilities(lm, its)
+            answers |= {(member, place): p for place, p in zip(its, given, strict=True)}
+        return [answers[self._place(example)] for example in examples]
+
+    def _by_member(self, examples: Sequence[int]) -> dict[int, list[int]]:
+        """Return each member's examples, by their places in it."""
+        by_member: dict[int, list[int]] = defaultdict(list)
+        for member, place in map(self._place, examples):
+            by_member[member].append(place)
+        return by_member
+
     def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
         """Return how clearly examples were answered when they were last scored."""
         placed = map(self._place, examples)
@@ -111,10 +140,7 @@ class PreparedGroup:
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""
-        places = [self._place(example) for example in examples]
-        by_member: dict[int, list[int]] = defaultdict(list)
-        for member, place in places:
-            by_member[member].append(place)
+        places, by_member = map(self._place, examples), self._by_member(examples)
         requests = {m: self._members[m].requests(wanted) for m, wanted in by_member.items()}
         asked = [r for groups in requests.values() for group in groups for r in group]
         answer(lm, asked, self._name)

@@ -39,6 +39,12 @@ class Backend(Protocol):
         """Return each continuation's log-likelihood, and whether it is the greedy one."""
         ...
 
+    def log_likelihoods(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> Tensor:
+        """Return each continuation's log-likelihood, ``(n_pairs,)``, with its gradient."""
+        ...
+
     def generate(
         self,
         model: nn.Module,
@@ -64,7 +70,9 @@ class TransformersBackend:
     spare = 0
 
     def __init__(self, batch_tokens: int) -> None:
-        self.score = CausalScorer(batch_tokens).score
+        scorer = CausalScorer(batch_tokens)
+        self.score = scorer.score
+        self.log_likelihoods = scorer.log_likelihoods
         self.generate = Generator(batch_tokens).generate
 
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -197,6 +205,31 @@ class ResidentLM:
 
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
         return self._runs.score(self.model, pairs, self.max_length)
+
+    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """Return each continuation's log-likelihood, with its gradient, and its tokens' number.
+
+        Args:
+            texts: Context and continuation, one or more.
+
+        Returns:
+            Two tensors, ``(n_texts,)`` float32.
+        """
+        return self._differentiated([[self._pair(*text)] for text in texts])
+
+    def rolling_log_likelihoods(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the same of whole texts."""
+        return self._differentiated([self._text_windows(text) for text in texts])
+
+    def _differentiated(
+        self, texts: Sequence[Sequence[tuple[Tokens, Tokens]]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return each text's log-likelihood over its windows, and how many tokens that is of."""
+        pairs = [pair for windows in texts for pair in windows]
+        likelihoods = self._runs.log_likelihoods(self.model, pairs, self.max_length)
+        parts = torch.split(likelihoods, [len(windows) for windows in texts])
+        n_tokens = [sum(len(tokens) for _, tokens in windows) for windows in texts]
+        return torch.stack([part.sum() for part in parts]), likelihoods.new_tensor(n_tokens)
 
     def _pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         """Return the token ids of a request, tokenised when it is first seen."""

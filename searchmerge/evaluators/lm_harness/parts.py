@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, PartInfo, TaskInfo
 from searchmerge.evaluators.lm_harness.group import PreparedGroup
@@ -37,6 +39,7 @@ class PreparedParts:
             other_metrics=select.info.other_metrics,
             keeps_answers=select.info.keeps_answers,
             reading_keys=select.info.reading_keys,
+            losses=select.info.losses,
         )
 
     @property
@@ -69,6 +72,16 @@ class PreparedParts:
         """Return how clearly examples of a part were answered when they were last scored."""
         prepared, first = self._of(examples)
         return prepared.grades([example - first for example in examples])
+
+    def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
+        """Return the mean loss of examples of a part."""
+        prepared, first = self._of(examples)
+        return prepared.loss(lm, [example - first for example in examples])
+
+    def log_probabilities(self, lm: Any, examples: Sequence[int]) -> list[Tensor]:
+        """Return the log-probabilities of each choice of examples of a part."""
+        prepared, first = self._of(examples)
+        return prepared.log_probabilities(lm, [example - first for example in examples])
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example of a part, or one in all, higher is better."""

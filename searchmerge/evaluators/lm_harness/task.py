@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
@@ -14,6 +15,7 @@ from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
+from searchmerge.evaluators.lm_harness.losses import TaskLosses
 from searchmerge.evaluators.score_kind import Mean, Whole
 
 _READING_KEYS = {
@@ -64,6 +66,7 @@ class PreparedTask:
         self._filters = _filters(self._task)
         self._decides, *self._others = self._metrics()
         self._documents = self._positions()
+        self._losses = TaskLosses(task, self.metric, is_chat=self.is_chat)
         self.info = TaskInfo(
             n_examples=len(self._documents),
             metric=self.metric,
@@ -71,6 +74,7 @@ class PreparedTask:
             other_metrics=tuple(other.label for other in self._others),
             keeps_answers=bool(self._others) or spec.answers == "keep",
             reading_keys=_READING_KEYS[self._generates],
+            losses=self._losses.kinds,
         )
         self._requests: dict[int, list[Any]] = {}
         self._is_rendered = False
@@ -223,6 +227,15 @@ class PreparedTask:
         requests = self.requests(examples)
         answer(lm, [request for group in requests for request in group], self._name)
         return self.scores(requests, examples)
+
+    def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
+        """Return the mean loss of examples; see :class:`TaskLosses`."""
+        with explained(self._name, f"find the right answers of its task {self.lm_name!r}"):
+            return self._losses.loss(lm, self.requests(examples))
+
+    def log_probabilities(self, lm: Any, examples: Sequence[int]) -> list[Tensor]:
+        """Return the log-probabilities of each example's choices."""
+        return self._losses.log_probabilities(lm, self.requests(examples))
 
     def scores(
         self, requests: Sequence[Sequence[Any]], examples: Sequence[int]

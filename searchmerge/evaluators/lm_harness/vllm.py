@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.generation import GenerationOptions
+from searchmerge.evaluators.causal.model import BATCH_TOKENS
 from searchmerge.evaluators.causal.scoring import CausalScorer
 
 _logger = logging.getLogger(__name__)
@@ -155,6 +156,8 @@ class VllmBackend:
         self._start = start
         self._server: Server | None = None
         self._checked = False
+        # vLLM has no gradients: they are those of the resident model that it follows
+        self.log_likelihoods = CausalScorer(BATCH_TOKENS["cuda"]).log_likelihoods
 
     @property
     def server(self) -> Server:

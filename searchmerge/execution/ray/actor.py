@@ -4,16 +4,21 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import ray
 
 from searchmerge.errors import DeviceFault
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
+from searchmerge.execution.gradient import LossRequest, LossResult
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
 
 _REPORT_S = 0.005  # what a dying process needs to send off its last report: 1 ms, measured
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +50,25 @@ class RayWorker:
         self, plan: MergePlan, rounds: Sequence[Round]
     ) -> Iterator[Begun | RoundResult | DeviceFault]:
         """Yield that the job is taken up, then each round's scores; a fault ends them."""
+        yield from _taken_up(self._loaded().score(plan, rounds))
+
+    def gradient(
+        self, plan: MergePlan, request: LossRequest
+    ) -> Iterator[Begun | LossResult | DeviceFault]:
+        """Yield that the job is taken up, then its losses and gradient, or a fault."""
+        yield from _taken_up(self._loaded().gradient(plan, request))
+
+    def _loaded(self) -> Worker:
         if self._worker is None:
             raise RuntimeError("a job was given to a worker that has loaded no model")
-        yield Begun()
-        time.sleep(_REPORT_S)
-        try:
-            yield from self._worker.score(plan, rounds)
-        except DeviceFault as fault:
-            yield fault
+        return self._worker
+
+
+def _taken_up(results: Iterator[T]) -> Iterator[Begun | T | DeviceFault]:
+    """Yield that a job is taken up, then its results; a fault ends them."""
+    yield Begun()
+    time.sleep(_REPORT_S)
+    try:
+        yield from results
+    except DeviceFault as fault:
+        yield fault

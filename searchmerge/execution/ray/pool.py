@@ -20,7 +20,8 @@ from searchmerge.errors import EvaluationError, SearchMergeError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.deadline import Deadline
-from searchmerge.execution.executor import Event, Failed, Finished, Lost, Scored
+from searchmerge.execution.executor import Event, Failed, Finished, Lost, event_of
+from searchmerge.execution.gradient import LossRequest, LossResult
 from searchmerge.execution.ray.actor import Begun, Loaded, RayWorker
 from searchmerge.execution.ray.cluster import (
     RaySettings,
@@ -132,12 +133,21 @@ class RayExecutor:
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job on a free worker."""
+        slot = self._free_slot(job)
+        slot.call = slot.actor.score.options(num_returns="streaming").remote(plan, tuple(rounds))
+
+    def submit_gradient(self, job: int, plan: MergePlan, request: LossRequest) -> None:
+        """Start a job on a free worker that computes losses and their gradient."""
+        slot = self._free_slot(job)
+        slot.call = slot.actor.gradient.options(num_returns="streaming").remote(plan, request)
+
+    def _free_slot(self, job: int) -> Slot:
+        """Return a free worker, which has the job from now on."""
         slot = next((slot for slot in self._slots if slot.is_free), None)
         if slot is None:
             raise RuntimeError(f"job {job} was submitted while no worker is free")
         slot.job, slot.has_begun, slot.since = job, False, time.monotonic()
-        method = slot.actor.score.options(num_returns="streaming")
-        slot.call = method.remote(plan, tuple(rounds))
+        return slot
 
     def stop(self, job: int) -> None:
         """Give up a job; its worker is free, and begins the next job after the current round."""
@@ -215,9 +225,9 @@ class RayExecutor:
             case Begun():
                 slot.has_begun = True
                 return None
-            case RoundResult():
-                self._deadline.saw(message.merge_s + message.score_s)
-                return Scored(job, message)
+            case RoundResult() | LossResult():
+                self._deadline.saw(message.seconds)
+                return event_of(job, message)
         return self._lose(slot, str(message), blameless=False)
 
     def _finish_loading(self, slot: Slot) -> None:

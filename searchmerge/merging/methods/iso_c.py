@@ -45,7 +45,7 @@ class IsoC:
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
-        replace(COEFFICIENT, search=(0.0, 3.0)),
+        replace(COEFFICIENT, is_linear=False, search=(0.0, 3.0)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "tensor"

@@ -43,7 +43,7 @@ class Linear:
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (
-        replace(COEFFICIENT, low=0.0, search=(0.0, 1.0)),
+        replace(COEFFICIENT, is_linear=False, low=0.0, search=(0.0, 1.0)),
     )
     settings: ClassVar[tuple[Setting, ...]] = (DEPTH_SLOPE,)
     scope: ClassVar[Scope] = "entry"

@@ -174,6 +174,29 @@ def test_a_prefix_is_run_before_the_rows_or_within_them(architecture, n_document
     assert_same(reference(model, pairs), CausalScorer(128).score(model, pairs, WINDOW))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_log_likelihoods_have_the_gradient_of_rows_run_one_by_one(architecture):
+    with torch.enable_grad():
+        model = tiny_model(architecture)
+        weights = torch.linspace(-1, 1, len(PAIRS))
+        given = CausalScorer(256).log_likelihoods(model, PAIRS, WINDOW)
+        (given * weights).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        expected = torch.stack([_log_likelihood(model, *pair) for pair in PAIRS])
+        (expected * weights).sum().backward()
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-3)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=2e-3)
+
+
+def _log_likelihood(model, context, continuation):
+    row = torch.tensor([(context + continuation)[-(WINDOW + 1) :][:-1]])
+    logits = model(row).logits[0, -len(continuation) :]
+    targets = torch.tensor(continuation)
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets].sum()
+
+
 def test_what_is_scored_again_is_not_laid_out_again():
     model, scorer = tiny_model("llama"), CausalScorer(64)
     first = scorer.score(model, PAIRS, WINDOW)

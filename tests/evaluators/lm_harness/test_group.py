@@ -1,6 +1,7 @@
 """Groups and tags of lm-eval's as one task: its own aggregates, member by member."""
 
 import pytest
+import torch
 import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -92,3 +93,17 @@ def test_a_study_may_define_its_task_itself(groups, folder, model):
     evaluator = harness(folder, LmTask(config, "test"))
     expected = harness(folder, LmTask("mc", "test")).score(model, "mine", range(7))
     assert evaluator.score(model, "mine", range(7)) == expected
+
+
+def test_the_loss_of_a_group_is_the_mean_over_its_examples(groups, model):
+    group = harness(groups, LmTask("by_size", "test"))
+    assert group.tasks["mine"].losses == ("labels", "entropy", "agreement")
+    small, large = (harness(groups, LmTask(name, "test")) for name in ("small", "large"))
+    with torch.no_grad():
+        expected = small.loss(model, "mine", [6, 0]) * 2 + large.loss(model, "mine", [9])
+        torch.testing.assert_close(group.loss(model, "mine", [6, 16, 0]), expected / 3)
+        given = group.log_probabilities(model, "mine", [6, 16, 0])
+        first, last = small.log_probabilities(model, "mine", [6, 0])
+        [middle] = large.log_probabilities(model, "mine", [9])
+    for of_group, alone in zip(given, (first, middle, last), strict=True):
+        torch.testing.assert_close(of_group, alone)

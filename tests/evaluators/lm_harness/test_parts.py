@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.lm_harness.keys import LmTask, Samples
@@ -29,6 +30,9 @@ def test_each_part_is_what_its_split_is_alone(folder, model, task, metric):
         assert apart.score(model, "mine", examples) == expected
         assert len(expected) == (1 if its.kind == Whole() else its.n_examples)
         assert apart.prompts("mine", start + 3) == alone.prompts("mine", 3)
+        assert torch.equal(apart.loss(model, "mine", [start + 3]), alone.loss(model, "mine", [3]))
+        [chances] = apart.log_probabilities(model, "mine", [start + 3])
+        assert torch.equal(chances, alone.log_probabilities(model, "mine", [3])[0])
         [document] = apart.parts("mine", [start + 3])
         assert document.documents == (3,)
         said = apart.answers("mine", [start + 3, start])

@@ -1,0 +1,113 @@
+"""What can be differentiated of lm-eval's tasks: losses, and distributions over choices."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from searchmerge.evaluators.evaluator import LossKind
+from searchmerge.evaluators.lm_harness.loading import task_errors
+
+_LENGTHS: Mapping[str, Callable[[str], float]] = {
+    "acc_norm": lambda choice: float(len(choice) or 1),
+    "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
+}
+"""Metrics of choices to what they divide a choice's log-likelihood by; others by nothing."""
+
+
+def _nothing(choice: str) -> float:
+    return 1.0
+
+
+class TaskLosses:
+    """The losses of one task of lm-eval's.
+
+    - ``multiple_choice``: cross-entropy over the choices' log-likelihoods, divided as the task's
+      metric divides them; of several right choices, of any of them.
+    - ``loglikelihood``: the negative log-likelihood of a token of the continuation, on average.
+    - ``loglikelihood_rolling``: the same of the text.
+    - ``generate_until``: the same of the target, the first of several, where each document has
+      one. What is generated is not looked at.
+
+    Args:
+        task: lm-eval's task object.
+        metric: The metric that decides.
+        is_chat: Whether the answer is a turn of a chat template.
+    """
+
+    def __init__(self, task: Any, metric: str, *, is_chat: bool) -> None:
+        self._task = task
+        self._divide = _LENGTHS.get(metric, _nothing)
+        self._is_chat = is_chat
+        self.kinds: tuple[LossKind, ...] = self._kinds()
+
+    def _kinds(self) -> tuple[LossKind, ...]:
+        """Return which losses there are, seen by the first document."""
+        output_type, docs = self._task.OUTPUT_TYPE, self._task.eval_docs
+        if output_type in ("loglikelihood", "loglikelihood_rolling"):
+            return ("labels",)
+        try:
+            if output_type == "multiple_choice":
+                has_labels = bool(self._right(docs[0], self._task.doc_to_choice(docs[0])))
+                return ("labels", "entropy", "agreement") if has_labels else ()
+            return ("labels",) if self._target(docs[0]) else ()
+        except task_errors():
+            return ()
+
+    def loss(self, lm: Any, requests: Sequence[Sequence[Any]]) -> Tensor:
+        """Return the mean loss of examples, given each one's requests."""
+        if self._task.OUTPUT_TYPE == "multiple_choice":
+            return self._loss_of_choices(self.log_probabilities(lm, requests), requests)
+        if self._task.OUTPUT_TYPE == "loglikelihood_rolling":
+            totals, n_tokens = lm.rolling_log_likelihoods([group[0].args[0] for group in requests])
+        elif self._task.OUTPUT_TYPE == "loglikelihood":
+            totals, n_tokens = lm.log_likelihoods([group[0].args[:2] for group in requests])
+        else:
+            texts = [(group[0].args[0], self._target(group[0].doc)) for group in requests]
+            totals, n_tokens = lm.log_likelihoods(texts)
+        loss: Tensor = -(totals / n_tokens).mean()
+        return loss
+
+    def log_probabilities(self, lm: Any, requests: Sequence[Sequence[Any]]) -> list[Tensor]:
+        """Return each example's log-probabilities of its choices, given its requests."""
+        texts, lengths, counts = [], [], []
+        for group in requests:
+            choices = self._task.doc_to_choice(group[0].doc)
+            texts += [request.args[:2] for request in group[: len(choices)]]
+            lengths += [self._divide(choice) for choice in choices]
+            counts.append(len(choices))
+        totals, _ = lm.log_likelihoods(texts)
+        normalised = totals / totals.new_tensor(lengths)
+        return [of_example.log_softmax(0) for of_example in torch.split(normalised, counts)]
+
+    def _loss_of_choices(
+        self, log_probabilities: Sequence[Tensor], requests: Sequence[Sequence[Any]]
+    ) -> Tensor:
+        losses = []
+        for of_example, group in zip(log_probabilities, requests, strict=True):
+            doc = group[0].doc
+            right = self._right(doc, self._task.doc_to_choice(doc))
+            losses.append(-of_example[right].logsumexp(0))
+        return torch.stack(losses).mean()
+
+    def _right(self, doc: Any, choices: Sequence[str]) -> list[int]:
+        """Return the places of the right choices of a document."""
+        in_text = getattr(self._task, "multiple_input", 0)
+        right = self._task.doc_to_text(doc) if in_text else self._task.doc_to_target(doc)
+        right = right if isinstance(right, list) else [right]
+        return [i for i, choice in enumerate(choices) if i in right or choice in right]
+
+    def _target(self, doc: Any) -> str:
+        """Return a document's answer as it follows its prompt; empty where there is none."""
+        config = self._task.config
+        if isinstance(config.doc_to_target, int):  # a number that stands for nothing
+            return ""
+        target = self._task.doc_to_target(doc)
+        if isinstance(target, list):
+            target = target[0] if target else ""
+        if isinstance(target, int) and config.doc_to_choice is not None:
+            target = self._task.doc_to_choice(doc)[target]
+        text = "" if target is None else str(target)
+        follows = self._is_chat or config.gen_prefix
+        return text if follows or not text else f"{config.target_delimiter}{text}"

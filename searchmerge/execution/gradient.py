@@ -1,0 +1,233 @@
+"""Losses of a merged model and their gradient by the coefficients of its plan."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.evaluators.activations import recomputed_activations
+from searchmerge.evaluators.causal.fitting import Fitting
+from searchmerge.evaluators.evaluator import Differentiable, Evaluator, LossKind, Predicting
+from searchmerge.evaluators.loss import disagreement, entropy
+from searchmerge.plan import MergePlan, Rows
+
+Batch = tuple[int, ...]
+"""Examples of one task whose mean loss is computed at once: one forward and backward pass."""
+
+
+class Merges(Protocol):
+    """Writes a plan's merged weights into the resident model."""
+
+    def apply(self, plan: MergePlan) -> None:
+        """Overwrite the model's merged parameters with what ``plan`` asks for."""
+        ...
+
+
+class Gradients(Protocol):
+    """Collects the gradients of the resident model's parameters by a plan's coefficients."""
+
+    def collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
+        """Collect them; what is yielded returns those of all passes since its last call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LossRequest:
+    """Of what a loss is asked.
+
+    Attributes:
+        batches: Task name to batches of its examples.
+        kind: Which loss.
+        teachers: Task name to the plan of its own expert, for ``agreement``.
+        gradient: Whether the gradient is asked for too.
+    """
+
+    batches: Mapping[str, tuple[Batch, ...]]
+    kind: LossKind = "labels"
+    teachers: Mapping[str, MergePlan] = field(default_factory=dict)
+    gradient: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLoss:
+    """The loss of a task.
+
+    Attributes:
+        values: The mean over each batch's examples.
+        rows: The gradient of the mean over all examples by the plan's coefficients: a row per
+            group, a number per expert; none where it was not asked for.
+    """
+
+    values: tuple[float, ...]
+    rows: Rows = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """What a request came to.
+
+    Attributes:
+        tasks: Task name to its loss.
+        merge_s: Seconds spent merging.
+        loss_s: Seconds spent on the losses and their gradient.
+    """
+
+    tasks: Mapping[str, TaskLoss]
+    merge_s: float
+    loss_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the worker was at it."""
+        return self.merge_s + self.loss_s
+
+
+_HALF_SCALE = 1024.0
+"""In float16 most gradients are below what it can tell from 0."""
+
+
+def _unscaled(rows: Rows, scale: float, task: str) -> Rows:
+    """Return the gradient of a loss that was multiplied by ``scale``.
+
+    Raises:
+        EvaluationError: If it is not finite.
+    """
+    if not all(math.isfinite(number) for row in rows for number in row):
+        raise EvaluationError(f"task {task!r}: the gradient of its loss is not finite")
+    return tuple(tuple(number / scale for number in row) for row in rows)
+
+
+class Losses:
+    """Computes losses of the resident model, and their gradients as backward passes go.
+
+    Args:
+        model: The resident model.
+        merger: Writes into it.
+        evaluators: Task name to what has its loss.
+        gradients: Collects gradients; ``None`` where none can be had.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        merger: Merges,
+        evaluators: Mapping[str, Evaluator],
+        gradients: Gradients | None,
+    ) -> None:
+        self._model = model
+        self._merger = merger
+        self._evaluators = evaluators
+        self._gradients = gradients
+        self._fitting = Fitting()
+        self._taught: dict[tuple[str, MergePlan, int], Tensor] = {}
+
+    def compute(self, plan: MergePlan, request: LossRequest) -> LossResult:
+        """Merge ``plan`` and return its losses.
+
+        Raises:
+            EvaluationError: If a loss or its gradient is not finite.
+            SpecError: If a task has no such loss, or the plan's method is not linear in its
+                coefficients.
+        """
+        for task in request.batches:
+            self._check(task, request)
+        start = time.perf_counter()
+        self._learn(request)
+        self._merger.apply(plan)
+        merged = time.perf_counter()
+        tasks = self._fitting.run(lambda part: self._tasks(plan, request, part))
+        return LossResult(tasks, merged - start, time.perf_counter() - merged)
+
+    def _check(self, task: str, request: LossRequest) -> None:
+        losses = self._evaluators[task].tasks[task].losses
+        if request.kind not in losses:
+            raise SpecError(
+                f"task {task!r} has no loss {request.kind!r} "
+                f"(it has: {', '.join(losses) or 'none'})"
+            )
+        if request.kind == "agreement" and task not in request.teachers:
+            raise SpecError(f"task {task!r} names no expert of its own to agree with")
+
+    def _learn(self, request: LossRequest) -> None:
+        """Have each task's own expert answer those of the examples that it did not answer yet."""
+        if request.kind != "agreement":
+            return
+        for task, batches in request.batches.items():
+            teacher, evaluator = request.teachers[task], self._evaluators[task]
+            known = {e for t, plan, e in self._taught if t == task and plan == teacher}
+            wanted = [e for batch in batches for e in batch if e not in known]
+            if not wanted or not isinstance(evaluator, Predicting):
+                continue
+            self._merger.apply(teacher)
+            with torch.no_grad():
+                given = evaluator.log_probabilities(self._model, task, wanted)
+            for example, log_probabilities in zip(wanted, given, strict=True):
+                self._taught[task, teacher, example] = log_probabilities.clone()
+
+    def _tasks(self, plan: MergePlan, request: LossRequest, part: float) -> dict[str, TaskLoss]:
+        """Return all losses, computed on a part of each batch at once."""
+        with ExitStack() as stack:
+            rows: Callable[[], Rows] = tuple
+            if request.gradient:
+                if part < 1:
+                    stack.enter_context(recomputed_activations(self._model))
+                rows = stack.enter_context(self._collecting(plan))
+            else:
+                stack.enter_context(torch.no_grad())
+            tasks = {}
+            for task in request.batches:
+                values = tuple(self._values(task, request, part))
+                tasks[task] = TaskLoss(values, _unscaled(rows(), self._scale, task))
+            return tasks
+
+    @property
+    def _scale(self) -> float:
+        """The factor on losses, so that gradients stay within the range of the model's dtype."""
+        dtypes = {p.dtype for p in self._model.parameters()}
+        return _HALF_SCALE if torch.float16 in dtypes else 1.0
+
+    def _collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
+        if self._gradients is None:
+            raise SpecError("gradient: this worker's merger has none")
+        return self._gradients.collecting(plan)
+
+    def _values(self, task: str, request: LossRequest, part: float) -> list[float]:
+        """Return the mean loss of each batch, differentiated on the way where that is asked."""
+        n_examples = sum(map(len, request.batches[task]))
+        values = []
+        for batch in request.batches[task]:
+            step = max(1, math.ceil(part * len(batch)))
+            total = 0.0
+            for first in range(0, len(batch), step):
+                examples = batch[first : first + step]
+                loss = self._loss(task, request, examples)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise EvaluationError(
+                        f"task {task!r}, examples {examples[0]} to {examples[-1]}: the loss is "
+                        f"{value}, not a finite number"
+                    )
+                if request.gradient:
+                    part_of_all = self._scale * len(examples) / n_examples
+                    (loss * part_of_all).backward()  # type: ignore[no-untyped-call]
+                total += value * len(examples)
+            values.append(total / len(batch))
+        return values
+
+    def _loss(self, task: str, request: LossRequest, examples: Sequence[int]) -> Tensor:
+        evaluator = self._evaluators[task]
+        if request.kind == "labels" and isinstance(evaluator, Differentiable):
+            return evaluator.loss(self._model, task, examples)
+        if request.kind != "labels" and isinstance(evaluator, Predicting):
+            given = evaluator.log_probabilities(self._model, task, examples)
+            if request.kind == "entropy":
+                return entropy(given)
+            teacher = request.teachers[task]
+            return disagreement(given, [self._taught[task, teacher, e] for e in examples])
+        raise SpecError(f"task {task!r}: its evaluator computes no loss {request.kind!r}")

@@ -1,0 +1,206 @@
+r"""The gradient of a loss by every coefficient of a plan, reduced as a backward pass goes.
+
+Where the merged task vector is linear in the coefficients, a parameter p of group g is
+
+.. math:: \theta_p = \theta_{0,p} + \sum_i \lambda_{g,i} W_{i,p}, \qquad
+          \frac{\partial L}{\partial \lambda_{g,i}} =
+          \sum_{p \in g} \left\langle \frac{\partial L}{\partial \theta_p}, W_{i,p} \right\rangle
+
+with :math:`W_i` what the method merges where coefficient i is 1 and all others are 0 (as
+AdaMerging does layer by layer for task arithmetic: Yang et al., 2023, arXiv:2310.02575). One
+forward and one backward pass give the gradient by all coefficients, however many groups there
+are. What rounding to the model's dtype does to the parameters does not enter it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from searchmerge.errors import SpecError
+from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.groups import assign_groups
+from searchmerge.merging.method import Pass, linear_hyperparameter
+from searchmerge.plan import MergePlan, Rows
+
+if TYPE_CHECKING:
+    from searchmerge.merging.merger import Merger
+
+
+@dataclass(frozen=True)
+class Directions:
+    """How merged parameters move with each coefficient, for all experts of a plan.
+
+    Attributes:
+        passes: For each expert, the pass that merges where its coefficient is 1, the others' 0.
+        scales: Parameter name to the factor on its merged task vector.
+        operands: Returns what a pass reads of a parameter, where that is merged.
+        engine: Runs arithmetic.
+    """
+
+    passes: tuple[Pass, ...]
+    scales: Mapping[str, float]
+    operands: Callable[[str, Pass], Operands]
+    engine: Engine
+
+    @torch.no_grad()
+    def products(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the inner product of a parameter's gradient with each direction.
+
+        Args:
+            name: Of the parameter.
+            gradient: Of the loss by it, in its shape, any float dtype.
+
+        Returns:
+            ``(n_experts,)`` float64, where the parameter is merged.
+        """
+        flat, products = gradient.reshape(-1), []
+        # a method may answer the same question in another way when it is asked again
+        for _, alike in groupby(self.passes, key=lambda work: (work.function, id(work.kept))):
+            passes = list(alike)
+            operands = self.operands(name, passes[0])
+            scalars = torch.stack([work.scalars(name) for work in passes])
+            numbers = flat.to(operands.base.device)
+            products.append(self.engine.products(passes[0].function, operands, scalars, numbers))
+        return torch.cat(products) * self.scales[name]
+
+
+@dataclass
+class Collected:
+    """What was collected of the gradients by some plan's coefficients, until :meth:`rows`.
+
+    Attributes:
+        plan: The plan.
+        sums: Parameter name to the sum of its products, ``(n_experts,)`` float64.
+    """
+
+    plan: MergePlan
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, products: Tensor) -> None:
+        """Add a parameter's products with the gradient of one more backward pass."""
+        self.sums[name] = self.sums[name] + products if name in self.sums else products
+
+    def rows(self, names: tuple[str, ...]) -> Rows:
+        """Return the gradient, a row per group of the plan, and begin anew.
+
+        Args:
+            names: Of all parameters that are merged.
+        """
+        group_of = assign_groups(names, self.plan.groups)
+        total = torch.zeros(len(self.plan.groups), len(self.plan.experts), dtype=torch.float64)
+        by_device: dict[torch.device, list[str]] = {}
+        for name, products in self.sums.items():
+            by_device.setdefault(products.device, []).append(name)
+        for together in by_device.values():
+            stacked = torch.stack([self.sums[name] for name in together]).cpu()
+            total.index_add_(0, torch.tensor([group_of[name] for name in together]), stacked)
+        self.sums.clear()
+        return tuple(tuple(row) for row in total.tolist())
+
+
+class CoefficientGradients:
+    """Reduces the gradients of a resident model's parameters to those of a plan's coefficients.
+
+    Each parameter's gradient is reduced to a number per expert as soon as a backward pass has
+    made it, and freed: memory of one tensor's gradient is needed, and not of a model's.
+
+    Args:
+        model: The resident model.
+        merger: Merges into it.
+
+    Raises:
+        SpecError: If the merger writes to what is no part of the model.
+    """
+
+    def __init__(self, model: nn.Module, merger: "Merger") -> None:
+        self._merger = merger
+        self._names = tuple(merger.targets)
+        self._directions: tuple[object, Directions] | None = None
+        leaves: dict[int, list[Tensor]] = {}
+        for leaf in [*model.parameters(), *model.buffers()]:
+            leaves.setdefault(leaf.untyped_storage().data_ptr(), []).append(leaf)
+        self._views: dict[Tensor, list[tuple[str, Tensor]]] = {}
+        for name, copies in merger.targets.items():
+            for view in copies:
+                inside = leaves.get(view.untyped_storage().data_ptr(), [])
+                holding = [leaf for leaf in inside if _holds(leaf, view)]
+                if not holding:
+                    raise SpecError(f"gradient: tensor {name!r} is no part of the model")
+                self._views.setdefault(holding[0], []).append((name, view))
+
+    @contextmanager
+    def collecting(self, plan: MergePlan) -> Iterator[Callable[[], Rows]]:
+        """Collect the gradients of every backward pass through the model, merged by ``plan``.
+
+        Yields:
+            What returns the gradient by the plan's coefficients of all passes since it was last
+            called: a row per group, a number per expert.
+
+        Raises:
+            SpecError: If the plan's method is not linear in its coefficients.
+        """
+        directions, collected = self._directions_of(plan), Collected(plan)
+
+        def reduce(leaf: Tensor) -> None:
+            made, leaf.grad = leaf.grad, None
+            if made is None:
+                return
+            gradient = _laid_out(made, leaf)
+            for name, view in self._views[leaf]:
+                part = gradient.as_strided(
+                    view.shape, view.stride(), view.storage_offset() - leaf.storage_offset()
+                )
+                collected.add(name, directions.products(name, part))
+
+        needed = {leaf: leaf.requires_grad for leaf in self._views}
+        handles = []
+        try:
+            for leaf in needed:
+                leaf.requires_grad_()
+                register: Any = leaf.register_post_accumulate_grad_hook
+                handles.append(register(reduce))
+            with torch.enable_grad():
+                yield lambda: collected.rows(self._names)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for leaf, was_needed in needed.items():
+                leaf.requires_grad_(was_needed)
+                leaf.grad = None
+
+    def _directions_of(self, plan: MergePlan) -> Directions:
+        """Return the directions of a plan: of the last one, where only coefficients differ."""
+        linear = linear_hyperparameter(plan.method).name
+        others = {name: rows for name, rows in plan.values.items() if name != linear}
+        settings = sorted(plan.settings.items())
+        key = (plan.method, plan.experts, plan.groups, repr(sorted(others.items())), settings)
+        if self._directions is None or self._directions[0] != key:
+            self._directions = (key, self._merger.directions(plan))
+        return self._directions[1]
+
+
+def _holds(leaf: Tensor, view: Tensor) -> bool:
+    """Return whether all of a view lies within a leaf of the same storage."""
+    first, last = leaf.storage_offset(), _last(leaf)
+    return first <= view.storage_offset() and _last(view) <= last
+
+
+def _last(tensor: Tensor) -> int:
+    """Return where the last entry of a tensor lies in its storage."""
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()) + (int(reach) if tensor.numel() else 0)
+
+
+def _laid_out(gradient: Tensor, leaf: Tensor) -> Tensor:
+    """Return a gradient with its entries where those of its parameter lie, from offset 0 on."""
+    if gradient.stride() == leaf.stride() and not gradient.storage_offset():
+        return gradient
+    laid_out = torch.empty_strided(
+        leaf.shape, leaf.stride(), dtype=gradient.dtype, device=gradient.device
+    )
+    return laid_out.copy_(gradient)

@@ -1,0 +1,243 @@
+"""Refinement: a coefficient for every group of parameters, by gradient, from a plan found.
+
+A refinement asks for gradients and goes a few steps against them on one part of the examples
+that trials see. How far it should have gone, and how much of the way is kept, is decided on the
+other part, which its steps do not see; where that does not pay, nothing is proposed. It computes
+no gradient itself: it yields what it wants to know, and is sent what came of it, so that several
+can go on side by side, on whatever workers there are.
+"""
+
+import logging
+import random
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from searchmerge.evaluators.evaluator import LossKind
+from searchmerge.execution.gradient import Batch, LossRequest, LossResult
+from searchmerge.plan import Groups, MergePlan
+from searchmerge.search.descent import Adam, Array, Path
+
+_logger = logging.getLogger(__name__)
+
+WATCHED = 1 / 4
+"""The part of the examples that decides how far to go."""
+
+_BLOCK = 8  # examples whose loss is watched as one, if that makes
+_LEAST_BLOCKS = 6  # so many, from which it is seen how far losses vary
+_CHECKS = 5  # how often it is looked at whether to go on
+_PATIENCE = 2  # checks without a lower loss after which the steps end
+_SHRINKS = (0.75, 0.5, 0.25)
+_LEAST_GAIN = 1.0  # standard errors by which the loss must have fallen
+
+Ask = tuple[MergePlan, LossRequest]
+"""A plan, and of which examples its loss is wanted, or the gradient too."""
+
+Shrink = float | Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How plans are refined.
+
+    Attributes:
+        groups: The groups that get coefficients of their own.
+        n_steps: Steps at most.
+        batch: Examples of a step, over all tasks.
+        shrink: Which part of the way is kept, in (0, 1]; ``auto`` for what pays most.
+        loss: What is to fall.
+        rate: By how much the first steps change a coefficient.
+        seed: Of which examples are watched, and of the order of the others.
+    """
+
+    groups: Groups
+    n_steps: int
+    batch: int
+    shrink: Shrink = "auto"
+    loss: LossKind = "labels"
+    rate: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What refinements learn from.
+
+    Attributes:
+        examples: Task name to those of its examples that trials see.
+        weights: Task name to what its loss counts for.
+        teachers: Task name to the plan of its own expert.
+    """
+
+    examples: Mapping[str, Sequence[int]]
+    weights: Mapping[str, float]
+    teachers: Mapping[str, MergePlan] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """What a refinement proposes.
+
+    Attributes:
+        plan: The plan.
+        gain: By how much the loss of the watched examples fell.
+        standard_error: Of the gain.
+        n_steps: Steps that lead to it.
+        shrink: Which part of their way it keeps.
+    """
+
+    plan: MergePlan
+    gain: float
+    standard_error: float
+    n_steps: int
+    shrink: float
+
+
+Refinement = Generator[Ask, LossResult, Refined | None]
+"""Yields what it asks, and returns what it proposes, or ``None`` where that does not pay."""
+
+
+def refinement(start: MergePlan, recipe: Recipe, material: Material) -> Refinement:
+    """Return the refinement of a plan whose groups are the recipe's already."""
+    course = _Course(Path.of(start), recipe, material, _divided(material, recipe.seed))
+    return course.run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A task's examples: those that steps see, and those that are watched, in blocks."""
+
+    seen: tuple[int, ...]
+    watched: tuple[Batch, ...]
+
+
+def _divided(material: Material, seed: int) -> dict[str, _Parts]:
+    """Return each task's examples, divided by the seed."""
+    parts = {}
+    for task, examples in material.examples.items():
+        order = list(examples)
+        random.Random(f"{seed}/{task}/refine").shuffle(order)
+        n_watched = max(1, round(WATCHED * len(order)))
+        watched = order[:n_watched]
+        size = min(_BLOCK, -(-n_watched // _LEAST_BLOCKS))
+        blocks = tuple(tuple(watched[i : i + size]) for i in range(0, n_watched, size))
+        parts[task] = _Parts(tuple(order[n_watched:]), blocks)
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Coefficients, and the loss of the watched examples under them.
+
+    Attributes:
+        at: The coefficients.
+        losses: Task name to the loss of each watched block.
+        n_steps: How many steps lead there.
+        shrink: Which part of their way it is.
+    """
+
+    at: Array
+    losses: Mapping[str, tuple[float, ...]]
+    n_steps: int = 0
+    shrink: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """One refinement, from its start to what it proposes."""
+
+    path: Path
+    recipe: Recipe
+    material: Material
+    parts: Mapping[str, _Parts]
+
+    def run(self) -> Refinement:
+        """Descend, look back on the way, and return what it is worth."""
+        start = _Seen(self.path.first, (yield from self._watch(self.path.first)))
+        best = yield from self._descend(start)
+        if best is start:
+            return None
+        best = yield from self._shrunken(best)
+        gain, standard_error = self._gain(best, start)
+        _logger.info("refined in %d steps: gain %.4f +- %.4f", best.n_steps, gain, standard_error)
+        if gain <= _LEAST_GAIN * standard_error:
+            return None
+        plan = self.path.plan(best.at)
+        return Refined(plan, gain, standard_error, best.n_steps, best.shrink)
+
+    def _descend(self, start: _Seen) -> Generator[Ask, LossResult, _Seen]:
+        """Take the steps; return where the loss of the watched examples was lowest."""
+        recipe, best, n_stale = self.recipe, start, 0
+        descent = Adam(self.path.first, recipe.rate, recipe.n_steps)
+        every = max(1, recipe.n_steps // _CHECKS)
+        batches = self._batches()
+        for n_steps in range(1, recipe.n_steps + 1):
+            result = yield self.path.plan(descent.at), self._request(next(batches))
+            descent.step(self._gradient(result))
+            if n_steps % every and n_steps != recipe.n_steps:
+                continue
+            here = _Seen(descent.at, (yield from self._watch(descent.at)), n_steps)
+            n_stale = n_stale + 1
+            if self._gain(here, best)[0] > 0:
+                best, n_stale = here, 0
+            if n_stale == _PATIENCE:
+                break
+        return best
+
+    def _shrunken(self, best: _Seen) -> Generator[Ask, LossResult, _Seen]:
+        """Return the part of the way to the best coefficients that pays most."""
+        shrinks = _SHRINKS if self.recipe.shrink == "auto" else (self.recipe.shrink,)
+        candidates = [best] if self.recipe.shrink == "auto" else []
+        for shrink in shrinks:
+            at = self.path.part(best.at, shrink)
+            candidates.append(_Seen(at, (yield from self._watch(at)), best.n_steps, shrink))
+        return max(candidates, key=lambda seen: self._gain(seen, best)[0])
+
+    def _watch(self, at: Array) -> Generator[Ask, LossResult, Mapping[str, tuple[float, ...]]]:
+        """Return the loss of each watched block."""
+        blocks = {task: parts.watched for task, parts in self.parts.items()}
+        result = yield self.path.plan(at), self._request(blocks, gradient=False)
+        return {task: loss.values for task, loss in result.tasks.items()}
+
+    def _request(
+        self, batches: Mapping[str, tuple[Batch, ...]], *, gradient: bool = True
+    ) -> LossRequest:
+        return LossRequest(batches, self.recipe.loss, self.material.teachers, gradient)
+
+    def _batches(self) -> Iterator[Mapping[str, tuple[Batch, ...]]]:
+        """Yield each step's examples, as many of each task; all are seen as often."""
+        generator = random.Random(f"{self.recipe.seed}/refine")
+        size = max(1, self.recipe.batch // len(self.parts))
+        left: dict[str, list[int]] = {task: [] for task in self.parts}
+        while True:
+            step = {}
+            for task, parts in self.parts.items():
+                while len(left[task]) < min(size, len(parts.seen)):
+                    left[task] += generator.sample(parts.seen, len(parts.seen))
+                step[task] = (tuple(left[task][:size]),)
+                del left[task][:size]
+            yield step
+
+    def _gradient(self, result: LossResult) -> Array:
+        weights = self.material.weights
+        total = sum(weights[task] for task in result.tasks)
+        rows = [weights[t] / total * np.array(loss.rows) for t, loss in result.tasks.items()]
+        gradient: Array = np.sum(rows, axis=0)
+        return gradient
+
+    def _gain(self, seen: _Seen, before: _Seen) -> tuple[float, float]:
+        """Return by how much the watched loss is lower than before, and its standard error."""
+        weights = self.material.weights
+        total = sum(weights[task] for task in self.parts)
+        gain, variance = 0.0, 0.0
+        for task, parts in self.parts.items():
+            sizes = np.array([len(block) for block in parts.watched])
+            falls = np.array(before.losses[task]) - np.array(seen.losses[task])
+            mean = float(np.average(falls, weights=sizes))
+            gain += weights[task] / total * mean
+            if len(falls) > 1:
+                spread = float(np.average((falls - mean) ** 2, weights=sizes))
+                variance += (weights[task] / total) ** 2 * spread / (len(falls) - 1)
+        return gain, float(np.sqrt(variance))

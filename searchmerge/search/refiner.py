@@ -1,0 +1,130 @@
+"""Refinements side by side: what they ask is computed on whatever workers are free."""
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from searchmerge.execution.executor import Differentiated, Executor, Failed, Finished, Lost
+from searchmerge.execution.gradient import LossResult
+from searchmerge.search.dispatch import MAX_SPARED, MAX_TRIES
+from searchmerge.search.refine import Ask, Refined, Refinement
+
+_logger = logging.getLogger(__name__)
+
+_WAIT_S = 30.0
+
+
+@dataclass(slots=True)
+class _Going:
+    """A refinement that waits for what it asked.
+
+    Attributes:
+        name: Of the plan that it refines.
+        refinement: What is sent the answer.
+        ask: What it asked.
+        tries: How often that was given to a worker.
+        n_spared: How often that worker was found dead before it took the job up.
+        result: The answer, once it has come.
+    """
+
+    name: str
+    refinement: Refinement
+    ask: Ask
+    tries: int = 0
+    n_spared: int = 0
+    result: LossResult | None = None
+
+
+class Refiner:
+    """Runs refinements on an executor, each of them as far as it goes.
+
+    What a lost worker was asked goes to another. A refinement whose model has no finite loss,
+    or at which ``MAX_TRIES`` workers were lost in a row, proposes nothing.
+
+    Args:
+        executor: Computes losses and gradients.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._numbers = itertools.count(1)
+        self._live: dict[int, _Going] = {}
+        self._waiting: deque[_Going] = deque()
+        self._done: dict[str, Refined | None] = {}
+
+    def run(
+        self,
+        refinements: Mapping[str, Refinement],
+        report: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, Refined | None]:
+        """Return what each refinement proposes, by the name of the plan that it refines.
+
+        Args:
+            refinements: Name to refinement.
+            report: Called with the name of each that has come to its end.
+        """
+        self._done = {}
+        self._waiting.extend(
+            _Going(name, refinement, next(refinement)) for name, refinement in refinements.items()
+        )
+        try:
+            while self._waiting or self._live:
+                self._fill()
+                before = set(self._done)
+                self._handle()
+                for name in self._done.keys() - before:
+                    report(name)
+        finally:
+            for number in self._live:
+                self._executor.stop(number)
+            self._live.clear()
+            self._waiting.clear()
+        return {name: self._done[name] for name in refinements}
+
+    def _fill(self) -> None:
+        """Give every free worker what is asked next."""
+        while self._waiting and self._executor.n_free:
+            going, number = self._waiting.popleft(), next(self._numbers)
+            going.tries += 1
+            self._live[number] = going
+            self._executor.submit_gradient(number, *going.ask)
+
+    def _handle(self) -> None:
+        """Wait for the next event, and do what follows from it."""
+        match self._executor.next_event(_WAIT_S):
+            case Differentiated(number, result) if number in self._live:
+                self._live[number].result = result
+            case Finished(number) if number in self._live:
+                self._go_on(self._live.pop(number))
+            case Failed(number, reason) if number in self._live:
+                self._give_up(self._live.pop(number), reason)
+            case Lost(number) as lost if number in self._live:
+                self._retry(self._live.pop(number), lost)
+
+    def _go_on(self, going: _Going) -> None:
+        """Send the answer, and have the next question wait for a worker."""
+        if going.result is None:
+            raise RuntimeError(f"a worker ended without the gradient of {going.name}")
+        try:
+            ask = going.refinement.send(going.result)
+        except StopIteration as ended:
+            self._done[going.name] = ended.value
+        else:
+            self._waiting.append(_Going(going.name, going.refinement, ask))
+
+    def _retry(self, going: _Going, lost: Lost) -> None:
+        if not lost.was_begun and going.n_spared < MAX_SPARED:
+            going.n_spared += 1
+            going.tries -= 1
+        if going.tries >= MAX_TRIES:
+            self._give_up(going, f"{lost.reason} ({going.tries} tries)")
+            return
+        _logger.warning("refining %s lost its worker, and goes on: %s", going.name, lost.reason)
+        self._waiting.append(going)
+
+    def _give_up(self, going: _Going, reason: str) -> None:
+        _logger.warning("%s cannot be refined: %s", going.name, reason)
+        going.refinement.close()
+        self._done[going.name] = None

@@ -1,0 +1,166 @@
+"""Losses and gradients of a worker: of every batch, whatever fits at once, and with a teacher."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.execution.gradient import LossRequest
+from searchmerge.execution.worker import Worker
+from searchmerge.merging.method import default_plan
+from tests.execution.gradients import EXPERTS, PLAN, Classes, made, worker
+
+BATCHES = {"math": ((0, 1, 2), (3, 4)), "code": ((5, 6),)}
+
+
+def ask(worker, plan=PLAN, **changes):
+    [result] = worker.gradient(plan, LossRequest(**{"batches": BATCHES, **changes}))
+    return result
+
+
+def losses(model, task, examples, kind="labels", teacher=None):
+    """Return the mean loss of examples from first principles."""
+    logits = torch.stack([model(Classes.inputs[e]) for e in examples]).log_softmax(1)
+    if kind == "labels":
+        return nn.functional.nll_loss(
+            logits, torch.tensor([Classes.label(task, e) for e in examples])
+        )
+    if kind == "entropy":
+        return -(logits.exp() * logits).sum(1).mean()
+    return (teacher.exp() * (teacher - logits)).sum(1).mean()
+
+
+def differences(plan, loss, step=1e-2):
+    """Return central differences of a loss by every coefficient."""
+    model, merger = made()
+    rows = []
+    for g in range(len(plan.groups)):
+        row = []
+        for e in range(len(EXPERTS)):
+            ends = []
+            for by in (step, -step):
+                values = [list(r) for r in plan.values["coefficient"]]
+                values[g][e] += by
+                moved = replace(plan, values={"coefficient": tuple(map(tuple, values))})
+                merger.apply(moved)
+                with torch.no_grad():
+                    ends.append(float(loss(model)))
+            row.append((ends[0] - ends[1]) / (2 * step))
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_losses_are_those_of_each_batch_and_gradients_of_all_of_a_tasks_examples():
+    result = ask(worker())
+    model, merger = made()
+    merger.apply(PLAN)
+    for task, batches in BATCHES.items():
+        expected = [losses(model, task, batch).item() for batch in batches]
+        assert result.tasks[task].values == pytest.approx(expected, rel=1e-5)
+        every = [e for batch in batches for e in batch]
+        rows = torch.tensor(result.tasks[task].rows, dtype=torch.float64)
+        assert rows.shape == (len(PLAN.groups), len(EXPERTS))
+        wanted = differences(PLAN, lambda model, t=task, x=every: losses(model, t, x))
+        torch.testing.assert_close(rows, wanted, rtol=1e-2, atol=1e-3)
+    assert result.merge_s > 0
+    assert result.loss_s > 0
+
+
+@pytest.mark.parametrize("kind", ["entropy", "agreement"])
+def test_losses_without_labels(kind):
+    teachers = {
+        task: default_plan("task_arithmetic", EXPERTS, coefficient=[i == 0, i == 1])
+        for i, task in enumerate(BATCHES)
+    }
+    result = ask(worker(), kind=kind, teachers=teachers)
+    for task, batches in BATCHES.items():
+        model, merger = made()
+        every = [e for batch in batches for e in batch]
+        merger.apply(teachers[task])
+        with torch.no_grad():
+            teacher = torch.stack([model(Classes.inputs[e]) for e in every]).log_softmax(1)
+        wanted = differences(
+            PLAN, lambda model, t=task, x=every, y=teacher: losses(model, t, x, kind, y)
+        )
+        rows = torch.tensor(result.tasks[task].rows, dtype=torch.float64)
+        torch.testing.assert_close(rows, wanted, rtol=1e-2, atol=1e-3)
+
+
+def test_a_teacher_is_merged_once():
+    teacher = default_plan("task_arithmetic", EXPERTS, coefficient=[1.0, 0.0])
+    applied = []
+    at_work = worker(applied=applied)
+    for _ in range(3):
+        request = {"kind": "agreement", "teachers": dict.fromkeys(BATCHES, teacher)}
+        ask(at_work, **request)
+    assert applied.count(teacher) == len(BATCHES)
+    assert applied.count(PLAN) == 3
+
+
+def test_without_a_gradient_there_are_losses_alone():
+    result = ask(worker(), gradient=False)
+    assert all(task.rows == () for task in result.tasks.values())
+    expected = ask(worker())
+    for task in BATCHES:
+        assert result.tasks[task].values == pytest.approx(expected.tasks[task].values)
+
+
+def test_what_does_not_fit_is_computed_in_parts_to_the_same_end(caplog):
+    expected = ask(worker())
+    given = ask(worker(most_at_once=1))
+    for task in BATCHES:
+        assert given.tasks[task].values == pytest.approx(expected.tasks[task].values)
+        torch.testing.assert_close(
+            torch.tensor(given.tasks[task].rows), torch.tensor(expected.tasks[task].rows)
+        )
+    assert "going on with 1/" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "plan", "message"),
+    [
+        ({"batches": {"law": ((0,),)}}, PLAN, "task 'law' has no loss 'labels' .it has: none"),
+        ({"kind": "agreement"}, PLAN, "task 'math' names no expert of its own to agree with"),
+        ({}, default_plan("karcher", EXPERTS), "method 'karcher' is not linear"),
+    ],
+)
+def test_what_has_no_gradient_says_so(changes, plan, message):
+    with pytest.raises(SpecError, match=message):
+        ask(worker(), plan, **changes)
+
+
+def test_a_worker_may_have_no_gradients():
+    model, merger = made()
+    bare = Worker(model, merger, dict.fromkeys(BATCHES, Classes()))
+    assert ask(bare, gradient=False).tasks.keys() == BATCHES.keys()
+    with pytest.raises(SpecError, match="this worker's merger has none"):
+        ask(bare)
+
+
+def test_a_loss_that_is_not_finite_is_the_candidates_failure():
+    with pytest.raises(EvaluationError, match="task 'math', examples 0 to 2: the loss is nan"):
+        ask(worker(broken=True))
+
+
+def test_small_gradients_survive_float16():
+    small = {"loss_scale": 1e-5}
+    wide, narrow = ask(worker(**small)), ask(worker(dtype=torch.float16, **small))
+    for task in BATCHES:
+        rows = torch.tensor(narrow.tasks[task].rows)
+        assert rows.abs().min() > 0
+        torch.testing.assert_close(rows, torch.tensor(wide.tasks[task].rows), rtol=5e-2, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_is_the_candidates_failure():
+    with pytest.raises(EvaluationError, match="task 'math': the gradient of its loss is not fini"):
+        ask(worker(steep=True))
+
+
+def test_scores_stay_what_they_are_and_parameters_need_no_gradient_afterwards():
+    at_work = worker()
+    ask(at_work)
+    model, merger = made()
+    assert not any(p.requires_grad for p in model.parameters())
+    del merger, at_work

@@ -1,0 +1,138 @@
+"""Refinements of a loss that is known, without a model: what they ask, and what they propose."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from searchmerge.execution.gradient import LossResult, TaskLoss
+from searchmerge.merging.method import default_plan
+from searchmerge.plan import Groups
+from searchmerge.search.refine import Material, Recipe, refinement
+
+EXPERTS = ("math", "code")
+NAMES = tuple(f"layers.{i}.w" for i in range(3))
+GROUPS = Groups.of_tensors(NAMES)
+START = default_plan("task_arithmetic", EXPERTS, groups=GROUPS, coefficient=1.0)
+RECIPE = Recipe(GROUPS, n_steps=60, batch=16, rate=0.02)
+MATERIAL = Material(dict.fromkeys(EXPERTS, range(64)), {"math": 1.0, "code": 1.0})
+TARGET = np.array([[0.8, 1.0], [1.3, 0.9], [1.0, 1.1]])
+
+
+class Bowl:
+    """A loss that is least at a target, moved by noise of each example's own."""
+
+    def __init__(self, target=TARGET, noise=0.0):
+        self._target, self._noise = target, noise
+        self.asked = []
+
+    def answer(self, plan, request):
+        self.asked.append((plan, request))
+        at = np.array(plan.values["coefficient"])
+        tasks = {}
+        for task, batches in request.batches.items():
+            targets = [np.mean([self._of(task, e) for e in batch], axis=0) for batch in batches]
+            values = tuple(float(((at - target) ** 2).sum()) for target in targets)
+            sizes = [len(batch) for batch in batches]
+            mean = np.average(targets, axis=0, weights=sizes)
+            rows = tuple(map(tuple, (2 * (at - mean)).tolist())) if request.gradient else ()
+            tasks[task] = TaskLoss(values, rows)
+        return LossResult(tasks, 0.1, 0.1)
+
+    def _of(self, task, example):
+        draw = np.random.default_rng((example, len(task)))
+        return self._target + self._noise * draw.normal(size=self._target.shape)
+
+
+def run(recipe=RECIPE, material=MATERIAL, start=START, bowl=None):
+    bowl = bowl or Bowl()
+    course = refinement(start, recipe, material)
+    ask = next(course)
+    while True:
+        try:
+            ask = course.send(bowl.answer(*ask))
+        except StopIteration as ended:
+            return ended.value, bowl
+
+
+def distance(plan):
+    return np.abs(np.array(plan.values["coefficient"]) - TARGET).max()
+
+
+def test_coefficients_go_to_where_the_loss_is_least():
+    refined, _ = run()
+    assert distance(START) == pytest.approx(0.3)
+    assert distance(refined.plan) < 0.03
+    assert refined.gain > 0
+    assert (refined.plan.method, refined.plan.groups) == (START.method, GROUPS)
+
+
+def test_steps_never_see_the_examples_that_are_watched():
+    _, bowl = run()
+    for task in EXPERTS:
+        seen, watched = set(), set()
+        for _, request in bowl.asked:
+            examples = {e for batch in request.batches[task] for e in batch}
+            (seen if request.gradient else watched).update(examples)
+        assert not seen & watched
+        assert seen | watched == set(range(64))
+        assert len(watched) == 16
+
+
+def test_the_same_seed_asks_the_same_and_another_does_not():
+    first, again = run()[1].asked, run()[1].asked
+    other = run(replace(RECIPE, seed=1))[1].asked
+    assert first == again
+    assert [r.batches for _, r in first] != [r.batches for _, r in other]
+
+
+def test_where_it_does_not_pay_nothing_is_proposed():
+    refined, bowl = run(bowl=Bowl(target=np.ones((3, 2)), noise=0.5))
+    assert refined is None
+    assert sum(request.gradient for _, request in bowl.asked) < 60  # it did not go to the end
+
+
+def test_a_start_that_is_best_is_left_alone():
+    assert run(bowl=Bowl(target=np.ones((3, 2))))[0] is None
+
+
+def test_of_a_way_that_went_too_far_a_part_is_kept():
+    far = replace(RECIPE, rate=0.5, n_steps=2)
+    refined, _ = run(far)
+    assert refined.shrink < 1
+    assert refined.gain > 0
+    whole, _ = run(replace(far, shrink=1.0))
+    assert whole is None or whole.gain < refined.gain
+
+
+def test_how_much_is_kept_may_be_said():
+    refined, _ = run(replace(RECIPE, shrink=0.5))
+    assert refined.shrink == 0.5
+    half = 1 + (TARGET - 1) / 2
+    np.testing.assert_allclose(refined.plan.values["coefficient"], half, atol=0.02)
+
+
+def test_a_task_counts_by_its_weight():
+    class Apart(Bowl):
+        def _of(self, task, example):
+            return np.full((3, 2), 2.0 if task == "math" else 1.0)
+
+    material = replace(MATERIAL, weights={"math": 3.0, "code": 1.0})
+    refined, _ = run(replace(RECIPE, n_steps=200), material, bowl=Apart())
+    np.testing.assert_allclose(refined.plan.values["coefficient"], 1.75, atol=0.05)
+
+
+def test_every_example_that_is_not_watched_is_seen_as_often():
+    _, bowl = run(replace(RECIPE, n_steps=12), bowl=Bowl())
+    seen = [e for _, r in bowl.asked if r.gradient for batch in r.batches["math"] for e in batch]
+    counts = {e: seen.count(e) for e in set(seen)}
+    assert len(counts) == 48
+    assert set(counts.values()) == {2}
+
+
+def test_teachers_and_the_kind_of_loss_are_passed_on():
+    teachers = dict.fromkeys(EXPERTS, START)
+    material = replace(MATERIAL, teachers=teachers)
+    _, bowl = run(replace(RECIPE, loss="agreement"), material)
+    assert {request.kind for _, request in bowl.asked} == {"agreement"}
+    assert all(request.teachers == teachers for _, request in bowl.asked)

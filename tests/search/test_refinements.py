@@ -1,0 +1,157 @@
+"""A study's best plans are refined once, scored like trials, and may win."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from searchmerge.config import RunConfig
+from searchmerge.errors import SpecError
+from searchmerge.plan import Groups, MergePlan
+from searchmerge.run import run_study
+from searchmerge.search.directory import records_of, stored_study
+from searchmerge.search.refine import Recipe
+from searchmerge.search.refinements import material
+from searchmerge.search.status import read_status
+from searchmerge.study import read_study
+from tests.evaluators.classifiers import make_experts, text_tasks, write_study, write_texts
+from tests.search.conftest import Recorder, pilot_schedule
+from tests.toy import EXPERTS as TOYS
+
+CONFIG = RunConfig(engine="eager", device="cpu")
+REFINE = {"loss": "agreement", "steps": 12, "batch": 24, "rate": 0.1, "starts": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refined")
+    make_experts(folder, "bert")
+    write_texts(folder, 72)
+    return folder
+
+
+def study(folder, refine=REFINE, tasks=None):
+    tasks = tasks or text_tasks(select=48, hold_out=24)
+    search = {"sampler": "random", "n_trials": 5, "round_blocks": 2, "refine": refine}
+    confirm = {"top_k": 9, "n_resamples": 100}
+    return read_study(write_study(folder, tasks, search=search, confirm=confirm))
+
+
+def records(run_dir):
+    with stored_study(run_dir) as stored:
+        return records_of(stored)
+
+
+def kept(run_dir):
+    with stored_study(run_dir) as stored:
+        return {k: v for k, v in stored.user_attrs.items() if k.startswith("refined:")}
+
+
+@pytest.fixture(scope="module")
+def ran(folder):
+    """Return a study that was run with refinement, its results, and what was told of it."""
+    told = Recorder()
+    asked = study(folder)
+    return asked, run_study(asked, CONFIG, folder / "run", told), told
+
+
+def test_what_a_refinement_proposes_is_a_record_like_any_other(folder, ran):
+    refined = [record for record in records(folder / "run") if record.refines]
+    assert refined, kept(folder / "run")
+    for record in refined:
+        assert record.name == f"refined {record.refines}"
+        assert record.is_full
+        assert len(record.plan.groups) > 20
+        assert record.plan.groups.tensors
+        assert set(record.scores) == {"first", "second"}
+        assert record.value == ran[0].objective.scalar(record.scores)
+    assert ("refining", 2, 0) in ran[2].phases
+
+
+def test_a_refined_plan_is_confirmed_and_its_rows_are_written_down(folder, ran):
+    refined = {record.name: record.plan for record in records(folder / "run") if record.refines}
+    assert refined.keys() <= {row.name for row in ran[1].rows if row.is_candidate}
+    for name in refined:
+        file = folder / "run" / "plans" / f"{name.replace(' ', '-')}.yaml"
+        assert MergePlan.from_yaml(file) == refined[name]
+    counted = sum(n for name, n in ran[1].counts.items() if name.startswith("trials"))
+    assert counted == 5 + len(refined)
+
+
+def test_the_status_calls_a_refined_plan_by_its_name(folder, ran):
+    best = read_status(folder / "run")["best"]
+    refined = [shown for shown in best if shown["name"].startswith("refined ")]
+    assert refined
+    assert all(shown["trial"] is None for shown in refined)
+
+
+def test_a_study_that_goes_on_refines_nothing_twice(folder, ran):
+    before = kept(folder / "run")
+    told = Recorder()
+    again = run_study(ran[0], CONFIG, folder / "run", told)
+    assert kept(folder / "run") == before
+    assert ("refining", 0, 0) in told.phases
+    assert [row.hold_out for row in again.rows] == [row.hold_out for row in ran[1].rows]
+
+
+def test_the_same_study_elsewhere_proposes_the_same(folder, ran):
+    run_study(ran[0], CONFIG, folder / "twin", Recorder())
+    assert json.dumps(kept(folder / "twin")) == json.dumps(kept(folder / "run"))
+
+
+def test_without_refine_there_are_no_such_records(folder):
+    run_study(study(folder, "off"), CONFIG, folder / "plain", Recorder())
+    assert not [record for record in records(folder / "plain") if record.refines]
+
+
+def test_a_study_that_was_begun_without_refine_goes_on_with_it(folder):
+    run_study(study(folder), CONFIG, folder / "plain", Recorder())
+    assert kept(folder / "plain")
+
+
+@pytest.mark.parametrize(
+    ("losses", "kind", "message"),
+    [
+        ((), "labels", r"search.refine: no task has the loss 'labels'$"),
+        (("labels", "agreement"), "entropy", "no task has the loss 'entropy'"),
+        (("agreement",), "agreement", "no task has the loss 'agreement' and an expert of its own"),
+    ],
+)
+def test_a_loss_that_no_task_has_is_refused(toy, losses, kind, message):
+    study = toy(schedule=with_losses(dict.fromkeys(TOYS, losses)))
+    recipe = Recipe(Groups(), 1, 1, loss=kind)
+    with pytest.raises(SpecError, match=message):
+        material(study.board, study.objective, recipe, {})
+
+
+def test_tasks_without_the_loss_are_left_to_the_search(toy):
+    losses = {"math": ("labels",), "code": (), "chat": ("labels", "entropy")}
+    study = toy(schedule=with_losses(losses))
+    learnt = material(study.board, study.objective, Recipe(Groups(), 1, 1), {})
+    assert list(learnt.examples) == ["math", "chat"]
+    assert learnt.weights == {"math": 1.0, "chat": 1.0}
+    pilot = study.board.schedule.blocks["pilot"]["chat"]
+    assert learnt.examples["chat"] == [e for block in pilot for e in block.examples]
+
+
+def with_losses(losses):
+    schedule = pilot_schedule()
+    infos = {name: replace(info, losses=losses[name]) for name, info in schedule.tasks.items()}
+    return replace(schedule, tasks=infos)
+
+
+def test_groups_that_the_model_does_not_have_are_refused(folder, tmp_path):
+    asked = study(folder, {"groups": {"depth": 9}})
+    with pytest.raises(SpecError, match=r"search.refine: groups: depth is 9; the model has 2"):
+        run_study(asked, CONFIG, tmp_path / "run", Recorder())
+
+
+def test_a_study_file_says_what_is_allowed(folder):
+    for refine, message in [
+        ({"groups": "layers"}, "groups: found 'layers'"),
+        ({"loss": "perplexity"}, "'labels', 'entropy' or 'agreement'"),
+        ({"shrink": 0.0}, "greater than 0"),
+        ({"speed": 3}, "speed"),
+    ]:
+        with pytest.raises(SpecError, match=message):
+            study(folder, refine)
