@@ -13,6 +13,7 @@ from searchmerge.search.auto_space import EACH, auto_space
 from searchmerge.search.sampler import SamplerSetting, make_sampler
 from searchmerge.search.space import Alternative, SearchSpace
 from searchmerge.search.trials import enqueue
+from tests.benchmarks.bench_spaces import gains
 
 EXPERTS = ("math", "code", "chat")
 BEST = {"tsv": 0.96, "ties": 0.945, "pcb": 0.94, "task_arithmetic": 0.92, "dare": 0.92}
@@ -84,6 +85,24 @@ def test_it_ends_above_a_search_of_one_method_with_a_number_for_each_expert(spac
 
 def test_it_ends_above_random_search_where_there_is_something_to_find(space):
     assert reached(space, "auto", 1.0) > reached(space, "random", 1.0) + 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_select", "apart"), [(120, 0.2), (72, 0.0)])
+def test_what_is_picked_is_as_good_as_by_other_searches_of_right_or_wrong_examples(
+    n_select, apart
+):
+    found = {
+        arm: gains(arm, n_seeds=20, n_select=n_select, apart=apart, n_trials=30)
+        for arm in ("auto", "auto, random", "ties each, random", "tsv each, gp")
+    }
+    means = {arm: its.mean() for arm, its in found.items()}
+    assert means["auto"] > -0.1  # of the best published setting, which only the test knows
+    assert means["auto"] > means["ties each, random"] + 0.3
+    error = (found["auto"] - found["tsv each, gp"]).std(ddof=1) / math.sqrt(20)
+    assert means["auto"] > means["tsv each, gp"] - error  # which was told the best method
+    error = (found["auto"] - found["auto, random"]).std(ddof=1) / math.sqrt(20)
+    assert means["auto"] > means["auto, random"] - error
 
 
 def test_most_trials_go_to_methods_that_may_win(space):
