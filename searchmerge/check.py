@@ -1,20 +1,33 @@
 """Checking a study before its weights are loaded, and estimating what it will cost."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from searchmerge import assemble
 from searchmerge.config import RunConfig
-from searchmerge.errors import SpecError
+from searchmerge.errors import SearchMergeError, SpecError
 from searchmerge.estimate import describe, needs, refusal, room
 from searchmerge.evaluators.causal.model import BATCH_TOKENS
 from searchmerge.evaluators.evaluator import Evaluator, Prompting
+from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import Block
 from searchmerge.execution.worker import Worker
 from searchmerge.models import Models, check_groups, open_models
+from searchmerge.search.directory import records_of, stored_study
 from searchmerge.search.references import reference_plans
+from searchmerge.search.resolution import (
+    DISAGREE,
+    N_ERRORS,
+    WANTED,
+    examples_wanted,
+    expected_error,
+    recorded_error,
+    trials_wanted,
+)
 from searchmerge.search.schedule import Schedule
-from searchmerge.study import Study
+from searchmerge.study import Study, kept_study
 
 _EXAMPLES = 2
 
@@ -48,7 +61,9 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
             f"{parts['hold_out']} held out{sources.get('hold_out', '')}"
         )
         yield from _prompts(evaluators[name], name, schedule.blocks["pilot"][name][0])
-    yield from _cost(study, assemble.make_worker(study, models, config), schedule)
+    sample = _sample(study, assemble.make_worker(study, models, config), schedule)
+    yield _cost(sample, schedule)
+    yield from _resolution(study, config, schedule, sample)
 
 
 def _models(study: Study, models: Models, config: RunConfig) -> Iterator[str]:
@@ -72,20 +87,114 @@ def _models(study: Study, models: Models, config: RunConfig) -> Iterator[str]:
         yield f"machine: {crowded}: other processes use it too, and every trial takes longer"
 
 
-def _cost(study: Study, worker: Worker, schedule: Schedule) -> Iterator[str]:
-    """Yield what a trial costs, by scoring a few examples of each task."""
+class _Sample(NamedTuple):
+    """What scoring a few examples of each task took, and what they scored.
+
+    Attributes:
+        merge_s: Seconds that merging took.
+        score_s: Seconds that scoring took.
+        n_scored: How many examples were scored.
+        values: Task name to what they scored.
+    """
+
+    merge_s: float
+    score_s: float
+    n_scored: int
+    values: dict[str, tuple[float, ...]]
+
+    def trial_s(self, n_select: float) -> float:
+        """Return about how long a trial of so many examples takes, or less."""
+        return self.merge_s + self.score_s * n_select / self.n_scored
+
+
+def _sample(study: Study, worker: Worker, schedule: Schedule) -> _Sample:
+    """Score a few examples of each task under the average."""
     blocks = schedule.blocks["pilot"].values()
     rounds = [(_first_examples(of_task[0], _EXAMPLES),) for of_task in blocks]
     start = time.perf_counter()
     results = list(worker.score(reference_plans(study.experts)["average"], rounds))
     seconds = time.perf_counter() - start - results[0].merge_s
-    n_select = sum(len(block.examples) for of_task in blocks for block in of_task)
+    values = {s.block.task: s.values for result in results for s in result.scores}
     n_scored = sum(len(block.examples) for of_round in rounds for block in of_round)
-    trial_s = results[0].merge_s + seconds * n_select / n_scored
-    yield (
-        f"cost: merging {results[0].merge_s:.2f} s; {n_scored} examples took {seconds:.2f} s, "
-        f"so a trial of {n_select} takes about {trial_s:.0f} s or less"
+    return _Sample(results[0].merge_s, seconds, n_scored, values)
+
+
+def _cost(sample: _Sample, schedule: Schedule) -> str:
+    """Return what a trial costs."""
+    n_select = schedule.n_examples("pilot")
+    return (
+        f"cost: merging {sample.merge_s:.2f} s; {sample.n_scored} examples took "
+        f"{sample.score_s:.2f} s, so a trial of {n_select} takes about "
+        f"{sample.trial_s(n_select):.0f} s or less"
     )
+
+
+def _resolution(
+    study: Study, config: RunConfig, schedule: Schedule, sample: _Sample
+) -> Iterator[str]:
+    """Yield how far apart plans have to be to be told apart, and what is proposed."""
+    counts = {
+        task: sum(len(block.examples) for block in blocks)
+        for task, blocks in schedule.blocks["pilot"].items()
+    }
+    run_dir = Path(config.runs_dir) / study.name
+    error, basis = _recorded_error(study, config, run_dir), f"by the plans in {run_dir}"
+    if error is None:
+        if graded := [task for task in counts if not _is_accuracy(schedule, sample, task)]:
+            yield (
+                f"resolution: what is told apart is known once plans are scored, as "
+                f"{', '.join(graded)} is not scored by a number from 0 to 1 per example"
+            )
+            return
+        error = expected_error(study.objective, counts)
+        basis = f"if two good plans differ on {100 * DISAGREE:.0f} % of the examples"
+    told, objective = 100 * N_ERRORS * error, study.objective.kind
+    yield (
+        f"resolution: {sum(counts.values())} examples tell plans apart that differ by "
+        f"{told:.1f} points of {objective} ({N_ERRORS} standard errors, {basis})"
+    )
+    yield _proposal(study, schedule, sample, counts, error)
+
+
+def _proposal(
+    study: Study, schedule: Schedule, sample: _Sample, counts: Mapping[str, int], error: float
+) -> str:
+    """Return how many examples and trials are proposed, and what they take."""
+    size, n_trials = study.spec.search.block_size, trials_wanted(study.space)
+    wanted = {task: examples_wanted(error, n, size) for task, n in counts.items()}
+    rooms = {
+        task: info.n_of("select") - (0 if info.parts else _n_held_out(schedule, task))
+        for task, info in schedule.tasks.items()
+    }
+    proposed = {task: min(n, max(counts[task], rooms[task])) for task, n in wanted.items()}
+    few = [task for task in counts if proposed[task] < wanted[task]]
+    minutes = n_trials * sample.trial_s(sum(proposed.values())) / 60
+    selects = ", ".join(f"{task} {n}" for task, n in proposed.items())
+    short = f"; {', '.join(few)} have no more beside what is held out" if few else ""
+    return (
+        f"proposed, to tell {100 * WANTED:g} points apart: select {selects}{short}; "
+        f"n_trials {n_trials}, which take about {minutes:.0f} min or less on one worker"
+    )
+
+
+def _recorded_error(study: Study, config: RunConfig, run_dir: Path) -> float | None:
+    """Return the error of a difference in an earlier run of the study; ``None`` without one."""
+    try:
+        if kept_study(run_dir).spec.canonical() != study.spec.canonical():
+            return None
+        with stored_study(run_dir, config.storage) as stored:
+            return recorded_error(records_of(stored))
+    except SearchMergeError:
+        return None  # nothing there that can be read, which is said when it is run
+
+
+def _is_accuracy(schedule: Schedule, sample: _Sample, task: str) -> bool:
+    is_mean = isinstance(schedule.tasks[task].kind, Mean)
+    return is_mean and all(0 <= value <= 1 for value in sample.values[task])
+
+
+def _n_held_out(schedule: Schedule, task: str) -> int:
+    return sum(len(block.examples) for block in schedule.blocks["hold_out"][task])
 
 
 def _prompts(evaluator: Evaluator, task: str, block: Block) -> Iterator[str]:

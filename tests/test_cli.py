@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results, Row
+from searchmerge.search.directory import records_of, stored_study
+from searchmerge.search.resolution import recorded_error
 from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
 from tests.waiting import wait_for
 
@@ -243,6 +245,41 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "GiB of base and experts are read in every merge" in out
     assert out.count("  | w") == 4  # two prompts of each task
     assert "chat template" not in out
+
+
+def test_check_says_what_can_be_told_apart_and_what_would_be_needed(study, searchmerge):
+    code, out, err = searchmerge("check", study())
+    assert code == 0, err
+    told = 100 * 2 * (2 * 0.25 * 0.1 / 24) ** 0.5  # two tasks of 24 that count alike
+    assert f"48 examples tell plans apart that differ by {told:.1f} points of mean" in out
+    assert "if two good plans differ on 10 % of the examples" in out
+    assert "to tell 2 points apart: select first 24, second 24; first, second have no more" in out
+    assert "n_trials 20, which take about" in out
+
+
+def test_check_goes_by_the_plans_of_an_earlier_run_of_the_same_study(study, searchmerge, tmp_path):
+    asked = study(search={"sampler": "random", "n_trials": 6, "racing": "off"})
+    code, _, err = searchmerge("run", asked)
+    assert code == 0, err
+    [run_dir] = (tmp_path / "runs").iterdir()
+    with stored_study(run_dir) as stored:
+        error = recorded_error(records_of(stored))
+    code, out, err = searchmerge("check", asked)
+    assert code == 0, err
+    assert f"differ by {200 * error:.1f} points of mean" in out
+    assert f"2 standard errors, by the plans in runs/{run_dir.name})" in out
+    code, out, err = searchmerge("check", asked, "--set", "search.seed=1")
+    assert code == 0, err
+    assert "if two good plans differ on" in out
+
+
+def test_check_tells_nothing_of_scores_that_are_no_accuracy(study, searchmerge, tmp_path):
+    (tmp_path / "some.txt").write_text("".join(f"w{i} is a\n" for i in range(40)))
+    texts = {"evaluator": "perplexity", "data": "some.txt"}
+    code, out, err = searchmerge("check", study(tasks={"texts": texts}))
+    assert code == 0, err
+    assert "known once plans are scored, as texts is not scored by a number from 0 to 1" in out
+    assert "proposed" not in out
 
 
 def test_check_says_where_each_part_is_from(study, searchmerge, tmp_path):
