@@ -33,7 +33,6 @@ of_any_space = pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"staged"}
 """``staged`` searches a space of its own, and has tests of its own."""
 
 
-
 def study_of(sampler, n_objectives=1, storage=None):
     return optuna.create_study(
         directions=["maximize"] * n_objectives,
