@@ -262,6 +262,7 @@ class StudyRun:
             scored = candidates(self._directory.records(), objective)
         full = [record for record in scored if record.is_full]
         evidence = self._evidence(references, full, objective)
+        evidence = evidence.flattered([record.name for record in full if record.refines])
         believed = dict(zip(evidence.names, evidence.values.tolist(), strict=True))
         full = [replace(r, value=believed[r.name]) for r in full if r.name in believed]
         best = best_candidates(full, top_k, known, self._runner.board.observed)
