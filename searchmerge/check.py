@@ -1,5 +1,6 @@
 """Checking a study before its weights are loaded, and estimating what it will cost."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import Block
 from searchmerge.execution.worker import Worker
 from searchmerge.models import Models, check_groups, open_models
-from searchmerge.search.directory import records_of, stored_study
-from searchmerge.search.references import reference_plans
+from searchmerge.search.directory import SCORES_FILE
+from searchmerge.search.references import BASE, merges, reference_plans
 from searchmerge.search.resolution import (
     DISAGREE,
     N_ERRORS,
@@ -27,6 +28,8 @@ from searchmerge.search.resolution import (
     trials_wanted,
 )
 from searchmerge.search.schedule import Schedule
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.scores import ScoreStore
 from searchmerge.study import Study, kept_study
 
 _EXAMPLES = 2
@@ -138,7 +141,10 @@ def _resolution(
         for task, blocks in schedule.blocks["pilot"].items()
     }
     run_dir = Path(config.runs_dir) / study.name
-    error, basis = _recorded_error(study, config, run_dir), f"by the plans in {run_dir}"
+    error, basis = (
+        _recorded_error(study, schedule, run_dir),
+        f"by the published settings in {run_dir}",
+    )
     if error is None:
         if graded := [task for task in counts if not _is_accuracy(schedule, sample, task)]:
             yield (
@@ -167,23 +173,38 @@ def _proposal(
         for task, info in schedule.tasks.items()
     }
     proposed = {task: min(n, max(counts[task], rooms[task])) for task, n in wanted.items()}
-    few = [task for task in counts if proposed[task] < wanted[task]]
-    minutes = n_trials * sample.trial_s(sum(proposed.values())) / 60
-    selects = ", ".join(f"{task} {n}" for task, n in proposed.items())
-    short = f"; {', '.join(few)} have no more beside what is held out" if few else ""
+    n_select = sum(proposed.values())
+    minutes = n_trials * sample.trial_s(n_select) / 60
+    short = ""
+    if proposed != wanted:
+        short = f"; {_counted(wanted)} would be needed, of which what is held out leaves fewer"
     return (
-        f"proposed, to tell {100 * WANTED:g} points apart: select {selects}{short}; "
+        f"proposed, to tell {100 * WANTED:g} points apart: select {_counted(proposed)}{short}; "
         f"n_trials {n_trials}, which take about {minutes:.0f} min or less on one worker"
     )
 
 
-def _recorded_error(study: Study, config: RunConfig, run_dir: Path) -> float | None:
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{task} {n}" for task, n in counts.items())
+
+
+def _recorded_error(study: Study, schedule: Schedule, run_dir: Path) -> float | None:
     """Return the error of a difference in an earlier run of the study; ``None`` without one."""
+    scores_file, references = run_dir / SCORES_FILE, reference_plans(study.experts)
     try:
         if kept_study(run_dir).spec.canonical() != study.spec.canonical():
             return None
-        with stored_study(run_dir, config.storage) as stored:
-            return recorded_error(records_of(stored))
+        if not scores_file.exists():
+            return None
+        with contextlib.closing(ScoreStore(scores_file)) as store:
+            board = Scoreboard(schedule, store)
+            names = (BASE, *study.task_experts.values())
+            if not all(board.is_full(references[name], "pilot") for name in names):
+                return None
+            alone = {name: board.scores(references[name], "pilot") for name in names}
+            own = {task: alone[name][task] for task, name in study.task_experts.items()}
+            objective = study.objective.relative_to(own, alone[BASE])
+            return recorded_error(board, merges(references), objective)
     except SearchMergeError:
         return None  # nothing there that can be read, which is said when it is run
 

@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from statistics import median
 
+import numpy as np
+
+from searchmerge.plan import MergePlan
 from searchmerge.search.objective import Objective
+from searchmerge.search.pick import measured
+from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
-from searchmerge.search.trials import TrialRecord, best_of
 
 DISAGREE = 0.1
 """On this part of right-or-wrong examples one of two good plans is right and the other wrong, as
@@ -15,7 +20,6 @@ N_ERRORS = 2
 """As many standard errors apart plans are told apart."""
 WANTED = 0.02
 """A difference worth finding, in units of the objective."""
-_N_GOOD = 10  # of a study's best plans
 _TRIALS = 40  # of `space: auto`, which has few numbers that matter
 _TRIALS_A_NUMBER = 10
 _MOST_TRIALS = 200
@@ -41,18 +45,34 @@ def expected_error(objective: Objective, n_select: Mapping[str, int]) -> float:
     return math.sqrt(sum(shares[task] ** 2 * variance for task, variance in variances.items()))
 
 
-def recorded_error(records: Iterable[TrialRecord]) -> float | None:
-    """Return the standard error of the difference of two good plans of a study.
+def recorded_error(
+    board: Scoreboard, plans: Iterable[MergePlan], objective: Objective
+) -> float | None:
+    """Return the standard error of the difference of two good plans that were scored.
 
-    It is the median over its best plans that were scored in full, each beside the best before it;
-    ``None`` where no such error is known.
+    It is the median over all pairs of the better half of the plans, by the metric alone, on what
+    the references are scored on first. The plans should differ as those of several methods do:
+    between neighbours of one search the error is small, and so is what there is to be told.
 
     Args:
-        records: Of the study's trials.
+        board: Holds the scores of an earlier run.
+        plans: Merges that are known to be sensible; those without all scores do not count.
+        objective: What is maximised, with the experts' scores put in.
+
+    Returns:
+        ``None`` with fewer than two such plans, or an objective that is no mean of means.
     """
-    full = [r for r in records if r.is_full and r.stopped_after is None and r.se]
-    errors = [record.se for record in best_of(full, _N_GOOD) if record.se]
-    return median(errors) if errors else None
+    scored = {plan.digest: plan for plan in plans if board.is_full(plan, "pilot")}
+    if len(scored) < 2:
+        return None
+    together = measured(board, scored, "pilot", objective)
+    best = [together.names[i] for i in np.argsort(-together.values, kind="stable")]
+    good = best[: max(2, (len(best) + 1) // 2)]
+    variances = []
+    for pair in combinations(good, 2):
+        two = measured(board, {digest: scored[digest] for digest in pair}, "pilot", objective)
+        variances.append(4 * float(two.variances[0]))  # each is half the difference off the mean
+    return math.sqrt(median(variances)) or None
 
 
 def examples_wanted(error: float, n_examples: int, block_size: int) -> int:

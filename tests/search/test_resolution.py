@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import Block, BlockScores
 from searchmerge.merging.method import default_plan
 from searchmerge.search.auto_space import auto_space
 from searchmerge.search.objective import Goal, Objective
@@ -19,9 +21,11 @@ from searchmerge.search.resolution import (
     recorded_error,
     trials_wanted,
 )
+from searchmerge.search.schedule import Schedule
+from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.scores import ScoreStore
 from searchmerge.search.searched import Range
 from searchmerge.search.space import Alternative, SearchSpace
-from searchmerge.search.trials import TrialRecord
 
 EXPERTS = ("math", "code")
 PLAN = default_plan("ties", EXPERTS)
@@ -57,24 +61,56 @@ def test_as_many_examples_as_are_wanted_tell_apart_what_is_worth_finding(n_examp
         assert N_ERRORS * error * math.sqrt(n_examples / (wanted - 8)) > WANTED
 
 
-def test_the_recorded_error_is_the_usual_one_of_the_best_trials_in_full():
-    errors = [0.5, 0.03, 0.01, 0.02]  # the first has the worst value, of eleven in full
-    records = [TrialRecord(0, PLAN, value=0.1, values=(0.1,), se=errors[0])]
-    for number in range(1, 11):
-        plan = default_plan("ties", EXPERTS, coefficient=number / 10)
-        records.append(
-            TrialRecord(number, plan, value=0.9, values=(0.9,), se=errors[1 + number % 3])
-        )
-    stopped = default_plan("ties", EXPERTS, coefficient=1.5)
-    records.append(TrialRecord(11, stopped, value=1.0, values=(1.0,), se=0.4, stopped_after=6))
-    among = sorted(errors[1 + number % 3] for number in range(1, 11))
-    assert recorded_error(records) == pytest.approx((among[4] + among[5]) / 2)
+N = 64
+GOALS = {"math": Goal(2.0), "code": Goal()}
 
 
-def test_a_study_without_errors_tells_nothing():
-    first = TrialRecord(0, PLAN, value=0.9, values=(0.9,))
-    assert recorded_error([first]) is None
-    assert recorded_error([]) is None
+@pytest.fixture
+def board(tmp_path):
+    blocks = {
+        task: tuple(Block(task, "pilot", i, tuple(range(8 * i, 8 * i + 8))) for i in range(N // 8))
+        for task in GOALS
+    }
+    store = ScoreStore(tmp_path / "scores.db")
+    schedule = Schedule.interleaved(
+        dict.fromkeys(GOALS, TaskInfo(N)), {"pilot": blocks}, round_blocks=4, seed=0
+    )
+    yield Scoreboard(schedule, store)
+    store.close()
+
+
+def put(board, scored, right):
+    blocks = [b for its in board.schedule.blocks["pilot"].values() for b in its]
+    board.store.put(
+        scored, [BlockScores(b, tuple(right[b.task][list(b.examples)].tolist())) for b in blocks]
+    )
+
+
+def test_the_recorded_error_is_that_of_the_better_half_paired_by_example(board):
+    rng = np.random.default_rng(0)
+    plans, right = [], []
+    for number, accuracy in enumerate((0.9, 0.85, 0.4, 0.3)):
+        plans.append(default_plan("ties", EXPERTS, coefficient=number / 4))
+        right.append({task: (rng.random(N) < accuracy).astype(float) for task in GOALS})
+        put(board, plans[-1], right[-1])
+    unscored = default_plan("ties", EXPERTS, coefficient=1.9)
+    difference = {task: right[0][task] - right[1][task] for task in GOALS}
+    variance = sum(
+        (weight / 3) ** 2 * difference[task].var(ddof=1) / N
+        for task, weight in (("math", 2), ("code", 1))
+    )
+    found = recorded_error(board, [*plans, unscored], Objective("mean", GOALS))
+    assert found == pytest.approx(math.sqrt(variance))
+
+
+def test_nothing_is_known_of_one_plan_or_of_the_worst_task(board):
+    right = {task: np.arange(N) % 2 * 1.0 for task in GOALS}
+    plans = [PLAN, default_plan("ties", EXPERTS, coefficient=0.3)]
+    put(board, plans[0], right)
+    assert recorded_error(board, plans, Objective("mean", GOALS)) is None
+    put(board, plans[1], {task: 1 - values for task, values in right.items()})
+    assert recorded_error(board, plans, Objective("mean", GOALS)) is not None
+    assert recorded_error(board, plans, Objective("worst", GOALS)) is None
 
 
 def test_more_numbers_are_given_more_trials_within_bounds():
