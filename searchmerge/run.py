@@ -180,7 +180,10 @@ class StudyRun:
             for name, plan in self._references.items()
             if board.is_full(plan, "select")
         }
-        best = best_of((r for r in candidates(records, objective) if r.is_full), _N_SHOWN)
+        full = [record for record in candidates(records, objective) if record.is_full]
+        plan = self._directory.best_so_far()
+        first = [record for record in full if record.plan == plan][:1]
+        best = [*first, *(r for r in best_of(full, _N_SHOWN) if r not in first)][:_N_SHOWN]
         rows = list(scored.items())
         rows += [(record.name, dict(record.scores)) for record in best]
         InterimReport(
@@ -259,6 +262,7 @@ class StudyRun:
             scored = candidates(self._directory.records(), objective)
         full = [record for record in scored if record.is_full]
         evidence = self._evidence(references, full, objective)
+        evidence = evidence.flattered([record.name for record in full if record.refines])
         believed = dict(zip(evidence.names, evidence.values.tolist(), strict=True))
         full = [replace(r, value=believed[r.name]) for r in full if r.name in believed]
         best = best_candidates(full, top_k, known, self._runner.board.observed)

@@ -46,7 +46,11 @@ CHECKED_BY = {
         "checkpoints/test_lora.py::test_an_adapter_in_pytorchs_format_is_the_same",
         "checkpoints/test_lora.py::test_the_adapter_in_a_folder_of_its_name_is_found",
     ],
-    "LoftQ": ["checkpoints/test_lora.py::test_what_is_not_a_plain_lora_is_refused"],
+    "LoftQ": [
+        "checkpoints/test_lora.py::test_what_is_not_a_plain_lora_is_refused",
+        "checkpoints/test_lora.py::"
+        "test_trained_tokens_of_an_output_with_a_bias_are_two_models_in_peft_and_refused",
+    ],
     "an adapter that names another base": [
         "checkpoints/test_compatibility.py::test_an_adapter_of_another_base_is_doubted",
         "checkpoints/test_compatibility.py::test_equal_models_are_doubted",

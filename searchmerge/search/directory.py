@@ -213,6 +213,11 @@ class StudyDirectory:
         except OSError as error:
             raise StudyError(f"{file}: cannot be written: {error.strerror or error}") from error
 
+    def best_so_far(self) -> MergePlan | None:
+        """Return the plan of the best trial so far, as it is written down; ``None`` if none is."""
+        file = plan_file(self.run_dir, BEST_SO_FAR)
+        return MergePlan.from_yaml(file) if file.exists() else None
+
     def keep_completed(self, record: TrialRecord) -> None:
         """Keep the scores of a trial that was stopped early and is scored in full since."""
         completed = self.study.user_attrs.get(_COMPLETED, {})

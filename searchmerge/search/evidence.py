@@ -5,9 +5,8 @@ by it is worse than it looks. The more a score owes to chance, the more it is dr
 of the study usually score.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ _LEAST_SPREAD = 0.3
 the variance of a value's error at least, so that further examples still count."""
 
 _TINY = 1e-18
+_UNTOLD = 1e3  # variance of a value of which nothing is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +100,24 @@ class Evidence:
         values = usual.mean() + part * (measured.values - usual.mean())
         return cls(measured.names, values, part * measured.variances)
 
+    def flattered(self, names: Collection[str]) -> "Evidence":
+        """Return the same where what was measured flatters some plans: further examples decide.
+
+        Args:
+            names: Plans that were made by looking at the examples that they were measured on.
+        """
+        is_flattered = np.array([name in names for name in self.names])
+        return replace(self, variances=np.where(is_flattered, _UNTOLD, self.variances))
+
     def and_measured(self, measured: Measured) -> "Evidence":
         """Return what is believed after some of the plans were measured on other examples.
 
-        Both are relative to some mean, and are moved to agree on that of the plans measured now.
+        Both are relative to some mean, and are moved to agree on that of the plans measured now,
+        each counted by how well it was known before.
         """
         at = [self.names.index(name) for name in measured.names]
         before, errors = self.values[at], self.variances[at] + _TINY
-        new = measured.values + (before.mean() - measured.values.mean())
+        new = measured.values + np.average(before - measured.values, weights=1 / errors)
         new_errors = measured.variances + _TINY
         weight = errors / (errors + new_errors)
         values = before + weight * (new - before)
@@ -121,7 +131,3 @@ class Evidence:
     def ranked(self) -> list[str]:
         """Return the plans, best first."""
         return [self.names[i] for i in np.argsort(-self.values, kind="stable")]
-
-    def error_of(self, name: str) -> float:
-        """Return how far a plan's value may be off: a standard error."""
-        return math.sqrt(self.variances[self.names.index(name)])

@@ -116,8 +116,9 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
     A reading is the metric alone, or soft steps of some weight and width beside it. If its means
     over one half have, over P plans, the correlation r with the metric on the other half, on
     average over random halves, its log-likelihood under a linear relation is
-    :math:`-\frac P2 \log(1 - r^2)`. Readings count by their likelihoods: for a task half by its
-    own and half by those of all tasks together.
+    :math:`\ell = -\frac P2 \log(1 - r^2)`. Readings count by how far they are ahead of the metric:
+    it counts 1, they count :math:`e^{\ell - \ell_0} - 1`, and nothing where that is negative.
+    For a task :math:`\ell` is half its own and half the sum of all tasks'.
 
     Args:
         tables: Task to what plans scored on the examples that select, those of no other part.
@@ -137,7 +138,8 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
             readings[task] = METRIC
             continue
         logs = (likelihoods[task] + of_all) / 2
-        parts = np.exp(logs - logs.max())
+        parts = np.expm1(np.maximum(0.0, logs - logs[0]))  # 0 of what is not ahead of the metric
+        parts[0] = 1.0
         readings[task] = Reading(
             _steps(parts / parts.sum(), table), float(r[_OF_STEPS.index((1.0, 2.0))])
         )

@@ -7,6 +7,7 @@ import optuna
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
+from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Spending
 from searchmerge.search.candidates import candidates
 from searchmerge.search.directory import BEST_SO_FAR, StudyDirectory
@@ -54,8 +55,8 @@ class TrialSource:
         self._left_running = directory.left_running()
         for record in by_completion(candidates(directory.records(), objective)):
             self._enter(record)
-        if incumbents.best is not None:  # a run that was killed may have left an earlier one's
-            directory.write_plan(BEST_SO_FAR, incumbents.best.plan)
+        self._written: MergePlan | None = None
+        self._write_best()  # a run that was killed may have left an earlier one's
 
     def next_job(self) -> TrialJob | None:
         """Return a trial left behind, or a new one while the budget lasts."""
@@ -129,9 +130,15 @@ class TrialSource:
         self._spending.scored(is_best=is_best)
         return is_best
 
+    def _write_best(self) -> None:
+        """Write the plan of the best trial so far, unless it is written."""
+        best = self._incumbents.best
+        if best is not None and best.plan != self._written:
+            self._written = best.plan
+            self._directory.write_plan(BEST_SO_FAR, best.plan)
+
     def _end(self, record: TrialRecord, *, is_best: bool) -> None:
-        if is_best:
-            self._directory.write_plan(BEST_SO_FAR, record.plan)
+        self._write_best()
         self._spending.end()
         self._spending.clock.tick()
         self._observer.trial(record, is_best=is_best)

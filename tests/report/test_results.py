@@ -6,12 +6,18 @@ import pytest
 
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
-from searchmerge.report.results import REPORT_FILE, RESULTS_FILE, Results, markdown_table
+from searchmerge.report.results import REPORT_FILE, RESULTS_FILE, Results, Searched, markdown_table
 from tests.search.test_trials import plan
 
 
 def test_results_are_read_as_they_were_saved(make_results, bounds, points, details, tmp_path):
-    results = make_results(bounds=bounds, points=points, details=details)
+    results = make_results(
+        bounds=bounds,
+        points=points,
+        details=details,
+        searched=[Searched("ties, one coefficient", 3, 2, 0.9)],
+        readings={"math": "by the metric alone"},
+    )
     results.save(tmp_path)
     assert Results.load(tmp_path) == results
     assert sorted(file.name for file in tmp_path.iterdir()) == [REPORT_FILE, RESULTS_FILE]

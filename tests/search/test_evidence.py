@@ -50,7 +50,7 @@ def test_a_value_is_drawn_to_the_usual_by_its_noise():
     spread = 0.01 - 0.002
     assert told.values[0] == pytest.approx(-0.1 * spread / (spread + 0.001))
     assert told.values[2] == pytest.approx(0.1 * spread / (spread + 0.004))
-    assert told.error_of("r") == pytest.approx(np.sqrt(spread * 0.004 / (spread + 0.004)))
+    assert told.variances[2] == pytest.approx(spread * 0.004 / (spread + 0.004))
     assert told.best == "r"
 
 
@@ -82,3 +82,13 @@ def test_evidence_picks_better_than_the_maximum_does():
         picked = int(Evidence.shrunken(seen, seen.names).best)
         gains.append(true[picked] - true[int(seen.values.argmax())])
     assert np.mean(gains) > 2 * np.std(gains) / np.sqrt(len(gains))
+
+
+def test_of_a_plan_that_was_fitted_to_its_examples_only_further_ones_tell():
+    before = Evidence(("p", "q", "r"), np.array([0.0, 0.01, 0.2]), np.full(3, 0.001))
+    now = Measured(("p", "q", "r"), np.array([0.02, 0.0, 0.01]), np.full(3, 0.001))
+    assert before.and_measured(now).best == "r"
+    told = before.flattered(["r"]).and_measured(now)
+    assert told.best == "p"
+    moved = np.mean([0.0 - 0.02, 0.01 - 0.0])  # p and q agree on what is common
+    assert told.values[2] == pytest.approx(0.01 + moved, abs=1e-5)

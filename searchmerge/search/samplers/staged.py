@@ -329,7 +329,9 @@ def staged(setting: SamplerSetting) -> BaseSampler:
         SpecError: If the space is another, or there are several objectives.
     """
     if not setting.space.is_auto:
-        raise SpecError("search.sampler: staged searches `space: auto` and no other space")
+        raise SpecError(
+            "search.sampler: staged searches `space: auto` alone; use auto for other spaces"
+        )
     if setting.n_objectives > 1:
         raise SpecError("search.sampler: staged takes one objective; use tpe for several")
     return StagedSampler(setting.space, setting.seed)

@@ -156,7 +156,7 @@ def test_a_method_without_a_trial_is_left_out(space):
 
 def test_other_spaces_and_several_objectives_are_refused(space):
     other = SearchSpace(EXPERTS, [space.alternatives["ties"]])
-    with pytest.raises(SpecError, match="searches `space: auto` and no other"):
+    with pytest.raises(SpecError, match="searches `space: auto` alone; use auto"):
         make_sampler("staged", SamplerSetting(0, other))
     with pytest.raises(SpecError, match="takes one objective"):
         make_sampler("staged", SamplerSetting(0, space, n_objectives=2))
