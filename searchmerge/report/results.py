@@ -89,9 +89,9 @@ class Searched:
 
     Attributes:
         what: The method, and whether its experts had coefficients of their own.
-        trials: How many trials, references among them.
+        trials: How many trials have a score, references among them.
         full: How many of them were scored in full.
-        best: The best of their objectives on what trials see, as estimated; 0 where all failed.
+        best: The best of their objectives on what trials see, as estimated.
     """
 
     what: str

@@ -141,7 +141,11 @@ def make_details(
 
 
 def make_searched(records: Iterable[TrialRecord]) -> list[Searched]:
-    """Return what trials went to: each method, with one coefficient and with one per expert."""
+    """Return what trials went to: each method, with one coefficient and with one per expert.
+
+    Args:
+        records: The trials that have a score.
+    """
     groups: dict[str, list[TrialRecord]] = {}
     for record in records:
         rows = record.plan.values.get("coefficient", ())
@@ -167,7 +171,7 @@ def told_readings(grader: Grader) -> dict[str, str]:
 
 def _told_reading(reading: Reading) -> str:
     if reading.agreement is None:
-        return "by the metric alone, as too few plans were scored to learn from"
+        return "by the metric alone, as too few plans were scored to learn from, or all alike"
     agreement = f"over the plans the two have a correlation of {reading.agreement:+.2f}"
     if not reading.steps:
         contradicts = reading.agreement < _CONTRADICTS

@@ -19,6 +19,10 @@ Vector = npt.NDArray[np.float64]
 
 _N_SPLITS = 24
 _STEPS = tuple((weight, width) for weight in (0.5, 1.0) for width in (1.0, 2.0))
+_OF_STEPS = ((0.0, 1.0), *_STEPS)
+"""Weight and width of each reading that is weighed up; the first is the metric alone."""
+
+_LEAST_WEIGHT = 0.01  # less is none
 _LEAST_PLANS = 5  # of fewer nothing is learnt
 
 
@@ -46,7 +50,8 @@ class Reading(NamedTuple):
     Attributes:
         steps: What grades count; none is the metric alone.
         agreement: The correlation, over the plans, of soft steps on one half of the examples
-            with the metric on the other, in [-1, 1]; ``None`` where too few plans are known.
+            with the metric on the other, in [-1, 1]; ``None`` where too few plans are known, or
+            all score the same.
     """
 
     steps: tuple[Step, ...]
@@ -146,10 +151,6 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
     return Grader(readings)
 
 
-_OF_STEPS = ((0.0, 1.0), *_STEPS)
-"""Weight and width of each reading that is weighed up; the first is the metric alone."""
-
-
 def _steps(parts: Vector, table: Table) -> tuple[Step, ...]:
     """Return what readings come to that count by their parts; none where grades hardly count."""
     widths = sorted({width for _, width in _STEPS})
@@ -163,9 +164,6 @@ def _steps(parts: Vector, table: Table) -> tuple[Step, ...]:
         Step(weight, h, float((table.values - soft(table.grades, h)).mean()))
         for h, weight in weights.items()
     )
-
-
-_LEAST_WEIGHT = 0.01
 
 
 def _correlations(table: Table, seed: int) -> Vector | None:

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from searchmerge import assemble
-from searchmerge.checkpoints.renames import aligned
-from searchmerge.checkpoints.resident import load_resident, writable_views
-from searchmerge.evaluators.evaluator import Grading
+from searchmerge.config import RunConfig
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import Block
+from searchmerge.execution.worker import Worker
 from searchmerge.merging.method import METHODS, default_plan
-from searchmerge.models import load_task_vectors, make_merger, open_models
+from searchmerge.models import open_models
 from searchmerge.plan import MergePlan
 from searchmerge.search.references import reference_plans
-from searchmerge.study import read_study
+from searchmerge.study import Study, read_study
 
 DRAWN = ("ties", "pcb", "tsv", "task_arithmetic", "ties", "tsv", "dare", "pcb", "iso_c", "ties")
 """Methods of the plans, in turns: those with more to choose more often."""
@@ -55,46 +56,29 @@ def drawn_plans(experts: Sequence[str], seed: int) -> Iterator[MergePlan]:
         yield default_plan(method, experts, **numbers)
 
 
-class Recorder:
-    """Merges plans into the study's model and scores them.
+Rows = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+"""Task to what each example scored, and how clearly it was answered; NaN where that is unknown."""
 
-    Args:
-        study: The study's file or folder.
-        overrides: Keys of the study that are replaced.
-        device: Where the model is.
-    """
 
-    def __init__(self, study: Path, overrides: dict[str, str], device: str) -> None:
-        self.study = read_study(study, overrides)
-        models = open_models(self.study)
-        self.evaluators = assemble.make_evaluators(self.study, models, device)
-        self.model = load_resident(
-            models.base,
-            dtype=models.dtype,
-            device=device,
-            auto_class=self.study.spec.resident_class,
-            loading=self.study.spec.loading,
+def task_block(task: str, info: TaskInfo, n_examples: int, seed: int) -> Block:
+    """Return a task's first examples, shuffled as a study does, as one block."""
+    order = list(range(info.n_examples))
+    random.Random(f"{seed}/{task}").shuffle(order)
+    if len(order) < n_examples:
+        raise SystemExit(f"{task}: {len(order)} examples; {n_examples} are wanted")
+    return Block(task, "select", 0, tuple(order[:n_examples]))
+
+
+def rows_of(worker: Worker, plan: MergePlan, blocks: Sequence[Block]) -> Rows:
+    """Merge a plan and score it on one block of each task."""
+    [result] = worker.score(plan, [tuple(blocks)])
+    return {
+        scores.block.task: (
+            np.array(scores.values, np.float32),
+            np.array(scores.grades or [np.nan] * len(scores.values), np.float32),
         )
-        views = writable_views(self.model)
-        names = aligned(views, models.base.headers)
-        targets = {names[name]: view for name, view in views.items()}
-        vectors = load_task_vectors(self.study, models)
-        self.merger = make_merger(models, vectors, "auto", targets=targets)
-
-    def examples(self, task: str, n_examples: int) -> list[int]:
-        """Return a task's examples, shuffled as a study does."""
-        order = list(range(self.evaluators[task].tasks[task].n_examples))
-        random.Random(f"{self.study.spec.search.seed}/{task}").shuffle(order)
-        if len(order) < n_examples:
-            raise SystemExit(f"{task}: {len(order)} examples; {n_examples} are wanted")
-        return order[:n_examples]
-
-    def score(self, task: str, examples: Sequence[int]) -> tuple[Any, Any]:
-        """Return what each example scored, and how clearly."""
-        evaluator = self.evaluators[task]
-        values = evaluator.score(self.model, task, examples)
-        grades = evaluator.grades(task, examples) if isinstance(evaluator, Grading) else ()
-        return np.array(values, np.float32), np.array(grades or [np.nan] * len(values), np.float32)
+        for scores in result.scores
+    }
 
 
 def main() -> None:
@@ -111,34 +95,33 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    overrides = dict(setting.split("=", 1) for setting in args.overrides)
-    record(args, Recorder(args.study, overrides, args.device))
+    study = read_study(args.study, dict(setting.split("=", 1) for setting in args.overrides))
+    config = RunConfig(device=args.device, threads=args.threads)
+    record(args, study, assemble.make_worker(study, open_models(study), config))
 
 
-def record(args: argparse.Namespace, recorder: Recorder) -> None:
+def record(args: argparse.Namespace, study: Study, worker: Worker) -> None:
     """Score what is not scored yet."""
     begun = time.monotonic()
-    spec = recorder.study.spec
-    plans = reference_plans(recorder.study.experts)
+    spec = study.spec
+    plans = reference_plans(study.experts)
     meta = {
-        "study": recorder.study.name,
+        "study": study.name,
         "n_references": len(plans),
         "n_select": args.select,
         "goals": {task: [goal.weight, goal.expert] for task, goal in spec.tasks.items()},
     }
-    drawn = drawn_plans(recorder.study.experts, args.seed)
+    drawn = drawn_plans(study.experts, args.seed)
     plans |= {f"drawn {i}": next(drawn) for i in range(args.plans)}
     n_examples = args.select + args.further
-    examples = {task: recorder.examples(task, n_examples) for task in spec.tasks}
+    blocks = [task_block(t, i, n_examples, spec.search.seed) for t, i in worker.tasks().items()]
     kept = _load(args.out)
     for name, plan in plans.items():
         if name in kept:
             continue
         if time.monotonic() - begun > args.seconds:
             break
-        recorder.merger.apply(plan)
-        kept[name] = (plan, {t: recorder.score(t, its) for t, its in examples.items()})
+        kept[name] = (plan, rows_of(worker, plan, blocks))
         means = " ".join(f"{values.mean():.3f}" for values, _ in kept[name][1].values())
         seconds = time.monotonic() - begun
         print(f"{seconds:6.0f} s  {name:16s} {plan.method:16s} {means}", flush=True)

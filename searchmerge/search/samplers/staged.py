@@ -52,10 +52,10 @@ class Point:
     value: float | None
     error: float
 
-    @property
-    def is_fine(self) -> bool:
-        """Whether experts have different coefficients, or depth counts."""
-        return bool(np.abs(self.x[2:]).max() > 1e-9)
+
+def _is_fine(x: Vector) -> bool:
+    """Return whether experts have different coefficients at a place, or depth counts."""
+    return bool(np.abs(x[2:]).max() > 1e-9)
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,7 @@ class StagedSampler(BaseSampler):
         """Return the parameters of a place, moved into the space."""
         published = self._published[method]
         coefficient = published.values["coefficient"][0][0] * math.exp(_SCALE * x[0])
-        is_fine = Point(x, None, 0.0).is_fine
-        name = f"{method}{EACH}" if is_fine else method
+        name = f"{method}{EACH}" if _is_fine(x) else method
         prefix = f"{name}."
         params: dict[str, SettingValue] = {}
         for key in self._space.distributions(name):
@@ -230,9 +229,8 @@ class StagedSampler(BaseSampler):
         strongest = sorted(means, key=lambda method: -means[method])[:2]
         proposed: tuple[float, str, Vector] | None = None
         for method, process in processes.items():
-            its = points[method]
             centre = process.x[int(process.predict(process.x)[0].argmax())]
-            fine = method in strongest and _fine_pays(its, process, number)
+            fine = method in strongest and _fine_pays(process, number)
             candidates = self._around(method, centre, generator, fine=fine)
             mean, deviation = process.predict(candidates)
             gain = (mean - best) / deviation
@@ -268,9 +266,9 @@ class StagedSampler(BaseSampler):
         return np.array(inside)
 
 
-def _fine_pays(points: Sequence[Point], process: Process, number: int) -> bool:
+def _fine_pays(process: Process, number: int) -> bool:
     """Return whether a method's trials may have a coefficient for each expert."""
-    fine = np.array([point.is_fine for point in points])
+    fine = np.array([_is_fine(x) for x in process.x])
     if (~fine).sum() < _COARSE_FIRST:
         return False
     if fine.sum() < _FINE_TRIED or number % 4 == 0:

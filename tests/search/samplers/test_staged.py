@@ -160,3 +160,22 @@ def test_other_spaces_and_several_objectives_are_refused(space):
         make_sampler("staged", SamplerSetting(0, other))
     with pytest.raises(SpecError, match="takes one objective"):
         make_sampler("staged", SamplerSetting(0, space, n_objectives=2))
+
+
+def test_trials_that_still_run_do_not_hide_that_numbers_for_each_expert_pay(space):
+    """Those that are slowest are told last, behind others that were begun after them."""
+    study = optuna.create_study(
+        direction="maximize", sampler=make_sampler("auto", SamplerSetting(1, space))
+    )
+    for method in BEST:
+        enqueue(study, method, space.params(default_plan(method, EXPERTS)))
+    running, exact = [], []
+    for number in range(45):
+        while len(running) < 4:
+            trial = study.ask()
+            running.append((trial, space.suggest(trial)))
+        trial, plan = running.pop(0 if number % 3 == 0 else -1)
+        trial.set_user_attr("result", {"se": 0.004})
+        study.tell(trial, truth(plan, gain=1.0))
+        exact.append(truth(plan, gain=1.0))
+    assert max(exact) > max(BEST.values()) - 0.012
