@@ -46,7 +46,7 @@ from searchmerge.search.evidence import Evidence
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.pick import confirmed, evidence_on_select
-from searchmerge.search.references import BASE, expert_name
+from searchmerge.search.references import BASE, merges
 from searchmerge.search.refinements import Refinements, material
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
@@ -281,12 +281,12 @@ class StudyRun:
             if record.plan.digest not in known:
                 known.add(record.plan.digest)
                 plans[record.name] = record.plan
-        alone = {BASE, *map(expert_name, self._study.experts)}
-        merges = [name for name in plans if name not in alone]
+        published = merges(references)
+        merged = {n: p for n, p in plans.items() if n not in references or p in published}
         if self._grading_seed is not None:
-            learnt = self._runner.board.learn([plans[name] for name in merges], self._grading_seed)
+            learnt = self._runner.board.learn(merged.values(), self._grading_seed)
             self._runner.board = self._runner.board.read_by(learnt)
-        return evidence_on_select(self._runner.board, plans, objective, merges)
+        return evidence_on_select(self._runner.board, plans, objective, merged)
 
     def _score_held_out(self, plans: Plans) -> Plans:
         """Score plans on held-out examples; return those that can be."""
