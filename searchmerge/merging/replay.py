@@ -94,9 +94,11 @@ class _Branches:
     """
 
     def __init__(self, device: torch.device) -> None:
-        n_streams = _AT_ONCE if device.type == "cuda" else 0
         self._device = device
-        self._streams = [torch.cuda.Stream(device) for _ in range(n_streams)]
+        self._streams = [
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for _ in range(_AT_ONCE if device.type == "cuda" else 0)
+        ]
 
     def launch(self, kernels: Iterable[Callable[[], bool]]) -> bool:
         """Launch until one says that it could not be; what is launched next waits for all."""
