@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.linalg import solve_triangular
+from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
 from searchmerge.errors import SpecError
@@ -82,7 +83,7 @@ class Process:
     length: float
 
     def _kernel(self, a: Vector, b: Vector) -> Vector:
-        distance = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)) * math.sqrt(5) / self.length
+        distance = cdist(a, b) * (math.sqrt(5) / self.length)
         shape: Vector = (1 + distance + distance**2 / 3) * np.exp(-distance)
         return self.amplitude**2 * shape
 
