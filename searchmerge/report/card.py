@@ -44,9 +44,11 @@ A merge of these experts on the base {code(base)}, found by searchmerge:
 
 {models}
 
-{verdict} Scores times 100, as select / held out: the search saw the select examples only.
+{verdict}
 
 {table}
+
+{markdown(results.legend)}
 
 {_heads_text(classes)}With `merge_plan.yaml` and these models this one is made again:
 

@@ -40,6 +40,8 @@ def test_the_card_says_what_the_report_says(make_results):
     assert results.verdict in text
     for cells in results.table()[1]:
         assert f"| {' | '.join(cells)} |" in text
+    assert "| +20.0 [+5.0, +35.0] |" in text
+    assert results.legend in text
 
 
 def test_the_command_takes_names_and_settings_as_a_shell_reads_them(make_results):

@@ -1,5 +1,7 @@
 """From scores to the rows, constraints, points and counts of a report."""
 
+from dataclasses import replace
+
 import pytest
 
 from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
@@ -61,6 +63,14 @@ def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
     value, low, high = rows[-1].objective
     assert value == pytest.approx(study.objective.scalar(rows[-1].hold_out))
     assert low < value < high
+    *others, winner = rows
+    assert winner.lead == ()
+    for other in others:
+        lead, low, high = other.lead
+        assert lead == pytest.approx(winner.objective[0] - other.objective[0])
+        assert low <= lead <= high
+    without = make_rows(board, plans, {"trial 3"}, replace(confirmation, single=("math",)))
+    assert [r.lead for r in without] == [*(r.lead[:1] for r in others), ()]
     study.directory.close()
 
 
