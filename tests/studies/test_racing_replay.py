@@ -84,3 +84,17 @@ def test_the_reference_that_does_best_need_not_be_the_one_with_the_best_evidence
     ]
     assert all(run.best.points <= run.picked.points + 1e-9 for run in outcomes)
     assert any(run.best.points < run.picked.points for run in outcomes)
+
+
+def test_a_regret_that_is_luck_is_told_from_one_that_is_not():
+    alike = {f"plan {i}": 0.85 for i in range(40)}
+    outcomes = [
+        Run(recording(**alike), seed, N_SELECT, N_HOLD_OUT, 40).under(RULES["before"])
+        for seed in range(10)
+    ]
+    regret = np.mean([run.regret for run in outcomes])
+    assert regret > 1.0
+    assert abs(np.mean([run.aside for run in outcomes])) < regret / 2
+    worse = {"TIES": 0.9, **{f"plan {i}": 0.5 for i in range(6)}}
+    lost = outcome(recording(**worse), "before")
+    assert lost.aside == pytest.approx(lost.regret, abs=3.0)
