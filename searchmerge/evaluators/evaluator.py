@@ -254,6 +254,7 @@ class EvaluationContext:
         trust_remote_code: Whether Python files of the model may run.
         base_dir: Where the base's weights are; ``None`` where the resident model has rows for
             tokens that they do not have.
+        seed: The study's, for what is drawn at random.
     """
 
     folder: Path
@@ -264,6 +265,7 @@ class EvaluationContext:
     head: Callable[[str, Pooling | None], ExpertHead]
     trust_remote_code: bool = False
     base_dir: Path | None = None
+    seed: int = 0
 
     def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
         """Return the size asked for, or that for the kind of device; a CPU's for others."""

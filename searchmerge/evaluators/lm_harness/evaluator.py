@@ -48,12 +48,13 @@ class LmHarness:
         folder: What ``section.include_path`` is relative to.
         config: The model's configuration, to see before there is a model that what tasks
             generate fits its window; that is seen when they are scored if ``None``.
+        seed: Of answers that are drawn at random.
 
     Raises:
         SpecError: If there is no such task, split, metric, filter or chat template.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a study's context says, in flat values
         self,
         tasks: Mapping[str, LmTask],
         *,
@@ -62,6 +63,7 @@ class LmHarness:
         section: LmHarnessSection,
         folder: Path,
         config: Any = None,
+        seed: int = 0,
     ) -> None:
         self._backend = backend
         self._lm = make_lm(
@@ -69,6 +71,7 @@ class LmHarness:
             backend,
             max_length=section.max_length,
             add_bos_token=section.add_bos_token,
+            seed=seed,
         )
         self.section = section
         self.folder = folder
@@ -199,6 +202,7 @@ def _build(
         section=section,
         folder=context.folder,
         config=load_config(context.model_dir, trust_remote_code=context.trust_remote_code),
+        seed=context.seed,
     )
     return dict.fromkeys(tasks, evaluator)
 

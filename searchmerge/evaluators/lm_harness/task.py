@@ -14,7 +14,13 @@ from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
+from searchmerge.evaluators.lm_harness.loading import (
+    draws_answers,
+    explained,
+    quiet,
+    split_of,
+    task_errors,
+)
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
 from searchmerge.evaluators.score_kind import Mean, Whole
 
@@ -148,7 +154,7 @@ class PreparedTask:
     @property
     def samples_answers(self) -> bool:
         """Whether answers are drawn at random."""
-        return bool((self.generation or {}).get("do_sample"))
+        return draws_answers(self.generation or {})
 
     @property
     def generation(self) -> dict[str, Any] | None:
