@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.errors import StudyError
+from searchmerge.report.results import Results
 from searchmerge.study import kept_study, read_study
 from searchmerge.verify import Comparison, Verification
 from tests.studies_of_tasks import CHAT, run
@@ -53,6 +54,14 @@ def copied(finished, tmp_path):
     """Return a copy of a finished run."""
     shutil.copytree(finished, tmp_path / "copied")
     return tmp_path / "copied"
+
+
+def test_report_results_and_card_name_the_split_of_each_part(finished):
+    assert Results.load(finished).drawn_from == {
+        "apart": {"select": "split 'train'", "hold_out": "split 'validation'"}
+    }
+    for written in ("report.md", "model/README.md"):
+        assert "| apart | split 'train' | split 'validation' |" in (finished / written).read_text()
 
 
 def test_the_saved_model_scores_in_lm_eval_what_the_report_says(finished):
