@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from searchmerge.cli import app
@@ -24,7 +25,7 @@ def finished(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("verified"), "llama")
 
 
-def finish(root, kind):
+def finish(root, kind, **changes):
     """Run such a study on models of a kind."""
     make_models(root, kind=kind)
     for name in ("base", *EXPERTS):
@@ -32,6 +33,7 @@ def finish(root, kind):
     parts = {"split": "validation", "select": 8, "hold_out": 8}
     return run(
         root,
+        **changes,
         name="verified",
         lm_harness={
             "include_path": "tasks",
@@ -85,6 +87,16 @@ def test_models_of_other_families_score_in_lm_eval_what_the_report_says(kind, tm
     }
     assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
     assert any(0 < c.ours < 1 for c in compared)
+
+
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_encoder_decoders_score_in_lm_eval_what_the_report_says(kind, tmp_path):
+    run_dir = finish(tmp_path, kind, model_class="AutoModelForSeq2SeqLM")
+    compared = list(Verification(run_dir, RunConfig()).compare())
+    assert {c.task for c in compared} == set(TASKS)
+    assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
+    assert any(0 < c.ours < 1 for c in compared)
+    assert AutoModelForSeq2SeqLM.from_pretrained(run_dir / "model").config.model_type == kind
 
 
 def test_the_command_prints_a_table_and_what_comes_of_it(finished):

@@ -298,6 +298,8 @@ class EvaluatorKind(Generic[Keys, Section]):
         section: The keys of the study's section that has this kind's name; ``NoKeys`` for none.
         model_classes: The classes of transformers that the resident model is loaded as, by the
             tasks' keys and the section's; none where any will do.
+        other_classes: Classes that will do as well where a study names one of them, by the
+            section's keys.
         loading: What else transformers is given to load the resident model, by the section's
             keys.
         places: Files, folders and modules of the study's folder that decide scores, as the study
@@ -314,6 +316,7 @@ class EvaluatorKind(Generic[Keys, Section]):
     build: Callable[[Mapping[str, Keys], Section, EvaluationContext], Mapping[str, "Evaluator"]]
     section: type[Section]
     model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
+    other_classes: Callable[[Section], Sequence[str]] = lambda section: ()
     loading: Callable[[Section], Mapping[str, Any]] = lambda section: {}
     places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
     referred: Callable[[Mapping[str, Keys], Section, Path], Iterable[Path]] = (

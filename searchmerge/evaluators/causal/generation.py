@@ -1,13 +1,15 @@
-"""Batched generation with a causal language model: prompts padded on the left, stop sequences.
+"""Batched generation with a language model: prompts padded on the left, stop sequences.
 
 Greedy decoding, which is what nearly every task asks for, is a loop of our own over public API
 (``decoding``): what all prompts begin with is run once, and rows leave the batch as they finish.
 Whatever else a task or the model's generation config asks for goes through ``model.generate``, as
-does a model that does not honour masks and positions.
+does a model that does not honour masks and positions. So do encoder-decoders, of which prompts of
+one length are continued together: as in lm-eval, they may say as much more as the prompt is long.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +24,7 @@ from searchmerge.evaluators.causal.decoding import (
 )
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.fitting import Fitting
-from searchmerge.evaluators.causal.model import device_of, run_prefix
+from searchmerge.evaluators.causal.model import device_of, encodes, run_prefix
 from searchmerge.evaluators.causal.sampling import Draws, setting, warpers
 from searchmerge.evaluators.causal.scoring import honours_packing, packed_window
 
@@ -114,11 +116,15 @@ class Generator:
             NonFiniteLogits: If the logits of a prompt are not finite.
         """
         longest = max(map(len, prompts), default=0) + options.max_new_tokens
-        greedy = is_greedy(model, options) and self._takes_masks(model, longest)
+        is_plain = not encodes(model) and is_greedy(model, options)
+        greedy = is_plain and self._takes_masks(model, longest)
         generate = self._generate_greedily if greedy else _generate_through_model
 
         def run(part: float) -> list[list[int]]:
-            batches = self._batches(prompts, options, part, device_of(model).type)
+            kind = device_of(model).type
+            batches = self._batches(prompts, options, part, kind)
+            if encodes(model):
+                batches = [rows for batch in batches for rows in _of_one_length(prompts, batch)]
             return generate(model, tokenizer, prompts, options, batches)
 
         return self._fitting.run(run)
@@ -219,6 +225,11 @@ def is_greedy(model: Any, options: GenerationOptions) -> bool:
     return said - {"_from_model_config"} <= _HARMLESS
 
 
+def _of_one_length(prompts: Sequence[Tokens], rows: Sequence[int]) -> list[list[int]]:
+    """Return those of some prompts that are equally long, together; they are in that order."""
+    return [list(its) for _, its in groupby(rows, key=lambda row: len(prompts[row]))]
+
+
 def _n_shared(prompts: Sequence[Tokens]) -> int:
     """Return how many tokens are run once for all prompts; every prompt keeps one or more."""
     if len(prompts) < 2:
@@ -236,7 +247,11 @@ def _generate_batch(
     """Return the new tokens of each prompt; they are drawn where there are seeds."""
     tokens, mask = padded(list(prompts.values()), tokenizer.pad_token_id)
     width, device = tokens.shape[1], device_of(model)
-    arguments = {"max_length": width + options.max_new_tokens} | options.arguments
+    longest = width + options.max_new_tokens
+    if encodes(model):  # the decoder begins with a token of its own
+        longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
+        width = 1
+    arguments = {"max_length": longest} | options.arguments
     processors: list[Any] = [_Finite(list(prompts))]
     if options.seeds and _n_beams(model, options) == 1:
         warped = warpers(model, options.arguments, device)

@@ -28,6 +28,8 @@ from searchmerge.evaluators.lm_harness.language_model import (
 from searchmerge.evaluators.lm_harness.loading import load_task
 from searchmerge.evaluators.lm_harness.parts import Prepared, PreparedParts
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
+from searchmerge.evaluators.lm_harness.seq2seq import MODEL_CLASS as SEQ2SEQ
+from searchmerge.evaluators.lm_harness.seq2seq import Seq2SeqBackend
 from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
@@ -120,6 +122,11 @@ class LmHarness:
                 raise SpecError(f"tasks.{name}: {leaf.name!r}: {error}") from error
         return prepared
 
+    @property
+    def reads(self) -> str:
+        """Return the kind of model, as lm-eval calls it."""
+        return self._backend.reads
+
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Let what runs the model take over the weights that a merge has left in it."""
         self._backend.follow(model, weights)
@@ -191,6 +198,7 @@ def _metric_of(leaf: Leaf, tree: Branch) -> tuple[str, ...]:
 def _build(
     tasks: Mapping[str, LmTask], section: LmHarnessSection, context: EvaluationContext
 ) -> dict[str, LmHarness]:
+    config = load_config(context.model_dir, trust_remote_code=context.trust_remote_code)
     evaluator = LmHarness(
         tasks,
         tokenizer=load_tokenizer(
@@ -198,18 +206,20 @@ def _build(
             trust_remote_code=context.trust_remote_code,
             add_bos_token=section.add_bos_token,
         ),
-        backend=_backend(section, context),
+        backend=_backend(section, context, config),
         section=section,
         folder=context.folder,
-        config=load_config(context.model_dir, trust_remote_code=context.trust_remote_code),
+        config=config,
         seed=context.seed,
     )
     return dict.fromkeys(tasks, evaluator)
 
 
-def _backend(section: LmHarnessSection, context: EvaluationContext) -> Backend:
+def _backend(section: LmHarnessSection, context: EvaluationContext, config: Any) -> Backend:
     if section.engine == "transformers":
-        return TransformersBackend(context.sized(section.batch_tokens, BATCH_TOKENS))
+        encodes = getattr(config, "is_encoder_decoder", False)
+        runs = Seq2SeqBackend if encodes else TransformersBackend
+        return runs(context.sized(section.batch_tokens, BATCH_TOKENS))
     if context.base_dir is None:
         raise SpecError("lm_harness.engine: vllm cannot be given rows by `vocabulary: union`")
     return VllmBackend(
@@ -239,6 +249,7 @@ EVALUATORS.register("lm_harness")(
         section=LmHarnessSection,
         build=_build,
         model_classes=lambda tasks, section: (MODEL_CLASS,),
+        other_classes=lambda section: (SEQ2SEQ,) if section.engine == "transformers" else (),
         loading=lambda section: section.loading,
         places=lambda tasks, section: section.include_path,
         referred=_referred,

@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ class Backend(Protocol):
     """
 
     spare: int
+
+    @property
+    def reads(self) -> Literal["causal", "seq2seq"]:
+        """Return the kind of model, as lm-eval calls it."""
+        ...
 
     def score(
         self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
@@ -63,12 +68,13 @@ class Backend(Protocol):
 
 
 class TransformersBackend:
-    """Runs the resident model itself.
+    """Runs the resident model itself, which is a causal language model.
 
     Args:
         batch_tokens: Tokens of one forward pass, 1 or more.
     """
 
+    reads: Literal["causal"] = "causal"
     spare = 0
 
     def __init__(self, batch_tokens: int) -> None:
@@ -90,7 +96,6 @@ class ResidentLM:
         model: The resident model; set before the first request.
     """
 
-    backend = "causal"
     model: nn.Module
 
     def __init__(
@@ -113,6 +118,11 @@ class ResidentLM:
         self._encode = lru_cache(maxsize=16)(self._tokenize)
         self._pairs: dict[tuple[str, str], tuple[Tokens, Tokens]] = {}
         self._windows: dict[tuple[str, int], list[tuple[Tokens, Tokens]]] = {}
+
+    @property
+    def backend(self) -> str:
+        """Return the kind of model, by which lm-eval encodes a context and its continuation."""
+        return self._runs.reads
 
     @property
     def eot_token_id(self) -> int:
@@ -292,11 +302,7 @@ class ResidentLM:
         seeds = self._seeds(requests)
         texts = [""] * len(requests)
         for options, members in self._by_options(requests):
-            room = _room(options.max_new_tokens, self.max_length)
-            prompts = [
-                tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])
-                for i in members
-            ]
+            prompts = [self._prompt(requests[i].args[0], options) for i in members]
             options = replace(options, seeds=tuple(seeds[i] for i in members))
             try:
                 answers = self._runs.generate(self.model, self.tokenizer, prompts, options)
@@ -306,6 +312,14 @@ class ResidentLM:
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 texts[i] = postprocess_generated_text(text, list(options.stop), None)
         return texts
+
+    def _prompt(self, text: str, options: GenerationOptions) -> Tokens:
+        """Return the tokens of a prompt: its last, for which there is room."""
+        if self._runs.reads == "causal":
+            room, tokens = _room(options.max_new_tokens, self.max_length), self.tok_encode(text)
+        else:
+            room, tokens = self.max_length, self.tokenizer.encode(text)
+        return tuple(tokens[-room:] or [self.prefix_token_id])
 
     def _seeds(self, requests: Sequence[Any]) -> list[int]:
         """Return each request's seed."""
@@ -327,7 +341,8 @@ class ResidentLM:
         Raises:
             SpecError: If not.
         """
-        _room(self._options(dict(arguments)).max_new_tokens, self._window(config))
+        if self._runs.reads == "causal":
+            _room(self._options(dict(arguments)).max_new_tokens, self._window(config))
 
     def _window(self, config: Any) -> int:
         from lm_eval.models.utils import resolve_max_length

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,7 @@ class VllmBackend:
         start: What starts it.
     """
 
+    reads: Literal["causal"] = "causal"
     spare = 2  # vLLM also reads the last token, and generates one more
 
     def __init__(
