@@ -10,6 +10,7 @@ import yaml
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
+from searchmerge.evaluators.lm_harness.generation_keys import check_generation, draws_answers
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.settings import (
     data_files,
@@ -126,15 +127,6 @@ def _check(task: Any, where: str, lm_name: str, *, allow_unsafe_code: bool) -> N
         )
 
 
-def draws_answers(generation: Mapping[str, Any]) -> bool:
-    """Return whether answers are drawn at random by some arguments of generation, as in lm-eval.
-
-    Where they do not say, a temperature says it.
-    """
-    asked = generation.get("do_sample")
-    return bool(generation.get("temperature")) if asked is None else bool(asked)
-
-
 def _configure(task: Any, spec: LmTask, where: str, lm_name: str) -> None:
     """Put in what a study may say of a task that is loaded."""
     shots = spec.num_fewshot if spec.num_fewshot is not None else task.config.num_fewshot
@@ -148,11 +140,8 @@ def _configure(task: Any, spec: LmTask, where: str, lm_name: str) -> None:
     if spec.generation is not None:
         task.set_config("generation_kwargs", dict(spec.generation), update=True)
     generation = task.config.generation_kwargs or {}
-    if generation.get("do_sample") and generation.get("temperature") == 0:
-        raise SpecError(
-            f"{where}.generation: {lm_name!r} has do_sample: true with temperature: 0, at which "
-            "nothing can be drawn; give a temperature above 0, or do_sample: false"
-        )
+    if task.OUTPUT_TYPE == "generate_until":
+        check_generation(generation, spec.generation or {}, where)
     if spec.repeats is not None:
         if not draws_answers(generation):
             raise SpecError(

@@ -13,14 +13,9 @@ from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
+from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.loading import (
-    draws_answers,
-    explained,
-    quiet,
-    split_of,
-    task_errors,
-)
+from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
 from searchmerge.evaluators.score_kind import Mean, Whole
 
