@@ -25,7 +25,7 @@ from searchmerge.evaluators.lm_harness.language_model import (
     TransformersBackend,
     make_lm,
 )
-from searchmerge.evaluators.lm_harness.loading import load_task
+from searchmerge.evaluators.lm_harness.loading import load_task, split_of
 from searchmerge.evaluators.lm_harness.parts import Prepared, PreparedParts
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
 from searchmerge.evaluators.lm_harness.seq2seq import MODEL_CLASS as SEQ2SEQ
@@ -98,11 +98,16 @@ class LmHarness:
         if task.samples is not None:
             what = f"{tree.name!r} is a group of several tasks"
             raise SpecError(f"tasks.{name}.samples: {what}")
-        members = []
+        of_leaves: list[PreparedTask] = []
+        members: dict[tuple[str, str], PreparedTask] = {}
         for leaf in tree.leaves():
-            chosen = replace(task, metric=task.metric or _metric_of(leaf, tree))
-            members.append(self._prepare_leaf(name, chosen, leaf))
-        return PreparedGroup(name, tree, members, task.metrics_and_filters()[0][0])
+            key = leaf.name, split_of(leaf, task.split, f"tasks.{name}.split")
+            if key not in members:
+                chosen = replace(task, metric=task.metric or _metric_of(leaf, tree))
+                members[key] = self._prepare_leaf(name, chosen, leaf)
+            _check_same(members[key].leaf, leaf, f"tasks.{name}.task")
+            of_leaves.append(members[key])
+        return PreparedGroup(name, tree, of_leaves, task.metrics_and_filters()[0][0])
 
     def _prepare_leaf(self, name: str, task: LmTask, leaf: Leaf) -> PreparedTask:
         section = self.section
@@ -187,6 +192,16 @@ class LmHarness:
         with evaluating(model):
             self._lm.model = model
             return prepared.score(self._lm, examples)
+
+
+def _check_same(first: Leaf, other: Leaf, where: str) -> None:
+    """Refuse a task that is in a group in two ways: trials would see held-out examples."""
+    if first.overrides != other.overrides:
+        raise SpecError(
+            f"{where}: {first.name!r} stands there twice, with other settings "
+            f"({' > '.join(first.path)}; {' > '.join(other.path)}); give the group's members as "
+            "tasks of their own"
+        )
 
 
 def _metric_of(leaf: Leaf, tree: Branch) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ def task_errors() -> tuple[type[BaseException], ...]:
     return (
         *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
         *(TypeError, ValueError, TemplateError, yaml.YAMLError, RecursionError, SystemExit),
+        StopIteration,  # of a split without examples
     )
 
 
