@@ -52,8 +52,8 @@ Model = Annotated[
     ModelSpec, BeforeValidator(lambda said: {"path": said} if isinstance(said, str) else said)
 ]
 
-Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
-"""A number of examples, or a part of all that there are to draw from."""
+Share = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)]
+"""A number of examples, or a part of all that there are to draw from; 1.0 is neither."""
 
 
 class TaskSpec(Strict):
