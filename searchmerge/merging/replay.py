@@ -30,6 +30,8 @@ _logger = logging.getLogger(__name__)
 
 _ALIGNED = 8  # rows: 16 bytes of a tally
 
+_AT_ONCE = 4  # kernels: one's last blocks leave room for the first of the next
+
 Launch = Callable[[], object]
 Recorder = Callable[[Launch], Launch]
 """Takes what launches a pass; returns what plays it again."""
@@ -84,6 +86,38 @@ class _Sent:
         self.there.copy_(self.host, non_blocking=True)
 
 
+class _Branches:
+    """Streams of a GPU on which kernels that do not wait for one another run side by side.
+
+    Args:
+        device: The device; one that is no GPU has no streams.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = [
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for _ in range(_AT_ONCE if device.type == "cuda" else 0)
+        ]
+
+    def launch(self, kernels: Iterable[Callable[[], bool]]) -> bool:
+        """Launch until one says that it could not be; what is launched next waits for all."""
+        if not self._streams:
+            return all(kernel() for kernel in kernels)
+        current = torch.cuda.current_stream(self._device)
+        for stream in self._streams:
+            stream.wait_stream(current)
+        done = True
+        for stream, kernel in zip(itertools.cycle(self._streams), kernels, strict=False):
+            with torch.cuda.stream(stream):
+                done = kernel()
+            if not done:
+                break
+        for stream in self._streams:
+            current.wait_stream(stream)
+        return done
+
+
 class ResidentPass:
     """One function over all parameters that lie on one GPU.
 
@@ -113,6 +147,7 @@ class ResidentPass:
         device, scalars, first_keys = parameters[0].target.device, every[0].scalars, every[0].keys
         sizes = (len(parameters), n_number_rows(*scalars.shape), scalars.shape[1])
         self._numbers = _Sent(sizes, torch.float32, device)
+        self._branches = _Branches(device)
         cuts = [
             (i, start, stop)
             for i, parameter in enumerate(parameters)
@@ -201,9 +236,12 @@ class ResidentPass:
 
     def _launch(self) -> bool:
         """Launch every kernel; return whether all could be compiled."""
-        for piece in self._pieces:
-            if not self._engine.run_rows(merge_rows, self._function, piece.rows, piece.outs):
-                return False
+
+        def launch(piece: _Piece) -> bool:
+            return self._engine.run_rows(merge_rows, self._function, piece.rows, piece.outs)
+
+        if not self._branches.launch(partial(launch, piece) for piece in self._pieces):
+            return False
         if self._tallies:
             self._total.copy_(total_of(self._tallies))
         return True

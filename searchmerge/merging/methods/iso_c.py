@@ -20,6 +20,7 @@ from searchmerge.merging.method import (
     by_group,
 )
 from searchmerge.merging.methods.linear import SumScalars, weighted_kept
+from searchmerge.merging.singular import singular_vectors
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -93,8 +94,5 @@ def isotropic(matrix: Tensor) -> Tensor:
     """Return the matrix with all singular values that are not 0 replaced by the mean of all."""
     if not matrix.any():
         return matrix
-    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-    least = float(sizes[0]) * max(matrix.shape) * torch.finfo(sizes.dtype).eps
-    rank = int((sizes > least).sum())
-    merged: Tensor = left[:, :rank] @ right[:rank]
-    return merged.mul_(sizes.mean())
+    left, sizes, right = singular_vectors(matrix, min(matrix.shape))
+    return (left @ right.T).mul_(sizes.mean())

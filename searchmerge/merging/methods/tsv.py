@@ -19,6 +19,7 @@ from searchmerge.merging.method import (
     by_group,
 )
 from searchmerge.merging.methods.linear import SumScalars, weighted_kept
+from searchmerge.merging.singular import nearest_orthogonal, singular_vectors
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -67,23 +68,12 @@ def _separate(name: str, deltas: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     n_experts = len(deltas)
     if deltas[0].ndim != 2 or not any(delta.any() for delta in deltas):
         return tuple(delta / n_experts for delta in deltas)
-    left, sizes, right = zip(*(leading(delta, n_experts) for delta in deltas), strict=True)
-    ranks = [len(of_expert) for of_expert in sizes]
-    lefts = torch.split(orthogonal(torch.cat(left, 1)), ranks, 1)
-    rights = torch.split(orthogonal(torch.cat(right, 1)), ranks, 1)
-    return tuple((u * size) @ v.T for u, size, v in zip(lefts, sizes, rights, strict=True))
-
-
-def leading(matrix: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading 1/n of left singular vectors, values and right singular vectors."""
-    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-    least = float(sizes[0]) * max(matrix.shape) * torch.finfo(sizes.dtype).eps
-    n_kept = min(max(1, len(sizes) // n_experts), int((sizes > least).sum()))
-    return left[:, :n_kept], sizes[:n_kept], right[:n_kept].T
-
-
-def orthogonal(columns: Tensor) -> Tensor:
-    """Return the nearest matrix whose columns, or else rows, are orthonormal."""
-    left, _, right = torch.linalg.svd(columns, full_matrices=False)
-    nearest: Tensor = left @ right
-    return nearest
+    n_most = max(1, min(deltas[0].shape) // n_experts)
+    left, sizes, right = zip(*(singular_vectors(delta, n_most) for delta in deltas), strict=True)
+    ranks = [vectors.shape[1] for vectors in left]
+    lefts = torch.split(nearest_orthogonal(torch.cat(left, 1)), ranks, 1)
+    rights = torch.split(nearest_orthogonal(torch.cat(right, 1)), ranks, 1)
+    return tuple(
+        (u * values[:rank]) @ v.T
+        for u, values, v, rank in zip(lefts, sizes, rights, ranks, strict=True)
+    )
