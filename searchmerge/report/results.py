@@ -124,6 +124,8 @@ class Results:
         details: Scores by other metrics, and of tasks' members.
         searched: What the trials went to.
         readings: Task to how its examples were read, in words.
+        drawn_from: Task to what the examples of each part are drawn from, by the part's name;
+            of tasks whose parts are drawn from different data.
     """
 
     study: str
@@ -141,11 +143,18 @@ class Results:
     details: Sequence[Detail] = ()
     searched: Sequence[Searched] = ()
     readings: Mapping[str, str] = field(default_factory=dict)
+    drawn_from: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def merge_plan(self) -> MergePlan:
         """Return the winner's plan."""
         return MergePlan.from_dict(self.plan)
+
+    @property
+    def front_title(self) -> str:
+        """Return what stands above the page of the front, which is of select examples."""
+        named = [f"{task} from {of['select']}" for task, of in self.drawn_from.items()]
+        return f"{self.study}, on select examples{': ' if named else ''}{', '.join(named)}"
 
     def save(self, run_dir: Path) -> None:
         """Write the data and the report into ``run_dir``.
@@ -238,6 +247,7 @@ class Results:
             f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
         )
         parts = (
+            self.drawn_from_text(),
             self._bounds_text(),
             self._front_text(),
             self._searched_text(),
@@ -265,6 +275,14 @@ class Results:
 |---|---|
 {sources}
 """
+
+    def drawn_from_text(self) -> str:
+        """Return which data select and held-out examples are from, or nothing if from the same."""
+        if not self.drawn_from:
+            return ""
+        cells = [[task, of["select"], of["hold_out"]] for task, of in self.drawn_from.items()]
+        table = markdown_table(["", "select", "held out"], cells)
+        return f"Select and held-out examples are drawn from different data:\n\n{table}"
 
     def _bounds_text(self) -> str:
         """Return the constraints as a table, or nothing where there is none."""

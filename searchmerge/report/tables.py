@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 from searchmerge.execution.blocks import Part
@@ -144,6 +145,20 @@ def make_details(
                 scores = {name: fmean(scored.values()) for name, scored in by_plan.items()}
                 details.append(Detail(task, label, n_examples, scores))
     return details
+
+
+def told_sources(schedule: Schedule, folder: Path) -> dict[str, dict[str, str]]:
+    """Return what the parts of tasks are drawn from where that differs, by task and part.
+
+    Args:
+        schedule: What is scored.
+        folder: The study's, from which files are named.
+    """
+    return {
+        task: {part: its.source.replace(f"{folder}/", "") for part, its in info.parts.items()}
+        for task, info in schedule.tasks.items()
+        if info.parts
+    }
 
 
 def make_searched(records: Iterable[TrialRecord]) -> list[Searched]:

@@ -55,3 +55,8 @@ def points():
         Point("trial 2", {"math": 0.1, "code": 0.1}, "trial"),
         Point("trial 3", {"math": 0.75, "code": 0.5}, "front"),
     ]
+
+
+@pytest.fixture
+def drawn_from():
+    return {"math": {"select": "split 'train'", "hold_out": "split 'test' of m<x>.jsonl"}}

@@ -19,13 +19,16 @@ from searchmerge.report.results import (
 from tests.search.test_trials import plan
 
 
-def test_results_are_read_as_they_were_saved(make_results, bounds, points, details, tmp_path):
+def test_results_are_read_as_they_were_saved(
+    make_results, bounds, points, details, drawn_from, tmp_path
+):
     results = make_results(
         bounds=bounds,
         points=points,
         details=details,
         searched=[Searched("ties, one coefficient", 3, 2, 0.9)],
         readings={"math": "by the metric alone"},
+        drawn_from=drawn_from,
     )
     results.save(tmp_path)
     assert Results.load(tmp_path) == results
@@ -129,6 +132,14 @@ def test_members_and_other_metrics_fold_out(make_results, details):
     assert "| math: algebra | 3 | 25.0 | 50.0 |" in folded
     assert "| code: acc | 8 | 12.5 | 75.0 |" in folded
     assert "<details>" not in make_results().markdown()
+
+
+def test_parts_of_different_data_are_named(make_results, drawn_from):
+    results = make_results(drawn_from=drawn_from)
+    assert "| math | split 'train' | split 'test' of m&lt;x&gt;.jsonl |" in results.markdown()
+    assert results.front_title == "toy, on select examples: math from split 'train'"
+    assert "different data" not in make_results().markdown()
+    assert make_results().front_title == "toy, on select examples"
 
 
 def test_one_row_of_a_table_stands_out():

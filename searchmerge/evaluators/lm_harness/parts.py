@@ -108,5 +108,7 @@ def _documents(prepared: Prepared) -> dict[tuple[str, str], set[int]]:
 
 
 def _part_info(prepared: Prepared) -> PartInfo:
-    info = prepared.info
-    return PartInfo(prepared.source, info.n_examples, info.members)
+    info, source = prepared.info, prepared.source
+    if isinstance(prepared, PreparedTask) and prepared.spec.samples is not None:
+        source = f"{info.n_examples} samples of {source}"
+    return PartInfo(source, info.n_examples, info.members)

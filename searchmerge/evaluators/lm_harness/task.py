@@ -13,6 +13,7 @@ from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
+from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
@@ -148,7 +149,7 @@ class PreparedTask:
     @property
     def samples_answers(self) -> bool:
         """Whether answers are drawn at random."""
-        return bool((self.generation or {}).get("do_sample"))
+        return draws_answers(self.generation or {})
 
     @property
     def generation(self) -> dict[str, Any] | None:

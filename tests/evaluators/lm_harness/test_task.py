@@ -189,6 +189,32 @@ def test_answers_are_sampled_again_and_voted_on_as_in_lm_eval(folder, model, ans
         assert list(answer.read) == sample["filtered_resps"]
 
 
+@pytest.mark.parametrize("arguments", [{}, {"temperature": 1.3, "top_p": 0.9}])
+def test_an_examples_answers_are_the_same_in_any_batch_order_and_process(folder, model, arguments):
+    task = LmTask("voted", "test", filter="maj@5", answers="keep", generation=arguments)
+
+    def said(examples, **how):
+        evaluator = harness(folder, task, **how)  # as another process would make it
+        scores = evaluator.score(model, "mine", examples)
+        answers = [answer.said for answer in evaluator.answers("mine", examples)]
+        return dict(zip(examples, zip(scores, answers, strict=True), strict=True))
+
+    expected = said(range(7))
+    assert all(len(set(answers)) > 1 for _, answers in expected.values())
+    assert said([5, 0, 6, 2, 1, 4, 3]) == expected
+    assert said(range(7), backend_tokens=64) == expected
+    one_by_one = [said([example], backend_tokens=96)[example] for example in range(7)]
+    assert one_by_one == list(expected.values())
+    assert said(range(7), seed=1) != expected
+
+
+def test_answers_are_drawn_where_a_temperature_says_so(folder, model):
+    warm = LmTask("generate", "test", generation={"temperature": 1.0}, repeats=3, answers="keep")
+    evaluator = harness(folder, warm)
+    evaluator.score(model, "mine", range(7))
+    assert any(len(set(answer.said)) > 1 for answer in evaluator.answers("mine", range(7)))
+
+
 def test_a_study_may_say_how_often_each_example_is_answered(folder, model):
     theirs = make_lm(tiny_tokenizer(), TransformersBackend(1024))
     theirs.model = model
