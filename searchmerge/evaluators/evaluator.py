@@ -255,6 +255,7 @@ class EvaluationContext:
         base_dir: Where the base's weights are; ``None`` where the resident model has rows for
             tokens that they do not have.
         seed: The study's, for what is drawn at random.
+        is_graded: Whether the study goes by how clearly examples are answered.
     """
 
     folder: Path
@@ -266,6 +267,7 @@ class EvaluationContext:
     trust_remote_code: bool = False
     base_dir: Path | None = None
     seed: int = 0
+    is_graded: bool = True
 
     def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
         """Return the size asked for, or that for the kind of device; a CPU's for others."""

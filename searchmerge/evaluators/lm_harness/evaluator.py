@@ -51,6 +51,7 @@ class LmHarness:
         config: The model's configuration, to see before there is a model that what tasks
             generate fits its window; that is seen when they are scored if ``None``.
         seed: Of answers that are drawn at random.
+        is_graded: Whether it is told how clearly examples were answered.
 
     Raises:
         SpecError: If there is no such task, split, metric, filter or chat template.
@@ -66,7 +67,9 @@ class LmHarness:
         folder: Path,
         config: Any = None,
         seed: int = 0,
+        is_graded: bool = True,
     ) -> None:
+        self._is_graded = is_graded
         self._backend = backend
         self._lm = make_lm(
             tokenizer,
@@ -150,7 +153,10 @@ class LmHarness:
 
     def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return how clearly examples were answered when they were last scored."""
-        return self._tasks[task].grades(examples)
+        if not self._is_graded:
+            return ()
+        with evaluating(self._lm.model):
+            return self._tasks[task].grades(self._lm, examples)
 
     def shown(self, task: str, example: int) -> str:
         """Return the example's first prompt as the model reads it, special tokens as text."""
@@ -226,6 +232,7 @@ def _build(
         folder=context.folder,
         config=config,
         seed=context.seed,
+        is_graded=context.is_graded,
     )
     return dict.fromkeys(tasks, evaluator)
 

@@ -138,10 +138,10 @@ class PreparedGroup:
             by_member[member].append(place)
         return by_member
 
-    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+    def grades(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return how clearly examples were answered when they were last scored."""
         placed = map(self._place, examples)
-        graded = [self._members[member].grades([place]) for member, place in placed]
+        graded = [self._members[member].grades(lm, [place]) for member, place in placed]
         return tuple(grade for its in graded for grade in its)
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:

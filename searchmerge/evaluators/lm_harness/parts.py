@@ -68,10 +68,10 @@ class PreparedParts:
         said = prepared.answers([example - first for example in examples])
         return tuple(replace(answer, example=answer.example + first) for answer in said)
 
-    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+    def grades(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return how clearly examples of a part were answered when they were last scored."""
         prepared, first = self._of(examples)
-        return prepared.grades([example - first for example in examples])
+        return prepared.grades(lm, [example - first for example in examples])
 
     def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
         """Return the mean loss of examples of a part."""
