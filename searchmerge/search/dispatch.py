@@ -10,14 +10,11 @@ from typing import Generic, Protocol, TypeVar
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.executor import Executor, Failed, Finished, Lost, Scored
 from searchmerge.plan import MergePlan
-from searchmerge.search.crashes import Crashes
+from searchmerge.search.crashes import LostWorkers
 from searchmerge.search.scores import ScoreStore
 
 _logger = logging.getLogger(__name__)
 
-MAX_TRIES = 3
-MAX_DEATHS = 2
-MAX_SPARED = 10  # tries of a job that no worker took up, and that do not count
 _WAIT_S = 30.0
 
 T = TypeVar("T")
@@ -32,9 +29,6 @@ class Job(Generic[T]):
         plan: What to merge.
         rounds: What to score it on, the whole schedule.
         subject: What it is a job of, for its source: a trial, say.
-        tries: How often it was given to a worker since a block of it was scored, but for those
-            that were found dead.
-        n_spared: How often its worker was found dead before it took the job up.
         merge_s: Seconds spent merging, over all tries.
         score_s: Seconds spent scoring, over all tries.
     """
@@ -43,8 +37,6 @@ class Job(Generic[T]):
     plan: MergePlan
     rounds: Sequence[Round]
     subject: T
-    tries: int = 0
-    n_spared: int = 0
     merge_s: float = 0.0
     score_s: float = 0.0
 
@@ -113,21 +105,19 @@ class Dispatcher:
     """Runs jobs from a source on an executor, and keeps every score as it arrives.
 
     A job whose worker is lost goes to another, block by block, so that each try keeps what it
-    scores however soon it is cut off. It is given up after ``MAX_TRIES`` tries in a row that
-    scored no block, where a worker that was dead before it took the job up does not count
-    (``MAX_SPARED`` times); a plan at which ``MAX_DEATHS`` workers died, with no block scored in
-    between, is not tried again.
+    scores however soon it is cut off. A plan that kills its workers is given up
+    (:class:`~searchmerge.search.crashes.LostWorkers`).
     """
 
     def __init__(self, executor: Executor, scores: ScoreStore) -> None:
         self._executor = executor
         self._scores = scores
-        self._deaths: dict[str, Crashes] = {}
+        self._lost = LostWorkers()
         self._numbers = itertools.count(1)
 
     def run(self, source: JobSource[T]) -> None:
         """Run jobs until the source has no more; interrupted, all that was scored is kept."""
-        shift = _Shift(self._executor, self._scores, self._deaths, self._numbers, source)
+        shift = _Shift(self._executor, self._scores, self._lost, self._numbers, source)
         try:
             while shift.fill():
                 shift.handle()
@@ -142,14 +132,14 @@ class _Shift(Generic[T]):
     Attributes:
         executor: Runs them.
         scores: Keeps what they score.
-        deaths: Plan to how many workers died at it.
+        lost: Workers that were lost at plans.
         numbers: Numbers for the executor that no job had yet.
         source: Where jobs come from.
     """
 
     executor: Executor
     scores: ScoreStore
-    deaths: dict[str, Crashes]
+    lost: LostWorkers
     numbers: Iterator[int]
     source: JobSource[T]
     _live: dict[int, Job[T]] = field(default_factory=dict)
@@ -161,11 +151,12 @@ class _Shift(Generic[T]):
             job = self._again.popleft() if self._again else self.source.next_job()
             if job is None:
                 return bool(self._live)
-            if self._n_deaths(job) >= MAX_DEATHS:
-                self.source.failed(job, f"{self._n_deaths(job)} workers died at this plan")
+            if self.lost.is_hopeless(job.plan.digest):
+                n_died = self.lost.n_died(job.plan.digest)
+                self.source.failed(job, f"{n_died} workers died at this plan")
                 continue
             if not self._start(job):
-                self.source.finished(job)
+                self._finish(job)
         return True
 
     def handle(self) -> None:
@@ -175,15 +166,13 @@ class _Shift(Generic[T]):
                 job = self._live[number]
                 job.merge_s += result.merge_s
                 job.score_s += result.score_s
-                job.tries = 1
                 self.scores.put(job.plan, result.scores)
                 to_do = self.scores.missing(job.plan, job.rounds)
                 if to_do and not self.source.goes_on(job):
                     self.executor.stop(number)
-                    del self._live[number]
-                    self.source.finished(job)
+                    self._finish(self._live.pop(number))
             case Finished(number) if number in self._live:
-                self.source.finished(self._live.pop(number))
+                self._finish(self._live.pop(number))
             case Failed(number, reason) if number in self._live:
                 self.source.failed(self._live.pop(number), reason)
             case Lost(number) as lost if number in self._live:
@@ -200,26 +189,22 @@ class _Shift(Generic[T]):
         if not rounds or (len(rounds) < len(job.rounds) and not self.source.goes_on(job)):
             return False
         number = next(self.numbers)
-        job.tries += 1
+        self.lost.begin()
         self._live[number] = job
         self.executor.submit(number, job.plan, rounds)
         return True
 
+    def _finish(self, job: Job[T]) -> None:
+        self.lost.end(job.plan.digest)
+        self.source.finished(job)
+
     def _retry(self, job: Job[T], lost: Lost) -> None:
-        if not lost.was_begun and job.n_spared < MAX_SPARED:
-            job.n_spared += 1
-            job.tries -= 1
         if lost.was_begun:
             job.go_on_block_by_block()
-        if not lost.blameless:
-            n_blocks = len(self.scores.get(job.plan))
-            before = self.deaths.get(job.plan.digest, Crashes(0, n_blocks))
-            self.deaths[job.plan.digest] = before.again(n_blocks)
-        if job.tries >= MAX_TRIES or self._n_deaths(job) >= MAX_DEATHS:
-            self.source.failed(job, f"{lost.reason} ({job.tries} tries)")
+        digest, n_blocks = job.plan.digest, len(self.scores.get(job.plan))
+        n_lost = self.lost.lose(digest, n_blocks, blameless=lost.blameless)
+        if self.lost.is_hopeless(digest):
+            self.source.failed(job, f"{lost.reason} ({n_lost} workers in a row)")
             return
         _logger.warning("%s lost its worker, and is tried again: %s", job.name, lost.reason)
         self._again.append(job)
-
-    def _n_deaths(self, job: Job[T]) -> int:
-        return self.deaths.get(job.plan.digest, Crashes()).n
