@@ -91,6 +91,15 @@ def make_dying(folder: Path, n_deaths):
     return make()
 
 
+def make_slow(folder: Path, n_hangs):
+    """Hang as long as fewer than ``n_hangs`` workers have hung in ``folder``."""
+    n_hung = len(list(folder.iterdir()))
+    if n_hung < n_hangs:
+        (folder / f"hung-{n_hung}").touch()
+        time.sleep(3600)
+    return make()
+
+
 def make_faulty(folder: Path, n_faults):
     """Find a broken device as long as fewer than ``n_faults`` workers have found one."""
     n_found = len(list(folder.iterdir()))
