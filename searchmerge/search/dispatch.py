@@ -5,12 +5,14 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.executor import Executor, Failed, Finished, Lost, Scored
 from searchmerge.plan import MergePlan
 from searchmerge.search.crashes import LostWorkers
+from searchmerge.search.roster import Roster
 from searchmerge.search.scores import ScoreStore
 
 _logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Job(Generic[T]):
         plan: What to merge.
         rounds: What to score it on, the whole schedule.
         subject: What it is a job of, for its source: a trial, say.
+        is_trial: Whether that is a trial.
         merge_s: Seconds spent merging, over all tries.
         score_s: Seconds spent scoring, over all tries.
     """
@@ -37,6 +40,7 @@ class Job(Generic[T]):
     plan: MergePlan
     rounds: Sequence[Round]
     subject: T
+    is_trial: bool = False
     merge_s: float = 0.0
     score_s: float = 0.0
 
@@ -107,20 +111,32 @@ class Dispatcher:
     A job whose worker is lost goes to another, block by block, so that each try keeps what it
     scores however soon it is cut off. A plan that kills its workers is given up
     (:class:`~searchmerge.search.crashes.LostWorkers`).
+
+    Args:
+        executor: Runs the jobs.
+        scores: Keeps what they score.
+        run_dir: Where is kept what each worker is at; ``None`` to keep nothing of it.
     """
 
-    def __init__(self, executor: Executor, scores: ScoreStore) -> None:
+    def __init__(
+        self, executor: Executor, scores: ScoreStore, run_dir: Path | None = None
+    ) -> None:
         self._executor = executor
+        self._roster = Roster(executor, run_dir)
         self._scores = scores
         self._lost = LostWorkers()
         self._numbers = itertools.count(1)
 
     def run(self, source: JobSource[T]) -> None:
         """Run jobs until the source has no more; interrupted, all that was scored is kept."""
-        shift = _Shift(self._executor, self._scores, self._lost, self._numbers, source)
+        shift = _Shift(
+            self._executor, self._scores, self._roster, self._lost, self._numbers, source
+        )
         try:
             while shift.fill():
+                self._roster.keep()
                 shift.handle()
+            self._roster.keep(at_once=True)
         finally:
             shift.stop()
 
@@ -132,6 +148,7 @@ class _Shift(Generic[T]):
     Attributes:
         executor: Runs them.
         scores: Keeps what they score.
+        roster: Counts what each worker does.
         lost: Workers that were lost at plans.
         numbers: Numbers for the executor that no job had yet.
         source: Where jobs come from.
@@ -139,6 +156,7 @@ class _Shift(Generic[T]):
 
     executor: Executor
     scores: ScoreStore
+    roster: Roster
     lost: LostWorkers
     numbers: Iterator[int]
     source: JobSource[T]
@@ -166,17 +184,18 @@ class _Shift(Generic[T]):
                 job = self._live[number]
                 job.merge_s += result.merge_s
                 job.score_s += result.score_s
+                self.roster.scored(number, result)
                 self.scores.put(job.plan, result.scores)
                 to_do = self.scores.missing(job.plan, job.rounds)
                 if to_do and not self.source.goes_on(job):
                     self.executor.stop(number)
-                    self._finish(self._live.pop(number))
+                    self._finish(self._ended(number))
             case Finished(number) if number in self._live:
-                self._finish(self._live.pop(number))
+                self._finish(self._ended(number))
             case Failed(number, reason) if number in self._live:
-                self.source.failed(self._live.pop(number), reason)
+                self.source.failed(self._ended(number), reason)
             case Lost(number) as lost if number in self._live:
-                self._retry(self._live.pop(number), lost)
+                self._retry(self._ended(number, is_lost=True), lost)
 
     def stop(self) -> None:
         """Give up what is still run."""
@@ -192,7 +211,14 @@ class _Shift(Generic[T]):
         self.lost.begin()
         self._live[number] = job
         self.executor.submit(number, job.plan, rounds)
+        self.roster.began(number)
         return True
+
+    def _ended(self, number: int, *, is_lost: bool = False) -> Job[T]:
+        """Return a job that is no longer run."""
+        job = self._live.pop(number)
+        self.roster.ended(number, is_trial=job.is_trial and not is_lost)
+        return job
 
     def _finish(self, job: Job[T]) -> None:
         self.lost.end(job.plan.digest)

@@ -123,7 +123,8 @@ class TrialSource:
         plan = self._space.suggest(trial)
         begin(trial, plan)
         self._spending.begin()
-        return Job(f"trial {trial.number}", plan, self._incumbents.rounds(), trial)
+        rounds = self._incumbents.rounds()
+        return Job(f"trial {trial.number}", plan, rounds, trial, is_trial=True)
 
     def _enter(self, record: TrialRecord) -> bool:
         """Compare later candidates with this one; return whether it is the best so far."""

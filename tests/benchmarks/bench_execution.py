@@ -26,7 +26,7 @@ from torch import nn
 
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import BlockScores, Round, make_blocks
-from searchmerge.execution.executor import Event, Executor, Finished, Scored
+from searchmerge.execution.executor import Event, Executor, Finished, Scored, WorkerState
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Budget
@@ -92,6 +92,14 @@ class Simulated:
     def tasks(self) -> dict[str, TaskInfo]:
         """Return the tasks."""
         return dict.fromkeys(EXPERTS, INFO)
+
+    def workers(self) -> list[WorkerState]:
+        """Return one for each job, called by its number."""
+        return [
+            WorkerState(f"worker {job}", "", "", "working", job)
+            for _, _, job, _, _ in self._due
+            if job not in self._stopped
+        ]
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Let a worker begin."""

@@ -1,5 +1,6 @@
 """Toy workers that misbehave on purpose; a worker's own process must be able to import them."""
 
+import json
 import os
 import signal
 import time
@@ -43,6 +44,8 @@ class Misbehaving(ToyEvaluator):
     def score(self, model, task, examples):
         if self._folder is not None:
             self._note("at", f"{os.getpid()} {model.coefficients[0]}")
+            with (self._folder / f"scores-{os.getpid()}").open("a") as log:
+                print(json.dumps([time.time(), model.coefficients, task, examples]), file=log)
         if not {(task, example) for example in examples} <= FIRST_ROUND:
             self._misbehave(model.coefficients[0])
         time.sleep(self._delay_s)
@@ -70,8 +73,11 @@ class Misbehaving(ToyEvaluator):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def make(folder=None, delay_s=0.0):
-    """Load a toy worker."""
+def make(folder=None, delay_s=0.0, load_s=0.0):
+    """Load a toy worker, which notes in ``folder`` what it does."""
+    if load_s:
+        (folder / f"loads-{os.getpid()}").touch()
+        time.sleep(load_s)
     model = ToyModel()
     evaluator = Misbehaving(folder, delay_s)
     return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
@@ -107,6 +113,15 @@ def make_faulty(folder: Path, n_faults):
         (folder / f"found-{n_found}").touch()
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
     return make()
+
+
+def scored(folder):
+    """Return when each call of an evaluator began, with its coefficients, task and examples."""
+    lines = [line for file in folder.glob("scores-*") for line in file.read_text().splitlines()]
+    return [
+        (at, tuple(coefficients), task, tuple(examples))
+        for at, coefficients, task, examples in map(json.loads, lines)
+    ]
 
 
 def busy(folder):

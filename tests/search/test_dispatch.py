@@ -3,7 +3,7 @@
 import pytest
 
 from searchmerge.execution.blocks import BlockScores
-from searchmerge.execution.executor import Finished, Lost, Scored
+from searchmerge.execution.executor import Finished, Lost, Scored, WorkerState
 from searchmerge.execution.worker import RoundResult
 from searchmerge.plan import MergePlan
 from searchmerge.search.crashes import MAX_DEATHS, MAX_SPARED
@@ -32,9 +32,13 @@ class Scripted:
         self.n_free = 1
         self.tries = []
         self._events = []
+        self._job = None
+
+    def workers(self):
+        return [WorkerState("worker 1", "a", "cpu", "working", self._job)]
 
     def submit(self, job, plan, rounds):
-        self.n_free = 0
+        self.n_free, self._job = 0, job
         self.tries.append(len(rounds))
         n_rounds, blameless = self.script.pop(0) if self.script else (len(rounds), None)
         self._events = [
