@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+from searchmerge.errors import StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import make_blocks, make_rounds
 from searchmerge.execution.worker import Worker
@@ -103,6 +104,15 @@ def make_slow(folder: Path, n_hangs):
     if n_hung < n_hangs:
         (folder / f"hung-{n_hung}").touch()
         time.sleep(3600)
+    return make()
+
+
+def make_missing(folder: Path):
+    """Load the first worker and from the third on; the second misses a file."""
+    n_asked = len(list(folder.iterdir()))
+    (folder / f"asked-{n_asked}").touch()
+    if n_asked == 1:
+        raise StudyError(f"{folder}/base: no such directory")
     return make()
 
 

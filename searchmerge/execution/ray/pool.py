@@ -111,8 +111,9 @@ class RayExecutor:
 
     A worker that dies or hangs at a job ends it with ``Lost``. Workers that die or hang as they
     load are replaced after a pause; after ``MAX_LOAD_DEATHS`` in a row on one node that node has
-    to do with fewer, and when none can be anywhere the study stops. It stops too where the
-    cluster's head does not come back.
+    to do with fewer, and when none can be anywhere the study stops. The same where a worker can
+    not be loaded though another was, as a node may lack a file; before that it stops the study,
+    as does the head of the cluster where it does not come back.
 
     Args:
         make_worker: Loads a worker, in the actor's process; it must be picklable.
@@ -280,10 +281,11 @@ class RayExecutor:
         try:
             message = ray.get(next(slot.call))
         except RayTaskError as error:
-            if not is_device_fault(error.cause):
+            is_fault = is_device_fault(error.cause)  # another device may do
+            if self._tasks is None and not is_fault:
                 _raise_load_error(error)
-            # another device may do
-            self._lose_loading(slot, f"the device failed: {error.cause}", blameless=False)
+            failed = "the device failed" if is_fault else "it cannot be loaded there"
+            self._lose_loading(slot, f"{failed}: {short(error.cause)}", blameless=False)
             return
         except RayError as error:
             self._lose_loading(slot, *self._autopsy(slot, error))
@@ -374,6 +376,8 @@ class RayExecutor:
         if not self._is_up:
             return
         while len(self._slots) < self._n_wanted() and now >= self._not_before:
+            if not self._head.answers():
+                return
             self._ask_for_worker(now)
         if any(slot.device for slot in self._slots):
             self._heard = max(self._heard, now - _QUIET_S)

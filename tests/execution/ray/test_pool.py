@@ -203,6 +203,19 @@ def test_a_wrong_input_that_only_a_worker_sees_is_told_in_its_own_words(pool):
         executor.tasks()
 
 
+def test_a_node_that_lacks_a_file_is_named_and_does_not_stop_a_study_that_runs(
+    pool, notes, caplog
+):
+    executor = pool(functools.partial(workers.make_missing, notes), workers=1)
+    executor.tasks()
+    executor.submit(1, plan(DIES), ROUNDS)
+    assert isinstance(until_it_ends(executor, 1)[-1], Lost)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free)
+    told = f"worker 2 on {HOST} was lost as it loaded: it cannot be loaded there: "
+    assert f"{told}{notes}/base: no such directory" in caplog.text
+    assert [worker.name for worker in executor.workers()] == ["worker 3"]
+
+
 def test_workers_that_die_as_they_load_are_replaced(pool, notes):
     executor = pool(functools.partial(workers.make_dying, notes, 1), workers=1)
     assert executor.tasks()
