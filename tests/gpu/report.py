@@ -1,5 +1,6 @@
 """What the check writes down: figures as they come, and what failed or was left out."""
 
+import faulthandler
 import gc
 import json
 import logging
@@ -19,6 +20,8 @@ from tests.benchmarks.bench_merging import GIB, peak, reset_peak
 
 LEAST_S = 5.0
 """A step is not begun with less time than this."""
+
+_STUCK_S = 20.0
 
 Figures = Iterator[dict[str, Any]]
 
@@ -185,16 +188,21 @@ class _Noted(logging.Handler):
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise ``OutOfTime`` in the main thread once it has taken so long."""
+    """Raise ``OutOfTime`` in the main thread once it has taken so long.
+
+    Where that thread does not come back to Python, the process ends with every thread's stack.
+    """
 
     def late(*_: object) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # once more where it was swallowed
+    faulthandler.dump_traceback_later(seconds + _STUCK_S, exit=True)  # where Python does not run
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
 

@@ -106,6 +106,7 @@ class Dare:
         key = (plan.values["density"], plan.groups, plan.settings.items())
         return self._majority.settle(
             repr(key),
+            plan.values["density"],
             lambda majority: self._elected(plan, majority or -1.0),
         )
 

@@ -94,7 +94,9 @@ class Della:
         values = {name: rows for name, rows in plan.values.items() if name != "coefficient"}
         key = repr((values, plan.groups, plan.settings.items()))
         return self._majority.settle(
-            key, lambda majority: self._pass(plan, majority or -1.0, merge_ranked_elected)
+            key,
+            plan.values["density"],
+            lambda majority: self._pass(plan, majority or -1.0, merge_ranked_elected),
         )
 
     def _pass(self, plan: MergePlan, sign: float, function: ChunkFunction) -> Pass:

@@ -80,7 +80,9 @@ class Ties:
         """Look the thresholds up; assume a majority sign where it is not known."""
         trims = tuple(tuple(self.thresholds(row)) for row in plan.values["density"])
         return self._majority.settle(
-            (trims, plan.groups), lambda majority: self._pass(plan, trims, majority)
+            (trims, plan.groups),
+            plan.values["density"],
+            lambda majority: self._pass(plan, trims, majority),
         )
 
     def thresholds(self, densities: Sequence[float]) -> list[float]:

@@ -11,6 +11,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from scipy.linalg import solve_triangular
+from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
 from searchmerge.errors import SpecError
@@ -34,6 +36,7 @@ _LEAST_ERROR = 0.002
 _COARSE_FIRST = 6  # trials of a method before it gets a coefficient for each expert
 _FINE_TRIED = 6  # trials after which finer ones have to have paid
 _N_AROUND = 48  # candidates of each kind that are weighed up
+_MOST = 240  # trials of a method that its process is made of; its cost grows with their cube
 _AMPLITUDES = (0.01, 0.02, 0.04)
 _LENGTHS = (0.8, 1.5, 3.0)
 
@@ -80,7 +83,7 @@ class Process:
     length: float
 
     def _kernel(self, a: Vector, b: Vector) -> Vector:
-        distance = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)) * math.sqrt(5) / self.length
+        distance = cdist(a, b) * (math.sqrt(5) / self.length)
         shape: Vector = (1 + distance + distance**2 / 3) * np.exp(-distance)
         return self.amplitude**2 * shape
 
@@ -88,8 +91,8 @@ class Process:
         """Return the Cholesky factor, the solved residuals, and the mean."""
         covariance = self._kernel(self.x, self.x) + np.diag(self.errors**2)
         factor: Vector = np.linalg.cholesky(covariance).astype(np.float64)
-        ones = np.linalg.solve(factor, np.ones(len(self.x)))
-        white = np.linalg.solve(factor, self.values)
+        ones = solve_triangular(factor, np.ones(len(self.x)), lower=True)
+        white = solve_triangular(factor, self.values, lower=True)
         mean = float(ones @ white / (ones @ ones))
         return factor, white - mean * ones, mean
 
@@ -101,7 +104,7 @@ class Process:
     def predict(self, x: Vector) -> tuple[Vector, Vector]:
         """Return the mean and the standard deviation at ``(m, d)`` places."""
         factor, white, mean = self._solved()
-        across = np.linalg.solve(factor, self._kernel(self.x, x))
+        across = solve_triangular(factor, self._kernel(self.x, x), lower=True)
         variance = self.amplitude**2 - (across**2).sum(0)
         return mean + across.T @ white, np.sqrt(np.maximum(variance, 1e-12))
 
@@ -124,6 +127,7 @@ class StagedSampler(BaseSampler):
         self._space = space
         self._seed = seed
         self._methods = [name for name in space.alternatives if not name.endswith(EACH)]
+        self._told: dict[int, tuple[str, Point]] = {}  # trials that have their value, by number
         self._published = {m: default_plan(m, space.experts) for m in self._methods}
 
     def infer_relative_search_space(
@@ -164,18 +168,29 @@ class StagedSampler(BaseSampler):
         points: dict[str, list[Point]] = {}
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         for trial in study.get_trials(deepcopy=False, states=states):
-            plan = self._plan(trial.params)
-            if plan is None:
+            placed = self._told.get(trial.number) or self._placed(trial)
+            if placed is None:
                 continue
-            value, error = None, _ERROR
-            if trial.state == TrialState.COMPLETE:
-                standing = standing_of(trial)
-                value, error = standing.kept + standing.value, error_of(trial) or _ERROR
-            point = Point(self._place(plan), value, max(error, _LEAST_ERROR))
-            points.setdefault(plan.method, []).append(point)
+            method, point = placed
+            points.setdefault(method, []).append(point)
+            if point.value is not None:
+                self._told[trial.number] = placed
         return {
-            method: its for method, its in points.items() if any(p.value is not None for p in its)
+            method: _most_telling(its)
+            for method, its in points.items()
+            if any(p.value is not None for p in its)
         }
+
+    def _placed(self, trial: FrozenTrial) -> tuple[str, Point] | None:
+        """Return a trial's method and its point; ``None`` while it has no plan."""
+        plan = self._plan(trial.params)
+        if plan is None:
+            return None
+        value, error = None, _ERROR
+        if trial.state == TrialState.COMPLETE:
+            standing = standing_of(trial)
+            value, error = standing.kept + standing.value, error_of(trial) or _ERROR
+        return plan.method, Point(self._place(plan), value, max(error, _LEAST_ERROR))
 
     def _plan(self, params: Mapping[str, SettingValue]) -> MergePlan | None:
         """Return the plan of a trial's parameters; ``None`` while some are not drawn."""
@@ -264,6 +279,17 @@ class StagedSampler(BaseSampler):
             for x in candidates
         ]
         return np.array(inside)
+
+
+def _most_telling(points: Sequence[Point]) -> list[Point]:
+    """Return a method's points in order; of many, the best, the latest and those that run."""
+    values = [(p.value, i) for i, p in enumerate(points) if p.value is not None]
+    if len(values) <= _MOST:
+        return list(points)
+    best = {i for _, i in sorted(values)[-_MOST // 2 :]}
+    latest = [i for _, i in values if i not in best][-_MOST // 2 :]
+    kept = best.union(latest)
+    return [p for i, p in enumerate(points) if i in kept or p.value is None]
 
 
 def _fine_pays(process: Process, number: int) -> bool:

@@ -179,3 +179,24 @@ def test_trials_that_still_run_do_not_hide_that_numbers_for_each_expert_pay(spac
         study.tell(trial, truth(plan, gain=1.0))
         exact.append(truth(plan, gain=1.0))
     assert max(exact) > max(BEST.values()) - 0.012
+
+
+def test_the_cost_of_a_proposal_stops_growing_with_the_trials(space, monkeypatch):
+    sizes, cholesky = [], np.linalg.cholesky
+
+    def noted(matrix):
+        sizes.append(len(matrix))
+        return cholesky(matrix)
+
+    study, _ = search(space, "auto", 40, seed=0)
+    draw, told = np.random.default_rng(0), study.get_trials()[8]
+    for _ in range(400):
+        value = [0.8 + draw.normal(0, 0.01)]
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=told.params, distributions=told.distributions, values=value
+            )
+        )
+    monkeypatch.setattr(np.linalg, "cholesky", noted)
+    study.ask(space.distributions(str(told.params["method"])))
+    assert 200 < max(sizes) < 300
