@@ -237,7 +237,7 @@ def run(
     """Run a study; return its clock, its wall time and the CPU time of this process."""
     clock = Clock()
     with directory(setting) as opened:
-        dispatcher = Dispatcher(executor, opened.scores)
+        dispatcher = Dispatcher(executor, opened.scores, opened.run_dir)
         board = Scoreboard(SCHEDULE, opened.scores)
         runner = StudyRunner(opened, setting.space, board, dispatcher, {}, clock)
         cpu, start = time.process_time(), time.perf_counter()
