@@ -249,6 +249,7 @@ def make_executor(study: Study, models: Models, config: RunConfig, content: Cont
             workers.cpus_per_worker,
             workers.gpus_per_worker,
             workers.deadline,
+            workers.loading_deadline,
         ),
     )
 

@@ -28,6 +28,7 @@ class RayConfig(BaseModel):
     cpus_per_worker: float = Field(default=1.0, gt=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     deadline: Duration | None = None
+    loading_deadline: Duration = 3600.0
 
     @field_validator("address")
     @classmethod

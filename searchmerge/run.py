@@ -134,7 +134,7 @@ class StudyRun:
             directory,
             study.space,
             Scoreboard(assemble.make_schedule(study, executor.tasks()), directory.scores),
-            Dispatcher(executor, directory.scores),
+            Dispatcher(executor, directory.scores, directory.run_dir),
             self._references,
             observer,
         )

@@ -31,6 +31,8 @@ PLAYED_BY_TESTS = {
     ("crowding", "load"): "the machine",
     ("crowding", "n_cores"): "the machine",
     ("StudyClock", "now"): "the clock",
+    ("Head", "now"): "the clock",
+    ("Roster", "now"): "the clock",
     ("AsyncCmaSampler", "sigma"): "a search that has narrowed",
     ("open_checkpoint", "cache_dir"): "the user's cache",
     ("save_model", "max_shard_bytes"): "a model of many shards",

@@ -1,8 +1,9 @@
 """Where plans are run: the executor protocol, and the executor that runs them here and now."""
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import TaskInfo
@@ -51,7 +52,7 @@ class Lost:
         job: The job that the worker was at.
         reason: What became of the worker.
         blameless: Whether the job cannot have caused it, e.g. its node was taken away.
-        was_begun: Whether the worker took the job up at all.
+        was_begun: Whether the worker took the job up at all; a job that was not is blameless.
     """
 
     job: int
@@ -61,6 +62,25 @@ class Lost:
 
 
 Event = Scored | Differentiated | Finished | Failed | Lost
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """A worker as it is at a moment.
+
+    Attributes:
+        name: What it is called; no other of its executor is or was called the same.
+        node: The machine it runs on; empty until it has one.
+        device: Where its model lies, in words; empty until it has loaded.
+        doing: ``waiting`` for room on a node, ``loading``, ``idle`` or ``working``.
+        job: What it works on, where that is known.
+    """
+
+    name: str
+    node: str
+    device: str
+    doing: Literal["waiting", "loading", "idle", "working"]
+    job: int | None = None
 
 
 class Executor(Protocol):
@@ -77,6 +97,10 @@ class Executor(Protocol):
     @property
     def n_free(self) -> int:
         """How many jobs could be submitted now; may change as workers come and go."""
+        ...
+
+    def workers(self) -> Sequence[WorkerState]:
+        """Return each worker that there is, as it is now."""
         ...
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
@@ -128,6 +152,13 @@ class InProcessExecutor:
     def n_free(self) -> int:
         """One where nothing runs, else none."""
         return int(self._job is None)
+
+    def workers(self) -> list[WorkerState]:
+        """Return the one worker."""
+        doing: Literal["idle", "working"] = "idle" if self._job is None else "working"
+        return [
+            WorkerState("worker 1", socket.gethostname(), self._worker.device, doing, self._job)
+        ]
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job; its work is done inside :meth:`next_event`."""

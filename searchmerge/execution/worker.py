@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
@@ -61,6 +62,16 @@ class Worker:
     def tasks(self) -> dict[str, TaskInfo]:
         """Return what the search must know of each task."""
         return {task: evaluator.tasks[task] for task, evaluator in self._evaluators.items()}
+
+    @property
+    def device(self) -> str:
+        """Where the model lies: ``cpu``, or what its GPUs are called."""
+        devices = {parameter.device for parameter in self._model.parameters()}
+        names = {
+            torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+            for device in devices
+        }
+        return ", ".join(sorted(names)) or "cpu"
 
     def score(self, plan: MergePlan, rounds: Sequence[Round]) -> Iterator[RoundResult]:
         """Merge ``plan``, then yield each round's scores; a closed iterator stops at the next.

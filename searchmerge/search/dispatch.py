@@ -5,19 +5,18 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.executor import Executor, Failed, Finished, Lost, Scored
 from searchmerge.plan import MergePlan
-from searchmerge.search.crashes import Crashes
+from searchmerge.search.crashes import LostWorkers
+from searchmerge.search.roster import Roster
 from searchmerge.search.scores import ScoreStore
 
 _logger = logging.getLogger(__name__)
 
-MAX_TRIES = 3
-MAX_DEATHS = 2
-MAX_SPARED = 10  # tries of a job that no worker took up, and that do not count
 _WAIT_S = 30.0
 
 T = TypeVar("T")
@@ -32,9 +31,7 @@ class Job(Generic[T]):
         plan: What to merge.
         rounds: What to score it on, the whole schedule.
         subject: What it is a job of, for its source: a trial, say.
-        tries: How often it was given to a worker since a block of it was scored, but for those
-            that were found dead.
-        n_spared: How often its worker was found dead before it took the job up.
+        is_trial: Whether that is a trial.
         merge_s: Seconds spent merging, over all tries.
         score_s: Seconds spent scoring, over all tries.
     """
@@ -43,8 +40,7 @@ class Job(Generic[T]):
     plan: MergePlan
     rounds: Sequence[Round]
     subject: T
-    tries: int = 0
-    n_spared: int = 0
+    is_trial: bool = False
     merge_s: float = 0.0
     score_s: float = 0.0
 
@@ -113,24 +109,34 @@ class Dispatcher:
     """Runs jobs from a source on an executor, and keeps every score as it arrives.
 
     A job whose worker is lost goes to another, block by block, so that each try keeps what it
-    scores however soon it is cut off. It is given up after ``MAX_TRIES`` tries in a row that
-    scored no block, where a worker that was dead before it took the job up does not count
-    (``MAX_SPARED`` times); a plan at which ``MAX_DEATHS`` workers died, with no block scored in
-    between, is not tried again.
+    scores however soon it is cut off. A plan that kills its workers is given up
+    (:class:`~searchmerge.search.crashes.LostWorkers`).
+
+    Args:
+        executor: Runs the jobs.
+        scores: Keeps what they score.
+        run_dir: Where is kept what each worker is at; ``None`` to keep nothing of it.
     """
 
-    def __init__(self, executor: Executor, scores: ScoreStore) -> None:
+    def __init__(
+        self, executor: Executor, scores: ScoreStore, run_dir: Path | None = None
+    ) -> None:
         self._executor = executor
+        self._roster = Roster(executor, run_dir)
         self._scores = scores
-        self._deaths: dict[str, Crashes] = {}
+        self._lost = LostWorkers()
         self._numbers = itertools.count(1)
 
     def run(self, source: JobSource[T]) -> None:
         """Run jobs until the source has no more; interrupted, all that was scored is kept."""
-        shift = _Shift(self._executor, self._scores, self._deaths, self._numbers, source)
+        shift = _Shift(
+            self._executor, self._scores, self._roster, self._lost, self._numbers, source
+        )
         try:
             while shift.fill():
+                self._roster.keep()
                 shift.handle()
+            self._roster.keep(at_once=True)
         finally:
             shift.stop()
 
@@ -142,14 +148,16 @@ class _Shift(Generic[T]):
     Attributes:
         executor: Runs them.
         scores: Keeps what they score.
-        deaths: Plan to how many workers died at it.
+        roster: Counts what each worker does.
+        lost: Workers that were lost at plans.
         numbers: Numbers for the executor that no job had yet.
         source: Where jobs come from.
     """
 
     executor: Executor
     scores: ScoreStore
-    deaths: dict[str, Crashes]
+    roster: Roster
+    lost: LostWorkers
     numbers: Iterator[int]
     source: JobSource[T]
     _live: dict[int, Job[T]] = field(default_factory=dict)
@@ -161,11 +169,12 @@ class _Shift(Generic[T]):
             job = self._again.popleft() if self._again else self.source.next_job()
             if job is None:
                 return bool(self._live)
-            if self._n_deaths(job) >= MAX_DEATHS:
-                self.source.failed(job, f"{self._n_deaths(job)} workers died at this plan")
+            if self.lost.is_hopeless(job.plan.digest):
+                n_died = self.lost.n_died(job.plan.digest)
+                self.source.failed(job, f"{n_died} workers died at this plan")
                 continue
             if not self._start(job):
-                self.source.finished(job)
+                self._finish(job)
         return True
 
     def handle(self) -> None:
@@ -175,19 +184,18 @@ class _Shift(Generic[T]):
                 job = self._live[number]
                 job.merge_s += result.merge_s
                 job.score_s += result.score_s
-                job.tries = 1
+                self.roster.scored(number, result)
                 self.scores.put(job.plan, result.scores)
                 to_do = self.scores.missing(job.plan, job.rounds)
                 if to_do and not self.source.goes_on(job):
                     self.executor.stop(number)
-                    del self._live[number]
-                    self.source.finished(job)
+                    self._finish(self._ended(number))
             case Finished(number) if number in self._live:
-                self.source.finished(self._live.pop(number))
+                self._finish(self._ended(number))
             case Failed(number, reason) if number in self._live:
-                self.source.failed(self._live.pop(number), reason)
+                self.source.failed(self._ended(number), reason)
             case Lost(number) as lost if number in self._live:
-                self._retry(self._live.pop(number), lost)
+                self._retry(self._ended(number, is_lost=True), lost)
 
     def stop(self) -> None:
         """Give up what is still run."""
@@ -200,26 +208,29 @@ class _Shift(Generic[T]):
         if not rounds or (len(rounds) < len(job.rounds) and not self.source.goes_on(job)):
             return False
         number = next(self.numbers)
-        job.tries += 1
+        self.lost.begin()
         self._live[number] = job
         self.executor.submit(number, job.plan, rounds)
+        self.roster.began(number)
         return True
 
+    def _ended(self, number: int, *, is_lost: bool = False) -> Job[T]:
+        """Return a job that is no longer run."""
+        job = self._live.pop(number)
+        self.roster.ended(number, is_trial=job.is_trial and not is_lost)
+        return job
+
+    def _finish(self, job: Job[T]) -> None:
+        self.lost.end(job.plan.digest)
+        self.source.finished(job)
+
     def _retry(self, job: Job[T], lost: Lost) -> None:
-        if not lost.was_begun and job.n_spared < MAX_SPARED:
-            job.n_spared += 1
-            job.tries -= 1
         if lost.was_begun:
             job.go_on_block_by_block()
-        if not lost.blameless:
-            n_blocks = len(self.scores.get(job.plan))
-            before = self.deaths.get(job.plan.digest, Crashes(0, n_blocks))
-            self.deaths[job.plan.digest] = before.again(n_blocks)
-        if job.tries >= MAX_TRIES or self._n_deaths(job) >= MAX_DEATHS:
-            self.source.failed(job, f"{lost.reason} ({job.tries} tries)")
+        digest, n_blocks = job.plan.digest, len(self.scores.get(job.plan))
+        n_lost = self.lost.lose(digest, n_blocks, blameless=lost.blameless)
+        if self.lost.is_hopeless(digest):
+            self.source.failed(job, f"{lost.reason} ({n_lost} workers in a row)")
             return
         _logger.warning("%s lost its worker, and is tried again: %s", job.name, lost.reason)
         self._again.append(job)
-
-    def _n_deaths(self, job: Job[T]) -> int:
-        return self.deaths.get(job.plan.digest, Crashes()).n

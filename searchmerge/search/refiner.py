@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from searchmerge.execution.executor import Differentiated, Executor, Failed, Finished, Lost
 from searchmerge.execution.gradient import LossResult
-from searchmerge.search.dispatch import MAX_SPARED, MAX_TRIES
+from searchmerge.search.crashes import LostWorkers
 from searchmerge.search.refine import Ask, Refined, Refinement
 
 _logger = logging.getLogger(__name__)
@@ -24,16 +24,12 @@ class _Going:
         name: Of the plan that it refines.
         refinement: What is sent the answer.
         ask: What it asked.
-        tries: How often that was given to a worker.
-        n_spared: How often that worker was found dead before it took the job up.
         result: The answer, once it has come.
     """
 
     name: str
     refinement: Refinement
     ask: Ask
-    tries: int = 0
-    n_spared: int = 0
     result: LossResult | None = None
 
 
@@ -41,7 +37,7 @@ class Refiner:
     """Runs refinements on an executor, each of them as far as it goes.
 
     What a lost worker was asked goes to another. A refinement whose model has no finite loss,
-    or at which ``MAX_TRIES`` workers were lost in a row, proposes nothing.
+    or whose plan kills its workers, proposes nothing.
 
     Args:
         executor: Computes losses and gradients.
@@ -53,6 +49,7 @@ class Refiner:
         self._live: dict[int, _Going] = {}
         self._waiting: deque[_Going] = deque()
         self._done: dict[str, Refined | None] = {}
+        self._lost = LostWorkers()
 
     def run(
         self,
@@ -87,7 +84,7 @@ class Refiner:
         """Give every free worker what is asked next."""
         while self._waiting and self._executor.n_free:
             going, number = self._waiting.popleft(), next(self._numbers)
-            going.tries += 1
+            self._lost.begin()
             self._live[number] = going
             self._executor.submit_gradient(number, *going.ask)
 
@@ -107,6 +104,8 @@ class Refiner:
         """Send the answer, and have the next question wait for a worker."""
         if going.result is None:
             raise RuntimeError(f"a worker ended without the gradient of {going.name}")
+        plan, _ = going.ask
+        self._lost.end(plan.digest)
         try:
             ask = going.refinement.send(going.result)
         except StopIteration as ended:
@@ -115,11 +114,10 @@ class Refiner:
             self._waiting.append(_Going(going.name, going.refinement, ask))
 
     def _retry(self, going: _Going, lost: Lost) -> None:
-        if not lost.was_begun and going.n_spared < MAX_SPARED:
-            going.n_spared += 1
-            going.tries -= 1
-        if going.tries >= MAX_TRIES:
-            self._give_up(going, f"{lost.reason} ({going.tries} tries)")
+        plan, _ = going.ask
+        n_lost = self._lost.lose(plan.digest, 0, blameless=lost.blameless)
+        if self._lost.is_hopeless(plan.digest):
+            self._give_up(going, f"{lost.reason} ({n_lost} workers in a row)")
             return
         _logger.warning("refining %s lost its worker, and goes on: %s", going.name, lost.reason)
         self._waiting.append(going)

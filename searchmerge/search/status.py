@@ -6,13 +6,14 @@ from typing import Any
 from optuna.trial import TrialState
 
 from searchmerge.search.directory import elapsed_of, records_of, stored_study
+from searchmerge.search.roster import read_roster
 from searchmerge.search.trials import best_of
 
 _N_BEST = 5
 
 
 def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
-    """Return counts of trials by state, seconds so far, and the best trials.
+    """Return counts of trials by state, seconds so far, the workers, and the best trials.
 
     The best are ranked as the study ranks them: of those that were scored in full, plans that
     keep the constraints alone, where there is one.
@@ -27,6 +28,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     with stored_study(run_dir, storage) as study:
         records, elapsed_s = records_of(study), elapsed_of(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    workers, workers_age_s = read_roster(run_dir)
     n_failed = sum(record.value is None for record in records)
     return {
         "study": study.study_name,
@@ -37,6 +39,8 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
         },
         "stopped_early": sum(record.stopped_after is not None for record in records),
         "elapsed_s": elapsed_s,
+        "workers": workers,
+        "workers_age_s": workers_age_s,
         "best": [
             {
                 "name": record.name,
@@ -70,4 +74,10 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
         marks = ["breaks a constraint"] * (not best["feasible"]) + [best["kind"]]
         line = f"  {best['name']:<11} {values}  {scores}  {', '.join(filter(None, marks))}"
         lines.append(line.rstrip())
+    if status["workers"]:
+        lines.append(f"workers, as they were {status['workers_age_s']:.0f} s ago:")
+    for worker in status["workers"]:
+        where = ", ".join(filter(None, (worker["node"], worker["device"])))
+        done = f"{worker['trials']} trials, {worker['examples_per_s']:.1f} examples/s"
+        lines.append(f"  {worker['name']:<11} {worker['doing']:<8} {done}  {where}".rstrip())
     return lines

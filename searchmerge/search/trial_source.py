@@ -11,7 +11,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Spending
 from searchmerge.search.candidates import candidates
 from searchmerge.search.directory import BEST_SO_FAR, StudyDirectory
-from searchmerge.search.dispatch import MAX_TRIES, Job
+from searchmerge.search.dispatch import Job
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
@@ -20,6 +20,7 @@ from searchmerge.search.trials import TrialRecord, begin, by_completion, count_c
 
 _logger = logging.getLogger(__name__)
 
+_MAX_CUT_OFF = 3  # runs that end abruptly in a row over a trial before it is given up
 _FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
 
 TrialJob = Job[optuna.Trial]
@@ -66,7 +67,7 @@ class TrialSource:
                 if self._directory.was_cut_off:
                     job.go_on_block_by_block()
                 return job
-            self.failed(job, f"{MAX_TRIES} runs ended abruptly while they were at it")
+            self.failed(job, f"{_MAX_CUT_OFF} runs ended abruptly while they were at it")
         if self._spending.is_over:
             return None
         return self._job(self._directory.study.ask())
@@ -116,13 +117,14 @@ class TrialSource:
         if not self._directory.was_cut_off:
             return False
         n_blocks = len(self._directory.scores.get(job.plan))
-        return count_cut_off(job.subject, n_blocks) >= MAX_TRIES
+        return count_cut_off(job.subject, n_blocks) >= _MAX_CUT_OFF
 
     def _job(self, trial: optuna.Trial) -> TrialJob:
         plan = self._space.suggest(trial)
         begin(trial, plan)
         self._spending.begin()
-        return Job(f"trial {trial.number}", plan, self._incumbents.rounds(), trial)
+        rounds = self._incumbents.rounds()
+        return Job(f"trial {trial.number}", plan, rounds, trial, is_trial=True)
 
     def _enter(self, record: TrialRecord) -> bool:
         """Compare later candidates with this one; return whether it is the best so far."""

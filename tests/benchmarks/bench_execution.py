@@ -28,7 +28,7 @@ from torch import nn
 
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import BlockScores, Round, make_blocks
-from searchmerge.execution.executor import Event, Executor, Finished, Scored
+from searchmerge.execution.executor import Event, Executor, Finished, Scored, WorkerState
 from searchmerge.execution.worker import RoundResult, Worker
 from searchmerge.plan import MergePlan
 from searchmerge.search.auto_space import auto_space
@@ -95,6 +95,14 @@ class Simulated:
     def tasks(self) -> dict[str, TaskInfo]:
         """Return the tasks."""
         return dict.fromkeys(EXPERTS, INFO)
+
+    def workers(self) -> list[WorkerState]:
+        """Return one for each job, called by its number."""
+        return [
+            WorkerState(f"worker {job}", "", "", "working", job)
+            for _, _, job, _, _ in self._due
+            if job not in self._stopped
+        ]
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Let a worker begin."""
@@ -229,7 +237,7 @@ def run(
     """Run a study; return its clock, its wall time and the CPU time of this process."""
     clock = Clock()
     with directory(setting) as opened:
-        dispatcher = Dispatcher(executor, opened.scores)
+        dispatcher = Dispatcher(executor, opened.scores, opened.run_dir)
         board = Scoreboard(SCHEDULE, opened.scores)
         runner = StudyRunner(opened, setting.space, board, dispatcher, {}, clock)
         cpu, start = time.process_time(), time.perf_counter()

@@ -1,7 +1,7 @@
-"""A study on Ray in a process of its own, to be killed: RUN_DIR N_TRIALS DELAY_S ADDRESS."""
+"""A study on Ray in a process of its own, to be killed."""
 
+import argparse
 import functools
-import sys
 from pathlib import Path
 
 from searchmerge.execution.ray.cluster import RaySettings
@@ -10,19 +10,29 @@ from tests.execution import workers
 from tests.search.conftest import Toy
 
 
-def main(run_dir, n_trials, delay_s, address):
-    notes = run_dir / "notes"
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("n_trials", type=int)
+    parser.add_argument("--address", default="local")
+    parser.add_argument("--delay-s", type=float, default=0.0, help="of each call of an evaluator")
+    parser.add_argument("--load-s", type=float, default=0.0, help="how long a worker loads")
+    parser.add_argument("--storage", help="as in a config")
+    parser.add_argument("--workers", type=int, help="as many as there is room for by default")
+    parser.add_argument("--cpus", type=float, default=0.5, help="of each worker")
+    given = parser.parse_args()
+    notes = given.run_dir / "notes"
     notes.mkdir(exist_ok=True)
-    study = Toy(run_dir)
+    study = Toy(given.run_dir, storage=given.storage)
     study.executor = RayExecutor(
-        functools.partial(workers.make, notes, delay_s),
-        RaySettings(address, workers=2, cpus=0.5),
+        functools.partial(workers.make, notes, given.delay_s, given.load_s),
+        RaySettings(given.address, given.workers, given.cpus),
     )
     try:
-        study.run(n_trials)
+        study.run(given.n_trials)
     finally:
         study.executor.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4])
+    main()

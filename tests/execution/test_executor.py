@@ -1,5 +1,6 @@
 """What every executor must do, in this process and on Ray."""
 
+import socket
 import time
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from searchmerge.execution.executor import (
     Finished,
     InProcessExecutor,
     Scored,
+    WorkerState,
 )
 from searchmerge.execution.gradient import LossRequest
 from searchmerge.search.refine import Material, Recipe, refinement
@@ -57,6 +59,15 @@ def test_it_knows_the_tasks(executor):
     assert {name: info.n_examples for name, info in executor.tasks().items()} == dict.fromkeys(
         EXPERTS, 40
     )
+
+
+def test_it_tells_what_its_worker_is_at(executor):
+    [worker] = executor.workers()
+    assert worker == WorkerState(worker.name, socket.gethostname(), "cpu", "idle")
+    executor.submit(7, plan(FINE), ROUNDS)
+    assert executor.workers() == [replace(worker, doing="working", job=7)]
+    until_it_ends(executor, 7)
+    assert executor.workers() == [worker]
 
 
 def test_a_job_gives_every_round_in_order_and_then_ends(executor):

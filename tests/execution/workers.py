@@ -1,10 +1,12 @@
 """Toy workers that misbehave on purpose; a worker's own process must be able to import them."""
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
+from searchmerge.errors import StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import make_blocks, make_rounds
 from searchmerge.execution.worker import Worker
@@ -43,6 +45,8 @@ class Misbehaving(ToyEvaluator):
     def score(self, model, task, examples):
         if self._folder is not None:
             self._note("at", f"{os.getpid()} {model.coefficients[0]}")
+            with (self._folder / f"scores-{os.getpid()}").open("a") as log:
+                print(json.dumps([time.time(), model.coefficients, task, examples]), file=log)
         if not {(task, example) for example in examples} <= FIRST_ROUND:
             self._misbehave(model.coefficients[0])
         time.sleep(self._delay_s)
@@ -70,8 +74,11 @@ class Misbehaving(ToyEvaluator):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def make(folder=None, delay_s=0.0):
-    """Load a toy worker."""
+def make(folder=None, delay_s=0.0, load_s=0.0):
+    """Load a toy worker, which notes in ``folder`` what it does."""
+    if load_s:
+        (folder / f"loads-{os.getpid()}").touch()
+        time.sleep(load_s)
     model = ToyModel()
     evaluator = Misbehaving(folder, delay_s)
     return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
@@ -91,6 +98,24 @@ def make_dying(folder: Path, n_deaths):
     return make()
 
 
+def make_slow(folder: Path, n_hangs):
+    """Hang as long as fewer than ``n_hangs`` workers have hung in ``folder``."""
+    n_hung = len(list(folder.iterdir()))
+    if n_hung < n_hangs:
+        (folder / f"hung-{n_hung}").touch()
+        time.sleep(3600)
+    return make()
+
+
+def make_missing(folder: Path):
+    """Load the first worker and from the third on; the second misses a file."""
+    n_asked = len(list(folder.iterdir()))
+    (folder / f"asked-{n_asked}").touch()
+    if n_asked == 1:
+        raise StudyError(f"{folder}/base: no such directory")
+    return make()
+
+
 def make_faulty(folder: Path, n_faults):
     """Find a broken device as long as fewer than ``n_faults`` workers have found one."""
     n_found = len(list(folder.iterdir()))
@@ -98,6 +123,15 @@ def make_faulty(folder: Path, n_faults):
         (folder / f"found-{n_found}").touch()
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
     return make()
+
+
+def scored(folder):
+    """Return when each call of an evaluator began, with its coefficients, task and examples."""
+    lines = [line for file in folder.glob("scores-*") for line in file.read_text().splitlines()]
+    return [
+        (at, tuple(coefficients), task, tuple(examples))
+        for at, coefficients, task, examples in map(json.loads, lines)
+    ]
 
 
 def busy(folder):

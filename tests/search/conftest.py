@@ -104,7 +104,7 @@ class Toy:
             self.directory,
             self.space,
             self.board,
-            Dispatcher(self.executor, self.directory.scores),
+            Dispatcher(self.executor, self.directory.scores, self.directory.run_dir),
             reference_plans(EXPERTS) if references is None else references,
             self.observer,
         )

@@ -6,7 +6,6 @@ import pytest
 
 from searchmerge.execution.executor import Differentiated, Failed, Finished, Lost
 from searchmerge.merging.method import default_plan
-from searchmerge.search.dispatch import MAX_TRIES
 from searchmerge.search.refine import refinement
 from searchmerge.search.refiner import Refiner
 from tests.search.test_refine import EXPERTS, GROUPS, MATERIAL, RECIPE, START, Bowl, run
@@ -79,15 +78,15 @@ def test_what_a_lost_worker_was_asked_goes_to_another(caplog):
 
 
 def test_one_at_which_workers_die_again_and_again_proposes_nothing(caplog):
-    deaths = [lambda job: Lost(job, "the worker died")] * MAX_TRIES
+    deaths = [lambda job: Lost(job, "the worker died")] * 3
     with caplog.at_level("WARNING"):
         proposed = Refiner(Workers(1, deaths)).run({"TIES": refinement(OTHER, RECIPE, MATERIAL)})
     assert proposed == {"TIES": None}
-    assert f"TIES cannot be refined: the worker died ({MAX_TRIES} tries)" in caplog.text
+    assert "TIES cannot be refined: the worker died (3 workers in a row)" in caplog.text
 
 
-def test_workers_that_were_dead_before_they_began_do_not_count():
-    deaths = [lambda job: Lost(job, "its node was taken away", was_begun=False)] * (MAX_TRIES + 2)
+def test_workers_whose_node_went_away_do_not_count():
+    deaths = [lambda job: Lost(job, "its node was taken away", blameless=True)] * 5
     refinements = {"TIES": refinement(OTHER, RECIPE, MATERIAL)}
     assert Refiner(Workers(1, deaths)).run(refinements) == {"TIES": alone()["TIES"]}
 

@@ -1,5 +1,7 @@
 """What is shown of a study is what the study would do."""
 
+import socket
+
 import pytest
 
 from searchmerge.search.candidates import best_candidates, candidates
@@ -33,8 +35,7 @@ def test_where_no_plan_keeps_the_constraints_that_is_said(toy):
         "mean", study.objective.goals, constraints=(Constraint("math", "score", 2.0),)
     )
     study.run(3, references={})
-    lines = describe_status(study.directory.run_dir)[1:]
-    assert len(lines) == 3
+    lines = describe_status(study.directory.run_dir)[1:4]
     assert all(line.endswith("breaks a constraint") for line in lines)
 
 
@@ -73,3 +74,27 @@ def test_a_trial_that_was_completed_after_the_search_is_shown_with_its_scores(to
     assert after["best"][0]["trial"] == stopped.number
     assert after["best"][0]["values"] == [2.0]
     assert after["stopped_early"] == before["stopped_early"]
+
+
+def test_each_worker_is_shown_with_its_node_and_what_it_has_done(toy):
+    study = toy()
+    study.run(6)
+    status = read_status(study.directory.run_dir)
+    [worker] = status["workers"]
+    assert (worker["name"], worker["node"]) == ("worker 1", socket.gethostname())
+    assert (worker["device"], worker["doing"], worker["trials"]) == ("cpu", "idle", 6)
+    assert worker["examples"] == len(study.evaluator.scored) * 4
+    assert worker["examples_per_s"] > 0
+    assert 0 <= status["workers_age_s"] < 60
+    *_, before, line = describe_status(study.directory.run_dir)
+    assert before.startswith("workers, as they were ")
+    assert line.startswith("  worker 1    idle     6 trials, ")
+    assert line.endswith(f" examples/s  {worker['node']}, cpu")
+
+
+def test_before_a_worker_has_worked_none_is_shown(toy):
+    study = toy()
+    study.directory.close()
+    status = read_status(study.directory.run_dir)
+    assert (status["workers"], status["workers_age_s"]) == ([], None)
+    assert len(describe_status(study.directory.run_dir)) == 1

@@ -1,6 +1,7 @@
 """The actor of one worker, and what it says."""
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,29 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """What a worker says once it has a node and begins to load.
+
+    Attributes:
+        node: Ray's name of it.
+        host: What its machine is called.
+    """
+
+    node: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a worker says once it can work."""
+    """What a worker says once it can work.
+
+    Attributes:
+        tasks: What the search must know of each task.
+        device: Where its model lies, in words.
+    """
 
     tasks: dict[str, TaskInfo]
-    node: str
+    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +60,16 @@ class RayWorker:
         os.environ.update(environment)
         self._worker: Worker | None = None
 
-    def load(self, make_worker: Callable[[], Worker]) -> Loaded:
-        """Load the model, which takes as long as it takes."""
-        self._worker = make_worker()
-        return Loaded(dict(self._worker.tasks()), ray.get_runtime_context().get_node_id())
+    def load(self, make_worker: Callable[[], Worker]) -> Iterator[Placed | Loaded]:
+        """Yield where it is, then load the model and yield what can be done with it."""
+        here = ray.get_runtime_context()
+        yield Placed(here.get_node_id(), socket.gethostname())
+        time.sleep(_REPORT_S)
+        worker = self._worker = make_worker()
+        numbers = ", ".join(here.get_accelerator_ids().get("GPU", ()))
+        yield Loaded(
+            dict(worker.tasks()), f"GPU {numbers} ({worker.device})" if numbers else worker.device
+        )
 
     def score(
         self, plan: MergePlan, rounds: Sequence[Round]

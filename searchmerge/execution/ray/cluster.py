@@ -5,7 +5,8 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -19,6 +20,8 @@ from searchmerge.errors import StudyError
 
 _logger = logging.getLogger(__name__)
 
+HEAD_SILENT_S = 30.0
+"""How long the head may be silent before the study stops; Ray itself ends the driver after 60."""
 _STORE_BYTES = 128 * 2**20  # only plans and scores go through the object store
 
 
@@ -33,7 +36,8 @@ class RaySettings:
         cpus: CPUs of each, more than 0.
         gpus: GPUs of each: below 1 several share one, above 1 each has several.
         deadline_s: Seconds that one round of a job may take; ``None`` to derive them from the
-            rounds seen so far (:class:`Deadline`).
+            rounds that were seen on the same node so far (:class:`Deadline`).
+        loading_s: Seconds that a worker may take to load.
     """
 
     address: str = "local"
@@ -41,6 +45,12 @@ class RaySettings:
     cpus: float = 1.0
     gpus: float = 0.0
     deadline_s: float | None = None
+    loading_s: float = 3600.0
+
+    @property
+    def needs(self) -> str:
+        """What each worker needs, in words."""
+        return amounts({"CPU": self.cpus, "GPU": self.gpus})
 
 
 def connect(address: str) -> bool:
@@ -79,13 +89,65 @@ def check_reachable(address: str) -> None:
     Raises:
         StudyError: If nothing listens there.
     """
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-    except OSError as error:
+    if (error := unreachable(address)) is not None:
         raise StudyError(
             f"ray.address {address}: no cluster answers there ({error}); "
             "`ray start --head` prints the address of one"
+        ) from error
+
+
+def unreachable(address: str, timeout_s: float = 10.0) -> OSError | None:
+    """Return why nothing can be reached at ``host:port``; ``None`` where something listens."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except OSError as error:
+        return error
+    return None
+
+
+class Head:
+    """The head of the cluster that this process has joined: without it, none goes on.
+
+    A head may be started anew and go on, so it is given time. Any call to it meanwhile would
+    hang, and after a minute end this process with no word of ours.
+
+    Args:
+        address: Where it listens, ``host:port``.
+        name: What the cluster is called in messages.
+        now: Returns the present second, on any clock that never goes back.
+    """
+
+    def __init__(self, address: str, name: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._address = address
+        self._name = name
+        self._now = now
+        self._silent_since: float | None = None
+
+    def answers(self) -> bool:
+        """Return whether the head can be asked anything at present.
+
+        Raises:
+            StudyError: If it has not answered for ``HEAD_SILENT_S``.
+        """
+        error = unreachable(self._address, timeout_s=2.0)
+        if error is None:
+            self._silent_since = None
+            return True
+        if self._silent_since is None:
+            self._silent_since = self._now()
+            _logger.warning(
+                "the Ray head of %s does not answer (%s); waiting for it, %g s at the most",
+                self._name,
+                error,
+                HEAD_SILENT_S,
+            )
+        if self._now() - self._silent_since < HEAD_SILENT_S:
+            return False
+        raise StudyError(
+            f"the Ray head of {self._name} died: nothing answers at {self._address} for "
+            f"{HEAD_SILENT_S:g} s ({error}); all that was scored is kept, and once Ray runs again "
+            "the same command goes on"
         ) from error
 
 
@@ -120,18 +182,6 @@ def _signals_held() -> Iterator[None]:
         restore()
     if held:
         signal.raise_signal(held[0])
-
-
-def count_room(settings: RaySettings) -> int:
-    """Return how many workers fit on the nodes there are, if nothing else runs on them."""
-    return sum(
-        min(
-            int(resources.get(name, 0.0) / need + 1e-9)
-            for name, need in (("CPU", settings.cpus), ("GPU", settings.gpus))
-            if need
-        )
-        for resources in (node["Resources"] for node in ray.nodes() if node["Alive"])
-    )
 
 
 def short(error: BaseException) -> str:

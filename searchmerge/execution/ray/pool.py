@@ -3,10 +3,10 @@
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import (
@@ -20,25 +20,33 @@ from searchmerge.errors import EvaluationError, SearchMergeError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.deadline import Deadline
-from searchmerge.execution.executor import Event, Failed, Finished, Lost, event_of
+from searchmerge.execution.executor import (
+    Event,
+    Failed,
+    Finished,
+    Lost,
+    WorkerState,
+    event_of,
+)
 from searchmerge.execution.gradient import LossRequest, LossResult
-from searchmerge.execution.ray.actor import Begun, Loaded, RayWorker
+from searchmerge.execution.ray.actor import Begun, Loaded, Placed, RayWorker
 from searchmerge.execution.ray.cluster import (
+    Head,
     RaySettings,
     amounts,
     connect,
-    count_room,
     place,
     short,
 )
+from searchmerge.execution.ray.nodes import MAX_LOAD_DEATHS, Nodes
 from searchmerge.execution.worker import RoundResult, Worker, is_device_fault
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)
 
-MAX_LOAD_DEATHS = 3
 _TEND_S = 5.0  # how often the pool is compared with the cluster
 _QUIET_S = 60.0  # how long nothing may be ready before a line says so
+_LONGEST_PAUSE_S = 60.0  # after a worker that died as it loaded
 _PASSED_ON = (
     "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE",
@@ -54,20 +62,43 @@ class Slot:
     """One actor of the pool.
 
     Attributes:
+        number: Its number among all that there were.
         actor: Ray's handle.
-        call: What is waited for: the end of loading, or a job's stream; ``None`` when idle.
+        call: What is waited for: the stream of loading, or of a job; ``None`` when idle.
         since: When it was last heard from, or asked for something.
-        node: Where it runs; empty until it has loaded.
+        node: Where it runs; empty until Ray has put it there.
+        host: What that node's machine is called.
+        device: Where its model lies; empty until it has loaded.
         job: What it works on.
         has_begun: Whether it took that job up.
     """
 
+    number: int
     actor: Any
     call: Any
     since: float
     node: str = ""
+    host: str = ""
+    device: str = ""
     job: int | None = None
     has_begun: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"worker {self.number}"
+
+    @property
+    def at(self) -> str:
+        """What it is called in messages: with its node."""
+        return f"{self.name} on {self.host}" if self.host else self.name
+
+    @property
+    def doing(self) -> Literal["waiting", "loading", "idle", "working"]:
+        """What it is at."""
+        if self.device:
+            return "idle" if self.call is None else "working"
+        return "loading" if self.node else "waiting"
 
     @property
     def is_free(self) -> bool:
@@ -78,9 +109,11 @@ class Slot:
 class RayExecutor:
     """Runs jobs on a pool of Ray actors; a dead one is replaced, a hung one is killed.
 
-    A worker that dies or hangs at a job ends it with ``Lost``. Workers that die as they load are
-    replaced after a pause; after ``MAX_LOAD_DEATHS`` in a row the pool makes do with one fewer,
-    and when none is left the study stops.
+    A worker that dies or hangs at a job ends it with ``Lost``. Workers that die or hang as they
+    load are replaced after a pause; after ``MAX_LOAD_DEATHS`` in a row on one node that node has
+    to do with fewer, and when none can be anywhere the study stops. The same where a worker can
+    not be loaded though another was, as a node may lack a file; before that it stops the study,
+    as does the head of the cluster where it does not come back.
 
     Args:
         make_worker: Loads a worker, in the actor's process; it must be picklable.
@@ -93,7 +126,7 @@ class RayExecutor:
     def __init__(self, make_worker: Callable[[], Worker], settings: RaySettings) -> None:
         self._make_worker = make_worker
         self._settings = settings
-        self._deadline = Deadline(settings.deadline_s)
+        self._deadlines: dict[str, Deadline] = {}  # by node, since some are slower than others
         self._actor_class: Any = ray.remote(
             num_cpus=settings.cpus,
             num_gpus=settings.gpus,
@@ -103,13 +136,16 @@ class RayExecutor:
         self._slots: list[Slot] = []
         self._ready: deque[tuple[Slot, Any]] = deque()
         self._tasks: dict[str, TaskInfo] | None = None
-        self._load_deaths = 0
-        self._spared = 0  # workers that the pool makes do without
+        self._n_asked = 0
         self._not_before = 0.0
         self._tended = -_TEND_S
+        self._is_up = True
         self._heard = time.monotonic()
+        self._nodes = Nodes(settings)
         self._owns_ray = connect(settings.address)
+        self._head = Head(ray.get_runtime_context().gcs_address, place(settings.address))
         try:
+            self._nodes.update(ray.nodes())
             self._check_room()
             self._tend()
         except BaseException:
@@ -130,6 +166,13 @@ class RayExecutor:
     def n_free(self) -> int:
         """How many workers are ready and have no job."""
         return sum(slot.is_free for slot in self._slots)
+
+    def workers(self) -> list[WorkerState]:
+        """Return each worker as it is now, those that still wait for room or load included."""
+        return [
+            WorkerState(slot.name, slot.host, slot.device, slot.doing, slot.job)
+            for slot in self._slots
+        ]
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job on a free worker."""
@@ -174,7 +217,7 @@ class RayExecutor:
                     continue
                 was_loading = slot.job is None
                 event = self._advance(slot)
-                if event is not None or was_loading:
+                if event is not None or (was_loading and slot.is_free):
                     return event
             elif time.monotonic() >= until:
                 return None
@@ -208,7 +251,7 @@ class RayExecutor:
         """Take what a slot has to say."""
         self._heard = slot.since = time.monotonic()
         if slot.job is None:
-            self._finish_loading(slot)
+            self._go_on_loading(slot)
             return None
         job = slot.job
         try:
@@ -226,47 +269,63 @@ class RayExecutor:
                 slot.has_begun = True
                 return None
             case RoundResult() | LossResult():
-                self._deadline.saw(message.seconds)
+                self._deadline(slot).saw(message.seconds)
                 return event_of(job, message)
         return self._lose(slot, str(message), blameless=False)
 
-    def _finish_loading(self, slot: Slot) -> None:
+    def _deadline(self, slot: Slot) -> Deadline:
+        return self._deadlines.setdefault(slot.node, Deadline(self._settings.deadline_s))
+
+    def _go_on_loading(self, slot: Slot) -> None:
+        """Take what a slot says as it loads: where it is, and that it has loaded."""
         try:
-            loaded: Loaded = ray.get(slot.call)
+            message = ray.get(next(slot.call))
         except RayTaskError as error:
-            if not is_device_fault(error.cause):
+            is_fault = is_device_fault(error.cause)  # another device may do
+            if self._tasks is None and not is_fault:
                 _raise_load_error(error)
-            ray.kill(slot.actor)  # another device may do
-            self._lose_loading(slot, f"the device failed: {error.cause}", blameless=False)
+            failed = "the device failed" if is_fault else "it cannot be loaded there"
+            self._lose_loading(slot, f"{failed}: {short(error.cause)}", blameless=False)
             return
         except RayError as error:
             self._lose_loading(slot, *self._autopsy(slot, error))
             return
-        slot.call, slot.node = None, loaded.node
-        self._load_deaths = 0
-        self._tasks = loaded.tasks
+        match message:
+            case Placed(node, host):
+                slot.node, slot.host = node, host
+            case Loaded(tasks, device):
+                slot.call, slot.device, self._tasks = None, device, tasks
+                self._nodes.loaded(slot.node)
 
     def _lose_loading(self, slot: Slot, reason: str, blameless: bool) -> None:  # noqa: FBT001
-        slot.call = None
-        self._slots.remove(slot)
-        _logger.warning("a worker was lost as it loaded: %s", reason)
+        self._drop(slot)
+        _logger.warning("%s was lost as it loaded: %s", slot.at, reason)
         if blameless:
             return
-        self._load_deaths += 1
-        self._not_before = time.monotonic() + 2.0 ** (self._load_deaths - 1)
-        if self._load_deaths < MAX_LOAD_DEATHS:
-            return
-        self._load_deaths = 0
-        self._spared += 1
-        if not self._slots:
-            raise StudyError(f"{MAX_LOAD_DEATHS} workers died as they loaded; the last: {reason}")
-        _logger.warning("going on with %d workers", len(self._slots))
+        n_died = self._nodes.died_loading(slot.node, self._n_at()[slot.node])
+        pause = min(2.0 ** (n_died - 1), _LONGEST_PAUSE_S)
+        self._not_before = time.monotonic() + pause
+        is_hopeless = n_died >= MAX_LOAD_DEATHS and not (slot.node and self._nodes.room)
+        if is_hopeless and not any(other.node for other in self._slots):
+            told = f"{n_died} workers died as they loaded; the last: {slot.at}: {reason}"
+            raise StudyError(told)
+
+    def _n_at(self) -> Counter[str]:
+        """Return how many workers each node has."""
+        return Counter(slot.node for slot in self._slots if slot.node)
 
     def _lose(self, slot: Slot, reason: str, blameless: bool) -> Lost | None:  # noqa: FBT001
-        job, slot.call = slot.job, None
+        job = slot.job
+        self._drop(slot)
+        if job is None:
+            return None
+        return Lost(job, f"{slot.at}: {reason}", blameless, slot.has_begun)
+
+    def _drop(self, slot: Slot) -> None:
+        """Make sure that a worker is dead, and let its place be taken."""
+        slot.call = None
         self._slots.remove(slot)
         ray.kill(slot.actor)
-        return None if job is None else Lost(job, reason, blameless, slot.has_begun)
 
     def _autopsy(self, slot: Slot, error: RayError) -> tuple[str, bool]:
         """Return what a worker died of, and whether the job cannot have caused it.
@@ -274,11 +333,13 @@ class RayExecutor:
         Raises:
             StudyError: If Ray itself died on the one machine there is.
         """
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if not alive and self._settings.address == "local":
+        if not self._head.answers():
+            return "the head of the cluster cannot be reached", True
+        self._nodes.update(ray.nodes())
+        if not self._nodes and self._settings.address == "local":
             raise StudyError("Ray died on this machine; the same command starts it again")
         if (isinstance(error, ActorDiedError) and error.preempted) or (
-            slot.node and slot.node not in alive
+            slot.node and slot.node not in self._nodes
         ):
             return "its node was taken away", True
         if isinstance(error, ActorUnavailableError):  # Ray hears of a dead process within a second
@@ -287,49 +348,68 @@ class RayExecutor:
 
     def _kill_late(self) -> Lost | None:
         """Kill a worker that is past its deadline, however busy the others are."""
-        latest = time.monotonic() - self._deadline.seconds
-        for slot in self._slots:
-            if slot.job is None or slot.since >= latest:
+        now = time.monotonic()
+        for slot in list(self._slots):
+            if slot.doing in ("waiting", "idle") or now - slot.since <= self._allowed_s(slot):
                 continue
             if ray.wait([slot.call], timeout=0, fetch_local=False)[0]:
                 continue  # it has something to say; it was this process that was late
-            reason = f"no round within {self._deadline}"
-            return self._lose(slot, reason, blameless=not slot.has_begun)
+            if slot.doing == "working":
+                reason = f"no round within {self._deadline(slot)}"
+                return self._lose(slot, reason, blameless=not slot.has_begun)
+            allowed = f"{self._settings.loading_s:g} s; ray.loading_deadline of the config"
+            self._lose_loading(slot, f"not loaded within {allowed}", blameless=False)
         return None
+
+    def _allowed_s(self, slot: Slot) -> float:
+        """Return how long a worker may be silent at what it is doing."""
+        is_loading = slot.doing == "loading"
+        return self._settings.loading_s if is_loading else self._deadline(slot).seconds
 
     def _tend(self) -> None:
         """Start workers that are missing, and say so where nothing is ready for long."""
         now = time.monotonic()
-        n_wanted = self._n_wanted(now)
-        while len(self._slots) < n_wanted and now >= self._not_before:
-            environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-            actor = self._actor_class.remote(environment)
-            self._slots.append(Slot(actor, actor.load.remote(self._make_worker), now))
-        if any(slot.node for slot in self._slots):
+        if now - self._tended >= (_TEND_S if self._is_up else _TEND_S / 5):
+            self._tended, self._is_up = now, self._head.answers()
+            if self._is_up:
+                self._nodes.update(ray.nodes())
+        if not self._is_up:
+            return
+        while len(self._slots) < self._n_wanted() and now >= self._not_before:
+            if not self._head.answers():
+                return
+            self._ask_for_worker(now)
+        if any(slot.device for slot in self._slots):
             self._heard = max(self._heard, now - _QUIET_S)
         elif now - self._heard > _QUIET_S:
             self._heard = now
             _logger.warning(
                 "no worker is ready yet: %d are asked for, each with %s; the cluster has %s free",
                 len(self._slots),
-                self._needs(),
+                self._settings.needs,
                 amounts(ray.available_resources()),
             )
 
-    def _n_wanted(self, now: float) -> int:
-        if self._settings.workers is not None:
-            return self._settings.workers - self._spared
-        if now - self._tended >= _TEND_S:
-            self._tended, self._room = now, count_room(self._settings)
-        return max(1, self._room - self._spared)
+    def _ask_for_worker(self, now: float) -> None:
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        options: dict[str, Any] = {}
+        if full := self._nodes.full(self._n_at()):
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(full)})"}
+        actor = self._actor_class.options(**options).remote(environment)
+        loading = actor.load.options(num_returns="streaming").remote(self._make_worker)
+        self._n_asked += 1
+        self._slots.append(Slot(self._n_asked, actor, loading, now))
+
+    def _n_wanted(self) -> int:
+        return self._settings.workers or max(1, self._nodes.room)
 
     def _check_room(self) -> None:
-        room = count_room(self._settings)
+        room = self._nodes.room
         wanted = self._settings.workers or 1
         if room >= wanted:
             return
         shortage = (
-            f"{wanted} workers of {self._needs()} each were asked for; "
+            f"{wanted} workers of {self._settings.needs} each were asked for; "
             f"{place(self._settings.address)} has {amounts(ray.cluster_resources())}, "
             f"room for {room}"
         )
@@ -338,9 +418,6 @@ class RayExecutor:
                 f"{shortage}; lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker"
             )
         _logger.warning("%s; the others start when nodes join", shortage)
-
-    def _needs(self) -> str:
-        return amounts({"CPU": self._settings.cpus, "GPU": self._settings.gpus})
 
 
 def _judge(job: int, error: RayTaskError) -> Failed:

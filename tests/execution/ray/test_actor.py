@@ -1,11 +1,13 @@
 """What the actor of one worker says, called here and without Ray's processes."""
 
+import functools
 import os
+import socket
 
 import pytest
 
 from searchmerge.errors import DeviceFault
-from searchmerge.execution.ray.actor import Begun, Loaded, RayWorker
+from searchmerge.execution.ray.actor import Begun, Loaded, Placed, RayWorker
 from searchmerge.execution.worker import RoundResult
 from tests.execution import workers
 from tests.execution.workers import DEVICE_FAULT, FINE, ROUNDS, plan
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture
 def actor(cluster):
     actor = RayWorker({})
-    actor.load(workers.make)
+    assert list(actor.load(workers.make))
     return actor
 
 
@@ -27,14 +29,23 @@ def test_it_passes_the_drivers_environment_on(monkeypatch):
     assert os.environ["SEARCHMERGE_TEST_SWITCH"] == "after"
 
 
-def test_once_loaded_it_tells_its_tasks_and_its_node(cluster):
-    loaded = RayWorker({}).load(workers.make)
+def test_it_says_where_it_is_and_once_loaded_its_tasks_and_its_device(cluster):
+    placed, loaded = RayWorker({}).load(workers.make)
+    assert placed.host == socket.gethostname()
+    assert len(placed.node) == 56
+    assert int(placed.node, 16)
     assert isinstance(loaded, Loaded)
+    assert loaded.device == "cpu"
     assert {name: info.n_examples for name, info in loaded.tasks.items()} == dict.fromkeys(
         EXPERTS, 40
     )
-    assert len(loaded.node) == 56
-    assert int(loaded.node, 16)
+
+
+def test_it_says_where_it_is_before_it_loads(cluster):
+    loading = RayWorker({}).load(functools.partial(workers.make_broken, KeyError("no layer")))
+    assert isinstance(next(loading), Placed)
+    with pytest.raises(KeyError, match="no layer"):
+        next(loading)
 
 
 def test_a_job_begins_and_gives_the_workers_rounds(actor):

@@ -1,4 +1,4 @@
-"""How much room a cluster has, and what is said of it."""
+"""Joining a cluster, whether its head is there, and what is said of it."""
 
 import socket
 
@@ -6,31 +6,17 @@ import pytest
 
 from searchmerge.errors import StudyError
 from searchmerge.execution.ray.cluster import (
+    HEAD_SILENT_S,
+    Head,
     RaySettings,
     amounts,
     check_reachable,
     connect,
-    count_room,
     place,
     short,
 )
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.mark.parametrize(
-    ("settings", "room"),
-    [
-        (RaySettings(), 4),
-        (RaySettings(cpus=0.5), 8),
-        (RaySettings(cpus=0.1), 40),
-        (RaySettings(cpus=3.0), 1),
-        (RaySettings(cpus=5.0), 0),
-        (RaySettings(gpus=0.5), 0),
-    ],
-)
-def test_there_is_room_for_as_many_as_the_scarcest_resource_allows(cluster, settings, room):
-    assert count_room(settings) == room
 
 
 def test_a_process_connects_once(cluster):
@@ -77,3 +63,56 @@ def test_an_address_is_reachable_where_something_listens():
         StudyError, match=rf"ray\.address {address}: no cluster answers there \(.*"
     ):
         check_reachable(address)
+
+
+def test_what_a_worker_needs_is_said_in_words():
+    assert RaySettings(cpus=2.0, gpus=0.5).needs == "2 CPUs and 0.5 GPUs"
+
+
+class Listening:
+    """Something that listens at an address, or not."""
+
+    def __init__(self):
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._name = self._server.getsockname()
+        self.address = f"127.0.0.1:{self._name[1]}"
+
+    def stop(self):
+        self._server.close()
+
+    def start(self):
+        self._server = socket.create_server(self._name)
+
+
+@pytest.fixture
+def listening():
+    listening = Listening()
+    yield listening
+    listening.stop()
+
+
+def test_a_head_that_comes_back_is_waited_for(listening, caplog):
+    seconds = iter((0.0, HEAD_SILENT_S - 1, 100.0, 100.0, 101.0))
+    head = Head(listening.address, "the cluster", lambda: next(seconds))
+    assert head.answers()
+    listening.stop()
+    assert not head.answers()
+    assert "the Ray head of the cluster does not answer" in caplog.text
+    listening.start()
+    assert head.answers()
+    listening.stop()
+    assert not head.answers()  # the time counts anew
+    assert not head.answers()
+
+
+def test_a_head_that_does_not_come_back_ends_the_study_in_one_message(listening):
+    seconds = iter((5.0, 5.0, 5.0 + HEAD_SILENT_S))
+    head = Head(listening.address, "this machine", lambda: next(seconds))
+    listening.stop()
+    assert not head.answers()
+    with pytest.raises(
+        StudyError,
+        match=rf"^the Ray head of this machine died: nothing answers at {listening.address} for "
+        r"30 s .*the same command goes on$",
+    ):
+        head.answers()

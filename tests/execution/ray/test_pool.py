@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from searchmerge.errors import SpecError, StudyError
-from searchmerge.execution.executor import Finished, Lost, Scored
+from searchmerge.execution.executor import Finished, Lost, Scored, WorkerState
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
 from tests.execution import workers
 from tests.execution.conftest import STORE_BYTES
@@ -20,6 +21,7 @@ from tests.execution.workers import DEVICE_FAULT, DIES, FINE, HANGS, ROUNDS, STO
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
+HOST = socket.gethostname()
 
 
 @pytest.fixture
@@ -84,13 +86,13 @@ def test_a_worker_that_is_killed_in_a_block_is_replaced_and_its_job_goes_on(pool
     assert set(workers.busy(notes)) != {pid}
 
 
-def test_a_plan_that_kills_two_workers_is_not_tried_again_and_the_others_go_on(pool, store):
+def test_a_plan_that_kills_three_workers_is_not_tried_again_and_the_others_go_on(pool, store):
     source = jobs(FINE, DIES, FINE, FINE)
     Dispatcher(pool(), store).run(source)
     assert {job.name for job in source.done} == {"job 0", "job 2", "job 3"}
     assert list(source.failures) == ["job 1"]
     assert "worker process has died" in source.failures["job 1"]
-    assert source.failures["job 1"].endswith("(2 tries)")
+    assert source.failures["job 1"].endswith("(3 workers in a row)")
 
 
 def test_a_device_fault_ends_its_worker_and_is_the_reason(pool, store):
@@ -98,7 +100,7 @@ def test_a_device_fault_ends_its_worker_and_is_the_reason(pool, store):
     Dispatcher(pool(workers=1), store).run(source)
     assert [job.name for job in source.done] == ["job 1"]
     assert "CUDA error: an illegal memory access" in source.failures["job 0"]
-    assert source.failures["job 0"].endswith("(2 tries)")
+    assert source.failures["job 0"].endswith("(3 workers in a row)")
 
 
 @pytest.mark.parametrize("kind", [HANGS, STOPS], ids=["it sleeps", "it is stopped by a signal"])
@@ -109,7 +111,7 @@ def test_a_worker_that_hangs_past_its_deadline_is_killed(pool, notes, kind):
     wait_for(lambda: workers.busy(notes))
     [pid] = workers.busy(notes)
     *_, lost = until_it_ends(executor, 1)
-    assert lost.reason == "no round within its deadline (1 s)"
+    assert lost.reason == f"worker 1 on {HOST}: no round within its deadline (1 s)"
     assert not lost.blameless
     wait_for(lambda: pid not in workers.busy(notes))
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free)
@@ -135,6 +137,7 @@ def test_a_worker_that_hangs_is_killed_however_busy_the_others_are(pool, notes):
     executor = pool(functools.partial(workers.make, notes, 0.02), workers=2, deadline_s=1.0)
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
     executor.submit(0, plan(HANGS), ROUNDS)
+    [hanging] = [worker.name for worker in executor.workers() if worker.job == 0]
     events, give_up = [], time.monotonic() + 30
     for number in itertools.count(1):
         executor.submit(number, plan(FINE), ROUNDS)
@@ -142,7 +145,7 @@ def test_a_worker_that_hangs_is_killed_however_busy_the_others_are(pool, notes):
         if Lost in map(type, events):
             break
         assert time.monotonic() < give_up, "it was not killed"
-    assert Lost(0, "no round within its deadline (1 s)") in events
+    assert Lost(0, f"{hanging} on {HOST}: no round within its deadline (1 s)") in events
 
 
 def test_a_job_behind_one_that_was_stopped_and_hangs_is_not_to_blame(pool, notes):
@@ -154,10 +157,11 @@ def test_a_job_behind_one_that_was_stopped_and_hangs_is_not_to_blame(pool, notes
     executor.stop(1)
     executor.submit(2, plan(FINE), ROUNDS)
     [lost] = until_it_ends(executor, 2)
-    assert lost == Lost(2, "no round within its deadline (1 s)", blameless=True, was_begun=False)
+    reason = f"worker 1 on {HOST}: no round within its deadline (1 s)"
+    assert lost == Lost(2, reason, blameless=True, was_begun=False)
 
 
-def test_a_job_outlives_more_dead_idle_workers_than_it_has_tries(pool, store, notes):
+def test_a_job_outlives_more_dead_idle_workers_than_may_die_at_it(pool, store, notes):
     executor = pool(functools.partial(workers.make, notes), workers=4)
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 4)
     for number in range(4):
@@ -170,7 +174,7 @@ def test_a_job_outlives_more_dead_idle_workers_than_it_has_tries(pool, store, no
     wait_for(lambda: not workers.busy(notes))
     source = jobs(FINE)
     Dispatcher(executor, store).run(source)
-    assert [(job.name, job.tries) for job in source.done] == [("job 0", 1)]
+    assert [job.name for job in source.done] == ["job 0"]
 
 
 def test_a_worker_that_finds_a_broken_device_is_replaced(pool, notes):
@@ -181,7 +185,9 @@ def test_a_worker_that_finds_a_broken_device_is_replaced(pool, notes):
 
 def test_devices_that_are_all_broken_stop_the_study(pool, notes):
     executor = pool(functools.partial(workers.make_faulty, notes, 99), workers=1)
-    with pytest.raises(StudyError, match=r"3 workers died as they loaded; the last: .*ECC error"):
+    with pytest.raises(
+        StudyError, match=r"3 workers died as they loaded; the last: worker 3 on .*ECC"
+    ):
         executor.tasks()
 
 
@@ -197,6 +203,19 @@ def test_a_wrong_input_that_only_a_worker_sees_is_told_in_its_own_words(pool):
         executor.tasks()
 
 
+def test_a_node_that_lacks_a_file_is_named_and_does_not_stop_a_study_that_runs(
+    pool, notes, caplog
+):
+    executor = pool(functools.partial(workers.make_missing, notes), workers=1)
+    executor.tasks()
+    executor.submit(1, plan(DIES), ROUNDS)
+    assert isinstance(until_it_ends(executor, 1)[-1], Lost)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free)
+    told = f"worker 2 on {HOST} was lost as it loaded: it cannot be loaded there: "
+    assert f"{told}{notes}/base: no such directory" in caplog.text
+    assert [worker.name for worker in executor.workers()] == ["worker 3"]
+
+
 def test_workers_that_die_as_they_load_are_replaced(pool, notes):
     executor = pool(functools.partial(workers.make_dying, notes, 1), workers=1)
     assert executor.tasks()
@@ -205,8 +224,31 @@ def test_workers_that_die_as_they_load_are_replaced(pool, notes):
 
 def test_workers_that_always_die_as_they_load_stop_the_study(pool, notes):
     executor = pool(functools.partial(workers.make_dying, notes, 99), workers=1)
-    with pytest.raises(StudyError, match=r"3 workers died as they loaded; the last: the worker"):
+    told = r"3 workers died as they loaded; the last: worker 3 on \S+: the worker died"
+    with pytest.raises(StudyError, match=told):
         executor.tasks()
+
+
+def test_a_worker_that_hangs_as_it_loads_is_named_and_replaced(pool, notes, caplog):
+    executor = pool(functools.partial(workers.make_slow, notes, 1), workers=1, loading_s=1.0)
+    assert executor.tasks()
+    assert f"worker 1 on {HOST} was lost as it loaded: not loaded within 1 s" in caplog.text
+    [worker] = executor.workers()
+    assert worker == WorkerState("worker 2", HOST, "cpu", "idle")
+
+
+def test_it_tells_what_each_worker_is_at(pool, notes):
+    executor = pool(functools.partial(workers.make, notes), workers=3, cpus=2.0, address="auto")
+    assert {(worker.doing, worker.device) for worker in executor.workers()} == {("waiting", "")}
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
+    executor.submit(5, plan(HANGS), ROUNDS)
+    told = [
+        (worker.node, worker.device, worker.doing, worker.job) for worker in executor.workers()
+    ]
+    assert told.count((HOST, "cpu", "idle", None)) == 1
+    assert told.count((HOST, "cpu", "working", 5)) == 1
+    assert told.count(("", "", "waiting", None)) == 1
+    assert len({worker.name for worker in executor.workers()}) == 3
 
 
 def test_more_workers_than_there_is_room_for_are_refused_with_what_there_is(pool):
@@ -257,7 +299,7 @@ def test_a_job_whose_node_is_taken_away_is_not_to_blame(pool, cluster, notes):
     wait_for(lambda: workers.busy(notes))
     cluster.remove_node(node, allow_graceful=False)
     *_, lost = until_it_ends(executor, 1)
-    assert lost.reason in ("its node was taken away", "its node cannot be reached")
+    assert lost.reason.endswith(("its node was taken away", "its node cannot be reached"))
     assert lost.blameless
 
 

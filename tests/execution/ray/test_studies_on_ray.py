@@ -2,13 +2,20 @@
 
 import json
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 import yaml
 
+from searchmerge.errors import StudyError
+from searchmerge.search.status import read_status
+from tests.execution.conftest import STORE_BYTES
 from tests.tiny import make_models, make_study
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
+RUN = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()", "run"]
 CONFIGS = {
     "local": {"threads": 1},
     "ray": {"executor": "ray", "threads": 1, "ray": {"workers": 2, "cpus_per_worker": 0.5}},
@@ -48,3 +55,69 @@ def test_two_ray_workers_find_what_one_process_does(cluster, searchmerge, tmp_pa
     ]
     assert results[0]["verdict"] == results[1]["verdict"]
     assert results[0]["winner"] == results[1]["winner"]
+
+
+@pytest.fixture
+def start_cluster():
+    """Start clusters of one node with two CPUs, which are gone after the test."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    clusters = []
+
+    def start():
+        clusters.append(Cluster(initialize_head=True, head_node_args=node))
+        return clusters[-1]
+
+    yield start
+    for cluster in clusters:
+        cluster.shutdown()
+
+
+class Command:
+    """A study on a cluster that is searched until it is told to end."""
+
+    def __init__(self, folder):
+        make_models(folder)
+        search = {"sampler": "random", "n_trials": 9999, "round_blocks": 1, "racing": "off"}
+        make_study(folder, name="tiny", search=search)
+        self._folder = folder
+
+    def run(self, cluster, *words):
+        ray = {"address": cluster.address, "workers": 1}
+        config = {"executor": "ray", "threads": 1, "ray": ray, "storage": "journal:study.journal"}
+        (self._folder / "config.yaml").write_text(yaml.safe_dump(config))
+        command = [*RUN, "study.yaml", "--config", "config.yaml", *words]
+        return subprocess.Popen(command, cwd=self._folder, stderr=subprocess.PIPE, text=True)
+
+    def n_complete(self):
+        try:
+            return read_status(self._folder / "runs" / "tiny")["trials"]["complete"]
+        except StudyError:  # it is not begun
+            return 0
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_ends_the_run_in_one_message_and_the_study_goes_on(
+    start_cluster, tmp_path
+):
+    command, cluster = Command(tmp_path), start_cluster()
+    process, address = command.run(cluster), cluster.address
+    wait_for(lambda: command.n_complete() >= 2, seconds=120)
+    cluster.head_node.kill_gcs_server()
+    _, err = process.communicate(timeout=120)
+    last = err.splitlines()[-1]
+    place = f"the Ray head of the cluster ({address})"
+    assert err.count(f"WARNING searchmerge.execution.ray.cluster: {place} does not answer") == 1
+    assert last.startswith(f"error: {place} died: nothing answers at {address} for 30 s")
+    assert last.endswith("once Ray runs again the same command goes on")
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    assert process.returncode == 2
+    n_before = command.n_complete()
+
+    process = command.run(start_cluster(), "--set", f"search.n_trials={n_before + 3}")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert f"search ({n_before + 3}, {n_before} done before)" in err
+    assert command.n_complete() == n_before + 3
