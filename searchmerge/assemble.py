@@ -118,6 +118,8 @@ def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Eval
         head=functools.partial(expert_head, study, models),
         trust_remote_code=study.spec.trust_remote_code,
         base_dir=None if models.base.extension else models.base.path,
+        seed=study.spec.search.seed,
+        is_graded=study.spec.scores == "graded",
     )
     evaluators: dict[str, Evaluator] = {}
     for name, kind in study.spec.kinds.items():

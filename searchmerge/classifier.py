@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from searchmerge.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint
 from searchmerge.checkpoints.files import read_json
+from searchmerge.checkpoints.model_config import pools_by_padding
 from searchmerge.checkpoints.renames import head_names
 from searchmerge.checkpoints.resident import labelled, load_resident
 from searchmerge.errors import CheckpointError, SpecError
 from searchmerge.evaluators.heads import PooledClassifier, Pooling, model_head, pooled_head
+from searchmerge.evaluators.inputs import Processors
 
 HEADS_DIR = "heads"
 """The folder of a saved model that holds ``<expert>.safetensors`` and ``<expert>.json``."""
@@ -94,6 +96,7 @@ def load_classifier(
 
     Called with what the tokenizer or image processor in ``model_dir`` gives, it returns an
     object with ``logits``, ``(n_examples, n_classes)``; ``config.id2label`` names the classes.
+    Texts may be padded with any token where ``attention_mask`` says so.
 
     Args:
         model_dir: A model that a study or ``searchmerge merge`` has saved.
@@ -125,6 +128,8 @@ def load_classifier(
         raise CheckpointError(str(error)) from error
     model = _loaded(encoder, head, device)
     _write_head(model, {needed[name]: head.tensors[name] for name in needed}, where)
+    if pools_by_padding(model):
+        _pad_as_masked(model, encoder)
     return model
 
 
@@ -159,6 +164,30 @@ def _loaded(encoder: Checkpoint, head: SavedHead, device: str) -> nn.Module:
         auto_class=str(head.model_class),
         loading={} if head.pooling or not head.labels else labelled(head.labels),
     )
+
+
+def _pad_as_masked(model: Any, encoder: Checkpoint) -> None:
+    """Let a decoder, which classifies the last token that is not padding, find padding.
+
+    It is known by its id; what a mask hides becomes that. Where the configuration names none, it
+    is what it was when the study scored it.
+    """
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        trusts = encoder.trust_remote_code
+        processors = Processors(encoder.tokenizer_dir, None, trust_remote_code=trusts)
+        config.pad_token_id = processors.pad_token_id
+
+    def fill(
+        _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        tokens, mask = given.get("input_ids"), given.get("attention_mask")
+        if tokens is None or mask is None:
+            return None
+        filled = tokens.masked_fill(mask == 0, config.pad_token_id)
+        return args, {**given, "input_ids": filled}
+
+    model.register_forward_pre_hook(fill, with_kwargs=True)
 
 
 @torch.no_grad()

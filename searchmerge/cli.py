@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from searchmerge.machine import use_allowed_cores, wait_asleep
 
 if TYPE_CHECKING:
     from searchmerge.config import RunConfig
+    from searchmerge.report.results import Results
     from searchmerge.study import Study as StudyValue
 
 app = typer.Typer(
@@ -30,6 +32,7 @@ app = typer.Typer(
 )
 _out = Console(markup=False, emoji=False, highlight=False)  # names are shown, not obeyed
 _err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+_WIDTH_OF_A_FILE = 160
 _SIGNALLED = 128  # plus the signal's number, as a shell says it
 
 Study = Annotated[Path, typer.Argument(help="A study file, or the folder of a study.yaml.")]
@@ -99,8 +102,7 @@ def _run(study: "StudyValue", config: "RunConfig", run_dir: Path, *, search: boo
     except Stopped as stopped:
         _print_stopped(run_dir, config.storage)
         raise typer.Exit(_SIGNALLED + stopped.number) from None
-    _print_table(*results.table(), bold=results.winner)
-    _out.print(results.verdict, soft_wrap=True)
+    _print_results(results)
     _out.print(f"Report, plans and model are in {run_dir}.", soft_wrap=True)
 
 
@@ -142,8 +144,7 @@ def report(
 
     results = Results.load(run_dir)
     results.save(run_dir)
-    _print_table(*results.table(), bold=results.winner)
-    _out.print(results.verdict, soft_wrap=True)
+    _print_results(results)
     _out.print(f"Written: {run_dir / REPORT_FILE}", soft_wrap=True)
 
 
@@ -273,12 +274,39 @@ def _pair(text: str, option: str) -> tuple[str, str]:
     return key, value
 
 
+def _print_results(results: "Results") -> None:
+    """Print the table, in parts where it is wider than the terminal, and what it says."""
+    for header, cells in _in_parts(*results.table(), _width()):
+        _print_table(header, cells, bold=results.winner)
+    _out.print(results.legend, soft_wrap=True)
+    _out.print(results.verdict, soft_wrap=True)
+
+
+def _in_parts(
+    header: list[str], cells: list[list[str]], width: int
+) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Yield a table as tables that fit the width, each with the first column."""
+    lines = [header, *cells]
+    widths = [3 + max(cell_len(printable(line[c])) for line in lines) for c in range(len(header))]
+    shown = [0]
+    for column in range(1, len(header)):
+        if len(shown) > 1 and 1 + sum(widths[c] for c in [*shown, column]) > width:
+            yield [header[c] for c in shown], [[row[c] for c in shown] for row in cells]
+            shown = [0]
+        shown.append(column)
+    yield [header[c] for c in shown], [[row[c] for c in shown] for row in cells]
+
+
+def _width() -> int:
+    """Return how wide tables may be."""
+    return _out.width if _out.is_terminal else _WIDTH_OF_A_FILE
+
+
 def _print_table(header: list[str], cells: list[list[str]], bold: str = "") -> None:
     table = Table(*map(printable, header))
     for row in cells:
         table.add_row(*map(printable, row), style="bold" if row[0] == bold else None)
-    width = None if _out.is_terminal else 160
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    Console(width=_width(), markup=False, emoji=False, highlight=False).print(table)
 
 
 def _print_stopped(run_dir: Path, storage: str | None) -> None:

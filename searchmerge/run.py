@@ -37,6 +37,7 @@ from searchmerge.report.tables import (
     make_rows,
     make_searched,
     told_readings,
+    told_sources,
 )
 from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
@@ -338,6 +339,7 @@ class StudyRun:
             details=make_details(board, plans, detailed),
             searched=make_searched(candidates(records, objective)),
             readings=told_readings(board.grader),
+            drawn_from=told_sources(board.schedule, self._study.folder),
             points=make_points(candidates(records, objective), rows, objective),
         )
 
@@ -359,7 +361,7 @@ def _save(
     """Write the report, and the winner's model unless it is there already."""
     results.save(run_dir)
     if results.points:
-        save_front(results.points, results.winner, results.study, run_dir)
+        save_front(results.points, results.winner, results.front_title, run_dir)
     out, plan = run_dir / MODEL_DIR, results.merge_plan
     heads = saved_heads(study, models)
     classes = {expert: head.labels for expert, head in heads.items() if head.model_class}

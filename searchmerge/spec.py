@@ -52,8 +52,8 @@ Model = Annotated[
     ModelSpec, BeforeValidator(lambda said: {"path": said} if isinstance(said, str) else said)
 ]
 
-Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
-"""A number of examples, or a part of all that there are to draw from."""
+Share = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1)]
+"""A number of examples, or a part of all that there are to draw from; 1.0 is neither."""
 
 
 class TaskSpec(Strict):
@@ -274,8 +274,10 @@ class StudySpec(Strict):
         """Return the classes of transformers that the tasks need, without double."""
         classes = [self.model_class] if self.model_class else []
         for name, kind in self.kinds.items():
-            needed = kind.model_classes(self.keys_of(name), self.section(name))
-            classes += [one for one in needed if not is_also(self.model_class, one)]
+            section = self.section(name)
+            if self.model_class not in kind.other_classes(section):
+                needed = kind.model_classes(self.keys_of(name), section)
+                classes += [one for one in needed if not is_also(self.model_class, one)]
         return list(dict.fromkeys(classes)) or [CAUSAL_LM]
 
     @property

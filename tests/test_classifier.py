@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,30 @@ def test_a_linear_head_is_put_on_the_pooled_output(experts, saved):
     states = AutoModel.from_pretrained(out).eval()(**INPUTS).last_hidden_state[:, 0]
     weight, bias = head.tensors["classifier.weight"], head.tensors["classifier.bias"]
     torch.testing.assert_close(found, states @ weight.T + bias)
+
+
+@pytest.mark.parametrize("padding", [None, 5])
+@torch.no_grad()
+def test_a_decoder_classifies_the_last_token_of_each_text_of_a_batch(padding, tmp_path):
+    make_experts(tmp_path, "llama")
+    out, head = tmp_path / "base", head_of(tmp_path / "first", labels=NAMES["first"])
+    score = load_file(tmp_path / "first" / "model.safetensors")["score.weight"]
+    for name, content in head_files(
+        {"first": replace(head, tensors={"score.weight": score})}
+    ).items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"pad_token_id": padding}))
+    classifier = load_classifier(out, "first")
+    assert classifier.config.pad_token_id == (0 if padding is None else padding)
+    texts = [torch.tensor([[4, 9, 8]]), torch.tensor([[7, 6]])]
+    alone = torch.cat([classifier(input_ids=text).logits for text in texts])
+    for filler in (0, 5, 11):  # the tokenizer pads with 0
+        batch = torch.tensor([[4, 9, 8], [7, 6, filler]])
+        logits = classifier(input_ids=batch, attention_mask=INPUTS["attention_mask"]).logits
+        torch.testing.assert_close(logits, alone)
+    assert not torch.allclose(classifier(input_ids=torch.tensor([[7, 6, 11]])).logits, alone[1])
 
 
 def test_files_hold_tensors_in_the_asked_dtype_and_how_they_are_used():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -503,6 +504,39 @@ def test_names_in_a_table_are_shown_as_they_are(searchmerge, tmp_path):
     for name in ("[/x]", "[bold]b[/bold]", ":smile:", "c\\x1b[2Jd"):
         assert out.count(name) >= 2
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(("columns", "n_tables"), [(80, 2), (120, 1)])
+def test_a_table_wider_than_the_terminal_is_shown_in_parts(tmp_path, columns, n_tables):
+    tasks = ("hypernym", "rhyme", "spelling")
+    scores = dict.fromkeys(tasks, 0.5)
+    leads = {"task arithmetic": (0.021, -0.005, 0.047), "trial 19": ()}
+    Results(
+        study="wide",
+        tasks=dict.fromkeys(tasks, "acc"),
+        objective="normalised",
+        rows=[
+            Row(n, scores, scores, (0.982, 0.956, 1.01), False, its) for n, its in leads.items()
+        ],
+        winner="trial 19",
+        verdict="Saved is trial 19.",
+        plan=MergePlan("ties", tasks, {"coefficient": ((0.5,) * 3,)}).to_dict(),
+        counts={},
+        level=0.95,
+        made_of={},
+    ).save(tmp_path)
+    terminal = {**os.environ, "COLUMNS": str(columns), "FORCE_COLOR": "1", "TERM": "xterm"}
+    shown = subprocess.run(
+        [*RUN, "report", tmp_path], env=terminal, stdout=subprocess.PIPE, text=True, check=True
+    )
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown.stdout).splitlines()
+    rows = {name: [line for line in lines if line.startswith(f"│ {name} ")] for name in leads}
+    assert [len(its) for its in rows.values()] == [n_tables, n_tables]
+    assert sum(line.startswith("│") for line in lines) == 2 * n_tables  # no cell is broken
+    assert all(len(line) <= columns for line in lines if line.startswith("│"))
+    assert rows["task arithmetic"][-1].endswith("│ +2.1 [-0.5, +4.7] │")
+    assert rows["trial 19"][-1].split("│")[-2].strip() == ""
+    assert any("single comparisons" in line for line in lines)
 
 
 def test_a_function_that_leaves_does_not_end_a_run_as_if_all_were_well(

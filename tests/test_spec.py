@@ -286,6 +286,8 @@ def test_a_part_of_the_examples_may_be_a_fraction(tmp_path):
         read(tmp_path, tasks={"t": task | {"select": 1.5}})
     with pytest.raises(SpecError, match=r"tasks\.t\.select"):
         read(tmp_path, tasks={"t": task | {"select": 0}})
+    with pytest.raises(SpecError, match=r"select: Input should be a valid integer; found 1\.0"):
+        read(tmp_path, tasks={"t": task | {"select": 1.0}})  # all of them, or one of them
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.errors import StudyError
+from searchmerge.report.results import Results
 from searchmerge.study import kept_study, read_study
 from searchmerge.verify import Comparison, Verification
 from tests.studies_of_tasks import CHAT, run
@@ -23,7 +25,7 @@ def finished(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("verified"), "llama")
 
 
-def finish(root, kind):
+def finish(root, kind, **changes):
     """Run such a study on models of a kind."""
     make_models(root, kind=kind)
     for name in ("base", *EXPERTS):
@@ -31,6 +33,7 @@ def finish(root, kind):
     parts = {"split": "validation", "select": 8, "hold_out": 8}
     return run(
         root,
+        **changes,
         name="verified",
         lm_harness={
             "include_path": "tasks",
@@ -55,6 +58,14 @@ def copied(finished, tmp_path):
     return tmp_path / "copied"
 
 
+def test_report_results_and_card_name_the_split_of_each_part(finished):
+    assert Results.load(finished).drawn_from == {
+        "apart": {"select": "split 'train'", "hold_out": "split 'validation'"}
+    }
+    for written in ("report.md", "model/README.md"):
+        assert "| apart | split 'train' | split 'validation' |" in (finished / written).read_text()
+
+
 def test_the_saved_model_scores_in_lm_eval_what_the_report_says(finished):
     verification = Verification(finished, RunConfig())
     compared = list(verification.compare())
@@ -76,6 +87,16 @@ def test_models_of_other_families_score_in_lm_eval_what_the_report_says(kind, tm
     }
     assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
     assert any(0 < c.ours < 1 for c in compared)
+
+
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_encoder_decoders_score_in_lm_eval_what_the_report_says(kind, tmp_path):
+    run_dir = finish(tmp_path, kind, model_class="AutoModelForSeq2SeqLM")
+    compared = list(Verification(run_dir, RunConfig()).compare())
+    assert {c.task for c in compared} == set(TASKS)
+    assert [c.theirs for c in compared] == pytest.approx([c.ours for c in compared], abs=1e-9)
+    assert any(0 < c.ours < 1 for c in compared)
+    assert AutoModelForSeq2SeqLM.from_pretrained(run_dir / "model").config.model_type == kind
 
 
 def test_the_command_prints_a_table_and_what_comes_of_it(finished):

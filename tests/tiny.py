@@ -6,10 +6,36 @@ from pathlib import Path
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(60)), "is", "a"]
 EXPERTS = ("first", "second")
+_HALF = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
+_SHAPES = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "t5": {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    },
+    "bart": {
+        **{f"{half}_{key}": n for half in ("encoder", "decoder") for key, n in _HALF.items()},
+        "d_model": 16,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": 1,
+    },
+}
 
 
 def save_tokenizer(folder: Path, words=WORDS) -> None:
@@ -31,8 +57,7 @@ def make_models(
     **shape,
 ) -> None:
     """Save a base, two experts and their tokenizer; ``shape`` is what a configuration says."""
-    sizes = {
-        "vocab_size": len(WORDS),
+    sizes = _SHAPES.get(kind) or {
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
@@ -40,14 +65,12 @@ def make_models(
         "num_key_value_heads": 1,
         "max_position_embeddings": 64,
     }
-    if kind == "gpt2":
-        sizes = {"vocab_size": len(WORDS), "n_embd": 16, "n_layer": 2, "n_head": 2}
-    config = AutoConfig.for_model(
-        kind, **{**sizes, **shape}, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1
-    )
+    tokens = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.for_model(kind, **{**tokens, **sizes, **shape}, tie_word_embeddings=True)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        model = auto_class.from_config(config).to(dtype)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     for i, name in enumerate(("base", *EXPERTS)):
         generator = torch.Generator(device).manual_seed(i)

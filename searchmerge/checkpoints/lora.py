@@ -8,7 +8,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,14 @@ from searchmerge.checkpoints.files import (
     read_json,
 )
 from searchmerge.checkpoints.fingerprint import fingerprint
+from searchmerge.checkpoints.lora_experts import (
+    AdaptedParameter,
+    Scale,
+    adapted_parameters,
+    pairs_of_factors,
+)
 from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
-from searchmerge.checkpoints.lora_targets import TARGET_KEYS, selects
+from searchmerge.checkpoints.lora_targets import NAMES, TARGET_KEYS, selects
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
 from searchmerge.checkpoints.renames import resident_names, transposed_weights, without_data
@@ -60,7 +67,6 @@ _NEEDED = {
     "use_qalora": (False,),
     "use_bdlora": (False,),
     "layer_replication": ([],),
-    "target_parameters": ([],),
     "alora_invocation_tokens": ([],),
     "kasa_config": ({},),
     "monteclora_config": ({},),
@@ -77,6 +83,7 @@ _KEYS = {
     "use_rslora": SWITCH,
     "use_dora": SWITCH,
     "lora_bias": SWITCH,
+    "target_parameters": NAMES,
     "fan_in_fan_out": SWITCH,
     "auto_mapping": TEXTS_BY_NAME,
     **TARGET_KEYS,
@@ -162,20 +169,25 @@ def read_adapter(
     config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
-    headers = _selected(file, config, read_headers(file))
     layers = _Layers(config, base_dir, trust_remote_code)
+    stored = read_headers(file)
+    if not stored:
+        raise CheckpointError(f"{file}: holds no tensor")
+    of_parameters = layers.parameters(file, stored)
+    factors = {key for _, pair in of_parameters for key in pair}
+    plain = {key: header for key, header in stored.items() if key not in factors}
+    headers = _selected(file, config, plain)
     find = _finder(headers, base_headers, layers)
-    updates = _plan(file, config, headers, find)
+    updates = _plan(file, config, headers, find, layers)
     for module in (
         part[0] for key in headers if (part := _part(_plain(key))) and part[1] == "rows"
     ):
         layers.refuse_output_with_bias(file, module)
     updates = orient(file, updates, headers, base_headers, layers.are_transposed)
+    updates |= _of_parameters(file, config, of_parameters, stored, base_headers)
     for name, update in updates.items():
-        check_parts(file, name, update, headers, base_headers)
-    results = {
-        name: changed_header(name, updates[name], headers, base_headers) for name in updates
-    }
+        check_parts(file, name, update, stored, base_headers)
+    results = {name: changed_header(name, updates[name], stored, base_headers) for name in updates}
     base_name = str(config.get("base_model_name_or_path") or "")
     return Adapter(file, base_name, updates, results)
 
@@ -277,10 +289,9 @@ def _plan(
     config: Mapping[str, Any],
     headers: Mapping[str, TensorHeader],
     find: _Find,
+    layers: "_Layers",
 ) -> dict[str, Update]:
     """Return, by name in the base, what the adapter does to each tensor it changes."""
-    if not headers:
-        raise CheckpointError(f"{file}: holds no tensor")
     updates: dict[str, Update] = {}
     modules: dict[str, dict[str, str]] = {}
     for key in (key for key in headers if not _is_once_more(key, headers)):
@@ -295,14 +306,23 @@ def _plan(
         for suffix, update in _of_module(file, config, module, parts).items():
             changed = find(f"{module}.{suffix}")
             if changed is None:
-                added = "; lora_bias gives a bias to a layer that has none in this kind of model"
+                is_new = update.addend and find(f"{module}.weight")
                 raise CheckpointError(
                     f"{file}: changes {module + '.' + suffix!r}, which the base does not have"
-                    + (added if update.addend and find(f"{module}.weight") else "")
+                    + (_told_biases(layers.bias_fields(module)) if is_new else "")
                 )
             earlier = updates.get(changed, Update())
             updates[changed] = replace(update, replacement=earlier.replacement)
     return updates
+
+
+def _told_biases(fields: Sequence[str]) -> str:
+    """Return what can be done about a bias that an adapter gives to a layer without one."""
+    told = "; lora_bias gives the layer a bias that this model has no place for"
+    if fields:
+        told += f": give base and experts biases, of zeros, by {' or '.join(fields)} in the base's"
+        return f"{told} config.json, or train the adapter without lora_bias"
+    return f"{told}, and its config.json no field for; train the adapter without lora_bias"
 
 
 def _is_once_more(key: str, headers: Mapping[str, TensorHeader]) -> bool:
@@ -341,11 +361,7 @@ def _of_module(
             f"{file}: {there} lora_magnitude_vector of {module!r}; use_dora is "
             f"{config.get('use_dora')!r} in {ADAPTER_CONFIG}"
         )
-    rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not rank or alpha is None:
-        raise CheckpointError(f"{file.parent / ADAPTER_CONFIG}: r or lora_alpha is missing")
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    rank, scaling = _scale(file, config, module)
     start = str(config.get("init_lora_weights")).lower()
     weight = Update(
         factors=(parts["A"], parts["B"]),
@@ -357,6 +373,41 @@ def _of_module(
     if "addend" not in parts:
         return {"weight": weight}
     return {"weight": weight, "bias": Update(addend=parts["addend"], scaling=scaling)}
+
+
+def _scale(file: Path, config: Mapping[str, Any], module: str) -> Scale:
+    """Return the rank of a module's factors, and what their product is multiplied by."""
+    rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    if not rank or alpha is None:
+        raise CheckpointError(f"{file.parent / ADAPTER_CONFIG}: r or lora_alpha is missing")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_parameters(
+    file: Path,
+    config: Mapping[str, Any],
+    adapted: Sequence[tuple[AdaptedParameter, tuple[str, str]]],
+    headers: Mapping[str, TensorHeader],
+    base: Mapping[str, TensorHeader],
+) -> dict[str, Update]:
+    """Return, by name in the base, what the factors of parameters do to its tensors."""
+    updates: dict[str, Update] = {}
+    for parameter, factors in adapted:
+        scale = _scale(file, config, parameter.full_name)
+        try:
+            parts = parameter.updates(factors, scale, headers)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        for name, update in parts.items():
+            changed, shape = _find(name, base), update.place.shape if update.place else ()
+            if changed is None or base[changed].shape != shape:
+                there = "does not have" if changed is None else "has in another shape"
+                raise CheckpointError(
+                    f"{file}: changes {parameter.full_name!r}, of which the base {there} {name!r}"
+                )
+            updates[changed] = update
+    return updates
 
 
 def _tokens(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, ...]:
@@ -420,6 +471,44 @@ class _Layers:
     config: Mapping[str, Any]
     base_dir: Path
     trust_remote_code: bool
+
+    def parameters(
+        self, file: Path, headers: Mapping[str, TensorHeader]
+    ) -> list[tuple[AdaptedParameter, tuple[str, str]]]:
+        """Return the parameters that the adapter changes, e.g. fused experts, with their factors.
+
+        Raises:
+            CheckpointError: If the model cannot be made that has them, or the adapter lacks a
+                factor, or has settings that PEFT does not have of parameters.
+        """
+        targets = self.config.get("target_parameters") or []
+        if not targets:
+            return []
+        where = file.parent / ADAPTER_CONFIG
+        start = str(self.config.get("init_lora_weights")).lower()
+        odd = [key for key in ("use_dora", "lora_bias", "fan_in_fan_out") if self.config.get(key)]
+        if start in REPEATABLE_STARTS:
+            odd.append("init_lora_weights")
+        model = without_data(self.base_dir, trust_remote_code=self.trust_remote_code)
+        if odd or model is None:
+            why = f"with {odd[0]}" if odd else "of a model that transformers cannot make"
+            raise CheckpointError(f"{where}: target_parameters is {targets!r}, {why}; {SUPPORTED}")
+        return pairs_of_factors(file, list(headers), adapted_parameters(model, targets))
+
+    def bias_fields(self, module: str) -> list[str]:
+        """Return the fields of the base's configuration that would give a layer a bias."""
+        model = without_data(self.base_dir, trust_remote_code=self.trust_remote_code)
+        fields = {} if model is None else model.config.to_dict()
+        off = [key for key, value in fields.items() if "bias" in key and value is False]
+        found = []
+        for field in off:
+            config = deepcopy(model.config)
+            setattr(config, field, True)
+            with torch.device("meta"):
+                names = dict.fromkeys(name for name, _ in type(model)(config).named_parameters())
+            if _find(f"{module}.bias", names) is not None:
+                found.append(field)
+        return found
 
     def names(self) -> Mapping[str, str]:
         """Return names in the base's checkpoint by names in the loaded model."""

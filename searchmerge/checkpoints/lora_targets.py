@@ -34,6 +34,9 @@ def _are_indices(value: Any) -> bool:
 
 
 _NAMES = Kind("a list of names, or a regular expression", _are_names)
+NAMES = Kind(
+    "a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v)
+)
 TARGET_KEYS = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,

@@ -7,6 +7,7 @@ arXiv:2402.09353, equation 5). PiSSA (Meng et al., 2024, arXiv:2404.02948) and O
 2024, arXiv:2406.01775) begin with factors of the base's weight and train on what is left of it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,26 @@ from torch import Tensor
 
 REPEATABLE_STARTS = ("pissa", "olora")
 """Initialisations that change the base in a way that follows from the base alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of a checkpoint lies in a parameter that holds several experts.
+
+    Attributes:
+        whole: Shape of the parameter, ``(n_experts, n_out, n_in)``.
+        shape: Of the tensor, of two dimensions within an expert, or three of which the first
+            goes from one expert to the next.
+        strides: Of the tensor in the parameter.
+        offset: Of its first element in the parameter.
+        is_transposed: Whether the parameter is ``(n_experts, n_in, n_out)``.
+    """
+
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    is_transposed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +55,8 @@ class Update:
         tokens: Which rows these are.
         start: The initialisation whose factors are first taken from the base's weight.
         rank: The r of that.
+        place: Where the tensor lies in the parameter that factors of several experts are of,
+            ``(n_experts * r, n_in)`` and ``(n_out, r * n_experts)``; ``None`` for plain factors.
     """
 
     factors: tuple[str, str] | None = None
@@ -46,6 +69,7 @@ class Update:
     tokens: tuple[int, ...] = ()
     start: str | None = None
     rank: int = 0
+    place: Place | None = None
 
 
 def updated(update: Update, start: Tensor, own: Mapping[str, Tensor], buffer: Tensor) -> Tensor:
@@ -63,7 +87,31 @@ def updated(update: Update, start: Tensor, own: Mapping[str, Tensor], buffer: Te
         return whole.index_copy_(0, torch.tensor(update.tokens), rows.to(whole))
     if update.addend:
         return start.float() + update.scaling * own[update.addend].float()
+    if update.place:
+        return _of_experts(update, update.place, start, own, buffer)
     return _low_rank(update, start, own, buffer) if update.factors else start
+
+
+def _of_experts(
+    update: Update, place: Place, start: Tensor, own: Mapping[str, Tensor], buffer: Tensor
+) -> Tensor:
+    """Return a tensor with its part of the update of a parameter, in the buffer.
+
+    In A the experts' rows follow one another; in B the experts' columns of a rank do.
+    """
+    n_experts, *each = place.whole
+    first, second = (own[key].float() for key in update.factors or ())
+    first = first.view(n_experts, update.rank, -1)
+    second = second.view(len(second), update.rank, n_experts)
+    changed = buffer[: start.numel()].view(start.shape).copy_(start)
+    parts, step = (changed, place.strides[0]) if changed.ndim == 3 else (changed[None], 0)
+    for i, part in enumerate(parts):
+        expert, within = divmod(place.offset + i * step, math.prod(each))
+        product = (second[:, :, expert] @ first[expert]).mul_(update.scaling)  # (n_out, n_in)
+        if place.is_transposed:
+            product = product.T.contiguous()
+        part.add_(product.as_strided(part.shape, place.strides[-2:], within))
+    return changed
 
 
 def _low_rank(update: Update, start: Tensor, own: Mapping[str, Tensor], buffer: Tensor) -> Tensor:

@@ -47,6 +47,11 @@ def check_class(checkpoint: Checkpoint, auto_class: str) -> None:
     if not possible or (checkpoint.trust_remote_code and getattr(config, "auto_map", None)):
         return
     where = f"{checkpoint.name}: is a {kind} model"
+    if auto_class == CAUSAL_LM and getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{where}, an encoder-decoder, which is scored with its encoder by "
+            "`model_class: AutoModelForSeq2SeqLM` and tasks of evaluator lm_harness or function"
+        )
     if auto_class in _MAPPINGS and auto_class not in possible:
         raise CheckpointError(
             f"{where}, which is no {auto_class}; with `model_class:` it can be loaded as "
@@ -54,12 +59,6 @@ def check_class(checkpoint: Checkpoint, auto_class: str) -> None:
         )
     if auto_class != CAUSAL_LM:
         return
-    if getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError(
-            f"{where}, an encoder-decoder; tasks of lm_harness and perplexity need a model that "
-            "reads left to right. It can be merged with `model_class: AutoModelForSeq2SeqLM` and "
-            "tasks of evaluator function"
-        )
     if _sees_what_follows(config, possible):
         raise CheckpointError(
             f"{where}, whose tokens see those that follow them; tasks of lm_harness and "

@@ -1,5 +1,6 @@
 """Configurations of models: read without running their code, and told apart by what they do."""
 
+import inspect
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -148,6 +149,19 @@ def comparable_config(
     return SimpleNamespace(**values)
 
 
+def pools_by_padding(model: Any) -> bool:
+    """Return whether a classifier of sequences pools the last token that is not padding."""
+    return _pools_by(_PADDING, model)
+
+
+def _pools_by(name: str, model: Any) -> bool:
+    """Return whether a classifier of sequences reads a token's id from its configuration."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return False
+    code = inspect.getsource(type(model).forward)
+    return re.search(rf"\.{name}\b", code) is not None
+
+
 def pooling_tokens(model: Any) -> frozenset[str]:
     """Return the token ids in a configuration that decide what a classifier of sequences pools.
 
@@ -158,12 +172,9 @@ def pooling_tokens(model: Any) -> frozenset[str]:
     Args:
         model: A model of transformers; ``None`` where it cannot be made.
     """
-    import inspect
-
+    tokens = {name for name in (_PADDING, _END) if _pools_by(name, model)}
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return frozenset()
-    code = inspect.getsource(type(model).forward)
-    tokens = {name for name in (_PADDING, _END) if re.search(rf"\.{name}\b", code)}
     if getattr(model.config.get_text_config(), _PADDING, None) is None:
         tokens.discard(_PADDING)
     return frozenset(tokens | ({_START} if model.config.is_encoder_decoder else set()))

@@ -1,11 +1,13 @@
 """What one tensor is called in different places: a checkpoint, another, a loaded model."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import device, nn
+import torch
+from torch import Tensor, device, nn
+from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.files import CONFIG_FILE, library_errors
 from searchmerge.checkpoints.model_config import load_config
@@ -89,6 +91,47 @@ def stored_names(model: nn.Module) -> Mapping[str, str]:
     stored = revert_weight_conversion(model, dict(resident))
     names = {id(tensor): name for name, tensor in stored.items()}
     return {name: names[id(tensor)] for name, tensor in resident.items() if id(tensor) in names}
+
+
+def by_checkpoint_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a loaded model under their names in a checkpoint, as views if that can be.
+
+    Args:
+        model: The model, which may be without data.
+        tensors: By their names in it, all or some.
+
+    Raises:
+        CheckpointError: If transformers cannot name them.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        with _NoCopies():
+            views: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be written in place: its parameters cannot be named "
+            f"as in its checkpoint: {error}"
+        ) from error
+    return views
+
+
+class _NoCopies(TorchFunctionMode):
+    """Makes ``tensor.contiguous()`` return the tensor itself.
+
+    Splitting a parameter gives views of it; transformers then makes each contiguous, for files.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.contiguous:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def resident_names(model_dir: Path, *, trust_remote_code: bool = False) -> dict[str, str]:

@@ -1,17 +1,21 @@
 """The resident model: loaded once, and written through views that have the checkpoint's names."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.files import library_errors
 from searchmerge.checkpoints.model_class import check_class
-from searchmerge.checkpoints.renames import aligned, loader_class, stored_names
+from searchmerge.checkpoints.renames import (
+    aligned,
+    by_checkpoint_names,
+    loader_class,
+    stored_names,
+)
 from searchmerge.errors import CheckpointError
 
 
@@ -135,37 +139,10 @@ def writable_views(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If this architecture stores a weight in a form that no view can have.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     resident = _without_aliases(model)
-    try:
-        with _NoCopies():
-            views: dict[str, Tensor] = revert_weight_conversion(model, dict(resident))
-    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{type(model).__name__} cannot be written in place: its parameters cannot be named "
-            f"as in its checkpoint: {error}"
-        ) from error
+    views = by_checkpoint_names(model, resident)
     _check_aliasing(model, resident, views)
     return views
-
-
-class _NoCopies(TorchFunctionMode):
-    """Makes ``tensor.contiguous()`` return the tensor itself.
-
-    Splitting a parameter gives views of it; transformers then makes each contiguous, for files.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.Tensor.contiguous:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def _without_aliases(model: nn.Module) -> dict[str, Tensor]:

@@ -254,6 +254,8 @@ class EvaluationContext:
         trust_remote_code: Whether Python files of the model may run.
         base_dir: Where the base's weights are; ``None`` where the resident model has rows for
             tokens that they do not have.
+        seed: The study's, for what is drawn at random.
+        is_graded: Whether the study goes by how clearly examples are answered.
     """
 
     folder: Path
@@ -264,6 +266,8 @@ class EvaluationContext:
     head: Callable[[str, Pooling | None], ExpertHead]
     trust_remote_code: bool = False
     base_dir: Path | None = None
+    seed: int = 0
+    is_graded: bool = True
 
     def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
         """Return the size asked for, or that for the kind of device; a CPU's for others."""
@@ -296,6 +300,8 @@ class EvaluatorKind(Generic[Keys, Section]):
         section: The keys of the study's section that has this kind's name; ``NoKeys`` for none.
         model_classes: The classes of transformers that the resident model is loaded as, by the
             tasks' keys and the section's; none where any will do.
+        other_classes: Classes that will do as well where a study names one of them, by the
+            section's keys.
         loading: What else transformers is given to load the resident model, by the section's
             keys.
         places: Files, folders and modules of the study's folder that decide scores, as the study
@@ -312,6 +318,7 @@ class EvaluatorKind(Generic[Keys, Section]):
     build: Callable[[Mapping[str, Keys], Section, EvaluationContext], Mapping[str, "Evaluator"]]
     section: type[Section]
     model_classes: Callable[[Mapping[str, Keys], Section], Sequence[str]]
+    other_classes: Callable[[Section], Sequence[str]] = lambda section: ()
     loading: Callable[[Section], Mapping[str, Any]] = lambda section: {}
     places: Callable[[Mapping[str, Keys], Section], Iterable[str]] = lambda tasks, section: ()
     referred: Callable[[Mapping[str, Keys], Section, Path], Iterable[Path]] = (

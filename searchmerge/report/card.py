@@ -35,6 +35,8 @@ def model_card(
     verdict = markdown(results.verdict)
     header, cells = results.table()
     table = markdown_table(header, cells)
+    parts = [table, markdown(results.legend), results.drawn_from_text(), _heads_text(classes)]
+    scores = "\n\n".join(part for part in parts if part)
     return f"""---
 {dump_yaml(metadata, flow=False)}---
 
@@ -44,11 +46,11 @@ A merge of these experts on the base {code(base)}, found by searchmerge:
 
 {models}
 
-{verdict} Scores times 100, as select / held out: the search saw the select examples only.
+{verdict}
 
-{table}
+{scores}
 
-{_heads_text(classes)}With `merge_plan.yaml` and these models this one is made again:
+With `merge_plan.yaml` and these models this one is made again:
 
 {code_block(_command(base, experts, overrides))}
 """
@@ -78,6 +80,4 @@ from searchmerge import load_classifier
 model = load_classifier("PATH OF THIS FOLDER", {next(iter(classes))!r})
 logits = model(**inputs).logits  # inputs: of this folder's tokenizer or image processor
 label = model.config.id2label[int(logits[0].argmax())]
-```
-
-"""
+```"""

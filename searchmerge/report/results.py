@@ -12,6 +12,7 @@ from searchmerge.report.escape import code_block, code_cell, markdown
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.md"
+LEAD = "saved is ahead by"
 PointKind = Literal["trial", "front", "reference"]
 
 
@@ -25,6 +26,8 @@ class Row:
         hold_out: Task name to score on held-out examples.
         objective: The objective on held-out examples: value, low, high.
         is_candidate: Whether the search found it.
+        lead: The winner's objective minus its, on held-out examples: value, low, high; the value
+            alone where no interval can be given; empty for the winner.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Row:
     hold_out: Mapping[str, float]
     objective: tuple[float, float, float]
     is_candidate: bool
+    lead: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ class Results:
         details: Scores by other metrics, and of tasks' members.
         searched: What the trials went to.
         readings: Task to how its examples were read, in words.
+        drawn_from: Task to what the examples of each part are drawn from, by the part's name;
+            of tasks whose parts are drawn from different data.
     """
 
     study: str
@@ -137,11 +143,18 @@ class Results:
     details: Sequence[Detail] = ()
     searched: Sequence[Searched] = ()
     readings: Mapping[str, str] = field(default_factory=dict)
+    drawn_from: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def merge_plan(self) -> MergePlan:
         """Return the winner's plan."""
         return MergePlan.from_dict(self.plan)
+
+    @property
+    def front_title(self) -> str:
+        """Return what stands above the page of the front, which is of select examples."""
+        named = [f"{task} from {of['select']}" for task, of in self.drawn_from.items()]
+        return f"{self.study}, on select examples{': ' if named else ''}{', '.join(named)}"
 
     def save(self, run_dir: Path) -> None:
         """Write the data and the report into ``run_dir``.
@@ -176,7 +189,14 @@ class Results:
                 f"{file}: {error}; `searchmerge run` with the same study writes it again"
             ) from error
         data["rows"] = [
-            Row(**{**row, "objective": tuple(row["objective"])}) for row in data["rows"]
+            Row(
+                **{
+                    **row,
+                    "objective": tuple(row["objective"]),
+                    "lead": tuple(row.get("lead", ())),  # results of before do not have it
+                }
+            )
+            for row in data["rows"]
         ]
         data["bounds"] = [Bound(**bound) for bound in data.get("bounds", ())]
         data["points"] = [Point(**point) for point in data.get("points", ())]
@@ -185,8 +205,13 @@ class Results:
         return cls(**data)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the header and the cells: scores as select / held-out, in per cent."""
+        """Return the header and the cells: scores as select / held-out, in per cent.
+
+        The last column is the winner's lead, where it is known.
+        """
+        has_lead = any(row.lead for row in self.rows)
         header = ["", *self.tasks, f"{self.objective}, held out"]
+        header += [LEAD] if has_lead else []
         cells = []
         for row in self.rows:
             value, low, high = (100 * number for number in row.objective)
@@ -195,7 +220,23 @@ class Results:
                 for task in self.tasks
             ]
             cells.append([row.name, *scores, f"{value:.1f} [{low:.1f}, {high:.1f}]"])
+            cells[-1] += [_lead_text(row.lead)] if has_lead else []
         return header, cells
+
+    @property
+    def legend(self) -> str:
+        """Return what the numbers of the table are, in words."""
+        legend = (
+            "Scores are times 100, as select / held out: trials saw the select examples only. In "
+            f"brackets {100 * self.level:g} % intervals of a paired bootstrap over held-out "
+            "examples. "
+        )
+        if any(row.lead for row in self.rows):
+            legend += "The last column is what is saved minus the plan of that row, in points. "
+        return (
+            f"{legend}These are single comparisons: only the verdict's interval is corrected for "
+            "having chosen the best of the candidates."
+        )
 
     def markdown(self) -> str:
         """Return the report."""
@@ -206,6 +247,7 @@ class Results:
             f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
         )
         parts = (
+            self.drawn_from_text(),
             self._bounds_text(),
             self._front_text(),
             self._searched_text(),
@@ -217,10 +259,7 @@ class Results:
 
 **{markdown(self.verdict)}**
 
-Scores times 100, as select / held out. The trials saw the select examples only; the held-out
-ones were scored after the search. Objective: {self.objective}; metrics: {metrics}. In brackets
-the {100 * self.level:g} % interval of a paired bootstrap over held-out examples; the verdict's is
-corrected for having chosen the best of the candidates.
+{markdown(self.legend)} Objective: {self.objective}; metrics: {metrics}.
 
 {markdown_table(header, cells, bold=self.winner)}
 
@@ -236,6 +275,14 @@ corrected for having chosen the best of the candidates.
 |---|---|
 {sources}
 """
+
+    def drawn_from_text(self) -> str:
+        """Return which data select and held-out examples are from, or nothing if from the same."""
+        if not self.drawn_from:
+            return ""
+        cells = [[task, of["select"], of["hold_out"]] for task, of in self.drawn_from.items()]
+        table = markdown_table(["", "select", "held out"], cells)
+        return f"Select and held-out examples are drawn from different data:\n\n{table}"
 
     def _bounds_text(self) -> str:
         """Return the constraints as a table, or nothing where there is none."""
@@ -299,12 +346,20 @@ corrected for having chosen the best of the candidates.
         )
 
 
+def _lead_text(lead: Sequence[float]) -> str:
+    """Return a lead in points, with its interval where there is one; empty for the winner."""
+    if not lead:
+        return ""
+    value, *interval = (f"{100 * number:+.1f}" for number in lead)
+    return f"{value} [{', '.join(interval)}]" if interval else value
+
+
 def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]], bold: str = "") -> str:
     """Return plain text as a Markdown table; the row whose first cell is ``bold`` stands out."""
     lines = ["| " + " | ".join(map(markdown, header)) + " |", "|" + "---|" * len(header)]
     for row in cells:
         shown = list(map(markdown, row))
         if row[0] == bold:
-            shown = [f"**{cell}**" for cell in shown]
+            shown = [f"**{cell}**" if cell else "" for cell in shown]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)

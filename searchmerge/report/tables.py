@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 from searchmerge.execution.blocks import Part
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Bound, Detail, Point, PointKind, Row, Searched
-from searchmerge.search.confirm import Confirmation
+from searchmerge.search.confirm import Confirmation, Interval
 from searchmerge.search.grades import Grader, Reading
 from searchmerge.search.objective import Objective
 from searchmerge.search.references import BASE
@@ -31,11 +32,11 @@ def make_rows(
         board: Holds their scores, all in full.
         plans: Name to plan, references and candidates.
         candidates: The names of those that the search found.
-        confirmation: Their objective on held-out examples.
+        confirmation: Their objective on held-out examples, and the winner's lead.
     """
     rows = []
     for name, plan in plans.items():
-        interval = confirmation.objective[name]
+        interval, lead = confirmation.objective[name], confirmation.lead.get(name)
         rows.append(
             Row(
                 name,
@@ -43,9 +44,15 @@ def make_rows(
                 board.scores(plan, "hold_out"),
                 (interval.value, interval.low, interval.high),
                 name in candidates,
+                _told_lead(lead, is_known=not confirmation.single) if lead else (),
             )
         )
     return rows
+
+
+def _told_lead(lead: Interval, *, is_known: bool) -> tuple[float, ...]:
+    """Return a lead with its interval, or alone where some task's examples give one number."""
+    return (lead.value, lead.low, lead.high) if is_known else (lead.value,)
 
 
 def held_out_objective(
@@ -138,6 +145,20 @@ def make_details(
                 scores = {name: fmean(scored.values()) for name, scored in by_plan.items()}
                 details.append(Detail(task, label, n_examples, scores))
     return details
+
+
+def told_sources(schedule: Schedule, folder: Path) -> dict[str, dict[str, str]]:
+    """Return what the parts of tasks are drawn from where that differs, by task and part.
+
+    Args:
+        schedule: What is scored.
+        folder: The study's, from which files are named.
+    """
+    return {
+        task: {part: its.source.replace(f"{folder}/", "") for part, its in info.parts.items()}
+        for task, info in schedule.tasks.items()
+        if info.parts
+    }
 
 
 def make_searched(records: Iterable[TrialRecord]) -> list[Searched]:

@@ -36,6 +36,8 @@ class Confirmation:
         best_reference: The reference with the best evidence.
         gain: The best candidate's objective minus that reference's. Its interval has the level
             asked for together over all candidates (Bonferroni), since one was chosen of them.
+        lead: Every other plan's name to the winner's objective minus that plan's. An interval is
+            that of one comparison, at the level asked for.
         level: The intervals' level, in (0, 1).
         n_candidates: How many candidates it was chosen among.
         n_examples: Held-out examples of each task, on average.
@@ -47,6 +49,7 @@ class Confirmation:
     best_found: str
     best_reference: str
     gain: Interval
+    lead: Mapping[str, Interval]
     level: float
     n_candidates: int
     n_examples: int
@@ -162,14 +165,19 @@ def confirm(
     best_found = next(name for name in ranked if name in candidates)
     best_reference = next(name for name in ranked if name not in candidates)
     corrected = 1 - (1 - bootstrap.level) / len(candidates)
-    gains = resampled[best_found] - resampled[best_reference]
+    winner = ranked[0]
+
+    def ahead(name: str, other: str, level: float) -> Interval:
+        return _interval(point[name] - point[other], resampled[name] - resampled[other], level)
+
     n_values = [len(task_values) for task_values in values[best_found].values()]
     return Confirmation(
         {name: _interval(point[name], resampled[name], bootstrap.level) for name in values},
-        ranked[0],
+        winner,
         best_found,
         best_reference,
-        _interval(point[best_found] - point[best_reference], gains, corrected),
+        ahead(best_found, best_reference, corrected),
+        {name: ahead(winner, name, bootstrap.level) for name in values if name != winner},
         bootstrap.level,
         len(candidates),
         round(sum(n_values) / len(n_values)),

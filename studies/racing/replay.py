@@ -9,13 +9,27 @@ score was stopped (and none as good was left); and the regret of the plan that i
 by how much the best plan of all is ahead of it on the further examples that are neither selected
 on nor held out, which no rule sees. Beside it how much that is less than the first rule's, with
 its standard error.
+
+Much of a regret is luck: of many plans the one that does best on some examples does so by chance
+too. "Luck aside" is by how much the plan that is best on one half of the further examples is ahead
+on the other half of the plan that is saved: below 0 where the rule picks better than one who saw
+that half. It is the mean of both ways round.
+
+Then, on the same further examples, how the plan that is saved stands to two references: to the one
+that does best there, which nobody can know, and to the one that has the best evidence of them, as
+the verdict of a study picks it. Of each the mean by which the saved plan is ahead, in points, and
+how often it is distinguishably below: a 95 % interval of the difference, paired by example, has
+both ends below 0. Runs share the plans and most of the further examples, so that the standard
+errors over runs say nothing of another study.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +58,7 @@ from searchmerge.search.trials import TrialRecord
 HERE = Path(__file__).resolve().parent
 BLOCK_SIZE = 8
 TOP_K = 3
+N_ERRORS = 1.96  # standard errors on either side are a 95 % interval
 
 Table = npt.NDArray[np.float64]
 Examples = Mapping[str, npt.NDArray[np.int64]]
@@ -180,6 +195,56 @@ class Recording:
             ]
         )
 
+    def lead(self, row: int, other: int, examples: Examples) -> "Lead":
+        r"""Return how far a plan is ahead of another on some examples, by the metric.
+
+        Examples are another draw for both plans and for the experts alike: of a task whose
+        expert has the mean :math:`\bar e`, an example's part in the difference :math:`\bar d` is
+        :math:`d_i - \bar d - \frac{\bar d}{\bar e} (e_i - \bar e)`.
+        """
+        goal = self.objective(examples)
+        points, variance = 0.0, 0.0
+        for task, its in examples.items():
+            values = self.values[task][:, its]
+            differences, expert = values[row] - values[other], values[self._expert(task)]
+            mean = differences.mean()
+            parts = differences - mean - mean / expert.mean() * (expert - expert.mean())
+            points += goal.unit(task) * mean
+            variance += goal.unit(task) ** 2 * parts.var(ddof=1) / len(its)
+        return Lead(100 * points, 100 * math.sqrt(variance))
+
+
+class Lead(NamedTuple):
+    """By how much a plan is ahead of another, and the standard error of that, in points."""
+
+    points: float
+    error: float
+
+    @property
+    def is_below(self) -> bool:
+        """Whether the plan is distinguishably below the other."""
+        return self.points + N_ERRORS * self.error < 0
+
+
+class Outcome(NamedTuple):
+    """What a rule came to in a run.
+
+    Attributes:
+        n_scored: How many examples were scored.
+        lost: Whether the best candidate was stopped and none as good was left.
+        regret: By how many points the best plan of all is ahead of what is saved.
+        aside: The same of the best plan on other further examples.
+        best: How far what is saved is ahead of the reference that does best.
+        picked: The same, of the reference with the best evidence.
+    """
+
+    n_scored: int
+    lost: bool
+    regret: float
+    aside: float
+    best: Lead
+    picked: Lead
+
 
 @dataclass(frozen=True)
 class Row:
@@ -256,7 +321,10 @@ class Run:
         numbers = np.arange(recording.n_references, len(recording.rows))
         self._candidates = [Row(int(i)) for i in generator.permutation(numbers)[:n_trials]]
         self._references = [Row(i) for i in range(recording.n_references)]
+        self._further = further
         self._truth = recording.truth(further)
+        halves = [{task: its[i::2] for task, its in further.items()} for i in range(2)]
+        self._halves = [recording.truth(half) for half in halves]  # their order is drawn
         self._goal = recording.objective(select)
         self._schedules = self._cut(select, hold_out)
 
@@ -287,8 +355,8 @@ class Run:
             for name, cut in cuts.items()
         }
 
-    def under(self, rule: Rule) -> tuple[int, bool, float]:
-        """Return how many examples a rule scores, if it loses the best, and the regret."""
+    def under(self, rule: Rule) -> Outcome:
+        """Return what a rule comes to."""
         scores = Scores(self._recording)
         board = Scoreboard(self._schedules[rule.order], scores)
         every_block = [b for rounds in board.schedule.rounds.values() for r in rounds for b in r]
@@ -321,10 +389,27 @@ class Run:
                 full.append(row)
         for row in full:
             scores.show(row, [b for r in board.schedule.rounds["hold_out"] for b in r])
-        winner = self._pick(board, full, rule)
-        plans = [*self._references, *self._candidates]
-        best = max(self._truth[row.index] for row in plans)
-        return n_scored, lost, 100 * float(best - self._truth[winner.index])
+        saved, picked = self._pick(board, full, rule)
+        best = max(self._references, key=lambda row: float(self._truth[row.index]))
+        leads = (self._lead(saved, best), self._lead(saved, picked))
+        return Outcome(n_scored, lost, self._regret(saved), self._aside(saved), *leads)
+
+    def _regret(self, saved: Row) -> float:
+        """Return by how many points the best plan of all is ahead of one."""
+        best = max(self._truth[row.index] for row in [*self._references, *self._candidates])
+        return 100 * float(best - self._truth[saved.index])
+
+    def _aside(self, saved: Row) -> float:
+        """Return how far the best on one half is ahead on the other, in points."""
+        rows = [row.index for row in [*self._references, *self._candidates]]
+        ahead = [
+            theirs[max(rows, key=chosen.__getitem__)] - theirs[saved.index]
+            for chosen, theirs in (self._halves, self._halves[::-1])
+        ]
+        return 100 * float(np.mean(ahead))
+
+    def _lead(self, saved: Row, reference: Row) -> Lead:
+        return self._recording.lead(saved.index, reference.index, self._further)
 
     def _merges(self) -> list[Row]:
         """Return the references but the base and the experts."""
@@ -359,21 +444,25 @@ class Run:
             value[row] = self._goal.scalar(means)
         return max(value.values()) > max((value[row] for row in full), default=-np.inf) + 1e-12
 
-    def _pick(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> Row:
-        """Return the plan that is saved."""
+    def _pick(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> tuple[Row, Row]:
+        """Return the plan that is saved, and the reference with the best evidence."""
         board = self._read(board, full, rule)
         names = {self._recording.rows[row.index]: row for row in [*self._references, *full]}
         found = {self._recording.rows[row.index] for row in full}
-        if not rule.all_compete:
-            value = {row: self._goal.scalar(board.estimates(row, "select")) for row in full}
-            top = sorted(full, key=lambda row: -value[row])[:TOP_K]
-            on_hold_out = {row: self._goal.scalar(board.scores(row, "hold_out")) for row in top}
-            return max(top, key=lambda row: on_hold_out[row])
         merges = {self._recording.rows[row.index] for row in self._merges()} | found
         evidence = evidence_on_select(board, names, self._goal, merges)
         top_names = [name for name in evidence.ranked() if name in found][:TOP_K]
         contest = {n: row for n, row in names.items() if n not in found or n in top_names}
-        return names[confirmed(board, evidence, contest, self._goal).best]
+        ranked = confirmed(board, evidence, contest, self._goal).ranked()
+        reference = next(names[name] for name in ranked if name not in found)
+        return names[ranked[0]] if rule.all_compete else self._of_top(board, full), reference
+
+    def _of_top(self, board: Scoreboard, full: Sequence[Row]) -> Row:
+        """Return the best on held-out examples of the top candidates."""
+        value = {row: self._goal.scalar(board.estimates(row, "select")) for row in full}
+        top = sorted(full, key=lambda row: -value[row])[:TOP_K]
+        on_hold_out = {row: self._goal.scalar(board.scores(row, "hold_out")) for row in top}
+        return max(top, key=lambda row: on_hold_out[row])
 
 
 def main() -> None:
@@ -396,7 +485,11 @@ def main() -> None:
             f"{n_further - args.hold_out} decide the regret; {args.trials} trials, "
             f"{args.runs} runs"
         )
-        print(f"{'rule':30s} {'fewer examples':>14s} {'best stopped':>13s} {'regret':>14s}   less")
+        print(
+            f"{'rule':30s} {'fewer examples':>14s} {'best stopped':>13s} {'regret':>14s}   "
+            f"{'less':14s} {'luck aside':>14s} {'ahead of best ref.':>19s} {'below':>8s} "
+            f"{'of picked ref.':>19s} {'below':>8s}"
+        )
         first = None
         runs = [
             Run(recording, args.first_seed + i, args.select, args.hold_out, args.trials)
@@ -405,15 +498,28 @@ def main() -> None:
         n_full = len(recording.goals) * args.select * args.trials
         for name in args.rules:
             results = [run.under(RULES[name]) for run in runs]
-            scored, lost, regret = (np.array(column) for column in zip(*results, strict=True))
-            first = regret if first is None else first
-            less, error = first - regret, (first - regret).std(ddof=1) / np.sqrt(len(regret))
-            spread = regret.std(ddof=1) / np.sqrt(len(regret))
-            print(
-                f"{name:30s} {np.mean(n_full / scored):12.2f} x {100 * lost.mean():11.1f} % "
-                f"{regret.mean():7.2f} +- {spread:.2f}  {less.mean():+.2f} +- {error:.2f}",
-                flush=True,
-            )
+            first = [run.regret for run in results] if first is None else first
+            print(f"{name:30s} {_line(results, first, n_full)}", flush=True)
+
+
+def _line(results: Sequence[Outcome], first: Sequence[float], n_full: int) -> str:
+    """Return what a rule comes to over runs, beside the regret of the first rule in each."""
+    fewer = np.mean([n_full / run.n_scored for run in results])
+    lost = np.mean([run.lost for run in results])
+    regret = np.array([run.regret for run in results])
+    line = f"{fewer:12.2f} x {100 * lost:11.1f} % {_mean(regret, '7.2f')}  "
+    line += _mean(np.array(first) - regret, "+.2f") + "  "
+    line += _mean(np.array([run.aside for run in results]), "+6.2f")
+    for leads in ([run.best for run in results], [run.picked for run in results]):
+        below = np.mean([lead.is_below for lead in leads])
+        line += f"  {_mean(np.array([lead.points for lead in leads]), '+10.2f')} "
+        line += f"{100 * below:6.1f} %"
+    return line
+
+
+def _mean(values: Table, form: str) -> str:
+    """Return the mean over runs with its standard error."""
+    return f"{values.mean():{form}} +- {values.std(ddof=1) / np.sqrt(len(values)):.2f}"
 
 
 if __name__ == "__main__":

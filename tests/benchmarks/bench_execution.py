@@ -351,7 +351,8 @@ def bench_fleet(quick: bool) -> None:
     """
     n_trials = 128 if quick else 2000
     auto = Setting(auto_space(EXPERTS), "auto")
-    cases = [(10.0, auto), (10.0, replace(auto, is_journal=True)), (2.0, auto)]
+    settings = (auto, replace(auto, is_journal=True))
+    cases = [(mean_s, setting) for mean_s in (10.0, 2.0) for setting in settings]
     print("\n| storage | mean s a trial | trials/s | busy | CPU ms, first and last quarter |")
     print("|---|---|---|---|---|")
     for mean_s, setting in cases:

@@ -52,6 +52,7 @@ class Case:
         n_examples: How many examples are scored.
         batch_sizes: Among which ``HFLM``'s is chosen, from small to large.
         is_chat: Whether prompts are turns of the tokenizer's chat template.
+        members: The tasks of a group; as many examples are scored of each.
     """
 
     title: str
@@ -59,8 +60,15 @@ class Case:
     n_examples: int
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     is_chat: bool = False
+    members: tuple[str, ...] = ()
+
+    @property
+    def lm_names(self) -> tuple[str, ...]:
+        """Return the tasks of lm-eval that are scored."""
+        return self.members or (self.task,)
 
 
+OWN = ("hypernym", "rhyme", "spelling")
 CASES = (
     Case("4 choices, 0-shot (hypernym)", "quickstart_hypernym", 120),
     Case("4 choices, 0-shot (rhyme)", "quickstart_rhyme", 120),
@@ -69,6 +77,13 @@ CASES = (
     Case("4 choices, drawn 5-shot prefix", "bench_drawn", 24),
     Case("4 choices, shared prefix of 2,000 tokens", "bench_long", 4, (8,)),
     Case("4 choices, chat template", "bench_chat", 40, is_chat=True),
+    Case(
+        "group of 3 tasks, chat template",
+        "bench_group",
+        48,
+        is_chat=True,
+        members=tuple(f"quickstart_{name}" for name in OWN),
+    ),
     Case("rolling log-likelihood", "bench_rolling", 24),
     Case("generation, 5-shot", "bench_generate_fewshot", 24),
     Case("generation", "bench_generate", 48),
@@ -123,7 +138,7 @@ def write_tasks(folder: Path) -> None:
             {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
         ],
     }
-    tasks = [own_task(name) for name in ("hypernym", "rhyme", "spelling")]
+    tasks = [own_task(name) for name in OWN]
     first = {"num_fewshot": 5, "fewshot_split": "validation"}
     first["fewshot_config"] = {"sampler": "first_n"}
     tasks.append(fewshot | {"task": "bench_fewshot"} | first)
@@ -133,6 +148,10 @@ def write_tasks(folder: Path) -> None:
     tasks += [fewshot | {"task": "bench_drawn"}, generate, rolling]
     for task in tasks:
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+    mean = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    members = [f"quickstart_{name}" for name in OWN]
+    group = {"group": "bench_group", "task": members, "aggregate_metric_list": [mean]}
+    (folder / "bench_group.yaml").write_text(yaml.safe_dump(group))
 
 
 class Timer:
@@ -227,16 +246,18 @@ class Contest:
         self._lm = make_lm(tokenizer, backend)
         self._lm.model = model
         self._manager = TaskManager(include_path=str(folder), include_defaults=False)
-        self._tasks = self._manager.load([case.task for case in cases])["tasks"]
+        names = dict.fromkeys(name for case in cases for name in case.lm_names)
+        self._tasks = self._manager.load(list(names))["tasks"]
 
     def evaluate(self, lm: Any, case: Case, limit: int) -> Any:
-        """Return lm-eval's own result; the task and its data are loaded already."""
-        task = self._tasks[case.task]
-        task.set_fewshot_seed(1234)
+        """Return lm-eval's own result; the tasks and their data are loaded already."""
+        tasks = {name: self._tasks[name] for name in case.lm_names}
+        for task in tasks.values():
+            task.set_fewshot_seed(1234)
         return evaluate(
             lm,
-            {"tasks": {case.task: task}},
-            limit=limit,
+            {"tasks": tasks},
+            limit=max(1, limit // len(tasks)),
             bootstrap_iters=0,
             apply_chat_template=case.is_chat,
         )
@@ -285,7 +306,7 @@ class Contest:
         """Return how long one case takes both ways, and how far the answers agree."""
         size, answering = self.best_batch_size(case, n_examples), []
         lm = self.hflm(size, answering)
-        examples = range(n_examples)
+        examples = self._examples(case, n_examples)
         self._harness.score(self._model, case.task, examples)  # prompts are made once a study
         theirs, ours, requests = [], [], []
         for _ in range(rounds):
@@ -295,11 +316,22 @@ class Contest:
             requests.append(sum(answering))
             seconds, _ = self._timed(lambda: self._harness.score(self._model, case.task, examples))
             ours.append(seconds)
-        samples = result["samples"][case.task]
         _, again = self._timed(lambda: self.evaluate(self._lm, case, n_examples))
-        difference, n_same = compare(samples, again["samples"][case.task])
+        samples, others = (
+            [sample for name in case.lm_names for sample in found["samples"][name]]
+            for found in (result, again)
+        )
+        difference, n_same = compare(samples, others)
         best = min(theirs), min(requests), min(ours)
         return Measured(size, *best, difference, n_same, len(samples))
+
+    def _examples(self, case: Case, n_examples: int) -> Sequence[int]:
+        """Return the first examples of a task, or of each member of a group."""
+        if not case.members:
+            return range(n_examples)
+        n_each = max(1, n_examples // len(case.members))
+        members = self._harness.tasks[case.task].members_of("select")
+        return [example for _, examples in members for example in examples[:n_each]]
 
     def overhead_s(self, n_examples: int, rounds: int) -> float:
         """Return the seconds of a trial outside the forward passes: the best of some trials.

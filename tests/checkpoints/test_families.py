@@ -210,8 +210,8 @@ def test_a_multimodal_base_is_a_language_model_where_a_study_says_so(save):
 
 @pytest.mark.parametrize(("kind", "why"), [
     ("bert", r"is a bert model, whose tokens see those that follow them; tasks of lm_harness and"),
-    ("bart", r"is a bart model, an encoder-decoder; tasks of lm_harness and perplexity need a"),
-    ("t5", r"is a t5 model, which is no AutoModelForCausalLM; with `model_class:` it can be loa"),
+    ("bart", r"is a bart model, an encoder-decoder, which is scored with its encoder by `mo"),
+    ("t5", r"is a t5 model, an encoder-decoder, which is scored with its encoder by `mod"),
 ])  # fmt: skip
 def test_what_does_not_read_left_to_right_is_no_language_model(kind, why, save):
     base, expert = save(kind, 0), save(kind, 1)
@@ -224,13 +224,19 @@ def test_what_does_not_read_left_to_right_is_no_language_model(kind, why, save):
         assert len(str(caught.value)) < 500
 
 
-def test_tasks_of_language_models_need_one(save):
+def test_an_encoder_decoder_is_scored_by_lm_eval_where_a_study_says_so(save):
     base, expert = save("t5", 0), save("t5", 1)
+    asked = {"model_class": "AutoModelForSeq2SeqLM"}
+    study = _study(base, expert, **asked)
+    assert study.spec.resident_class == "AutoModelForSeq2SeqLM"
+    open_models(study)
     message = (
         r"model_class is AutoModelForSeq2SeqLM; the tasks need a model that is loaded as Auto"
     )
-    with pytest.raises(ValueError, match=message):
-        _study(base, expert, model_class="AutoModelForSeq2SeqLM")
+    text = {"t": {"evaluator": "perplexity", "data": "text.txt"}}
+    for other in ({"tasks": text}, {"lm_harness": {"engine": "vllm"}}):
+        with pytest.raises(ValueError, match=message):
+            _study(base, expert, **asked, **other)
 
 
 def test_an_encoder_that_was_made_a_decoder_is_a_language_model(tmp_path):

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'.* LoRA tensor.s. have invalid shape"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
@@ -326,7 +327,10 @@ def test_the_tokenizer_is_the_adapters_own_where_it_has_one(opened, tmp_path, ca
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; supported are"),
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; supported are"),
         ({"use_qalora": True}, "use_qalora is True; supported are"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters is"),
+        (
+            {"target_parameters": ["experts.gate_up_proj"], "use_dora": True},
+            r"target_parameters is \['experts.gate_up_proj'\], with use_dora; supported are",
+        ),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', so the"),
         (
@@ -380,7 +384,9 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (
             lambda t: {**t, f"{_Q}.lora_B.bias": torch.ones(16)},
             r"changes 'model\.layers\.0\.self_attn\.q_proj\.bias', which the base does not have; "
-            r"lora_bias gives a bias to a layer that has none in this kind of model",
+            r"lora_bias gives the layer a bias that this model has no place for: give base and "
+            r"experts biases, of zeros, by attention_bias in the base's config.json, "
+            r"or train the adapter without lora_bias$",
         ),
         (lambda t: {}, "holds no tensor"),
     ],
@@ -388,6 +394,39 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
 def test_an_adapter_that_does_not_fit_is_refused(retensor, message, edit, opened, cache_dir):
     with pytest.raises(CheckpointError, match=rf"adapter_model\.safetensors: .*{message}"):
         open_checkpoint(edit(retensor=retensor), base=opened("llama"), cache_dir=cache_dir)
+
+
+def test_a_bias_that_no_field_of_the_configuration_gives_is_refused(tmp_path, opened, cache_dir):
+    train("gemma", tmp_path, target_modules=["gate_proj"], lora_bias=True)
+    message = (
+        r"gate_proj\.bias', which the base does not have; .*no field for; train the adapter w"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, base=opened("gemma"), cache_dir=cache_dir)
+
+
+@torch.no_grad()
+def test_a_base_that_was_given_biases_takes_those_of_an_adapter(tmp_path, cache_dir):
+    plain = ARCHITECTURES["llama"].make()
+    adapter = peft.get_peft_model(
+        plain, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], lora_bias=True)
+    )
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    adapter.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(12).unsqueeze(0)
+    expected = adapter.eval()(tokens).logits
+    given = ARCHITECTURES["llama"].make(attention_bias=True)
+    given.load_state_dict(adapter.unload().state_dict(), strict=False)
+    for name, parameter in given.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+    given.save_pretrained(tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base", cache_dir=cache_dir)
+    expert = open_checkpoint(tmp_path / "adapter", base=base, cache_dir=cache_dir)
+    resident = load_resident(expert, dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(resident(tokens).logits, expected)
 
 
 def test_an_adapter_needs_a_base(edit):

@@ -5,6 +5,8 @@ from functools import cache
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -17,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 TEXT = """the quick brown fox jumps over the lazy dog. a word that rhymes with dog is fog.
@@ -66,6 +70,19 @@ def tiny_model(architecture: str) -> PreTrainedModel:
             model = GPT2LMHeadModel(config)
         case "bloom":
             model = BloomForCausalLM(BloomConfig(**common, hidden_size=32, n_layer=2, n_head=4))
+        case "t5":
+            heads = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+            starts = {"decoder_start_token_id": 1, "pad_token_id": 1}
+            config = T5Config(**common, **heads, **starts, initializer_factor=3.0)
+            model = T5ForConditionalGeneration(config)
+        case "bart":
+            both = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+            each = {f"{part}_{k}": n for part in ("encoder", "decoder") for k, n in both.items()}
+            starts = {"decoder_start_token_id": 1, "pad_token_id": 1, "forced_eos_token_id": 1}
+            config = BartConfig(
+                **common, **each, **starts, d_model=32, max_position_embeddings=64, init_std=0.3
+            )
+            model = BartForConditionalGeneration(config)
         case _:
             raise ValueError(architecture)
     return model.eval()

@@ -15,7 +15,7 @@ def make_results():
             "objective": "normalised",
             "rows": [
                 Row("TIES", {"math": 0.5, "code": 0.25}, {"math": 0.4, "code": 0.3},
-                    (0.9, 0.85, 0.95), is_candidate=False),
+                    (0.9, 0.85, 0.95), is_candidate=False, lead=(0.2, 0.05, 0.35)),
                 Row("trial 3", {"math": 0.75, "code": 0.5}, {"math": 0.7, "code": 0.45},
                     (1.1, 1.0, 1.2), is_candidate=True),
             ],
@@ -55,3 +55,8 @@ def points():
         Point("trial 2", {"math": 0.1, "code": 0.1}, "trial"),
         Point("trial 3", {"math": 0.75, "code": 0.5}, "front"),
     ]
+
+
+@pytest.fixture
+def drawn_from():
+    return {"math": {"select": "split 'train'", "hold_out": "split 'test' of m<x>.jsonl"}}

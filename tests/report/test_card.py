@@ -40,6 +40,14 @@ def test_the_card_says_what_the_report_says(make_results):
     assert results.verdict in text
     for cells in results.table()[1]:
         assert f"| {' | '.join(cells)} |" in text
+    assert "| +20.0 [+5.0, +35.0] |" in text
+    assert results.legend in text
+
+
+def test_the_card_names_the_data_of_each_part(make_results, drawn_from):
+    _, text = parts(model_card(make_results(drawn_from=drawn_from), "base", EXPERTS, {}, {}))
+    assert "| math | split 'train' | split 'test' of m&lt;x&gt;.jsonl |\n\nWith `merge_p" in text
+    assert "different data" not in model_card(make_results(), "base", EXPERTS, {}, {})
 
 
 def test_the_command_takes_names_and_settings_as_a_shell_reads_them(make_results):

@@ -1,22 +1,34 @@
 """The written report, and the data that it is made of."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from searchmerge.durable import read_checked, with_checksum
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
-from searchmerge.report.results import REPORT_FILE, RESULTS_FILE, Results, Searched, markdown_table
+from searchmerge.report.results import (
+    LEAD,
+    REPORT_FILE,
+    RESULTS_FILE,
+    Results,
+    Searched,
+    markdown_table,
+)
 from tests.search.test_trials import plan
 
 
-def test_results_are_read_as_they_were_saved(make_results, bounds, points, details, tmp_path):
+def test_results_are_read_as_they_were_saved(
+    make_results, bounds, points, details, drawn_from, tmp_path
+):
     results = make_results(
         bounds=bounds,
         points=points,
         details=details,
         searched=[Searched("ties, one coefficient", 3, 2, 0.9)],
         readings={"math": "by the metric alone"},
+        drawn_from=drawn_from,
     )
     results.save(tmp_path)
     assert Results.load(tmp_path) == results
@@ -28,7 +40,9 @@ def test_results_are_read_as_they_were_saved(make_results, bounds, points, detai
         "hold_out": {"math": 0.7, "code": 0.45},
         "objective": [1.1, 1.0, 1.2],
         "is_candidate": True,
+        "lead": [],
     }
+    assert data["rows"][0]["lead"] == [0.2, 0.05, 0.35]
 
 
 def test_a_study_without_results_says_when_they_come(tmp_path):
@@ -46,20 +60,45 @@ def test_results_that_cannot_be_written_are_an_error_of_the_study(make_results, 
 
 def test_the_table_shows_select_and_held_out_scores_in_per_cent(make_results):
     header, cells = make_results().table()
-    assert header == ["", "math", "code", "normalised, held out"]
+    assert header == ["", "math", "code", "normalised, held out", LEAD]
     assert cells == [
-        ["TIES", "50.0 / 40.0", "25.0 / 30.0", "90.0 [85.0, 95.0]"],
-        ["trial 3", "75.0 / 70.0", "50.0 / 45.0", "110.0 [100.0, 120.0]"],
+        ["TIES", "50.0 / 40.0", "25.0 / 30.0", "90.0 [85.0, 95.0]", "+20.0 [+5.0, +35.0]"],
+        ["trial 3", "75.0 / 70.0", "50.0 / 45.0", "110.0 [100.0, 120.0]", ""],
     ]
 
 
+def test_a_lead_without_an_interval_is_one_number(make_results):
+    [ties, trial] = make_results().rows
+    _, cells = make_results(rows=[replace(ties, lead=(-0.004,)), trial]).table()
+    assert [row[-1] for row in cells] == ["-0.4", ""]
+
+
+def test_results_of_before_leads_were_kept_are_read_and_shown_without(make_results, tmp_path):
+    results = make_results()
+    results.save(tmp_path)
+    data = read_checked(tmp_path / RESULTS_FILE)
+    for row in data["rows"]:
+        del row["lead"]
+    (tmp_path / RESULTS_FILE).write_text(with_checksum(data))
+    earlier = Results.load(tmp_path)
+    assert earlier.rows == [replace(row, lead=()) for row in results.rows]
+    assert earlier.table()[0] == ["", "math", "code", "normalised, held out"]
+    assert "last column" in results.legend
+    assert "last column" not in earlier.legend
+
+
 def test_the_report_holds_verdict_table_counts_plan_and_sources(make_results):
-    report = make_results().markdown()
+    results = make_results()
+    report = results.markdown()
     assert report.startswith("# toy\n\n**The found merge is better")
     assert "| **trial 3** | **75.0 / 70.0** |" in report
+    assert "| **110.0 [100.0, 120.0]** |  |" in report
+    assert "| 90.0 [85.0, 95.0] | +20.0 [+5.0, +35.0] |" in report
     assert "| TIES | 50.0 / 40.0 |" in report
     assert "metrics: math: acc, code: macro_f1" in report
-    assert "the 95 % interval" in report
+    assert results.legend in report
+    assert "95 % intervals" in results.legend
+    assert "single comparisons: only the verdict's interval is corrected" in results.legend
     assert "Counts: trials in full 3, trials stopped early 2, search seconds 12." in report
     assert "| base | `models/base, 0123abcd` |" in report
     text = report.split("```yaml\n")[1].split("```")[0]
@@ -93,6 +132,14 @@ def test_members_and_other_metrics_fold_out(make_results, details):
     assert "| math: algebra | 3 | 25.0 | 50.0 |" in folded
     assert "| code: acc | 8 | 12.5 | 75.0 |" in folded
     assert "<details>" not in make_results().markdown()
+
+
+def test_parts_of_different_data_are_named(make_results, drawn_from):
+    results = make_results(drawn_from=drawn_from)
+    assert "| math | split 'train' | split 'test' of m&lt;x&gt;.jsonl |" in results.markdown()
+    assert results.front_title == "toy, on select examples: math from split 'train'"
+    assert "different data" not in make_results().markdown()
+    assert make_results().front_title == "toy, on select examples"
 
 
 def test_one_row_of_a_table_stands_out():

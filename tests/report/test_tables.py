@@ -1,8 +1,11 @@
 """From scores to the rows, constraints, points and counts of a report."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, Member, PartInfo, TaskInfo
 from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import BlockScores, make_blocks
 from searchmerge.plan import MergePlan
@@ -16,6 +19,7 @@ from searchmerge.report.tables import (
     make_rows,
     make_searched,
     told_readings,
+    told_sources,
 )
 from searchmerge.search.confirm import Bootstrap, Contest, confirm
 from searchmerge.search.grades import METRIC, Grader, Reading, Step
@@ -61,6 +65,14 @@ def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
     value, low, high = rows[-1].objective
     assert value == pytest.approx(study.objective.scalar(rows[-1].hold_out))
     assert low < value < high
+    *others, winner = rows
+    assert winner.lead == ()
+    for other in others:
+        lead, low, high = other.lead
+        assert lead == pytest.approx(winner.objective[0] - other.objective[0])
+        assert low <= lead <= high
+    without = make_rows(board, plans, {"trial 3"}, replace(confirmation, single=("math",)))
+    assert [r.lead for r in without] == [*(r.lead[:1] for r in others), ()]
     study.directory.close()
 
 
@@ -188,3 +200,16 @@ def test_how_tasks_are_read_is_told_in_words():
     assert "does not tell better" in told["not"]
     assert "contradicts: over the plans the two have a correlation of -0.60" in told["against"]
     assert "too few plans" in told["few"]
+
+
+def test_files_that_parts_are_drawn_from_are_named_from_the_studys_folder():
+    parts = (PartInfo("split 'train' of /here/a.jsonl", 20), PartInfo("/there/b.jsonl", 30))
+    tasks = {"apart": TaskInfo.of_parts(*parts), "math": TaskInfo(20)}
+    blocks = {
+        part: {name: make_blocks(name, part, examples, info, 4) for name, info in tasks.items()}
+        for part, examples in (("pilot", range(4)), ("hold_out", range(20, 24)))
+    }
+    schedule = Schedule.interleaved(tasks, blocks, round_blocks=1, seed=0)
+    assert told_sources(schedule, Path("/here")) == {
+        "apart": {"select": "split 'train' of a.jsonl", "hold_out": "/there/b.jsonl"}
+    }

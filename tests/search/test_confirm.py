@@ -121,3 +121,35 @@ def test_intervals_are_those_of_a_bootstrap_written_out():
     gains = objective[told.best_found] - objective[told.best_reference]
     expected = np.quantile(gains, [0.0125, 0.9875])  # two candidates
     assert [told.gain.low, told.gain.high] == pytest.approx(list(expected))
+    for name, lead in told.lead.items():
+        ahead = objective[told.winner] - objective[name]
+        expected = np.quantile(ahead, [0.025, 0.975])  # a single comparison
+        assert [lead.low, lead.high] == pytest.approx(list(expected))
+        difference = told.objective[told.winner].value - told.objective[name].value
+        assert lead.value == pytest.approx(difference)
+
+
+@pytest.mark.parametrize("gain", [0.3, -0.3])
+def test_what_is_saved_is_compared_with_every_other_plan_and_not_with_itself(gain):
+    data = values(0, gain)
+    told = run(data)
+    assert set(told.lead) == data.keys() - {told.winner}
+    assert told.lead["base"].low > 0
+    if told.winner == told.best_found:  # then the verdict's is the wider interval of the two
+        lead = told.lead[told.best_reference]
+        assert lead.value == told.gain.value
+        assert told.gain.low < lead.low < lead.high < told.gain.high
+
+
+def test_an_interval_of_a_lead_is_narrower_than_those_of_the_plans():
+    """The plans answer the same examples, most of them alike."""
+    rng = np.random.default_rng(5)
+    easy = {task: rng.random(400) for task in GOALS}
+    data = {
+        name: {task: tuple((u < p).astype(float)) for task, u in easy.items()}
+        for name, p in {"base": 0.4, "expert a": 0.6, "expert b": 0.6, "trial 1": 0.65}.items()
+    }
+    told = run(data, "mean")
+    lead, alone = told.lead["expert a"], told.objective["trial 1"]
+    assert lead.low > 0
+    assert lead.high - lead.low < 0.6 * (alone.high - alone.low)

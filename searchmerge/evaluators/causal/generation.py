@@ -1,13 +1,15 @@
-"""Batched generation with a causal language model: prompts padded on the left, stop sequences.
+"""Batched generation with a language model: prompts padded on the left, stop sequences.
 
 Greedy decoding, which is what nearly every task asks for, is a loop of our own over public API
 (``decoding``): what all prompts begin with is run once, and rows leave the batch as they finish.
 Whatever else a task or the model's generation config asks for goes through ``model.generate``, as
-does a model that does not honour masks and positions.
+does a model that does not honour masks and positions. So do encoder-decoders, of which prompts of
+one length are continued together: as in lm-eval, they may say as much more as the prompt is long.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +24,8 @@ from searchmerge.evaluators.causal.decoding import (
 )
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.fitting import Fitting
-from searchmerge.evaluators.causal.model import device_of, run_prefix
+from searchmerge.evaluators.causal.model import device_of, encodes, run_prefix
+from searchmerge.evaluators.causal.sampling import Draws, setting, warpers
 from searchmerge.evaluators.causal.scoring import honours_packing, packed_window
 
 _MAX_ROWS = {"cpu": 64, "cuda": 256}
@@ -44,9 +47,6 @@ _HARMLESS = frozenset(
 """Entries of a generation config, other than its defaults, that greedy decoding does not heed or
 that the loop here heeds too."""
 
-_SAMPLING_SEED = 1234
-"""Where a task asks for sampling, every call draws the same numbers."""
-
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -56,11 +56,13 @@ class GenerationOptions:
         stop: Text at which a continuation ends.
         max_new_tokens: Tokens that are generated at most, 1 or more.
         arguments: Further arguments of ``model.generate``.
+        seeds: Of each prompt, where its tokens are drawn at random.
     """
 
     stop: tuple[str, ...]
     max_new_tokens: int
     arguments: dict[str, Any]
+    seeds: tuple[int, ...] = ()
 
 
 class _Finite:
@@ -101,8 +103,8 @@ class Generator:
     ) -> list[list[int]]:
         """Return the new tokens of every prompt; what follows a stop sequence is of no meaning.
 
-        Where the options ask for sampling, the same weights and prompts give the same tokens;
-        the global random state is left as it was.
+        Where the options ask for sampling, the same weights, prompt and seed give the same
+        tokens, whatever is continued beside it; the global random state is left as it was.
 
         Args:
             model: A model of transformers that generates.
@@ -114,11 +116,15 @@ class Generator:
             NonFiniteLogits: If the logits of a prompt are not finite.
         """
         longest = max(map(len, prompts), default=0) + options.max_new_tokens
-        greedy = is_greedy(model, options) and self._takes_masks(model, longest)
+        is_plain = not encodes(model) and is_greedy(model, options)
+        greedy = is_plain and self._takes_masks(model, longest)
         generate = self._generate_greedily if greedy else _generate_through_model
 
         def run(part: float) -> list[list[int]]:
-            batches = self._batches(prompts, options, part, device_of(model).type)
+            kind = device_of(model).type
+            batches = self._batches(prompts, options, part, kind)
+            if encodes(model):
+                batches = [rows for batch in batches for rows in _of_one_length(prompts, batch)]
             return generate(model, tokenizer, prompts, options, batches)
 
         return self._fitting.run(run)
@@ -184,16 +190,27 @@ def _generate_through_model(
     options: GenerationOptions,
     batches: Sequence[Sequence[int]],
 ) -> list[list[int]]:
-    """Return the new tokens of every prompt, by ``model.generate``, drawn alike in every call."""
+    """Return the new tokens of every prompt, by ``model.generate``."""
+    samples = bool(setting(model, options.arguments, "do_sample"))
+    draws_beams = samples and _n_beams(model, options) > 1
+    if draws_beams:  # they are drawn from a global state, of which each prompt has its own
+        batches = [[row] for rows in batches for row in rows]
     results: list[list[int]] = [[]] * len(prompts)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)):
-        torch.manual_seed(_SAMPLING_SEED)
         for rows in batches:
-            new = _generate_batch(model, tokenizer, {i: prompts[i] for i in rows}, options)
+            if draws_beams:
+                torch.manual_seed(options.seeds[rows[0]])
+            seeds = [options.seeds[row] for row in rows] if samples else []
+            batch = {row: prompts[row] for row in rows}
+            new = _generate_batch(model, tokenizer, batch, replace(options, seeds=tuple(seeds)))
             for i, tokens in zip(rows, new, strict=True):
                 results[i] = tokens
     return results
+
+
+def _n_beams(model: nn.Module, options: GenerationOptions) -> int:
+    return int(setting(model, options.arguments, "num_beams") or 1)
 
 
 def is_greedy(model: Any, options: GenerationOptions) -> bool:
@@ -206,6 +223,11 @@ def is_greedy(model: Any, options: GenerationOptions) -> bool:
         return False
     said = {key for key, value in config.to_diff_dict().items() if value not in (None, False)}
     return said - {"_from_model_config"} <= _HARMLESS
+
+
+def _of_one_length(prompts: Sequence[Tokens], rows: Sequence[int]) -> list[list[int]]:
+    """Return those of some prompts that are equally long, together; they are in that order."""
+    return [list(its) for _, its in groupby(rows, key=lambda row: len(prompts[row]))]
 
 
 def _n_shared(prompts: Sequence[Tokens]) -> int:
@@ -222,16 +244,24 @@ def _n_shared(prompts: Sequence[Tokens]) -> int:
 def _generate_batch(
     model: Any, tokenizer: Any, prompts: Mapping[int, Tokens], options: GenerationOptions
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt."""
+    """Return the new tokens of each prompt; they are drawn where there are seeds."""
     tokens, mask = padded(list(prompts.values()), tokenizer.pad_token_id)
     width, device = tokens.shape[1], device_of(model)
-    arguments = {"max_length": width + options.max_new_tokens} | options.arguments
+    longest = width + options.max_new_tokens
+    if encodes(model):  # the decoder begins with a token of its own
+        longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
+        width = 1
+    arguments = {"max_length": longest} | options.arguments
+    processors: list[Any] = [_Finite(list(prompts))]
+    if options.seeds and _n_beams(model, options) == 1:
+        warped = warpers(model, options.arguments, device)
+        processors.append(Draws(warped, options.seeds, width, arguments["max_length"] - width))
     sequences: Tensor = model.generate(
         input_ids=tokens.to(device),
         attention_mask=mask.to(device),
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[StopSequences(tokenizer, options.stop, width)],
-        logits_processor=[_Finite(list(prompts))],
+        logits_processor=processors,
         use_cache=True,
         **arguments,
     )

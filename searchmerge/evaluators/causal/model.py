@@ -64,6 +64,11 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
+def encodes(model: Any) -> bool:
+    """Return whether a model reads a prompt with an encoder, and continues it with a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model takes its inputs: where its first parameter, the embedding, lies.
 

@@ -98,6 +98,8 @@ class Catalogue:
         path: tuple[str, ...],
         where: str,
     ) -> "Branch":
+        if name in path:
+            raise SpecError(f"{where}: the group {name!r} is a member of itself")
         listed = config.get("task") or []
         children: list[Leaf | Branch] = []
         for item in [listed] if isinstance(listed, str) else listed:
@@ -111,11 +113,23 @@ class Catalogue:
             children.append(self._tree(manager, str(member), {**overrides, **keys}, inner, where))
         if not children:
             raise SpecError(f"{where}: the group {name!r} has no members")
-        metrics = [
-            GroupMetric(str(m["metric"]), bool(m.get("weight_by_size", True)))
-            for m in config.get("aggregate_metric_list") or []
-        ]
-        return Branch(name, tuple(children), tuple(metrics))
+        metrics = _metrics(config.get("aggregate_metric_list"), f"{where}: the group {name!r}")
+        return Branch(name, tuple(children), metrics)
+
+
+def _metrics(listed: Any, where: str) -> "tuple[GroupMetric, ...]":
+    """Return the metrics that a group aggregates."""
+    metrics = [listed] if isinstance(listed, Mapping) else listed or []
+    if not isinstance(metrics, list) or not all(
+        isinstance(metric, Mapping) and "metric" in metric for metric in metrics
+    ):
+        raise SpecError(
+            f"{where} has an aggregate_metric_list that is no list of mappings, each with a "
+            f"metric: {listed!r}"
+        )
+    return tuple(
+        GroupMetric(str(m["metric"]), bool(m.get("weight_by_size", True))) for m in metrics
+    )
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ from searchmerge.evaluators.lm_harness.language_model import (
     TransformersBackend,
     make_lm,
 )
-from searchmerge.evaluators.lm_harness.loading import load_task
+from searchmerge.evaluators.lm_harness.loading import load_task, split_of
 from searchmerge.evaluators.lm_harness.parts import Prepared, PreparedParts
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments
+from searchmerge.evaluators.lm_harness.seq2seq import MODEL_CLASS as SEQ2SEQ
+from searchmerge.evaluators.lm_harness.seq2seq import Seq2SeqBackend
 from searchmerge.evaluators.lm_harness.settings import local_data, referred_files
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
 from searchmerge.evaluators.lm_harness.vllm import VllmBackend, VllmSettings
@@ -48,12 +50,14 @@ class LmHarness:
         folder: What ``section.include_path`` is relative to.
         config: The model's configuration, to see before there is a model that what tasks
             generate fits its window; that is seen when they are scored if ``None``.
+        seed: Of answers that are drawn at random.
+        is_graded: Whether it is told how clearly examples were answered.
 
     Raises:
         SpecError: If there is no such task, split, metric, filter or chat template.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a study's context says, in flat values
         self,
         tasks: Mapping[str, LmTask],
         *,
@@ -62,13 +66,17 @@ class LmHarness:
         section: LmHarnessSection,
         folder: Path,
         config: Any = None,
+        seed: int = 0,
+        is_graded: bool = True,
     ) -> None:
+        self._is_graded = is_graded
         self._backend = backend
         self._lm = make_lm(
             tokenizer,
             backend,
             max_length=section.max_length,
             add_bos_token=section.add_bos_token,
+            seed=seed,
         )
         self.section = section
         self.folder = folder
@@ -93,11 +101,16 @@ class LmHarness:
         if task.samples is not None:
             what = f"{tree.name!r} is a group of several tasks"
             raise SpecError(f"tasks.{name}.samples: {what}")
-        members = []
+        of_leaves: list[PreparedTask] = []
+        members: dict[tuple[str, str], PreparedTask] = {}
         for leaf in tree.leaves():
-            chosen = replace(task, metric=task.metric or _metric_of(leaf, tree))
-            members.append(self._prepare_leaf(name, chosen, leaf))
-        return PreparedGroup(name, tree, members, task.metrics_and_filters()[0][0])
+            key = leaf.name, split_of(leaf, task.split, f"tasks.{name}.split")
+            if key not in members:
+                chosen = replace(task, metric=task.metric or _metric_of(leaf, tree))
+                members[key] = self._prepare_leaf(name, chosen, leaf)
+            _check_same(members[key].leaf, leaf, f"tasks.{name}.task")
+            of_leaves.append(members[key])
+        return PreparedGroup(name, tree, of_leaves, task.metrics_and_filters()[0][0])
 
     def _prepare_leaf(self, name: str, task: LmTask, leaf: Leaf) -> PreparedTask:
         section = self.section
@@ -117,6 +130,11 @@ class LmHarness:
                 raise SpecError(f"tasks.{name}: {leaf.name!r}: {error}") from error
         return prepared
 
+    @property
+    def reads(self) -> str:
+        """Return the kind of model, as lm-eval calls it."""
+        return self._backend.reads
+
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Let what runs the model take over the weights that a merge has left in it."""
         self._backend.follow(model, weights)
@@ -135,7 +153,10 @@ class LmHarness:
 
     def grades(self, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         """Return how clearly examples were answered when they were last scored."""
-        return self._tasks[task].grades(examples)
+        if not self._is_graded:
+            return ()
+        with evaluating(self._lm.model):
+            return self._tasks[task].grades(self._lm, examples)
 
     def shown(self, task: str, example: int) -> str:
         """Return the example's first prompt as the model reads it, special tokens as text."""
@@ -179,6 +200,16 @@ class LmHarness:
             return prepared.score(self._lm, examples)
 
 
+def _check_same(first: Leaf, other: Leaf, where: str) -> None:
+    """Refuse a task that is in a group in two ways: trials would see held-out examples."""
+    if first.overrides != other.overrides:
+        raise SpecError(
+            f"{where}: {first.name!r} stands there twice, with other settings "
+            f"({' > '.join(first.path)}; {' > '.join(other.path)}); give the group's members as "
+            "tasks of their own"
+        )
+
+
 def _metric_of(leaf: Leaf, tree: Branch) -> tuple[str, ...]:
     """Return the first of a group's metrics that a member has; none if it has none of them."""
     has = [str(m.get("metric")) for m in leaf.config.get("metric_list") or []]
@@ -188,6 +219,7 @@ def _metric_of(leaf: Leaf, tree: Branch) -> tuple[str, ...]:
 def _build(
     tasks: Mapping[str, LmTask], section: LmHarnessSection, context: EvaluationContext
 ) -> dict[str, LmHarness]:
+    config = load_config(context.model_dir, trust_remote_code=context.trust_remote_code)
     evaluator = LmHarness(
         tasks,
         tokenizer=load_tokenizer(
@@ -195,17 +227,21 @@ def _build(
             trust_remote_code=context.trust_remote_code,
             add_bos_token=section.add_bos_token,
         ),
-        backend=_backend(section, context),
+        backend=_backend(section, context, config),
         section=section,
         folder=context.folder,
-        config=load_config(context.model_dir, trust_remote_code=context.trust_remote_code),
+        config=config,
+        seed=context.seed,
+        is_graded=context.is_graded,
     )
     return dict.fromkeys(tasks, evaluator)
 
 
-def _backend(section: LmHarnessSection, context: EvaluationContext) -> Backend:
+def _backend(section: LmHarnessSection, context: EvaluationContext, config: Any) -> Backend:
     if section.engine == "transformers":
-        return TransformersBackend(context.sized(section.batch_tokens, BATCH_TOKENS))
+        encodes = getattr(config, "is_encoder_decoder", False)
+        runs = Seq2SeqBackend if encodes else TransformersBackend
+        return runs(context.sized(section.batch_tokens, BATCH_TOKENS))
     if context.base_dir is None:
         raise SpecError("lm_harness.engine: vllm cannot be given rows by `vocabulary: union`")
     return VllmBackend(
@@ -235,6 +271,7 @@ EVALUATORS.register("lm_harness")(
         section=LmHarnessSection,
         build=_build,
         model_classes=lambda tasks, section: (MODEL_CLASS,),
+        other_classes=lambda section: (SEQ2SEQ,) if section.engine == "transformers" else (),
         loading=lambda section: section.loading,
         places=lambda tasks, section: section.include_path,
         referred=_referred,

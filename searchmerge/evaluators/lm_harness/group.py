@@ -21,12 +21,13 @@ class PreparedGroup:
 
     The score is the mean over examples that are drawn of the members in proportion to their
     weights: by size or alike, as the group says of its metric; alike for each direct member where
-    a group aggregates nothing, or its members have no metric in common.
+    a group aggregates nothing, or its members have no metric in common. A task that is in several
+    groups within has the sum of its weights.
 
     Args:
         name: The study's name of the task.
         tree: The group.
-        members: Its tasks, in the order of ``tree.leaves()``.
+        of_leaves: The tasks of ``tree.leaves()``; one that is there twice is the same.
         metric: The metric that the study asks for, if any.
 
     Raises:
@@ -37,9 +38,10 @@ class PreparedGroup:
         self,
         name: str,
         tree: Branch,
-        members: Sequence[PreparedTask],
+        of_leaves: Sequence[PreparedTask],
         metric: str | None = None,
     ) -> None:
+        members = list(dict.fromkeys(of_leaves))
         self._name = name
         self._members = members
         for member in members:
@@ -50,16 +52,20 @@ class PreparedGroup:
                 )
         sizes = [member.info.n_examples for member in members]
         metrics = {member.info.metric for member in members}
-        by_leaf = dict(zip(map(id, tree.leaves()), sizes, strict=True))
+        pairs = list(zip(tree.leaves(), of_leaves, strict=True))
+        by_leaf = {id(leaf): member.info.n_examples for leaf, member in pairs}
         shared = metric or (next(iter(metrics)) if len(metrics) == 1 else None)
-        weights = _weights(tree, by_leaf, shared)
+        parts = _weights(tree, by_leaf, shared)
+        weights: dict[PreparedTask, float] = defaultdict(float)
+        for leaf, member in pairs:
+            weights[member] += parts[id(leaf)]
         self._starts = [0, *accumulate(sizes)]
         self.info = TaskInfo(
             n_examples=sum(sizes),
             metric=next(iter(metrics)) if len(metrics) == 1 else "mean",
             members=tuple(
-                Member(member.lm_name, size, weights[id(leaf)])
-                for member, size, leaf in zip(members, sizes, tree.leaves(), strict=True)
+                Member(member.lm_name, size, weights[member])
+                for member, size in zip(members, sizes, strict=True)
             ),
             other_metrics=members[0].info.other_metrics,
             keeps_answers=members[0].info.keeps_answers,
@@ -132,10 +138,10 @@ class PreparedGroup:
             by_member[member].append(place)
         return by_member
 
-    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+    def grades(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return how clearly examples were answered when they were last scored."""
         placed = map(self._place, examples)
-        graded = [self._members[member].grades([place]) for member, place in placed]
+        graded = [self._members[member].grades(lm, [place]) for member, place in placed]
         return tuple(grade for its in graded for grade in its)
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:

@@ -1,12 +1,13 @@
 """The resident model as lm-eval sees a language model."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.generation import GenerationOptions, Generator
+from searchmerge.evaluators.causal.sampling import seed_of
 from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
@@ -32,6 +34,11 @@ class Backend(Protocol):
     """
 
     spare: int
+
+    @property
+    def reads(self) -> Literal["causal", "seq2seq"]:
+        """Return the kind of model, as lm-eval calls it."""
+        ...
 
     def score(
         self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
@@ -61,12 +68,13 @@ class Backend(Protocol):
 
 
 class TransformersBackend:
-    """Runs the resident model itself.
+    """Runs the resident model itself, which is a causal language model.
 
     Args:
         batch_tokens: Tokens of one forward pass, 1 or more.
     """
 
+    reads: Literal["causal"] = "causal"
     spare = 0
 
     def __init__(self, batch_tokens: int) -> None:
@@ -88,7 +96,6 @@ class ResidentLM:
         model: The resident model; set before the first request.
     """
 
-    backend = "causal"
     model: nn.Module
 
     def __init__(
@@ -98,17 +105,24 @@ class ResidentLM:
         runs: Backend,
         max_length: int | None,
         add_bos_token: bool | None,
+        seed: int,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self._runs = runs
         self._max_length = max_length
         self._add_bos_token = add_bos_token
+        self._seed = seed
         self._warned = False
         # The choices of a question follow one another and share its text.
         self._encode = lru_cache(maxsize=16)(self._tokenize)
         self._pairs: dict[tuple[str, str], tuple[Tokens, Tokens]] = {}
         self._windows: dict[tuple[str, int], list[tuple[Tokens, Tokens]]] = {}
+
+    @property
+    def backend(self) -> str:
+        """Return the kind of model, by which lm-eval encodes a context and its continuation."""
+        return self._runs.reads
 
     @property
     def eot_token_id(self) -> int:
@@ -277,16 +291,19 @@ class ResidentLM:
         return self._windows[key]
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-        """Return each prompt's continuation, up to the first of its stop sequences."""
+        """Return each prompt's continuation, up to the first of its stop sequences.
+
+        What is drawn at random depends on the seed, the request's task, example and number, and
+        how often the same request stands before: it is answered several times where a task says
+        so.
+        """
         from lm_eval.models.utils import postprocess_generated_text
 
+        seeds = self._seeds(requests)
         texts = [""] * len(requests)
         for options, members in self._by_options(requests):
-            room = _room(options.max_new_tokens, self.max_length)
-            prompts = [
-                tuple(self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])
-                for i in members
-            ]
+            prompts = [self._prompt(requests[i].args[0], options) for i in members]
+            options = replace(options, seeds=tuple(seeds[i] for i in members))
             try:
                 answers = self._runs.generate(self.model, self.tokenizer, prompts, options)
             except NonFiniteLogits as error:
@@ -295,6 +312,24 @@ class ResidentLM:
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 texts[i] = postprocess_generated_text(text, list(options.stop), None)
         return texts
+
+    def _prompt(self, text: str, options: GenerationOptions) -> Tokens:
+        """Return the tokens of a prompt: its last, for which there is room."""
+        if self._runs.reads == "causal":
+            room, tokens = _room(options.max_new_tokens, self.max_length), self.tok_encode(text)
+        else:
+            room, tokens = self.max_length, self.tokenizer.encode(text)
+        return tuple(tokens[-room:] or [self.prefix_token_id])
+
+    def _seeds(self, requests: Sequence[Any]) -> list[int]:
+        """Return each request's seed."""
+        times: Counter[tuple[object, ...]] = Counter()
+        seeds = []
+        for request in requests:
+            key = request.task_name, request.doc_id, request.idx
+            seeds.append(seed_of(self._seed, *key, times[key]))
+            times[key] += 1
+        return seeds
 
     def check_generation(self, arguments: Mapping[str, Any], config: Any) -> None:
         """Check, before there is a model, that what is to be generated fits its window.
@@ -306,7 +341,8 @@ class ResidentLM:
         Raises:
             SpecError: If not.
         """
-        _room(self._options(dict(arguments)).max_new_tokens, self._window(config))
+        if self._runs.reads == "causal":
+            _room(self._options(dict(arguments)).max_new_tokens, self._window(config))
 
     def _window(self, config: Any) -> int:
         from lm_eval.models.utils import resolve_max_length
@@ -352,6 +388,7 @@ def make_lm(
     *,
     max_length: int | None = None,
     add_bos_token: bool | None = None,
+    seed: int = 0,
 ) -> Any:
     """Return a ``ResidentLM`` that is an ``lm_eval.api.model.LM``.
 
@@ -361,6 +398,7 @@ def make_lm(
         max_length: Window in tokens; the model's own if ``None``.
         add_bos_token: Whether prompts begin with the token that begins a text; as the tokenizer
             does it if ``None``.
+        seed: Of answers that are drawn at random.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -373,5 +411,9 @@ def make_lm(
         tokenizer = copy(tokenizer)
         tokenizer.pad_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id
     return ResidentTemplateLM(
-        tokenizer, runs=backend, max_length=max_length, add_bos_token=add_bos_token
+        tokenizer,
+        runs=backend,
+        max_length=max_length,
+        add_bos_token=add_bos_token,
+        seed=seed,
     )

@@ -10,6 +10,7 @@ import yaml
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
+from searchmerge.evaluators.lm_harness.generation_keys import check_generation, draws_answers
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.settings import (
     data_files,
@@ -33,6 +34,7 @@ def task_errors() -> tuple[type[BaseException], ...]:
     return (
         *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
         *(TypeError, ValueError, TemplateError, yaml.YAMLError, RecursionError, SystemExit),
+        StopIteration,  # of a split without examples
     )
 
 
@@ -138,8 +140,11 @@ def _configure(task: Any, spec: LmTask, where: str, lm_name: str) -> None:
             )
     if spec.generation is not None:
         task.set_config("generation_kwargs", dict(spec.generation), update=True)
+    generation = task.config.generation_kwargs or {}
+    if task.OUTPUT_TYPE == "generate_until":
+        check_generation(generation, spec.generation or {}, where)
     if spec.repeats is not None:
-        if not (task.config.generation_kwargs or {}).get("do_sample"):
+        if not draws_answers(generation):
             raise SpecError(
                 f"{where}.repeats: {lm_name!r} does not sample its answers, so that all would be "
                 "the same; give generation: {do_sample: true, temperature: ...}"

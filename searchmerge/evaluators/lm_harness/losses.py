@@ -49,9 +49,9 @@ class TaskLosses:
             return ("labels",)
         try:
             if output_type == "multiple_choice":
-                has_labels = bool(self._right(docs[0], self._task.doc_to_choice(docs[0])))
+                has_labels = bool(self.right(docs[0], self._task.doc_to_choice(docs[0])))
                 return ("labels", "entropy", "agreement") if has_labels else ()
-            return ("labels",) if self._target(docs[0]) else ()
+            return ("labels",) if self.target(docs[0]) else ()
         except task_errors():
             return ()
 
@@ -64,7 +64,7 @@ class TaskLosses:
         elif self._task.OUTPUT_TYPE == "loglikelihood":
             totals, n_tokens = lm.log_likelihoods([group[0].args[:2] for group in requests])
         else:
-            texts = [(group[0].args[0], self._target(group[0].doc)) for group in requests]
+            texts = [(group[0].args[0], self.target(group[0].doc)) for group in requests]
             totals, n_tokens = lm.log_likelihoods(texts)
         loss: Tensor = -(totals / n_tokens).mean()
         return loss
@@ -87,18 +87,18 @@ class TaskLosses:
         losses = []
         for of_example, group in zip(log_probabilities, requests, strict=True):
             doc = group[0].doc
-            right = self._right(doc, self._task.doc_to_choice(doc))
+            right = self.right(doc, self._task.doc_to_choice(doc))
             losses.append(-of_example[right].logsumexp(0))
         return torch.stack(losses).mean()
 
-    def _right(self, doc: Any, choices: Sequence[str]) -> list[int]:
+    def right(self, doc: Any, choices: Sequence[str]) -> list[int]:
         """Return the places of the right choices of a document."""
         in_text = getattr(self._task, "multiple_input", 0)
         right = self._task.doc_to_text(doc) if in_text else self._task.doc_to_target(doc)
         right = right if isinstance(right, list) else [right]
         return [i for i, choice in enumerate(choices) if i in right or choice in right]
 
-    def _target(self, doc: Any) -> str:
+    def target(self, doc: Any) -> str:
         """Return a document's answer as it follows its prompt; empty where there is none."""
         config = self._task.config
         if isinstance(config.doc_to_target, int):  # a number that stands for nothing

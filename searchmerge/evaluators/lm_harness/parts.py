@@ -68,10 +68,10 @@ class PreparedParts:
         said = prepared.answers([example - first for example in examples])
         return tuple(replace(answer, example=answer.example + first) for answer in said)
 
-    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
+    def grades(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return how clearly examples of a part were answered when they were last scored."""
         prepared, first = self._of(examples)
-        return prepared.grades([example - first for example in examples])
+        return prepared.grades(lm, [example - first for example in examples])
 
     def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
         """Return the mean loss of examples of a part."""
@@ -108,5 +108,7 @@ def _documents(prepared: Prepared) -> dict[tuple[str, str], set[int]]:
 
 
 def _part_info(prepared: Prepared) -> PartInfo:
-    info = prepared.info
-    return PartInfo(prepared.source, info.n_examples, info.members)
+    info, source = prepared.info, prepared.source
+    if isinstance(prepared, PreparedTask) and prepared.spec.samples is not None:
+        source = f"{info.n_examples} samples of {source}"
+    return PartInfo(source, info.n_examples, info.members)

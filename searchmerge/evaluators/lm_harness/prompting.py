@@ -9,6 +9,15 @@ from searchmerge.evaluators.lm_harness.keys import PromptKeys
 
 Task = TypeVar("Task", bound=PromptKeys)
 
+_TAKEN = frozenset(
+    {
+        *("conversation", "messages", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""Arguments of ``apply_chat_template`` that are no template's."""
+
 
 def prompted(task: Task, section: PromptKeys) -> Task:
     """Return the task with the section's keys where it says nothing of its own."""
@@ -35,6 +44,11 @@ def request_arguments(keys: PromptKeys, lm: Any, where: str) -> dict[str, Any]:
             if getattr(keys, key):
                 raise SpecError(f"{where}.{key}: needs a chat_template; give on, or its name")
         return arguments
+    if taken := [key for key in keys.template_arguments or {} if key in _TAKEN]:
+        raise SpecError(
+            f"{where}.template_arguments.{taken[0]}: is what prompts are made with; give what the "
+            "template itself asks for, e.g. enable_thinking"
+        )
     template = find_template(lm.tokenizer, asked=keys.chat_template, where=where)
     apply = partial(
         lm.apply_chat_template, template=template, arguments=keys.template_arguments or {}

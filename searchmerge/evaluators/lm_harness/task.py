@@ -13,6 +13,8 @@ from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
+from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
+from searchmerge.evaluators.lm_harness.grading import TaskGrades
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
@@ -25,13 +27,6 @@ _READING_KEYS = {
 """What decides how answers are read, where they are generated and where they are not."""
 
 _TOLD_CHARACTERS = 100
-
-_OF_LIKELIEST: Mapping[str, Callable[[str], float]] = {
-    "acc": lambda choice: 1.0,
-    "acc_norm": lambda choice: float(len(choice) or 1),
-    "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
-}
-"""Metrics that are 1 where the right choice is the likeliest: what a choice is divided by."""
 
 
 class PreparedTask:
@@ -67,6 +62,7 @@ class PreparedTask:
         self._decides, *self._others = self._metrics()
         self._documents = self._positions()
         self._losses = TaskLosses(task, self.metric, is_chat=self.is_chat)
+        self._grades = TaskGrades(task, self.metric, self._losses)
         self.info = TaskInfo(
             n_examples=len(self._documents),
             metric=self.metric,
@@ -148,7 +144,7 @@ class PreparedTask:
     @property
     def samples_answers(self) -> bool:
         """Whether answers are drawn at random."""
-        return bool((self.generation or {}).get("do_sample"))
+        return draws_answers(self.generation or {})
 
     @property
     def generation(self) -> dict[str, Any] | None:
@@ -246,6 +242,7 @@ class PreparedTask:
             requests: Of each example.
             examples: Which they are, for messages.
         """
+        self._grades.note(requests)
         self._read_answers(self.filter, requests)
         with explained(self._name, f"compute {self.metric!r} of its task {self.lm_name!r}"):
             values = [self._value(group, self._decides) for group in requests]
@@ -289,33 +286,10 @@ class PreparedTask:
         with explained(self._name, f"compute metrics of its task {self.lm_name!r}"):
             return tuple(map(self._answer, examples, requests))
 
-    def grades(self, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return by how much the right choice of each example was the likelier one.
-
-        That is its log-likelihood minus that of the likeliest other, both as the metric divides
-        them; none where the metric does not come of the likeliest choice.
-        """
-        if not (self._task.OUTPUT_TYPE == "multiple_choice" and self.metric in _OF_LIKELIEST):
-            return ()
-        margins = [self._margin(group) for group in self.requests(examples)]
-        known = tuple(margin for margin in margins if margin is not None)
-        return known if len(known) == len(margins) else ()
-
-    def _margin(self, requests: Sequence[Any]) -> float | None:
-        """Return an example's grade; ``None`` where there is no right choice, or no other."""
-        doc = requests[0].doc
-        choices = self._task.doc_to_choice(doc)
-        told = getattr(self._task, "multiple_input", 0)
-        right = self._task.doc_to_text(doc) if told else self._task.doc_to_target(doc)
-        rights = set(right if isinstance(right, list) else [right])
-        divided = _OF_LIKELIEST[self.metric]
-        values: dict[bool, list[float]] = {True: [], False: []}
-        for i, (choice, request) in enumerate(zip(choices, requests, strict=False)):
-            is_right = i in rights or choice in rights
-            values[is_right].append(_first(request.resps[0]) / divided(choice))
-        if not (values[True] and values[False]):
-            return None
-        return max(values[True]) - max(values[False])
+    def grades(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
+        """Return how clearly examples were answered when they were last scored."""
+        with explained(self._name, f"grade the answers of its task {self.lm_name!r}"):
+            return self._grades(lm, self.requests(examples))
 
     def _answer(self, example: int, requests: Sequence[Any]) -> Answer:
         if self._generates:

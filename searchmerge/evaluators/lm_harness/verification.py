@@ -91,7 +91,6 @@ class OwnHarness:
                 answers = iter(answer(some, **options) if some else ())
                 return [next(answers) if is_asked else dummy for is_asked in asked]
 
-        kind = self._device.partition(":")[0]
         try:
             with quiet():
                 return PartialHFLM(
@@ -101,11 +100,21 @@ class OwnHarness:
                     max_length=self._ours.section.max_length,
                     trust_remote_code=self._trust_remote_code,
                     **self._ours.section.model_args,
-                    batch_size=_BATCH_SIZE.get(kind, _BATCH_SIZE["cpu"]),
+                    batch_size=self._batch_size,
                 )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise StudyError(f"{self._model_dir}: lm-eval cannot load it: {reason}") from error
+
+    @property
+    def _batch_size(self) -> int:
+        """Return how many requests are run at once.
+
+        How much an encoder-decoder may say, and what BART reads, depends on the padding there.
+        """
+        if self._ours.reads == "seq2seq":
+            return 1
+        return _BATCH_SIZE.get(self._device.partition(":")[0], _BATCH_SIZE["cpu"])
 
     def score(self, task: str, examples: Sequence[int]) -> TheirScores:
         """Return what lm-eval gives for examples of a task, prompted as the study says.

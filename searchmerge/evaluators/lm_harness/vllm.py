@@ -17,11 +17,10 @@ output embedding that was not sent.
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,6 @@ from searchmerge.evaluators.causal.model import BATCH_TOKENS
 from searchmerge.evaluators.causal.scoring import CausalScorer
 
 _logger = logging.getLogger(__name__)
-
-_SAMPLING_SEED = 1234
-"""Where a task asks for sampling, every call draws the same numbers."""
 
 _TAKEN_OVER = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Arguments of generation that mean the same in vLLM and in transformers."""
@@ -79,8 +75,10 @@ class Server(Protocol):
         """
         ...
 
-    def generate(self, prompts: Sequence[Tokens], arguments: Mapping[str, Any]) -> list[list[int]]:
-        """Return the new tokens of each prompt, by arguments of ``vllm.SamplingParams``."""
+    def generate(
+        self, prompts: Sequence[Tokens], arguments: Sequence[Mapping[str, Any]]
+    ) -> list[list[int]]:
+        """Return the new tokens of each prompt, by its arguments of ``vllm.SamplingParams``."""
         ...
 
 
@@ -108,7 +106,6 @@ class VllmServer:
             max_model_len=settings.max_length,
             gpu_memory_utilization=settings.memory_share,
             trust_remote_code=settings.trust_remote_code,
-            seed=_SAMPLING_SEED,
         )
 
     def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -120,7 +117,8 @@ class VllmServer:
         self, prompts: Sequence[Tokens]
     ) -> list[list[Mapping[int, tuple[float, int]] | None]]:
         """Return the log-probability and rank of each prompt's tokens."""
-        outputs = self._run(prompts, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1})
+        asked = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
+        outputs = self._run(prompts, [asked] * len(prompts))
         return [
             [
                 None if at is None else {t: (p.logprob, p.rank) for t, p in at.items()}
@@ -129,13 +127,16 @@ class VllmServer:
             for output in outputs
         ]
 
-    def generate(self, prompts: Sequence[Tokens], arguments: Mapping[str, Any]) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Tokens], arguments: Sequence[Mapping[str, Any]]
+    ) -> list[list[int]]:
         """Return the new tokens of each prompt."""
         return [list(output.outputs[0].token_ids) for output in self._run(prompts, arguments)]
 
-    def _run(self, prompts: Sequence[Tokens], arguments: Mapping[str, Any]) -> list[Any]:
+    def _run(self, prompts: Sequence[Tokens], arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs: list[Any] = self._llm.generate(asked, self._sampling(**arguments), use_tqdm=False)
+        sampling = [self._sampling(**its) for its in arguments]
+        outputs: list[Any] = self._llm.generate(asked, sampling, use_tqdm=False)
         return outputs
 
 
@@ -147,6 +148,7 @@ class VllmBackend:
         start: What starts it.
     """
 
+    reads: Literal["causal"] = "causal"
     spare = 2  # vLLM also reads the last token, and generates one more
 
     def __init__(
@@ -218,27 +220,11 @@ class VllmBackend:
         prompts: Sequence[Tokens],
         options: GenerationOptions,
     ) -> list[list[int]]:
-        """Return the new tokens of every prompt; one that is asked again is drawn anew."""
+        """Return the new tokens of every prompt."""
         arguments = sampling_arguments(options)
-        turns = _turns(prompts)
-        results: list[list[int]] = [[]] * len(prompts)
-        for turn in sorted(set(turns)):
-            rows = [row for row, its_turn in enumerate(turns) if its_turn == turn]
-            drawn = arguments | {"seed": arguments["seed"] + turn}
-            new = self.server.generate([prompts[row] for row in rows], drawn)
-            for row, tokens in zip(rows, new, strict=True):
-                results[row] = tokens
-        return results
-
-
-def _turns(prompts: Sequence[Tokens]) -> list[int]:
-    """Return how often each prompt stands before itself."""
-    counts: Counter[Tokens] = Counter()
-    turns = []
-    for prompt in prompts:
-        turns.append(counts[prompt])
-        counts[prompt] += 1
-    return turns
+        if not options.arguments.get("do_sample"):
+            return self.server.generate(prompts, [arguments] * len(prompts))
+        return self.server.generate(prompts, [arguments | {"seed": s} for s in options.seeds])
 
 
 def named_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -299,6 +285,5 @@ def sampling_arguments(options: GenerationOptions) -> dict[str, Any]:
     return {
         "max_tokens": options.max_new_tokens,
         "stop": [text for text in options.stop if text],
-        "seed": _SAMPLING_SEED,
         **arguments,
     }

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,16 +18,33 @@ def options(**arguments):
     return GenerationOptions(stop=("no such text",), max_new_tokens=8, arguments=arguments)
 
 
-def test_sampling_draws_the_same_in_every_call_and_leaves_the_random_state_alone():
+def drawn(seeds, **arguments):
+    return replace(options(do_sample=True, **arguments), seeds=tuple(seeds))
+
+
+@pytest.mark.parametrize("arguments", [{"temperature": 1.0}, {"temperature": 1.5, "num_beams": 2}])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_is_drawn_depends_on_the_prompt_and_its_seed_alone(architecture, arguments):
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer()
+    prompts, seeds = [*PROMPTS, *PROMPTS], [5, 6, 7, 8, 9, 10]
+    together = Generator(1024).generate(model, tokenizer, prompts, drawn(seeds, **arguments))
+    expected = until(together, "")
+    assert len(set(expected)) > len(PROMPTS)  # a prompt that is asked again is drawn anew
+    for order in (range(6), [4, 1, 5, 0, 3, 2], [2], [5, 1]):
+        asked = drawn([seeds[i] for i in order], **arguments)
+        rows = [prompts[i] for i in order]
+        found = Generator(64).generate(model, tokenizer, rows, asked)  # few at once
+        assert until(found, "") == [expected[i] for i in order]
+    assert Generator(64).generate(model, tokenizer, PROMPTS, options()) != together[:3]
+
+
+def test_sampling_leaves_the_random_state_alone():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    sampled = options(do_sample=True, temperature=1.0)
-    torch.manual_seed(1)
-    first = Generator(64).generate(model, tokenizer, PROMPTS, sampled)
-    after = torch.rand(1)
-    torch.manual_seed(1)
-    assert torch.rand(1) == after
-    assert Generator(64).generate(model, tokenizer, PROMPTS, sampled) == first
-    assert Generator(64).generate(model, tokenizer, PROMPTS, options()) != first
+    before = torch.random.get_rng_state()
+    for n_beams in (1, 2):
+        asked = drawn([1, 2, 3], num_beams=n_beams)
+        Generator(64).generate(model, tokenizer, PROMPTS, asked)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_batch_generates_what_each_prompt_generates_alone():

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.lm_harness.catalogue import Catalogue
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
@@ -53,9 +54,10 @@ def test_an_unknown_task_is_refused_with_suggestions(folder):
 
 
 @pytest.mark.slow
-def test_a_group_that_lm_eval_brings_is_refused():
-    with pytest.raises(SpecError, match=r"'mmlu' is a group of lm-eval tasks.*mmlu_stem"):
-        harness(None, LmTask("mmlu", "test"))
+def test_a_group_that_lm_eval_brings_is_found_with_all_its_members():
+    members = Catalogue([]).find("mmlu", "tasks.mine.task").leaves()
+    assert len(members) == 57
+    assert {"mmlu", "mmlu_stem"} <= set(members[0].path) | set(members[-1].path)
 
 
 def test_a_later_folder_of_tasks_comes_before_an_earlier(folder, tmp_path, model):

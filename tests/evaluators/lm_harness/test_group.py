@@ -45,7 +45,55 @@ def test_weights_are_those_of_the_groups(groups):
     assert members("by_size") == (Member("small", 7, 7 / 17), Member("large", 10, 10 / 17))
     assert members("alike") == (Member("small", 7, 0.5), Member("large", 10, 0.5))
     assert members("pair") == (Member("large", 10, 0.5), Member("small", 7, 0.5))
-    assert [m.weight for m in members("nested")] == pytest.approx([3.5 / 17, 5 / 17, 0.5])
+    nested = members("nested")  # holds small twice, whose examples are no more for it
+    assert [(m.name, m.n_examples) for m in nested] == [("small", 7), ("large", 10)]
+    assert [m.weight for m in nested] == pytest.approx([3.5 / 17 + 0.5, 5 / 17])
+
+
+def write_groups(folder, groups, named):
+    """Write groups beside copies of those that there are; return their folder."""
+    for file in groups.glob("*.yaml"):
+        (folder / file.name).write_text(file.read_text())
+    for name, content in named.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"group": name} | content))
+    return folder
+
+
+def test_a_task_that_stands_in_a_group_twice_is_scored_once_or_refused(groups, tmp_path):
+    folder = write_groups(
+        tmp_path,
+        groups,
+        {
+            "same": {"task": ["small", "small"]},
+            "other": {"task": ["small", {"task": "small", "num_fewshot": 1}]},
+        },
+    )
+    [member] = harness(folder, LmTask("same", "test")).tasks["mine"].members
+    assert member == Member("small", 7, 1.0)
+    message = r"tasks\.mine\.task: 'small' stands there twice, with other settings \(other; oth"
+    with pytest.raises(SpecError, match=message):
+        harness(folder, LmTask("other", "test"))
+
+
+def test_a_group_may_aggregate_one_metric_and_not_itself(groups, tmp_path):
+    members = {"task": ["small", "large"]}
+    folder = write_groups(
+        tmp_path,
+        groups,
+        {
+            "one": members | {"aggregate_metric_list": {"metric": "acc", "weight_by_size": False}},
+            "odd": members | {"aggregate_metric_list": ["acc"]},
+            "round": {"task": ["small", {"group": "within", "task": ["round"]}]},
+        },
+    )
+    weights = [m.weight for m in harness(folder, LmTask("one", "test")).tasks["mine"].members]
+    assert weights == [0.5, 0.5]
+    with pytest.raises(
+        SpecError, match=r"'odd' has an aggregate_metric_list that is no list of m"
+    ):
+        harness(folder, LmTask("odd", "test"))
+    with pytest.raises(SpecError, match="the group 'round' is a member of itself"):
+        harness(folder, LmTask("round", "test"))
 
 
 def test_examples_of_several_members_are_scored_in_the_order_asked(groups, model):

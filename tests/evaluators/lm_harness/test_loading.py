@@ -72,3 +72,12 @@ def test_metadata_reach_the_tasks_that_ask_for_it(folder, tmp_path):
     )
     evaluator = harness(tmp_path, LmTask("mc", "test"), metadata={"lengths": [1, 2, 3]})
     assert evaluator.tasks["mine"].n_examples == 3
+
+
+def test_a_split_without_examples_is_named(folder, tmp_path):
+    config = yaml.safe_load((folder / "mc.yaml").read_text()) | {"task": "empty"}
+    config["dataset_kwargs"] = {"data_files": {"test": "empty.jsonl", "validation": "empty.jsonl"}}
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(SpecError, match=r"tasks\.mine: lm-eval could not load its task 'empty'"):
+        harness(tmp_path, LmTask("empty", "test"))

@@ -68,6 +68,10 @@ def test_samples_are_positions_in_the_split_of_their_part(folder, model):
     of_one = harness(folder, LmTask("fewshot", "test", samples=Samples((3, 2), (6, 0, 1))))
     assert of_one.score(model, "mine", (2, 3, 4)) == expected
     assert [of_one.tasks["mine"].n_of(part) for part in APART] == [2, 3]
+    assert [its.source for its in of_one.tasks["mine"].parts.values()] == [
+        "2 samples of split 'test'",
+        "3 samples of split 'test'",
+    ]
 
 
 def test_a_split_that_is_not_there_is_named(folder):

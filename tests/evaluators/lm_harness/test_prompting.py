@@ -90,6 +90,10 @@ def test_a_template_takes_arguments_and_is_found_by_name(folder):
         ({"chat_template": "long"}, r"tasks\.mine\.chat_template: .*named 'long' \(it has: def"),
         ({"fewshot_as_multiturn": True}, r"tasks\.mine\.fewshot_as_multiturn: needs a chat_temp"),
         ({"template_arguments": {"a": 1}}, r"tasks\.mine\.template_arguments: needs a chat_temp"),
+        (
+            {"chat_template": True, "template_arguments": {"thinking": True, "tokenize": True}},
+            r"tasks\.mine\.template_arguments\.tokenize: is what prompts are made with; give wha",
+        ),
     ],
 )
 def test_what_the_tokenizer_cannot_do_is_refused(folder, keys, message):

@@ -1,5 +1,7 @@
 """Examples are prompted, answered and scored as lm-eval does it."""
 
+import math
+
 import pytest
 import torch
 import yaml
@@ -8,10 +10,17 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.evaluators.lm_harness.grading import log_odds
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
 from searchmerge.evaluators.score_kind import Whole
-from tests.evaluators.lm_harness.tasks import TASKS, documents, harness, lm_eval_samples
+from tests.evaluators.lm_harness.tasks import (
+    TASKS,
+    documents,
+    harness,
+    instances,
+    lm_eval_samples,
+)
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
 
@@ -189,6 +198,32 @@ def test_answers_are_sampled_again_and_voted_on_as_in_lm_eval(folder, model, ans
         assert list(answer.read) == sample["filtered_resps"]
 
 
+@pytest.mark.parametrize("arguments", [{}, {"temperature": 1.3, "top_p": 0.9}])
+def test_an_examples_answers_are_the_same_in_any_batch_order_and_process(folder, model, arguments):
+    task = LmTask("voted", "test", filter="maj@5", answers="keep", generation=arguments)
+
+    def said(examples, **how):
+        evaluator = harness(folder, task, **how)  # as another process would make it
+        scores = evaluator.score(model, "mine", examples)
+        answers = [answer.said for answer in evaluator.answers("mine", examples)]
+        return dict(zip(examples, zip(scores, answers, strict=True), strict=True))
+
+    expected = said(range(7))
+    assert all(len(set(answers)) > 1 for _, answers in expected.values())
+    assert said([5, 0, 6, 2, 1, 4, 3]) == expected
+    assert said(range(7), backend_tokens=64) == expected
+    one_by_one = [said([example], backend_tokens=96)[example] for example in range(7)]
+    assert one_by_one == list(expected.values())
+    assert said(range(7), seed=1) != expected
+
+
+def test_answers_are_drawn_where_a_temperature_says_so(folder, model):
+    warm = LmTask("generate", "test", generation={"temperature": 1.0}, repeats=3, answers="keep")
+    evaluator = harness(folder, warm)
+    evaluator.score(model, "mine", range(7))
+    assert any(len(set(answer.said)) > 1 for answer in evaluator.answers("mine", range(7)))
+
+
 def test_a_study_may_say_how_often_each_example_is_answered(folder, model):
     theirs = make_lm(tiny_tokenizer(), TransformersBackend(1024))
     theirs.model = model
@@ -246,8 +281,50 @@ def test_grades_are_the_right_choices_lead_over_the_others(folder, model, task, 
     assert grades == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_is_generated_or_scored_otherwise_has_no_grades(folder, model):
-    for task, metric in (("generate", "exact_match"), ("mc", "mcc")):
-        evaluator = harness(folder, LmTask(task, "test", metric=(metric,)))
+def test_grades_of_generation_are_the_log_odds_of_the_target(folder, model):
+    lm = HFLM(model, tokenizer=tiny_tokenizer())
+    samples, _ = lm_eval_samples(folder, lm, "generate")
+    asked = [
+        (sample["arguments"][0][0], f" {sample['target']}")
+        for sample in samples
+        if sample["filter"] == "first"
+    ]
+    given = lm.loglikelihood(instances("loglikelihood", asked))
+    expected = [x - math.log1p(-math.exp(x)) for x, _ in given]
+    evaluator = harness(folder, LmTask("generate", "test", metric=("exact_match",)))
+    evaluator.score(model, "mine", range(7))
+    assert evaluator.grades("mine", [2, 0]) == pytest.approx([expected[2], expected[0]], abs=1e-3)
+    assert evaluator.grades("mine", range(7)) == pytest.approx(expected, abs=1e-3)
+    evaluator.score(tiny_model("gpt2"), "mine", range(3))  # the next plan's
+    later = evaluator.grades("mine", range(3))
+    assert all(abs(one - other) > 1e-3 for one, other in zip(later, expected, strict=False))
+
+
+def test_a_target_that_is_one_of_many_ways_to_be_right_gives_no_grade(folder, model, monkeypatch):
+    monkeypatch.setattr("searchmerge.evaluators.lm_harness.grading._MOST_TOKENS", 0)
+    evaluator = harness(folder, LmTask("generate", "test", metric=("exact_match",)))
+    evaluator.score(model, "mine", range(7))
+    assert evaluator.grades("mine", range(7)) == ()
+
+
+def test_a_study_that_goes_by_the_metric_alone_asks_for_no_grades(folder, model):
+    for task in ("generate", "mc"):
+        evaluator = harness(folder, LmTask(task, "test"), is_graded=False)
         evaluator.score(model, "mine", range(7))
         assert evaluator.grades("mine", range(7)) == ()
+
+
+def test_what_is_scored_by_no_likeliest_choice_has_no_grades(folder, model):
+    evaluator = harness(folder, LmTask("mc", "test", metric=("mcc",)))
+    evaluator.score(model, "mine", range(7))
+    assert evaluator.grades("mine", range(7)) == ()
+
+
+@pytest.mark.parametrize(("p", "odds"), [(0.5, 1.0), (0.8, 4.0), (1e-30, 1e-30)])
+def test_log_odds_are_those_of_a_probability(p, odds):
+    assert log_odds(math.log(p)) == pytest.approx(math.log(odds))
+
+
+def test_log_odds_of_what_is_certain_are_finite():
+    assert 13 < log_odds(0.0) < 15
+    assert math.isfinite(log_odds(-1e4))

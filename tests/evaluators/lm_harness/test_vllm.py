@@ -65,9 +65,9 @@ class PlayedServer:
     def generate(self, prompts, arguments):
         self.asked.append(arguments)
         found = []
-        for prompt in prompts:
+        for prompt, its in zip(prompts, arguments, strict=True):
             tokens = list(prompt)
-            for _ in range(arguments["max_tokens"]):
+            for _ in range(its["max_tokens"]):
                 tokens.append(int(self.model(torch.tensor([tokens])).logits[0, -1].argmax()))
             found.append(tokens[len(prompt) :])
         return found
@@ -115,17 +115,23 @@ def test_its_answers_are_those_of_transformers(tmp_path):
             assert answers[0] == pytest.approx(answers[1], abs=1e-3)
 
 
-def test_a_prompt_that_is_asked_again_is_drawn_with_another_seed(tmp_path):
+def test_an_answer_is_drawn_with_a_seed_of_its_own_whatever_is_asked_beside_it(tmp_path):
     model = tiny_model("llama")
     engine, servers = backend(tmp_path)
     engine.follow(model, weights_of(model))
-    engine.generate(model, tiny_tokenizer(), [(1,), (2,)], GenerationOptions((), 1, {}))
-    del servers[0].asked[:]
-    options = GenerationOptions((), 2, {"do_sample": True})
-    again = engine.generate(model, tiny_tokenizer(), [(1,), (2, 3), (1,), (1,)], options)
-    seeds = [arguments["seed"] for arguments in servers[0].asked]
-    assert len(seeds) == len(set(seeds)) == 3
-    assert again[0] == again[2] == again[3] != again[1]
+    lm = make_lm(tiny_tokenizer(), engine, max_length=40)
+    lm.model = model
+    drawn = {"do_sample": True, "max_gen_toks": 2}
+    fox, dog, plain = instances(
+        "generate_until", [("a fox", drawn), ("a dog", drawn), ("a dog", {"max_gen_toks": 2})]
+    )
+    for requests in ([fox, dog, dog, plain], [dog, dog, fox, plain]):
+        lm.generate_until(requests)
+    together, greedy, turned, _ = servers[0].asked
+    seeds = [its["seed"] for its in together]
+    assert len(set(seeds)) == 3
+    assert [its["seed"] for its in turned] == [*seeds[1:], seeds[0]]
+    assert "seed" not in greedy[0]
 
 
 class Scales:
@@ -203,7 +209,7 @@ def test_a_continuation_is_read_from_the_prompts_log_probabilities():
 def test_arguments_of_generation_are_translated(arguments, expected):
     options = GenerationOptions(("\n", ""), 12, arguments)
     found = sampling_arguments(options)
-    assert found == {"max_tokens": 12, "stop": ["\n"], "seed": 1234, **expected}
+    assert found == {"max_tokens": 12, "stop": ["\n"], **expected}
 
 
 def test_what_vllm_does_not_do_alike_is_refused():

@@ -1,0 +1,103 @@
+"""How clearly examples of lm-eval's tasks were answered, beside what the metric says of them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from searchmerge.evaluators.lm_harness.losses import TaskLosses
+
+_OF_LIKELIEST: Mapping[str, Callable[[str], float]] = {
+    "acc": lambda choice: 1.0,
+    "acc_norm": lambda choice: float(len(choice) or 1),
+    "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
+}
+"""Metrics that are 1 where the right choice is the likeliest: what a choice is divided by."""
+
+_MOST_TOKENS = 64
+"""A target of more tokens is one of many ways to be right, and says little of the others."""
+
+_LEAST = 1e-6  # how far below 0 the log-likelihood of what is certain is taken for
+
+
+class TaskGrades:
+    """Grades the examples of one task of lm-eval's, above 0 where they are answered right.
+
+    - ``multiple_choice``: by how much the right choice was the likelier one: its log-likelihood
+      minus that of the likeliest other, both as the metric divides them.
+    - ``loglikelihood``: the log-odds of the continuation.
+    - ``generate_until``: the log-odds of the target in the answer's place, where every document
+      has one that is short. That takes a pass of its own, over prompt and target.
+
+    Args:
+        task: lm-eval's task object.
+        metric: The metric that decides.
+        losses: Know the target of each document.
+    """
+
+    def __init__(self, task: Any, metric: str, losses: TaskLosses) -> None:
+        self._task = task
+        self._divide = _OF_LIKELIEST.get(metric)
+        self._metric = metric
+        self._losses = losses
+        self._waiting: dict[int, Sequence[Any]] = {}
+        self._log_odds: dict[int, float | None] = {}
+
+    def note(self, requests: Sequence[Sequence[Any]]) -> None:
+        """Take note that requests of some examples were answered anew."""
+        if self._task.OUTPUT_TYPE == "generate_until" and "labels" in self._losses.kinds:
+            self._waiting |= {group[0].doc_id: group for group in requests}
+
+    def __call__(self, lm: Any, requests: Sequence[Sequence[Any]]) -> tuple[float, ...]:
+        """Return a grade of each example; none where not all of them can be graded.
+
+        Args:
+            lm: A :class:`ResidentLM`, with the model that answered.
+            requests: Of each example, answered.
+        """
+        kind = self._task.OUTPUT_TYPE
+        graded: list[float | None] = []
+        if kind == "multiple_choice" and self._divide is not None:
+            graded = [self._margin(group, self._divide) for group in requests]
+        elif kind == "loglikelihood" and self._metric == "acc":
+            graded = [log_odds(group[0].resps[0][0]) for group in requests]
+        elif kind == "generate_until":
+            self._ask(lm)
+            graded = [self._log_odds.get(group[0].doc_id) for group in requests]
+        known = tuple(grade for grade in graded if grade is not None)
+        return known if len(known) == len(requests) else ()
+
+    def _ask(self, lm: Any) -> None:
+        """Find the log-odds of the targets of all that were answered since, at once."""
+        from lm_eval.api.instance import Instance
+
+        asked = []
+        for place, (group, *_) in self._waiting.items():
+            target = self._losses.target(group.doc)
+            self._log_odds[place] = None
+            if target and len(lm.tok_encode(target, add_special_tokens=False)) <= _MOST_TOKENS:
+                asked.append(
+                    (place, Instance("loglikelihood", group.doc, (group.args[0], target), 0))
+                )
+        self._waiting.clear()
+        answers = lm.loglikelihood([request for _, request in asked])
+        for (place, _), (log_likelihood, _) in zip(asked, answers, strict=True):
+            self._log_odds[place] = log_odds(log_likelihood)
+
+    def _margin(self, requests: Sequence[Any], divide: Callable[[str], float]) -> float | None:
+        """Return an example's grade; ``None`` where there is no right choice, or no other."""
+        choices = self._task.doc_to_choice(requests[0].doc)
+        rights = self._losses.right(requests[0].doc, choices)
+        values: dict[bool, list[float]] = {True: [], False: []}
+        for i, (choice, request) in enumerate(zip(choices, requests, strict=False)):
+            given = request.resps[0]
+            likelihood = float(given[0] if isinstance(given, tuple) else given)
+            values[i in rights].append(likelihood / divide(choice))
+        if not (values[True] and values[False]):
+            return None
+        return max(values[True]) - max(values[False])
+
+
+def log_odds(log_probability: float) -> float:
+    r"""Return :math:`\log p - \log(1 - p)`; of a p so near 1 that they are the same, about 14."""
+    below = min(log_probability, -_LEAST)
+    return below - math.log(-math.expm1(below))
