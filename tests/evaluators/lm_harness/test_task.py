@@ -307,6 +307,31 @@ def test_a_target_that_is_one_of_many_ways_to_be_right_gives_no_grade(folder, mo
     assert evaluator.grades("mine", range(7)) == ()
 
 
+@pytest.mark.parametrize(
+    ("asked", "keys"),
+    [
+        ({"doc_to_target": "{{'a b c d ' * 7}}"}, {"max_length": 24}),
+        (
+            {"doc_to_text": "x th", "doc_to_target": "e", "target_delimiter": ""},
+            {},
+        ),  # "the" is one token, which begins in the prompt
+        ({"doc_to_target": "answer", "doc_to_choice": ["a"]}, {}),  # of which there is no second
+    ],
+)
+def test_a_target_that_cannot_follow_the_prompt_ends_no_study(
+    folder, model, tmp_path, asked, keys
+):
+    config = yaml.safe_load((folder / "generate.yaml").read_text()) | asked
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {s: str(folder / f) for s, f in files.items()}
+    (tmp_path / "scoring.py").write_text("def right(doc, results):\n    return {'exact_match': 1}")
+    of_its = "process_results: !function scoring.right\n"
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(config) + of_its)
+    evaluator = harness(tmp_path, LmTask("generate", "test"), **keys)
+    evaluator.score(model, "mine", range(7))
+    assert evaluator.grades("mine", range(7)) == ()
+
+
 def test_a_study_that_goes_by_the_metric_alone_asks_for_no_grades(folder, model):
     for task in ("generate", "mc"):
         evaluator = harness(folder, LmTask(task, "test"), is_graded=False)
