@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from searchmerge.evaluators.lm_harness.loading import task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
 
 _OF_LIKELIEST: Mapping[str, Callable[[str], float]] = {
@@ -40,6 +41,7 @@ class TaskGrades:
         self._metric = metric
         self._losses = losses
         self._waiting: dict[int, Sequence[Any]] = {}
+        self._targets: dict[int, Any] = {}  # requests, made when they are first asked for
         self._log_odds: dict[int, float | None] = {}
 
     def note(self, requests: Sequence[Sequence[Any]]) -> None:
@@ -68,20 +70,35 @@ class TaskGrades:
 
     def _ask(self, lm: Any) -> None:
         """Find the log-odds of the targets of all that were answered since, at once."""
+        asked = {}
+        for place, (group, *_) in self._waiting.items():
+            self._log_odds[place] = None
+            if place not in self._targets:
+                self._targets[place] = self._target_of(lm, group)
+            if (target := self._targets[place]) is not None:
+                asked[place] = target
+        self._waiting.clear()
+        answers = lm.loglikelihood(list(asked.values())) if asked else []
+        for place, (log_likelihood, _) in zip(asked, answers, strict=True):
+            if math.isfinite(log_likelihood):
+                self._log_odds[place] = log_odds(log_likelihood)
+
+    def _target_of(self, lm: Any, request: Any) -> Any:
+        """Return the request for an example's target; ``None`` where it cannot be graded by it.
+
+        It may be none, or long, or have no token of its own after the prompt's last.
+        """
         from lm_eval.api.instance import Instance
 
-        asked = []
-        for place, (group, *_) in self._waiting.items():
-            target = self._losses.target(group.doc)
-            self._log_odds[place] = None
-            if target and len(lm.tok_encode(target, add_special_tokens=False)) <= _MOST_TOKENS:
-                asked.append(
-                    (place, Instance("loglikelihood", group.doc, (group.args[0], target), 0))
-                )
-        self._waiting.clear()
-        answers = lm.loglikelihood([request for _, request in asked])
-        for (place, _), (log_likelihood, _) in zip(asked, answers, strict=True):
-            self._log_odds[place] = log_odds(log_likelihood)
+        context = request.args[0]
+        try:
+            target = self._losses.target(request.doc)
+        except task_errors():  # only the grade is in need of it
+            return None
+        most = min(_MOST_TOKENS, lm.max_length)
+        if not target or not 0 < lm.n_tokens(context, target) <= most:
+            return None
+        return Instance("loglikelihood", request.doc, (context, target), 0)
 
     def _margin(self, requests: Sequence[Any], divide: Callable[[str], float]) -> float | None:
         """Return an example's grade; ``None`` where there is no right choice, or no other."""

@@ -139,10 +139,10 @@ class PreparedGroup:
         return by_member
 
     def grades(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
-        """Return how clearly examples were answered when they were last scored."""
+        """Return how clearly examples were answered; none where not all of them can be graded."""
         placed = map(self._place, examples)
         graded = [self._members[member].grades(lm, [place]) for member, place in placed]
-        return tuple(grade for its in graded for grade in its)
+        return tuple(grade for its in graded for grade in its) if all(graded) else ()
 
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""

@@ -258,6 +258,10 @@ class ResidentLM:
             self._pairs[key] = encoded
         return self._pairs[key]
 
+    def n_tokens(self, context: str, continuation: str) -> int:
+        """Return how many tokens a continuation has, which may be none where texts merge."""
+        return len(self._encode_request(context, continuation)[1])
+
     def _encode_request(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         if context:
             first, second = self._encode_pair(context, continuation)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import yaml
 from lm_eval.models.huggingface import HFLM
 
 from searchmerge.evaluators.lm_harness.grading import log_odds
@@ -78,3 +79,28 @@ def test_log_odds_are_those_of_a_probability(p, odds):
 def test_log_odds_of_what_is_certain_are_finite():
     assert 13 < log_odds(0.0) < 15
     assert math.isfinite(log_odds(-1e4))
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys"),
+    [
+        ({"doc_to_target": "{{'a b c d ' * 7}}"}, {"max_length": 24}),
+        (
+            {"doc_to_text": "x th", "doc_to_target": "e", "target_delimiter": ""},
+            {},
+        ),  # "the" is one token, which begins in the prompt
+        ({"doc_to_target": "answer", "doc_to_choice": ["a"]}, {}),  # of which there is no second
+    ],
+)
+def test_a_target_that_cannot_follow_the_prompt_ends_no_study(
+    folder, model, tmp_path, asked, keys
+):
+    config = yaml.safe_load((folder / "generate.yaml").read_text()) | asked
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {s: str(folder / f) for s, f in files.items()}
+    (tmp_path / "scoring.py").write_text("def right(doc, results):\n    return {'exact_match': 1}")
+    of_its = "process_results: !function scoring.right\n"
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(config) + of_its)
+    evaluator = harness(tmp_path, LmTask("generate", "test"), **keys)
+    evaluator.score(model, "mine", range(7))
+    assert evaluator.grades("mine", range(7)) == ()

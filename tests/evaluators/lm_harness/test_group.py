@@ -118,6 +118,22 @@ def test_answers_of_a_group_are_its_members(groups, model):
     assert evaluator.tasks["mine"].other_metrics == ("acc_norm",)
 
 
+def test_a_group_of_which_one_example_cannot_be_graded_has_no_grades(folder, model, tmp_path):
+    for name, target in (("short", "fox"), ("long", "{{'word ' * 90}}")):
+        config = yaml.safe_load((folder / "generate.yaml").read_text())
+        files = config["dataset_kwargs"]["data_files"]
+        config["dataset_kwargs"]["data_files"] = {s: str(folder / f) for s, f in files.items()}
+        config |= {"task": name, "doc_to_target": target}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    evaluator = harness(
+        write_groups(tmp_path, tmp_path, {"two": {"task": ["short", "long"]}}),
+        LmTask("two", "test"),
+    )
+    evaluator.score(model, "mine", range(14))
+    assert len(evaluator.grades("mine", range(7))) == 7
+    assert evaluator.grades("mine", range(14)) == ()
+
+
 def test_members_may_have_splits_of_their_own(groups):
     split = {"large": "validation", "rest": "test"}
     evaluator = harness(groups, LmTask("by_size", split))
