@@ -157,9 +157,14 @@ class Leaf:
         return {**stored, **self.overrides}
 
     def build(self, more: Mapping[str, Any]) -> Any:
-        """Return lm-eval's task object with more settings replaced: a group of one may do so."""
-        member = {**self.overrides, **more, "task": self.name}
-        loaded = self.manager.load({"group": "searchmerge", "task": [member]})
+        """Return lm-eval's task object with more settings replaced: a group of one may do so.
+
+        A definition of the study's stands for itself, whether or not its name is also a task's.
+        """
+        config = {**self.overrides, **more, "task": self.name}
+        if self.entry is not None:
+            config = {"group": "searchmerge", "task": [config]}
+        loaded = self.manager.load(config)
         return next(iter(loaded["tasks"].values()))
 
 

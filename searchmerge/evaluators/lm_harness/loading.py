@@ -16,6 +16,7 @@ from searchmerge.evaluators.lm_harness.settings import (
     data_files,
     data_folder,
     may_show_itself,
+    needed_split,
     split_overrides,
 )
 
@@ -81,13 +82,8 @@ def load_task(
         overrides = data_files(leaf.config, folder if path is None else data_folder(Path(path)))
         if spec.gen_prefix is not None:
             overrides["gen_prefix"] = spec.gen_prefix
-        task = leaf.build(overrides)
-        splits = list(task.dataset)
-        if split not in splits:
-            raise SpecError(
-                f"tasks.{name}.split: lm-eval's {leaf.name!r} has no split {split!r} "
-                f"(it has: {', '.join(map(str, splits))})"
-            )
+        overrides |= needed_split(leaf.config, split)
+        task = _build(leaf, overrides, split, f"tasks.{name}.split: lm-eval's {leaf.name!r}")
         if shown_itself and may_show_itself(leaf.config, split):
             more = {}
         else:
@@ -101,6 +97,24 @@ def load_task(
             f"and not {split!r}"
         )
     _configure(task, spec, f"tasks.{name}", leaf.name)
+    return task
+
+
+def _build(leaf: Leaf, overrides: Mapping[str, Any], split: str, where: str) -> Any:
+    """Return lm-eval's task object, whose data has the split.
+
+    Raises:
+        SpecError: If they do not.
+    """
+    try:
+        task = leaf.build(overrides)
+    except KeyError as error:
+        if error.args != (split,):
+            raise
+        raise SpecError(f"{where} has no split {split!r}") from error
+    if split not in task.dataset:
+        splits = ", ".join(map(str, task.dataset))
+        raise SpecError(f"{where} has no split {split!r} (it has: {splits})")
     return task
 
 

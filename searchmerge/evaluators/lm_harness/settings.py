@@ -26,6 +26,11 @@ def split_overrides(config: Mapping[str, Any], split: str) -> dict[str, str]:
     return overrides
 
 
+def needed_split(config: Mapping[str, Any], split: str) -> dict[str, str]:
+    """Return the setting without which lm-eval loads no task: a split, where it names none."""
+    return {} if _scored_split(config) else {"test_split": split}
+
+
 def may_show_itself(config: Mapping[str, Any], split: str) -> bool:
     """Return whether lm-eval, left alone, may show an example in its own few-shot prompt.
 

@@ -152,11 +152,27 @@ def test_a_member_that_does_not_exist_is_named(groups):
         harness(groups, LmTask("by_size", "test", samples=(0, 1)))
 
 
-def test_a_study_may_define_its_task_itself(groups, folder, model):
+@pytest.mark.parametrize("named", [{}, {"task": "riddles"}, {"task": "fewshot"}])
+def test_a_study_may_define_its_task_itself(folder, model, named):
     config = yaml.safe_load((folder / "mc.yaml").read_text())
-    evaluator = harness(folder, LmTask(config, "test"))
+    del config["task"]
+    evaluator = harness(folder, LmTask(config | named, "test"))
     expected = harness(folder, LmTask("mc", "test")).score(model, "mine", range(7))
     assert evaluator.score(model, "mine", range(7)) == expected
+
+
+def test_a_definition_of_the_studys_takes_nothing_from_a_task_of_its_name(folder):
+    config = {"task": "mc", "output_type": "multiple_choice"}
+    with pytest.raises(SpecError, match="could not load its task 'mc'"):
+        harness(folder, LmTask(config, "test"))
+
+
+def test_a_definition_need_not_say_which_split_is_scored(folder):
+    config = yaml.safe_load((folder / "mc.yaml").read_text())
+    config |= {"task": "riddles", "test_split": None, "validation_split": None}
+    assert harness(folder, LmTask(config, "train")).tasks["mine"].n_examples == 6
+    with pytest.raises(SpecError, match=r"split: lm-eval's 'riddles' has no split 'trian'$"):
+        harness(folder, LmTask(config, "trian"))
 
 
 def test_the_loss_of_a_group_is_the_mean_over_its_examples(groups, model):
