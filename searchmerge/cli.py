@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -316,8 +317,8 @@ def _print_stopped(run_dir: Path, storage: str | None) -> None:
     if (report := run_dir / "report.md").exists():
         _err.print(f"Report so far: {report}", soft_wrap=True)
     _err.print(
-        "The same command goes on from here; searchmerge finish confirms and saves the best plan "
-        "that there is.",
+        f"The same command goes on from here; searchmerge finish {shlex.quote(str(run_dir))} "
+        "confirms and saves the best plan that there is.",
         soft_wrap=True,
     )
 

@@ -186,13 +186,14 @@ class StudyRun:
         first = [record for record in full if record.plan == plan][:1]
         best = [*first, *(r for r in best_of(full, _N_SHOWN) if r not in first)][:_N_SHOWN]
         rows = list(scored.items())
-        rows += [(record.name, dict(record.scores)) for record in best]
+        names = [", ".join(filter(None, (record.name, record.kind))) for record in best]
+        rows += [(name, dict(r.scores)) for name, r in zip(names, best, strict=True)]
         InterimReport(
             study=self._study.name,
             tasks={task: board.schedule.tasks[task].metric for task in self._study.spec.tasks},
             objectives=objective.names,
             rows=[InterimRow(name, scores, objective.values(scores)) for name, scores in rows],
-            best=best[0].name if best else "",
+            best=names[0] if best else "",
             plan=best[0].plan if best else None,
             counts=make_counts(records, board.schedule, self._directory.elapsed_s),
         ).save(self._directory.run_dir)

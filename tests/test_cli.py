@@ -96,6 +96,7 @@ def test_a_run_that_a_signal_stops_leaves_a_report(study, killed, searchmerge, n
     code, err = killed(file, run_dir, 200, number)
     assert code == 128 + number
     assert f"Report so far: {Path('runs', 'cut', 'report.md')}" in err
+    assert f"searchmerge finish {Path('runs', 'cut')} confirms" in err
     report = (run_dir / "report.md").read_text()
     assert "# cut: stopped, not confirmed" in report
     assert "| expert first | " in report and "| **trial " in report

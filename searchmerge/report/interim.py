@@ -84,8 +84,9 @@ The same {code("searchmerge run")} goes on from here and scores nothing again. {
 more: it confirms the best that there is on held-out examples, saves the model, and writes the
 report in place of this one.
 
-Scores times 100, on the select examples, which chose the best: they flatter it. Metrics:
-{metrics}.
+Scores times 100, on the select examples, which chose the best: they flatter it. With
+{code("scores: graded")} how clearly examples were answered counts in that choice too, and is not in
+the table. Metrics: {metrics}.
 
 {table}
 

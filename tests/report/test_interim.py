@@ -35,6 +35,7 @@ def test_it_says_what_there_is_that_it_is_not_confirmed_and_how_it_goes_on(make_
     text = (run_dir / "report.md").read_text()
     assert text.startswith("# &lt;toy&gt;: stopped, not confirmed\n")
     assert "The best plan so far is that of trial 3; it is not confirmed." in text
+    assert "With\n`scores: graded` how clearly examples were answered counts" in text
     assert "|  | math | code | normalised, select |" in text
     assert "| TIES | 50.0 | 25.0 | 90.0 |" in text
     assert "| **trial 3** | **75.0** | **50.0** | **110.0** |" in text
