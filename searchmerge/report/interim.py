@@ -85,8 +85,8 @@ more: it confirms the best that there is on held-out examples, saves the model, 
 report in place of this one.
 
 Scores times 100, on the select examples, which chose the best: they flatter it. With
-{code("scores: graded")} how clearly examples were answered counts in that choice too, and is not in
-the table. Metrics: {metrics}.
+{code("scores: graded")} how clearly examples were answered counts in that choice too, and is not
+in the table. Metrics: {metrics}.
 
 {table}
 

@@ -68,11 +68,12 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
         f"({status['stopped_early']} stopped early), {trials['running']} running, "
         f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
     ]
+    width = max((len(best["name"]) for best in status["best"]), default=0)
     for best in status["best"]:
         values = ", ".join(f"{value:.4f}" for value in best["values"])
         scores = "  ".join(f"{task} {score:.3f}" for task, score in best["scores"].items())
         marks = ["breaks a constraint"] * (not best["feasible"]) + [best["kind"]]
-        line = f"  {best['name']:<11} {values}  {scores}  {', '.join(filter(None, marks))}"
+        line = f"  {best['name']:<{width}}  {values}  {scores}  {', '.join(filter(None, marks))}"
         lines.append(line.rstrip())
     if status["workers"]:
         lines.append(f"workers, as they were {status['workers_age_s']:.0f} s ago:")

@@ -56,6 +56,7 @@ def test_references_are_named(toy):
     lines = describe_status(study.directory.run_dir)
     assert lines[0].startswith("toy: 6 trials complete (0 stopped early), 0 running, 0 failed")
     assert any(line.endswith("task arithmetic") for line in lines)
+    assert len({line.index("0.") for line in lines if line.startswith("  trial")}) == 1
     kinds = {b["trial"]: b["kind"] for b in read_status(study.directory.run_dir)["best"]}
     assert kinds[4] == "task arithmetic"
     assert kinds.get(5, "") == ""
