@@ -332,6 +332,17 @@ def test_a_target_that_cannot_follow_the_prompt_ends_no_study(
     assert evaluator.grades("mine", range(7)) == ()
 
 
+def test_answers_whose_score_is_no_mean_are_not_graded(folder, model, tmp_path):
+    config = yaml.safe_load((folder / "generate.yaml").read_text())
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {s: str(folder / f) for s, f in files.items()}
+    config["metric_list"] = [config["metric_list"][0] | {"aggregation": "median"}]
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(config))
+    evaluator = harness(tmp_path, LmTask("generate", "test"))
+    assert len(evaluator.score(model, "mine", range(7))) == 1
+    assert evaluator.grades("mine", range(7)) == ()
+
+
 def test_a_study_that_goes_by_the_metric_alone_asks_for_no_grades(folder, model):
     for task in ("generate", "mc"):
         evaluator = harness(folder, LmTask(task, "test"), is_graded=False)
