@@ -41,6 +41,8 @@ CHECKED_BY = {
     "LoRA, rsLoRA": [
         "checkpoints/test_lora.py::test_an_adapter_is_merged_exactly_as_peft_does",
         "checkpoints/test_lora.py::test_an_adapter_computes_what_it_does_in_peft",
+        "checkpoints/test_lora_experts.py::"
+        "test_factors_of_parameters_are_merged_exactly_as_peft_does",
     ],
     "`adapter_model.bin`": [
         "checkpoints/test_lora.py::test_an_adapter_in_pytorchs_format_is_the_same",
@@ -92,6 +94,10 @@ CHECKED_BY = {
         "checkpoints/test_families.py::test_a_text_expert_is_merged_into_a_multimodal_base",
         "checkpoints/test_families.py::"
         "test_a_multimodal_base_is_a_language_model_where_a_study_says_so",
+    ],
+    "T5, BART": [
+        "evaluators/lm_harness/test_seq2seq.py::test_log_likelihoods_are_those_of_hflm",
+        "test_verify.py::test_encoder_decoders_score_in_lm_eval_what_the_report_says",
     ],
     "BERT, BART": [
         "checkpoints/test_families.py::test_what_does_not_read_left_to_right_is_no_language_model"

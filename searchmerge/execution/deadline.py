@@ -33,3 +33,19 @@ class Deadline:
     def __str__(self) -> str:
         origin = "" if self._fixed is not None else ", derived; set ray.deadline in the config"
         return f"its deadline ({self.seconds:g} s{origin})"
+
+
+class Deadlines:
+    """The deadlines of several nodes: a slow one is not measured by a fast one.
+
+    Args:
+        seconds: A fixed number for all, more than 0; ``None`` to derive one for each.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._deadlines: dict[str, Deadline] = {}
+
+    def at(self, node: str) -> Deadline:
+        """Return the deadline of the workers on a node."""
+        return self._deadlines.setdefault(node, Deadline(self._seconds))

@@ -1,6 +1,6 @@
 """When a worker counts as hung."""
 
-from searchmerge.execution.deadline import FACTOR, FIRST_S, LEAST_S, Deadline
+from searchmerge.execution.deadline import FACTOR, FIRST_S, LEAST_S, Deadline, Deadlines
 
 
 def test_a_deadline_follows_the_longest_round_unless_it_is_given():
@@ -15,3 +15,14 @@ def test_a_deadline_follows_the_longest_round_unless_it_is_given():
     given = Deadline(7.0)
     given.saw(100.0)
     assert given.seconds == 7.0
+
+
+def test_a_slow_node_is_not_measured_by_a_fast_one():
+    deadlines = Deadlines(None)
+    deadlines.at("fast").saw(1.0)
+    assert deadlines.at("fast").seconds == LEAST_S
+    assert deadlines.at("slow").seconds == FIRST_S
+    deadlines.at("slow").saw(500.0)
+    assert deadlines.at("slow").seconds == FACTOR * 500
+    assert deadlines.at("fast").seconds == LEAST_S
+    assert Deadlines(60.0).at("slow").seconds == 60.0

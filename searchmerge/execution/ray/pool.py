@@ -19,7 +19,7 @@ from ray.exceptions import (
 from searchmerge.errors import EvaluationError, SearchMergeError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
-from searchmerge.execution.deadline import Deadline
+from searchmerge.execution.deadline import Deadlines
 from searchmerge.execution.executor import (
     Event,
     Failed,
@@ -126,7 +126,7 @@ class RayExecutor:
     def __init__(self, make_worker: Callable[[], Worker], settings: RaySettings) -> None:
         self._make_worker = make_worker
         self._settings = settings
-        self._deadlines: dict[str, Deadline] = {}  # by node, since some are slower than others
+        self._deadlines = Deadlines(settings.deadline_s)
         self._actor_class: Any = ray.remote(
             num_cpus=settings.cpus,
             num_gpus=settings.gpus,
@@ -269,12 +269,9 @@ class RayExecutor:
                 slot.has_begun = True
                 return None
             case RoundResult() | LossResult():
-                self._deadline(slot).saw(message.seconds)
+                self._deadlines.at(slot.node).saw(message.seconds)
                 return event_of(job, message)
         return self._lose(slot, str(message), blameless=False)
-
-    def _deadline(self, slot: Slot) -> Deadline:
-        return self._deadlines.setdefault(slot.node, Deadline(self._settings.deadline_s))
 
     def _go_on_loading(self, slot: Slot) -> None:
         """Take what a slot says as it loads: where it is, and that it has loaded."""
@@ -355,7 +352,7 @@ class RayExecutor:
             if ray.wait([slot.call], timeout=0, fetch_local=False)[0]:
                 continue  # it has something to say; it was this process that was late
             if slot.doing == "working":
-                reason = f"no round within {self._deadline(slot)}"
+                reason = f"no round within {self._deadlines.at(slot.node)}"
                 return self._lose(slot, reason, blameless=not slot.has_begun)
             allowed = f"{self._settings.loading_s:g} s; ray.loading_deadline of the config"
             self._lose_loading(slot, f"not loaded within {allowed}", blameless=False)
@@ -364,7 +361,7 @@ class RayExecutor:
     def _allowed_s(self, slot: Slot) -> float:
         """Return how long a worker may be silent at what it is doing."""
         is_loading = slot.doing == "loading"
-        return self._settings.loading_s if is_loading else self._deadline(slot).seconds
+        return self._settings.loading_s if is_loading else self._deadlines.at(slot.node).seconds
 
     def _tend(self) -> None:
         """Start workers that are missing, and say so where nothing is ready for long."""
