@@ -6,6 +6,7 @@ import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
 
+from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.lm_harness.grading import log_odds
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from tests.evaluators.lm_harness.tasks import harness, instances, lm_eval_samples
@@ -115,3 +116,18 @@ def test_a_target_that_cannot_follow_the_prompt_ends_no_study(
     evaluator = harness(tmp_path, LmTask("generate", "test"), **keys)
     evaluator.score(model, "mine", range(7))
     assert evaluator.grades("mine", range(7)) == ()
+
+
+def test_no_pass_is_run_for_targets_where_one_of_a_task_has_none(folder, model, monkeypatch):
+    samples, _ = lm_eval_samples(folder, HFLM(model, tokenizer=tiny_tokenizer()), "generate")
+    lengths = [len(tiny_tokenizer().encode(f" {sample['target']}")) for sample in samples]
+    assert min(lengths) < max(lengths)
+    grading = "searchmerge.evaluators.lm_harness.grading._MOST_TOKENS"
+    monkeypatch.setattr(grading, max(lengths) - 1)
+    asked = []
+    monkeypatch.setattr(CausalScorer, "score", lambda *arguments: asked.append(arguments))
+    evaluator = harness(folder, LmTask("generate", "test", metric=("exact_match",)))
+    for examples in (range(7), [lengths.index(min(lengths))]):
+        evaluator.score(model, "mine", examples)
+        assert evaluator.grades("mine", examples) == ()
+    assert asked == []
