@@ -13,7 +13,7 @@ from torch import Tensor
 _AT_ONCE = 1 << 24  # entries that are there in double precision
 
 _DEPENDENT = 1e-5
-"""Below this ratio to the largest a singular value's square is lost in a Gram matrix."""
+"""A singular value below this ratio to the largest is taken for 0: its square is lost."""
 
 
 def singular_vectors(matrix: Tensor, n_most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,17 +41,17 @@ def singular_vectors(matrix: Tensor, n_most: int) -> tuple[Tensor, Tensor, Tenso
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """Return the nearest matrix whose columns, or else rows, are orthonormal.
 
+    Where they depend on one another there are many; returned is what all of them share, in which
+    what columns have in common is divided among them.
+
     Args:
         matrix: ``(m, n)`` float32, finite.
     """
     is_wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix if is_wide else matrix.T
     squares, vectors = _eigenvectors(short)
-    if bool(squares[-1] <= squares[0] * _DEPENDENT**2):
-        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        nearest: Tensor = left @ right
-        return nearest
-    nearest = (vectors @ _others(short, vectors).T).float()
+    independent = vectors[:, squares > squares.amax() * _DEPENDENT**2]
+    nearest = (independent @ _others(short, independent).T).float()
     return nearest if is_wide else nearest.T
 
 

@@ -68,13 +68,13 @@ class LostWorkers:
         self._n_deaths[digest] += not blameless
         return rows[digest].n
 
-    def n_died(self, digest: str) -> int:
-        """Return how many workers died at a plan since a block of it was scored."""
-        return self._died.get(digest, Crashes()).n
+    def n_lost(self, digest: str) -> int:
+        """Return how many workers a plan lost in a row, whether or not it may have killed them."""
+        return max(rows.get(digest, Crashes()).n for rows in (self._died, self._spared))
 
     def is_hopeless(self, digest: str) -> bool:
         """Return whether a plan is not to be tried again."""
-        n = self.n_died(digest)
+        n = self._died.get(digest, Crashes()).n
         chance = (self._n_excused + _DEATH) / (self._n_tries + _TRIES)
         is_to_blame = n >= MAX_DEATHS or (n > 1 and chance**n <= _UNLIKELY)
         return is_to_blame or self._spared.get(digest, Crashes()).n > MAX_SPARED

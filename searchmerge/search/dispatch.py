@@ -170,8 +170,8 @@ class _Shift(Generic[T]):
             if job is None:
                 return bool(self._live)
             if self.lost.is_hopeless(job.plan.digest):
-                n_died = self.lost.n_died(job.plan.digest)
-                self.source.failed(job, f"{n_died} workers died at this plan")
+                n_lost = self.lost.n_lost(job.plan.digest)
+                self.source.failed(job, f"{n_lost} workers in a row were lost at this plan")
                 continue
             if not self._start(job):
                 self._finish(job)

@@ -143,7 +143,8 @@ def main() -> None:
         folder = Path(name)
         os.environ["SEARCHMERGE_CACHE"] = str(folder / "cache")
         os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
-        report = Report(options.device, options.budget, open_file(options.out))
+        file = open_file(options.out)
+        report = Report(options.device, options.budget, file, is_patient=options.small)
         report.header(facts(options.device))
         for step in steps(options, folder):
             if step.section in options.only:

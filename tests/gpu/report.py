@@ -62,11 +62,13 @@ class Report:
         device: Whose memory is watched.
         budget_s: Seconds after which no step is begun, and the one under way is stopped.
         file: Where figures are appended; ``None`` for nowhere.
+        is_patient: Whether a step may take what is left, as where a machine has other work.
     """
 
     device: str
     budget_s: float
     file: TextIO | None = None
+    is_patient: bool = False
     failures: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -82,7 +84,7 @@ class Report:
         if self.is_broken or self.left_s < LEAST_S:
             self.skip(step, "the device failed" if self.is_broken else "the time was up")
             return
-        seconds = min(step.limit_s, self.left_s)
+        seconds = self.left_s if self.is_patient else min(step.limit_s, self.left_s)
         begun, in_use = time.monotonic(), reset_peak(self.device)
         print(f"\n{step}", flush=True)
         try:

@@ -187,6 +187,15 @@ def test_tsv_of_orthogonal_matrices_of_low_rank_is_their_sum():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_tsv_of_equal_experts_is_their_mean():
+    """Of two experts half of the directions stay, the same ones."""
+    delta = normal(1, 12, 9)[0]
+    found = of_tensor([delta, delta], "tsv", coefficient=[1.0, 0.5])
+    left, sizes, right = np.linalg.svd(delta)
+    expected = 0.75 * (left[:, :4] * sizes[:4]) @ right[:4]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(matrices, st.data())
 def test_iso_c_is_the_papers(sizes, data):

@@ -40,4 +40,4 @@ def test_the_more_workers_die_at_good_plans_the_more_may_die_at_this(n_excused, 
         lost.begin()
         n_died = lost.lose("bad", 0, blameless=False)
     assert n_died == n_allowed
-    assert lost.n_died("bad") == n_allowed
+    assert lost.n_lost("bad") == n_allowed

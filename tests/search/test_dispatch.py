@@ -61,9 +61,10 @@ class Scripted:
 def dispatch(tmp_path):
     store = ScoreStore(tmp_path / "scores.db")
 
-    def dispatch(*script, n_jobs=1):
+    def dispatch(*script, n_jobs=1, n_plans=None):
         executor = Scripted(script)
-        source = ListSource([Job(f"job {i}", plan(i), ROUNDS, None) for i in range(n_jobs)])
+        plans = [plan(i % (n_plans or n_jobs)) for i in range(n_jobs)]
+        source = ListSource([Job(f"job {i}", its, ROUNDS, None) for i, its in enumerate(plans)])
         Dispatcher(executor, store).run(source)
         return executor, source
 
@@ -139,3 +140,10 @@ def test_a_job_that_takes_every_node_with_it_ends(dispatch):
     executor, source = dispatch(*[(None, True)] * 99)
     assert len(executor.tries) == MAX_SPARED + 1
     assert source.failures == {"job 0": "its worker was lost (11 workers in a row)"}
+
+
+@pytest.mark.parametrize(("loss", "n"), [((None, True), MAX_SPARED + 1), ((0, False), 3)])
+def test_a_plan_that_was_given_up_is_not_tried_again_and_says_why(dispatch, loss, n):
+    executor, source = dispatch(*[loss] * n, n_jobs=2, n_plans=1)
+    assert len(executor.tries) == n
+    assert source.failures["job 1"] == f"{n} workers in a row were lost at this plan"

@@ -43,10 +43,11 @@ class TaskGrades:
         self._waiting: dict[int, Sequence[Any]] = {}
         self._targets: dict[int, Any] = {}  # requests, made when they are first asked for
         self._log_odds: dict[int, float | None] = {}
+        self._has_targets = task.OUTPUT_TYPE == "generate_until" and "labels" in losses.kinds
 
     def note(self, requests: Sequence[Sequence[Any]]) -> None:
         """Take note that requests of some examples were answered anew."""
-        if self._task.OUTPUT_TYPE == "generate_until" and "labels" in self._losses.kinds:
+        if self._has_targets:
             self._waiting |= {group[0].doc_id: group for group in requests}
 
     def __call__(self, lm: Any, requests: Sequence[Sequence[Any]]) -> tuple[float, ...]:
@@ -70,15 +71,17 @@ class TaskGrades:
 
     def _ask(self, lm: Any) -> None:
         """Find the log-odds of the targets of all that were answered since, at once."""
-        asked = {}
-        for place, (group, *_) in self._waiting.items():
-            self._log_odds[place] = None
+        waiting, self._waiting = self._waiting, {}
+        for place, (request, *_) in waiting.items():
             if place not in self._targets:
-                self._targets[place] = self._target_of(lm, group)
-            if (target := self._targets[place]) is not None:
-                asked[place] = target
-        self._waiting.clear()
-        answers = lm.loglikelihood(list(asked.values())) if asked else []
+                self._targets[place] = self._target_of(lm, request)
+        self._log_odds |= dict.fromkeys(waiting)
+        asked = {place: self._targets[place] for place in waiting}
+        if None in asked.values():  # a task counts by its metric alone unless all have grades
+            self._has_targets = False
+        if not asked or not self._has_targets:
+            return
+        answers = lm.loglikelihood(list(asked.values()))
         for place, (log_likelihood, _) in zip(asked, answers, strict=True):
             if math.isfinite(log_likelihood):
                 self._log_odds[place] = log_odds(log_likelihood)

@@ -242,7 +242,8 @@ class PreparedTask:
             requests: Of each example.
             examples: Which they are, for messages.
         """
-        self._grades.note(requests)
+        if self._decides.is_mean:  # grades count beside no other score
+            self._grades.note(requests)
         self._read_answers(self.filter, requests)
         with explained(self._name, f"compute {self.metric!r} of its task {self.lm_name!r}"):
             values = [self._value(group, self._decides) for group in requests]

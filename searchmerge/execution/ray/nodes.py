@@ -107,12 +107,15 @@ class Nodes:
     def died_loading(self, node: str, n_others: int) -> int:
         """Count a worker that died as it loaded on a node, beside ``n_others`` that it has.
 
+        Every ``MAX_LOAD_DEATHS`` in a row the node is given no more than those: where one device
+        of many is broken, a single death says nothing of the others.
+
         Returns:
             How many died so in a row.
         """
         self._n_died[node] += 1
         n_died = self._n_died[node]
-        if n_died >= MAX_LOAD_DEATHS and node in self._alive:
+        if n_died % MAX_LOAD_DEATHS == 0 and node in self._alive:
             self._most[node] = n_others
             _logger.warning(
                 "%d workers in a row died as they loaded on node %s: it is given no more than "

@@ -39,8 +39,9 @@ class Tsv:
 
     The paper has one coefficient, for which 1 is close to best. Tensors that are no matrix are
     averaged, each expert's entries times its coefficient. Left open: of a matrix of lower rank
-    than there are experts one direction is kept; directions of singular value 0 are left out. All
-    is decomposed once, whatever the coefficients, and kept while memory allows.
+    than there are experts one direction is kept; directions of singular value 0 are left out;
+    what experts have exactly in common counts once, divided among them. All is decomposed once,
+    whatever the coefficients, and kept while memory allows.
     """
 
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = (

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
 
+from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.lm_harness.grading import log_odds
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from tests.evaluators.lm_harness.tasks import harness, instances, lm_eval_samples
@@ -58,6 +59,17 @@ def test_a_target_that_is_one_of_many_ways_to_be_right_gives_no_grade(folder, mo
     assert evaluator.grades("mine", range(7)) == ()
 
 
+def test_answers_whose_score_is_no_mean_are_not_graded(folder, model, tmp_path):
+    config = yaml.safe_load((folder / "generate.yaml").read_text())
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {s: str(folder / f) for s, f in files.items()}
+    config["metric_list"] = [config["metric_list"][0] | {"aggregation": "median"}]
+    (tmp_path / "generate.yaml").write_text(yaml.safe_dump(config))
+    evaluator = harness(tmp_path, LmTask("generate", "test"))
+    assert len(evaluator.score(model, "mine", range(7))) == 1
+    assert evaluator.grades("mine", range(7)) == ()
+
+
 def test_a_study_that_goes_by_the_metric_alone_asks_for_no_grades(folder, model):
     for task in ("generate", "mc"):
         evaluator = harness(folder, LmTask(task, "test"), is_graded=False)
@@ -104,3 +116,18 @@ def test_a_target_that_cannot_follow_the_prompt_ends_no_study(
     evaluator = harness(tmp_path, LmTask("generate", "test"), **keys)
     evaluator.score(model, "mine", range(7))
     assert evaluator.grades("mine", range(7)) == ()
+
+
+def test_no_pass_is_run_for_targets_where_one_of_a_task_has_none(folder, model, monkeypatch):
+    samples, _ = lm_eval_samples(folder, HFLM(model, tokenizer=tiny_tokenizer()), "generate")
+    lengths = [len(tiny_tokenizer().encode(f" {sample['target']}")) for sample in samples]
+    assert min(lengths) < max(lengths)
+    grading = "searchmerge.evaluators.lm_harness.grading._MOST_TOKENS"
+    monkeypatch.setattr(grading, max(lengths) - 1)
+    asked = []
+    monkeypatch.setattr(CausalScorer, "score", lambda *arguments: asked.append(arguments))
+    evaluator = harness(folder, LmTask("generate", "test", metric=("exact_match",)))
+    for examples in (range(7), [lengths.index(min(lengths))]):
+        evaluator.score(model, "mine", examples)
+        assert evaluator.grades("mine", examples) == ()
+    assert asked == []
