@@ -8,6 +8,7 @@ from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.status import describe_status, read_status
+from tests.search.test_trials import plan
 
 
 def test_a_plan_that_breaks_a_constraint_is_not_shown_as_the_best(toy):
@@ -56,10 +57,20 @@ def test_references_are_named(toy):
     lines = describe_status(study.directory.run_dir)
     assert lines[0].startswith("toy: 6 trials complete (0 stopped early), 0 running, 0 failed")
     assert any(line.endswith("task arithmetic") for line in lines)
-    assert len({line.index("0.") for line in lines if line.startswith("  trial")}) == 1
     kinds = {b["trial"]: b["kind"] for b in read_status(study.directory.run_dir)["best"]}
     assert kinds[4] == "task arithmetic"
     assert kinds.get(5, "") == ""
+
+
+def test_values_stand_below_one_another_whatever_plans_are_called(toy):
+    study = toy()
+    study.run(6)
+    best = max(study.directory.records(), key=lambda record: record.value)
+    kept = {"name": "task arithmetic", "plan": plan(0.123).to_dict()}
+    study.directory.keep_refined("a", {**kept, "scores": best.completed_scores()})
+    lines = describe_status(study.directory.run_dir)[1:6]
+    assert any(line.startswith("  refined task arithmetic  ") for line in lines)
+    assert len({line.index("  math") for line in lines}) == 1
 
 
 def test_a_trial_that_was_completed_after_the_search_is_shown_with_its_scores(toy):
