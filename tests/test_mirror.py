@@ -27,6 +27,7 @@ ELSEWHERE = {
     "checkpoints/fingerprint.py": "checkpoints/test_checkpoint.py",
     "checkpoints/tensor_files.py": "checkpoints/test_checkpoint.py",
     "checkpoints/lora_fit.py": "checkpoints/test_lora.py",
+    "checkpoints/lora_layers.py": "checkpoints/test_lora.py",
     "checkpoints/lora_update.py": "checkpoints/test_lora.py",
     "checkpoints/chosen_tokenizer.py": "checkpoints/test_vocabulary.py",
     "checkpoints/made_once.py": "checkpoints/test_vocabulary.py",

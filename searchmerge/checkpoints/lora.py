@@ -9,7 +9,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,12 @@ from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.lora_experts import (
     AdaptedParameter,
     Scale,
-    adapted_parameters,
-    pairs_of_factors,
 )
 from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
+from searchmerge.checkpoints.lora_layers import Layers, find_name
 from searchmerge.checkpoints.lora_targets import NAMES, TARGET_KEYS, selects
 from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
 from searchmerge.checkpoints.made_once import made_once
-from searchmerge.checkpoints.renames import resident_names, transposed_weights, without_data
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
     TensorHeader,
@@ -88,8 +85,6 @@ _KEYS = {
     "auto_mapping": TEXTS_BY_NAME,
     **TARGET_KEYS,
 }
-_WITHOUT_OUTPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-"""What an adapter is for whose model has no output over the vocabulary, whatever its base has."""
 _logger = logging.getLogger(__name__)
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations whose adapters are trained on a base that they have changed."""
@@ -143,7 +138,7 @@ def touches_embeddings(directory: Path, tied: Collection[str]) -> bool:
     )
     matches = ((name, _FACTOR.match(name)) for name in plain)
     changed = (f"{match['module']}.weight" if match else name for name, match in matches)
-    return any(is_vocabulary(name) or _find(name, names) is not None for name in changed)
+    return any(is_vocabulary(name) or find_name(name, names) is not None for name in changed)
 
 
 def read_adapter(
@@ -169,7 +164,7 @@ def read_adapter(
     config = read_json(directory / ADAPTER_CONFIG, _KEYS)
     _check_supported(directory, config)
     file = _adapter_file(directory)
-    layers = _Layers(config, base_dir, trust_remote_code)
+    layers = Layers(directory / ADAPTER_CONFIG, config, base_dir, trust_remote_code)
     stored = read_headers(file)
     if not stored:
         raise CheckpointError(f"{file}: holds no tensor")
@@ -289,7 +284,7 @@ def _plan(
     config: Mapping[str, Any],
     headers: Mapping[str, TensorHeader],
     find: _Find,
-    layers: "_Layers",
+    layers: Layers,
 ) -> dict[str, Update]:
     """Return, by name in the base, what the adapter does to each tensor it changes."""
     updates: dict[str, Update] = {}
@@ -400,7 +395,7 @@ def _of_parameters(
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
         for name, update in parts.items():
-            changed, shape = _find(name, base), update.place.shape if update.place else ()
+            changed, shape = find_name(name, base), update.place.shape if update.place else ()
             if changed is None or base[changed].shape != shape:
                 there = "does not have" if changed is None else "has in another shape"
                 raise CheckpointError(
@@ -423,7 +418,7 @@ def _tokens(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, ..
 
 
 def _finder(
-    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], layers: "_Layers"
+    headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], layers: Layers
 ) -> _Find:
     """Return the function that gives the base's name of a tensor, None where it has none.
 
@@ -432,28 +427,16 @@ def _finder(
     parts = (_part(_plain(key)) for key in headers)
     wanted = {f"{part[0]}.weight" for part in parts if part is not None}
     renames: Mapping[str, str] = {}
-    if any(_find(name, base) is None for name in wanted):
+    if any(find_name(name, base) is None for name in wanted):
         known = layers.names()
         renames = {name: stored for name, stored in known.items() if stored in base}
 
     def find(name: str) -> str | None:
-        if (found := _find(name, base)) is None and (resident := _find(name, renames)):
+        if (found := find_name(name, base)) is None and (resident := find_name(name, renames)):
             return renames[resident]
         return found
 
     return find
-
-
-def _find(name: str, base: Mapping[str, Any]) -> str | None:
-    """Return the base's name of a tensor, with or without the name of the model in front."""
-    if name in base:
-        return name
-    _, _, rest = name.partition(".")
-    if rest in base:
-        return rest
-    fronts = {known.partition(".")[0] for known in base if known.endswith(f".{name}")}
-    longer = [f"{front}.{name}" for front in sorted(fronts) if f"{front}.{name}" in base]
-    return longer[0] if len(longer) == 1 else None
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -462,96 +445,6 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> A
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """What is asked of the base's layers, where neither names nor shapes tell."""
-
-    config: Mapping[str, Any]
-    base_dir: Path
-    trust_remote_code: bool
-
-    def parameters(
-        self, file: Path, headers: Mapping[str, TensorHeader]
-    ) -> list[tuple[AdaptedParameter, tuple[str, str]]]:
-        """Return the parameters that the adapter changes, e.g. fused experts, with their factors.
-
-        Raises:
-            CheckpointError: If the model cannot be made that has them, or the adapter lacks a
-                factor, or has settings that PEFT does not have of parameters.
-        """
-        targets = self.config.get("target_parameters") or []
-        if not targets:
-            return []
-        where = file.parent / ADAPTER_CONFIG
-        start = str(self.config.get("init_lora_weights")).lower()
-        odd = [key for key in ("use_dora", "lora_bias", "fan_in_fan_out") if self.config.get(key)]
-        if start in REPEATABLE_STARTS:
-            odd.append("init_lora_weights")
-        model = without_data(self.base_dir, trust_remote_code=self.trust_remote_code)
-        if odd or model is None:
-            why = f"with {odd[0]}" if odd else "of a model that transformers cannot make"
-            raise CheckpointError(f"{where}: target_parameters is {targets!r}, {why}; {SUPPORTED}")
-        return pairs_of_factors(file, list(headers), adapted_parameters(model, targets))
-
-    def bias_fields(self, module: str) -> list[str]:
-        """Return the fields of the base's configuration that would give a layer a bias."""
-        model = without_data(self.base_dir, trust_remote_code=self.trust_remote_code)
-        fields = {} if model is None else model.config.to_dict()
-        off = [key for key, value in fields.items() if "bias" in key and value is False]
-        found = []
-        for field in off:
-            config = deepcopy(model.config)
-            setattr(config, field, True)
-            with torch.device("meta"):
-                names = dict.fromkeys(name for name, _ in type(model)(config).named_parameters())
-            if _find(f"{module}.bias", names) is not None:
-                found.append(field)
-        return found
-
-    def names(self) -> Mapping[str, str]:
-        """Return names in the base's checkpoint by names in the loaded model."""
-        return resident_names(self.base_dir, trust_remote_code=self.trust_remote_code)
-
-    def are_transposed(self, name: str) -> bool:
-        """Return whether the model stores a weight as ``(n_in, n_out)``.
-
-        Where the model cannot be made, that is as the adapter says.
-        """
-        transposed = transposed_weights(self.base_dir, trust_remote_code=self.trust_remote_code)
-        if transposed is None:
-            return bool(self.config.get("fan_in_fan_out"))
-        return _find(name, dict.fromkeys(transposed)) is not None
-
-    def refuse_output_with_bias(self, file: Path, module: str) -> None:
-        """Refuse trained tokens of an output that has a bias, or shares an embedding's weight.
-
-        PEFT's layer of trained tokens has none: it computes ``x @ W.T`` while the adapter runs
-        and trains, and gives back the base's layer, with its bias, where the adapter is merged.
-
-        Raises:
-            CheckpointError: If the layer is one.
-        """
-        mapping = self.config.get("auto_mapping") or {}
-        model = without_data(
-            self.base_dir,
-            mapping.get("base_model_class"),
-            trust_remote_code=self.trust_remote_code,
-        )
-        output: Any = None if model is None else model.get_output_embeddings()
-        if (
-            getattr(output, "bias", None) is None
-            or self.config.get("task_type") in _WITHOUT_OUTPUT
-        ):
-            return
-        modules = dict(model.named_modules())
-        if module in modules and modules[module].weight is output.weight:
-            raise CheckpointError(
-                f"{file}: trains tokens of {module!r}, which the output with its bias shares; "
-                "PEFT leaves that bias out until it merges the adapter, so this is two models; "
-                "merge it with PEFT (merge_and_unload) and give the model that this makes"
-            )
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
