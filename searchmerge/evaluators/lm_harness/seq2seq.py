@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.fitting import Fitting
 from searchmerge.evaluators.causal.generation import Generator
@@ -101,12 +102,20 @@ def _read(model: Any, batch: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Return each continuation's log-likelihood, and whether every token of it is the likeliest.
 
     A context is encoded once for all of its continuations.
+
+    Raises:
+        SpecError: If the model has no padding, which stands where a decoder reads no label.
     """
     from transformers.modeling_outputs import BaseModelOutput
 
+    padding = getattr(model.config, "pad_token_id", None)
+    if padding is None:
+        raise SpecError(
+            "the base's config.json has no pad_token_id, which its decoder reads; add it"
+        )
     device = device_of(model)
     contexts = list(dict.fromkeys(context for context, _ in batch))
-    tokens, mask = _padded(contexts, getattr(model.config, "pad_token_id", None) or 0)
+    tokens, mask = _padded(contexts, padding)
     encoded = model.get_encoder()(
         input_ids=sent(tokens, device), attention_mask=sent(mask, device), return_dict=True
     )

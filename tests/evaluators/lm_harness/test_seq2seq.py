@@ -6,6 +6,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.generation import GenerationOptions
 from searchmerge.evaluators.lm_harness.language_model import make_lm
 from searchmerge.evaluators.lm_harness.seq2seq import Seq2SeqBackend
@@ -134,3 +135,10 @@ def test_gradients_are_those_of_the_models_own_loss(both):
         assert float(value.detach()) == pytest.approx(-float(loss.detach()), abs=1e-4)
         (-loss).backward()
     torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_padding_is_refused_with_the_key_to_add(both):
+    ours, _ = both
+    ours.model.config.pad_token_id = None
+    with pytest.raises(SpecError, match=r"config\.json has no pad_token_id, .*; add it$"):
+        ours.loglikelihood(instances("loglikelihood", REQUESTS))
