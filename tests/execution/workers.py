@@ -107,6 +107,25 @@ def make_slow(folder: Path, n_hangs):
     return make()
 
 
+class HangsAsItArrives:
+    """Makes workers; hangs as it is unpickled while fewer than ``n_hangs`` did in ``folder``."""
+
+    def __init__(self, folder: Path, n_hangs):
+        self._folder, self._n_hangs = folder, n_hangs
+
+    def __reduce__(self):
+        return arrive, (self._folder, self._n_hangs)
+
+
+def arrive(folder: Path, n_hangs):
+    """Hang as long as fewer than ``n_hangs`` have hung in ``folder``; return ``make``."""
+    n_hung = len(list(folder.iterdir()))
+    if n_hung < n_hangs:
+        (folder / f"hung-{n_hung}").touch()
+        time.sleep(3600)
+    return make
+
+
 def make_missing(folder: Path):
     """Load the first worker and from the third on; the second misses a file."""
     n_asked = len(list(folder.iterdir()))

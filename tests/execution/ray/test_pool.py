@@ -230,9 +230,18 @@ def test_workers_that_always_die_as_they_load_stop_the_study(pool, notes):
 
 
 def test_a_worker_that_hangs_as_it_loads_is_named_and_replaced(pool, notes, caplog):
-    executor = pool(functools.partial(workers.make_slow, notes, 1), workers=1, loading_s=1.0)
+    executor = pool(functools.partial(workers.make_slow, notes, 1), workers=1, loading_s=5.0)
     assert executor.tasks()
-    assert f"worker 1 on {HOST} was lost as it loaded: not loaded within 1 s" in caplog.text
+    assert f"worker 1 on {HOST} was lost as it loaded: not loaded within 5 s" in caplog.text
+    [worker] = executor.workers()
+    assert worker == WorkerState("worker 2", HOST, "cpu", "idle")
+
+
+def test_a_worker_that_hangs_before_it_says_where_it_is_is_asked_for_anew(pool, notes, caplog):
+    executor = pool(workers.HangsAsItArrives(notes, 1), workers=1, loading_s=5.0)
+    assert executor.tasks()
+    told = "worker 1 has not begun to load within 5 s; ray.loading_deadline of the config"
+    assert f"{told}: another is asked for in its place" in caplog.text
     [worker] = executor.workers()
     assert worker == WorkerState("worker 2", HOST, "cpu", "idle")
 
