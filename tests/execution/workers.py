@@ -84,6 +84,30 @@ def make(folder=None, delay_s=0.0, load_s=0.0):
     return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
 
 
+class Tuned(Misbehaving):
+    """Says how its first task is scored soonest, or dies; notes how it is told to score it."""
+
+    def __init__(self, folder, *, dies):
+        super().__init__(folder)
+        self._dies = dies
+
+    def tune(self, model, task, examples):
+        if self._dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"growth": 2} if task == "math" else {}
+
+    def use(self, task, tuning):
+        if task == "math":
+            self._note("used", str(tuning))
+
+
+def make_tuned(folder, dies=False):
+    """Load a toy worker that measures."""
+    model = ToyModel()
+    evaluator = Tuned(folder, dies=dies)
+    return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
+
+
 def make_broken(error):
     """Fail to load a worker."""
     raise error

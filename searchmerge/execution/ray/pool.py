@@ -39,7 +39,7 @@ from searchmerge.execution.ray.cluster import (
     short,
 )
 from searchmerge.execution.ray.nodes import MAX_LOAD_DEATHS, Nodes
-from searchmerge.execution.worker import RoundResult, Worker, is_device_fault
+from searchmerge.execution.worker import RoundResult, Tuning, Worker, is_device_fault
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ class RayExecutor:
         self._slots: list[Slot] = []
         self._ready: deque[tuple[Slot, Any]] = deque()
         self._tasks: dict[str, TaskInfo] | None = None
+        self._tuning: Tuning = {}
         self._n_asked = 0
         self._not_before = 0.0
         self._tended = -_TEND_S
@@ -176,10 +177,38 @@ class RayExecutor:
             for slot in self._slots
         ]
 
+    def tune(self, blocks: Round) -> Tuning:
+        """Return how each task is scored soonest, as the first worker measures it.
+
+        Nothing where that worker dies at it, or takes too long.
+
+        Raises:
+            SearchMergeError: If no worker can be loaded.
+        """
+        self.tasks()
+        while not (free := [slot for slot in self._slots if slot.is_free]):
+            self.next_event(_TEND_S)
+        slot = free[0]
+        try:
+            seconds = self._deadlines.at(slot.node).seconds
+            tuning: Tuning = ray.get(slot.actor.tune.remote(blocks), timeout=seconds)
+        except RayError as error:
+            told = "%s could not measure how scoring is fastest; the usual way is taken: %s"
+            _logger.warning(told, slot.at, short(error))
+            self._drop(slot)
+            return {}
+        return tuning
+
+    def use(self, tuning: Tuning) -> None:
+        """Let every worker score each task so from its next job on."""
+        self._tuning = tuning
+
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job on a free worker."""
         slot = self._free_slot(job)
-        slot.call = slot.actor.score.options(num_returns="streaming").remote(plan, tuple(rounds))
+        slot.call = slot.actor.score.options(num_returns="streaming").remote(
+            plan, tuple(rounds), self._tuning
+        )
 
     def submit_gradient(self, job: int, plan: MergePlan, request: LossRequest) -> None:
         """Start a job on a free worker that computes losses and their gradient."""
