@@ -42,9 +42,13 @@ def records(run_dir):
         return records_of(stored)
 
 
-def kept(run_dir):
+def outcomes(run_dir):
+    """Return what came of refinements: the trials that were enqueued, and those that paid not."""
     with stored_study(run_dir) as stored:
-        return {k: v for k, v in stored.user_attrs.items() if k.startswith("refined:")}
+        proposed = [trial.user_attrs for trial in stored.trials if "refines" in trial.user_attrs]
+        nothing = {k: v for k, v in stored.user_attrs.items() if k.startswith("unrefined:")}
+    what = ("refines", "plan", "refining")
+    return [{k: attributes[k] for k in what} for attributes in proposed], nothing
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +59,20 @@ def ran(folder):
     return asked, run_study(asked, CONFIG, folder / "run", told), told
 
 
-def test_what_a_refinement_proposes_is_a_record_like_any_other(folder, ran):
+def test_what_a_refinement_proposes_is_a_trial_like_any_other(folder, ran):
     refined = [record for record in records(folder / "run") if record.refines]
-    assert refined, kept(folder / "run")
+    assert refined, outcomes(folder / "run")
     for record in refined:
         assert record.name == f"refined {record.refines}"
         assert record.is_full
+        assert record.number >= 5
+        assert record.se is not None
+        assert record.score_s > 0
         assert len(record.plan.groups) > 20
         assert record.plan.groups.tensors
         assert set(record.scores) == {"first", "second"}
-        assert record.value == ran[0].objective.scalar(record.scores)
+    shown = [record.name for record in ran[2].trials]
+    assert [record.name for record in refined] == shown[5:]
     assert ("refining", 2, 0) in ran[2].phases
 
 
@@ -75,28 +83,31 @@ def test_a_refined_plan_is_confirmed_and_its_rows_are_written_down(folder, ran):
         file = folder / "run" / "plans" / f"{name.replace(' ', '-')}.yaml"
         assert MergePlan.from_yaml(file) == refined[name]
     counted = sum(n for name, n in ran[1].counts.items() if name.startswith("trials"))
-    assert counted == 5 + len(refined)
+    assert counted == 5 + ran[1].counts["of these refined"] == 5 + len(refined)
+    assert sum(searched.trials for searched in ran[1].searched) == counted
+    assert {"task_arithmetic, refined"} & {searched.what for searched in ran[1].searched}
 
 
 def test_the_status_calls_a_refined_plan_by_its_name(folder, ran):
     best = read_status(folder / "run")["best"]
     refined = [shown for shown in best if shown["name"].startswith("refined ")]
     assert refined
-    assert all(shown["trial"] is None for shown in refined)
+    numbers = [record.number for record in records(folder / "run") if record.refines]
+    assert {shown["trial"] for shown in refined} <= set(numbers)
 
 
 def test_a_study_that_goes_on_refines_nothing_twice(folder, ran):
-    before = kept(folder / "run")
+    before = outcomes(folder / "run")
     told = Recorder()
     again = run_study(ran[0], CONFIG, folder / "run", told)
-    assert kept(folder / "run") == before
+    assert outcomes(folder / "run") == before
     assert ("refining", 0, 0) in told.phases
     assert [row.hold_out for row in again.rows] == [row.hold_out for row in ran[1].rows]
 
 
 def test_the_same_study_elsewhere_proposes_the_same(folder, ran):
     run_study(ran[0], CONFIG, folder / "twin", Recorder())
-    assert json.dumps(kept(folder / "twin")) == json.dumps(kept(folder / "run"))
+    assert json.dumps(outcomes(folder / "twin")) == json.dumps(outcomes(folder / "run"))
 
 
 def test_without_refine_there_are_no_such_records(folder):
@@ -106,7 +117,7 @@ def test_without_refine_there_are_no_such_records(folder):
 
 def test_a_study_that_was_begun_without_refine_goes_on_with_it(folder):
     run_study(study(folder), CONFIG, folder / "plain", Recorder())
-    assert kept(folder / "plain")
+    assert outcomes(folder / "plain") != ([], {})
 
 
 @pytest.mark.parametrize(
