@@ -211,9 +211,10 @@ class Classification:
         return tuple((predicted == true).float().tolist())
 
     def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
-        """Return the mean cross-entropy of the examples' classes, in nats."""
+        """Return the cross-entropy of each example's class, in nats."""
         logits = self._logits(model, task, examples)
-        return cross_entropy(logits, self._targets[task][list(examples)].to(logits.device))
+        true = self._targets[task][list(examples)].to(logits.device)
+        return cross_entropy(logits, true, reduction="none")
 
     def log_probabilities(
         self, model: nn.Module, task: str, examples: Sequence[int]

@@ -158,10 +158,10 @@ class Differentiable(Protocol):
     """An evaluator that has a loss of tasks whose ``losses`` hold ``labels``."""
 
     def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
-        """Return the mean over examples of how wrong the model is, lower is better.
+        """Return how wrong the model is on each example, ``(n_examples,)``, lower is better.
 
-        It is a scalar that can be differentiated by the model's parameters, where gradients are
-        enabled; the model is left as it was.
+        Or a scalar, the mean over the examples, where no more is known. It can be differentiated
+        by the model's parameters, where gradients are enabled; the model is left as it was.
 
         Args:
             model: The resident model.
@@ -180,8 +180,8 @@ class Predicting(Protocol):
     ) -> Sequence[Tensor]:
         """Return each example's log-probabilities of its answers, ``(n_answers,)`` float32.
 
-        They can be differentiated like a :class:`Differentiable` evaluator's loss, and need no
-        label.
+        Of an example that is scored at several positions ``(n_positions, n_answers)``. They can
+        be differentiated like a :class:`Differentiable` evaluator's loss, and need no label.
         """
         ...
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.engine import CHUNK, Engine, Operands
 from searchmerge.merging.groups import assign_groups
+from searchmerge.merging.measure import MemoryBudget
 from searchmerge.merging.method import Pass, linear_hyperparameter
 from searchmerge.plan import MergePlan, Rows
 
@@ -40,12 +41,17 @@ class Directions:
         scales: Parameter name to the factor on its merged task vector.
         operands: Returns what a pass reads of a parameter, where that is merged.
         engine: Runs arithmetic.
+        budget: What may be kept in memory.
+        kept: Parameter name to its directions, ``(n_experts, n_entries)`` float32, where there
+            was room for them and to compute them anew takes long, as it does on a CPU.
     """
 
     passes: tuple[Pass, ...]
     scales: Mapping[str, float]
     operands: Callable[[str, Pass], Operands]
     engine: Engine
+    budget: MemoryBudget
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def products(self, name: str, gradient: Tensor) -> Tensor:
@@ -58,7 +64,16 @@ class Directions:
         Returns:
             ``(n_experts,)`` float64, where the parameter is merged.
         """
-        flat, products = gradient.reshape(-1), []
+        flat = gradient.reshape(-1)
+        rows = self._rows(name, len(flat))
+        if rows is not None:
+            total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+            for start in range(0, len(flat), CHUNK):
+                numbers = flat[start : start + CHUNK].to(rows.device).float()
+                parts = rows[:, start : start + CHUNK]
+                total += torch.stack([torch.dot(part, numbers) for part in parts])
+            return total * self.scales[name]
+        products = []
         # a method may answer the same question in another way when it is asked again
         for _, alike in groupby(self.passes, key=lambda work: (work.function, id(work.kept))):
             passes = list(alike)
@@ -67,6 +82,27 @@ class Directions:
             numbers = flat.to(operands.base.device)
             products.append(self.engine.products(passes[0].function, operands, scalars, numbers))
         return torch.cat(products) * self.scales[name]
+
+    def _rows(self, name: str, n_entries: int) -> Tensor | None:
+        """Return a parameter's directions, ``(n_experts, n_entries)``, if they are kept."""
+        if name in self.kept:
+            return self.kept[name]
+        inputs = [self.operands(name, work) for work in self.passes]
+        device = inputs[0].base.device
+        compiled = self.engine.is_compiled(device)
+        if not n_entries or compiled or not self.budget.take(4 * len(inputs) * n_entries):
+            return None
+        rows = torch.empty(len(inputs), n_entries, device=device)
+        for row, work, read in zip(rows, self.passes, inputs, strict=True):
+            given = read.with_scalars(work.scalars(name))
+            self.engine.merged_of_chunks(work.function, given, row)
+        self.kept[name] = rows
+        return rows
+
+    def release(self) -> None:
+        """Let go of what is kept."""
+        self.budget.left_bytes += sum(rows.nbytes for rows in self.kept.values())
+        self.kept.clear()
 
     def compile(self, targets: Mapping[str, Tensor]) -> None:
         """Compile all that :meth:`products` runs, where arithmetic is compiled.
@@ -192,6 +228,8 @@ class CoefficientGradients:
         settings = sorted(plan.settings.items())
         key = (plan.method, plan.experts, plan.groups, repr(sorted(others.items())), settings)
         if self._directions is None or self._directions[0] != key:
+            if self._directions is not None:
+                self._directions[1].release()
             directions = self._merger.directions(plan)
             directions.compile(
                 {n: copies[0].detach() for n, copies in self._merger.targets.items()}

@@ -68,7 +68,7 @@ class Refiner:
         """
         self._done, self._ended = {}, ended
         try:
-            for name, refinement in refinements.items():
+            for name, refinement in reversed(list(refinements.items())):
                 self._ask(name, refinement, partial(next, refinement))
             while self._waiting or self._live:
                 self._fill()
@@ -87,8 +87,8 @@ class Refiner:
             ask = go_on()
         except StopIteration as ended:
             self._end(name, ended.value)
-        else:
-            self._waiting.append(_Going(name, refinement, ask))
+        else:  # first, as the worker that is free now holds what this plan's gradient needs
+            self._waiting.appendleft(_Going(name, refinement, ask))
 
     def _end(self, name: str, refined: Refined | None) -> None:
         self._done[name] = refined
