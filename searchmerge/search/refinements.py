@@ -66,6 +66,8 @@ def material(
 ) -> Material:
     """Return what refinements learn from: all tasks that have the recipe's loss.
 
+    Examples that have no label are learnt from too, where the loss needs none.
+
     Args:
         board: Whose ``pilot`` examples are those that trials see.
         objective: What each task counts for.
@@ -85,11 +87,15 @@ def material(
             f"search.refine: no task has the loss {recipe.loss!r}"
             + (" and an expert of its own" if recipe.loss == "agreement" else "")
         )
+    examples = {
+        task: [e for block in board.schedule.blocks["pilot"][task] for e in block.examples]
+        for task in having
+    }
+    if recipe.loss != "labels":
+        for task, its in examples.items():
+            its += board.schedule.tasks[task].unlabelled
     return Material(
-        {
-            task: [e for block in board.schedule.blocks["pilot"][task] for e in block.examples]
-            for task in having
-        },
+        examples,
         {task: objective.goals[task].weight for task in having},
         {task: teachers[task] for task in having if task in teachers},
     )

@@ -228,6 +228,17 @@ def test_tasks_without_the_loss_are_left_to_the_search(toy):
     assert learnt.examples["chat"] == [e for block in pilot for e in block.examples]
 
 
+@pytest.mark.parametrize(("kind", "n_more"), [("labels", 0), ("entropy", 7)])
+def test_examples_without_labels_are_learnt_from_where_the_loss_needs_none(toy, kind, n_more):
+    schedule = with_losses(dict.fromkeys(TOYS, ("labels", "entropy")))
+    infos = {**schedule.tasks, "math": replace(schedule.tasks["math"], n_unlabelled=7)}
+    study = toy(schedule=replace(schedule, tasks=infos))
+    learnt = material(study.board, study.objective, Recipe(Groups(), 1, 1, loss=kind), {})
+    n_select = len(learnt.examples["code"])
+    assert len(learnt.examples["math"]) == n_select + n_more
+    assert learnt.examples["math"][n_select:] == list(range(40, 40 + n_more))
+
+
 def with_losses(losses):
     schedule = pilot_schedule()
     infos = {name: replace(info, losses=losses[name]) for name, info in schedule.tasks.items()}
