@@ -65,11 +65,11 @@ class Directions:
             ``(n_experts,)`` float64, where the parameter is merged.
         """
         flat = gradient.reshape(-1)
-        rows = self._rows(name, len(flat))
+        rows = self._rows(name, flat)
         if rows is not None:
             total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
             for start in range(0, len(flat), CHUNK):
-                numbers = flat[start : start + CHUNK].to(rows.device).float()
+                numbers = flat[start : start + CHUNK].float()
                 parts = rows[:, start : start + CHUNK]
                 total += torch.stack([torch.dot(part, numbers) for part in parts])
             return total * self.scales[name]
@@ -83,18 +83,18 @@ class Directions:
             products.append(self.engine.products(passes[0].function, operands, scalars, numbers))
         return torch.cat(products) * self.scales[name]
 
-    def _rows(self, name: str, n_entries: int) -> Tensor | None:
+    def _rows(self, name: str, like: Tensor) -> Tensor | None:
         """Return a parameter's directions, ``(n_experts, n_entries)``, if they are kept."""
         if name in self.kept:
             return self.kept[name]
-        inputs = [self.operands(name, work) for work in self.passes]
-        device = inputs[0].base.device
-        compiled = self.engine.is_compiled(device)
-        if not n_entries or compiled or not self.budget.take(4 * len(inputs) * n_entries):
+        size_bytes = 4 * len(self.passes) * len(like)
+        if not size_bytes or self.engine.is_compiled(like.device):
             return None
-        rows = torch.empty(len(inputs), n_entries, device=device)
-        for row, work, read in zip(rows, self.passes, inputs, strict=True):
-            given = read.with_scalars(work.scalars(name))
+        if not self.budget.take(size_bytes):
+            return None
+        rows = torch.empty(len(self.passes), len(like), device=like.device)
+        for row, work in zip(rows, self.passes, strict=True):
+            given = self.operands(name, work).with_scalars(work.scalars(name))
             self.engine.merged_of_chunks(work.function, given, row)
         self.kept[name] = rows
         return rows
