@@ -11,7 +11,7 @@ from searchmerge.config import RunConfig
 from searchmerge.errors import SearchMergeError, SpecError
 from searchmerge.estimate import describe, needs, refusal, room
 from searchmerge.evaluators.causal.model import BATCH_TOKENS
-from searchmerge.evaluators.evaluator import Evaluator, Prompting
+from searchmerge.evaluators.evaluator import Evaluator, Prompting, TaskInfo
 from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import Block
 from searchmerge.execution.worker import Worker
@@ -59,7 +59,7 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
         }
         sources = {part: f" from {its.source}" for part, its in info.parts.items()}
         yield (
-            f"task {name}: {info.metric}, {info.n_examples} examples, "
+            f"task {name}: {info.metric}, {info.n_examples} examples{_and_unlabelled(info)}, "
             f"{parts['pilot']} to select{sources.get('select', '')}, "
             f"{parts['hold_out']} held out{sources.get('hold_out', '')}"
         )
@@ -67,6 +67,10 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     sample = _sample(study, assemble.make_worker(study, models, config), schedule)
     yield _cost(sample, schedule)
     yield from _resolution(study, config, schedule, sample)
+
+
+def _and_unlabelled(info: TaskInfo) -> str:
+    return f" and {info.n_unlabelled} without a label" if info.n_unlabelled else ""
 
 
 def _models(study: Study, models: Models, config: RunConfig) -> Iterator[str]:

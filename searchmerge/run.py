@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,8 +197,13 @@ class StudyRun:
             rows=[InterimRow(name, scores, objective.values(scores)) for name, scores in rows],
             best=names[0] if best else "",
             plan=best[0].plan if best else None,
-            counts=make_counts(records, board.schedule, self._directory.elapsed_s),
+            counts=self._counts(records),
         ).save(self._directory.run_dir)
+
+    def _counts(self, records: Sequence[TrialRecord]) -> dict[str, float]:
+        directory = self._directory
+        times = directory.searching.elapsed_s, directory.refining.elapsed_s
+        return make_counts(records, self._runner.board.schedule, *times)
 
     def _relative_objective(self, references: Plans) -> Objective:
         """Return the objective, relative to what the experts and the base score."""
@@ -237,7 +242,8 @@ class StudyRun:
         stage = Refinements(
             self._directory, self._runner, self._executor, self._observer, refining
         )
-        return lambda: stage.run(references, objective, learnt)
+        racing, seed = assemble.make_racing(self._study), self._grading_seed
+        return lambda: stage.run(references, objective, learnt, racing, seed)
 
     @property
     def _grading_seed(self) -> int | None:
@@ -335,7 +341,7 @@ class StudyRun:
             winner=winner.name,
             verdict=confirmation.verdict,
             plan=plans[winner.name].to_dict(),
-            counts=make_counts(records, board.schedule, self._directory.elapsed_s),
+            counts=self._counts(records),
             level=confirmation.level,
             made_of=_described(self._models) | versions(self._study),
             bounds=make_bounds(winner, objective, held_out),

@@ -55,7 +55,8 @@ class ClassificationKeys:
         split: Which of its splits; not needed for a single file. Or one for each part.
         text: The column of the text, or the two columns of a pair.
         image: The column of the image; a task has either texts or images.
-        label: The column of the class.
+        label: The column of the class. A row without one (null) is never scored; it is for
+            ``search.refine`` with a loss that needs no label.
         labels: The names of the classes in the head's order; the expert's own if ``None``.
         metric: ``acc`` or ``macro_f1``.
     """
@@ -154,12 +155,13 @@ class Classification:
         processors = Processors(model_dir, max_length, trust_remote_code=trust_remote_code)
         for name, task in tasks.items():
             where = f"tasks.{name}"
-            parts = [load_rows(source, where) for source in task.data]
+            parts, unlabelled = _by_label(task, where)
             indices = [class_indices(rows, task, where) for rows in parts]
             self._targets[name] = torch.tensor([index for of_part in indices for index in of_part])
+            every = [*parts, *unlabelled]
             self._inputs[name] = (
                 Images(
-                    Joined([column(rows, task.image, f"{where}.image") for rows in parts]),
+                    Joined([column(rows, task.image, f"{where}.image") for rows in every]),
                     processors,
                     batch_images,
                     where,
@@ -169,7 +171,7 @@ class Classification:
                     [
                         [
                             text
-                            for rows in parts
+                            for rows in every
                             for text in text_column(rows, key, f"{where}.text")
                         ]
                         for key in task.text
@@ -179,11 +181,14 @@ class Classification:
                     where,
                 )
             )
-            n_rows, said = (
+            self.tasks[name] = rows_info(
+                task.data,
                 list(map(len, parts)),
-                {"kind": _score_kind(task), "metric": task.metric},
+                kind=_score_kind(task),
+                metric=task.metric,
+                losses=get_args(LossKind),
+                n_unlabelled=sum(map(len, unlabelled)),
             )
-            self.tasks[name] = rows_info(task.data, n_rows, losses=get_args(LossKind), **said)
 
     @torch.no_grad()
     def score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
@@ -211,9 +216,10 @@ class Classification:
         return tuple((predicted == true).float().tolist())
 
     def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
-        """Return the mean cross-entropy of the examples' classes, in nats."""
+        """Return the cross-entropy of each example's class, in nats."""
         logits = self._logits(model, task, examples)
-        return cross_entropy(logits, self._targets[task][list(examples)].to(logits.device))
+        true = self._targets[task][list(examples)].to(logits.device)
+        return cross_entropy(logits, true, reduction="none")
 
     def log_probabilities(
         self, model: nn.Module, task: str, examples: Sequence[int]
@@ -293,6 +299,30 @@ def macro_f1(records: Sequence[float], n_classes: int) -> float:
 
 
 # --- Labels -----------------------------------------------------------------------------------
+
+
+def _by_label(task: ClassificationTask, where: str) -> tuple[list[Any], list[Any]]:
+    """Return the rows of each source that have a label, and those that have none.
+
+    Raises:
+        SpecError: If no row of a source has one: trials are scored by them.
+    """
+    labelled, unlabelled = [], []
+    for source in task.data:
+        rows = load_rows(source, where)
+        labels = list(column(rows, task.label, f"{where}.label"))
+        without = [row for row, label in enumerate(labels) if label is None]
+        if len(without) == len(labels):
+            raise SpecError(
+                f"{where}.label: no row of {source.name} has a label in column {task.label!r}; "
+                "rows without one are for search.refine with loss: entropy or agreement, and "
+                "trials are scored by rows that have one"
+            )
+        if without:
+            unlabelled.append(rows.select(without))
+            rows = rows.select([row for row, label in enumerate(labels) if label is not None])
+        labelled.append(rows)
+    return labelled, unlabelled
 
 
 def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:

@@ -69,6 +69,8 @@ class TaskInfo:
             other metrics come of it.
         reading_keys: The keys that decide how the model is asked and its answers are read.
         losses: The losses that there are of it; see :class:`Differentiable`.
+        n_unlabelled: How many more examples follow these that have no label: they are never
+            scored, and are for losses that need none.
         parts: What ``select`` and ``hold_out`` are each drawn from where that differs: the first
             of the task's examples are those of ``select``, and have the members named here.
             Empty where both are drawn from all.
@@ -82,6 +84,7 @@ class TaskInfo:
     keeps_answers: bool = False
     reading_keys: tuple[str, ...] = ()
     losses: tuple[LossKind, ...] = ()
+    n_unlabelled: int = 0
     parts: Mapping[str, PartInfo] = field(default_factory=dict)
 
     @classmethod
@@ -89,6 +92,11 @@ class TaskInfo:
         """Return what is known of a task whose parts are drawn from different data."""
         parts = {"select": select, "hold_out": hold_out}
         return cls(select.n_examples + hold_out.n_examples, parts=parts, **said)
+
+    @property
+    def unlabelled(self) -> range:
+        """Return the examples that have no label."""
+        return range(self.n_examples, self.n_examples + self.n_unlabelled)
 
     def n_of(self, part: str) -> int:
         """Return from how many examples a part is drawn."""
@@ -158,10 +166,10 @@ class Differentiable(Protocol):
     """An evaluator that has a loss of tasks whose ``losses`` hold ``labels``."""
 
     def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
-        """Return the mean over examples of how wrong the model is, lower is better.
+        """Return how wrong the model is on each example, ``(n_examples,)``, lower is better.
 
-        It is a scalar that can be differentiated by the model's parameters, where gradients are
-        enabled; the model is left as it was.
+        Or a scalar, the mean over the examples, where no more is known. It can be differentiated
+        by the model's parameters, where gradients are enabled; the model is left as it was.
 
         Args:
             model: The resident model.
@@ -180,8 +188,8 @@ class Predicting(Protocol):
     ) -> Sequence[Tensor]:
         """Return each example's log-probabilities of its answers, ``(n_answers,)`` float32.
 
-        They can be differentiated like a :class:`Differentiable` evaluator's loss, and need no
-        label.
+        Of an example that is scored at several positions ``(n_positions, n_answers)``. They can
+        be differentiated like a :class:`Differentiable` evaluator's loss, and need no label.
         """
         ...
 

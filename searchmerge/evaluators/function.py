@@ -137,7 +137,7 @@ class FunctionEvaluator:
         what = f"task {task!r}: {self._loss_name or 'it has no loss'}"
         with model_kept(model, what), user_code(what, EvaluationError):
             returned = self._loss(model, task, examples) if self._loss else None
-        return as_loss(returned, what)
+        return as_loss(returned, what, len(examples))
 
 
 def import_function(name: str, search_path: Path | None = None) -> Any:

@@ -1,9 +1,11 @@
 """What an encoder is given: texts as tokens, images as pixels, in batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from searchmerge.evaluators.tokenizer import load_tokenizer
 
 _IMAGE_CACHE_BYTES = 4 << 30
 """Up to this many bytes, the pixels of a task's images are prepared once and kept."""
+
+_ONE_MORE = 1 / 32
+"""Of a full batch: what it takes to run one more, however small it is."""
 
 _LONGEST = 1 << 20
 """A text has no more tokens than this: tokenizers that know no limit speak of 10^30."""
@@ -159,8 +164,7 @@ class Texts:
         """Yield batches of padded tokens, the longest texts first."""
         sizes = [len(self._tokens[example]["input_ids"]) for example in examples]
         order = sorted(range(len(examples)), key=lambda place: (-sizes[place], examples[place]))
-        while order:
-            n_rows = max(1, self._batch_tokens // sizes[order[0]])
+        for n_rows in cut_by_length([sizes[place] for place in order], self._batch_tokens):
             places, order = order[:n_rows], order[n_rows:]
             yield places, self._padded([self._tokens[examples[place]] for place in places])
 
@@ -175,6 +179,28 @@ class Texts:
             )
             for name in rows[0]
         }
+
+
+def cut_by_length(sizes: Sequence[int], batch_tokens: int) -> list[int]:
+    """Return how many texts make each batch, so that it takes the least to run them all.
+
+    Args:
+        sizes: Tokens of each text, longest first.
+        batch_tokens: Tokens of a batch, padding included; a longer text is a batch by itself.
+    """
+    lengths, places = np.array(sizes, dtype=np.float64), np.arange(len(sizes))
+    least = np.zeros(len(sizes) + 1)  # what the texts up to each take
+    first_of = [0]  # where the last batch of those begins
+    for stop in range(1, len(sizes) + 1):
+        tokens = (stop - places[:stop]) * lengths[:stop]
+        costs = np.where(tokens <= batch_tokens, least[:stop] + tokens, np.inf)
+        costs[-1] = least[stop - 1] + tokens[-1]
+        first_of.append(int(costs.argmin()))
+        least[stop] = costs.min() + batch_tokens * _ONE_MORE
+    cuts = [len(sizes)]
+    while cuts[-1]:
+        cuts.append(first_of[cuts[-1]])
+    return [stop - start for stop, start in pairwise(cuts)][::-1]
 
 
 class Images:

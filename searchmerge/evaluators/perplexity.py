@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 from annotated_types import Ge
@@ -19,6 +19,7 @@ from searchmerge.evaluators.evaluator import (
     EVALUATORS,
     EvaluationContext,
     EvaluatorKind,
+    LossKind,
     TaskInfo,
     evaluating,
     needed,
@@ -129,8 +130,8 @@ class Perplexity:
         for name, task in tasks.items():
             windows = [self._prepare(name, source, task.text, tokenizer) for source in task.data]
             self._windows[name] = [of_text for of_source in windows for of_text in of_source]
-            n_rows = list(map(len, windows))
-            self.tasks[name] = rows_info(task.data, n_rows, metric=METRIC, losses=("labels",))
+            n_rows, losses = list(map(len, windows)), get_args(LossKind)
+            self.tasks[name] = rows_info(task.data, n_rows, metric=METRIC, losses=losses)
 
     def _prepare(
         self, name: str, source: DataSource, column: str, tokenizer: Any
@@ -175,7 +176,7 @@ class Perplexity:
         return tuple(scores)
 
     def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
-        """Return the mean over texts of each one's negative log-likelihood per token, in nats."""
+        """Return each text's negative log-likelihood per token, in nats."""
         texts = [self._windows[task][example] for example in examples]
         with evaluating(model):
             pairs = [pair for text in texts for pair in text]
@@ -183,7 +184,17 @@ class Perplexity:
         by_text = torch.split(likelihoods, [len(text) for text in texts])
         n_tokens = [sum(len(tokens) for _, tokens in text) for text in texts]
         means = [of_text.sum() / n for of_text, n in zip(by_text, n_tokens, strict=True)]
-        return -torch.stack(means).mean()
+        return -torch.stack(means)
+
+    def log_probabilities(
+        self, model: nn.Module, task: str, examples: Sequence[int]
+    ) -> list[Tensor]:
+        """Return what comes next at every token of each text, ``(n_tokens, vocabulary)``."""
+        texts = [self._windows[task][example] for example in examples]
+        with evaluating(model):
+            pairs = [pair for text in texts for pair in text]
+            given = iter(self._scorer.log_probabilities(model, pairs, self._max_length))
+        return [torch.cat([next(given) for _ in text]) for text in texts]
 
 
 def window(config: Any, tokenizer: Any) -> int:

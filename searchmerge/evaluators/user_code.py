@@ -87,27 +87,29 @@ def _numbers(given: Sequence[Any], examples: Sequence[int], what: str) -> tuple[
     return tuple(numbers)
 
 
-def as_loss(returned: Any, what: str) -> Tensor:
-    """Return what the user's function returned as a loss, if it is one number.
+def as_loss(returned: Any, what: str, n_examples: int) -> Tensor:
+    """Return what the user's function returned as a loss: one number, or one for each example.
 
     Args:
-        returned: A tensor of one entry; where gradients are enabled it has to have one.
+        returned: A tensor; where gradients are enabled it has to have one.
         what: The function, and where it is used.
+        n_examples: Of how many examples.
 
     Raises:
         EvaluationError: If it is anything else, or is not finite.
     """
-    if not isinstance(returned, Tensor) or returned.numel() != 1:
+    if not isinstance(returned, Tensor) or returned.numel() not in (1, n_examples):
         raise EvaluationError(
-            f"{what} returned {_shown(returned)}; a tensor of one number is needed"
+            f"{what} returned {_shown(returned)}; a tensor of one number is needed, the mean over "
+            f"the examples, or of {n_examples}, one for each"
         )
     if torch.is_grad_enabled() and not returned.requires_grad:
         raise EvaluationError(
             f"{what} returned a loss that does not depend on the model's weights"
         )
-    if not bool(returned.isfinite()):
-        raise EvaluationError(f"{what} returned {returned.item()}; a finite number is needed")
-    return returned.reshape(())
+    if not bool(returned.isfinite().all()):
+        raise EvaluationError(f"{what} returned {_shown(returned)}; finite numbers are needed")
+    return returned.reshape(()) if returned.numel() == 1 else returned.flatten()
 
 
 def _number(score: Any) -> float | None:

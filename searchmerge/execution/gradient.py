@@ -92,6 +92,29 @@ _HALF_SCALE = 1024.0
 """In float16 most gradients are below what it can tell from 0."""
 
 
+_AT_ONCE: Mapping[LossKind, int] = {"labels": 64, "entropy": 16, "agreement": 16}
+"""Examples whose losses are computed together where no gradient is asked for. Without labels all
+that may come next counts, at every token of a text: that takes memory."""
+
+_MOST_TAUGHT = 1 << 30
+"""Bytes of what experts answered that are kept; beyond them they are asked anew each time."""
+
+
+def _finite(loss: Tensor, task: str, examples: Sequence[int]) -> float:
+    """Return the mean loss of examples as a number.
+
+    Raises:
+        EvaluationError: If it is not finite.
+    """
+    value = float(loss)
+    if not math.isfinite(value):
+        raise EvaluationError(
+            f"task {task!r}, examples {examples[0]} to {examples[-1]}: the loss is {value}, not a "
+            "finite number"
+        )
+    return value
+
+
 def _unscaled(rows: Rows, scale: float, task: str) -> Rows:
     """Return the gradient of a loss that was multiplied by ``scale``.
 
@@ -111,6 +134,7 @@ class Losses:
         merger: Writes into it.
         evaluators: Task name to what has its loss.
         gradients: Collects gradients; ``None`` where none can be had.
+        most_taught: Bytes of what experts answered that are kept.
     """
 
     def __init__(
@@ -119,13 +143,17 @@ class Losses:
         merger: Merges,
         evaluators: Mapping[str, Evaluator],
         gradients: Gradients | None,
+        most_taught: int = _MOST_TAUGHT,
     ) -> None:
         self._model = model
         self._merger = merger
         self._evaluators = evaluators
         self._gradients = gradients
         self._fitting = Fitting()
-        self._taught: dict[tuple[str, MergePlan, int], Tensor] = {}
+        self._means_alone: set[str] = set()  # tasks without a loss for each example
+        self._taught: dict[tuple[str, str, int], Tensor] = {}
+        self._now_taught: dict[tuple[str, str, int], Tensor] = {}
+        self._taught_room = most_taught
 
     def compute(self, plan: MergePlan, request: LossRequest) -> LossResult:
         """Merge ``plan`` and return its losses.
@@ -155,20 +183,29 @@ class Losses:
             raise SpecError(f"task {task!r} names no expert of its own to agree with")
 
     def _learn(self, request: LossRequest) -> None:
-        """Have each task's own expert answer those of the examples that it did not answer yet."""
+        """Have each task's own expert answer those of the examples whose answers are not kept."""
+        self._now_taught.clear()
         if request.kind != "agreement":
             return
         for task, batches in request.batches.items():
             teacher, evaluator = request.teachers[task], self._evaluators[task]
-            known = {e for t, plan, e in self._taught if t == task and plan == teacher}
-            wanted = [e for batch in batches for e in batch if e not in known]
+            asked = dict.fromkeys(example for batch in batches for example in batch)
+            wanted = [e for e in asked if (task, teacher.digest, e) not in self._taught]
             if not wanted or not isinstance(evaluator, Predicting):
                 continue
             self._merger.apply(teacher)
-            with torch.no_grad():
-                given = evaluator.log_probabilities(self._model, task, wanted)
-            for example, log_probabilities in zip(wanted, given, strict=True):
-                self._taught[task, teacher, example] = log_probabilities.clone()
+            step = _AT_ONCE[request.kind]
+            for its in (wanted[first : first + step] for first in range(0, len(wanted), step)):
+                with torch.no_grad():
+                    given = evaluator.log_probabilities(self._model, task, its)
+                for example, answer in zip(its, given, strict=True):
+                    self._keep_taught((task, teacher.digest, example), answer)
+
+    def _keep_taught(self, key: tuple[str, str, int], answer: Tensor) -> None:
+        """Keep what an expert answered: for good while there is room, else for this request."""
+        fits = answer.nbytes <= self._taught_room
+        self._taught_room -= answer.nbytes if fits else 0
+        (self._taught if fits else self._now_taught)[key] = answer.clone()
 
     def _tasks(self, plan: MergePlan, request: LossRequest, part: float) -> dict[str, TaskLoss]:
         """Return all losses, computed on a part of each batch at once."""
@@ -199,26 +236,48 @@ class Losses:
 
     def _values(self, task: str, request: LossRequest, part: float) -> list[float]:
         """Return the mean loss of each batch, differentiated on the way where that is asked."""
-        n_examples = sum(map(len, request.batches[task]))
+        batches = request.batches[task]
+        if not request.gradient and (together := self._together(task, request, part)) is not None:
+            return together
+        n_examples = sum(map(len, batches))
         values = []
-        for batch in request.batches[task]:
+        for batch in batches:
             step = max(1, math.ceil(part * len(batch)))
             total = 0.0
             for first in range(0, len(batch), step):
                 examples = batch[first : first + step]
-                loss = self._loss(task, request, examples)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise EvaluationError(
-                        f"task {task!r}, examples {examples[0]} to {examples[-1]}: the loss is "
-                        f"{value}, not a finite number"
-                    )
+                loss = self._loss(task, request, examples).mean()
+                total += _finite(loss.detach(), task, examples) * len(examples)
                 if request.gradient:
                     part_of_all = self._scale * len(examples) / n_examples
                     (loss * part_of_all).backward()  # type: ignore[no-untyped-call]
-                total += value * len(examples)
             values.append(total / len(batch))
         return values
+
+    def _together(self, task: str, request: LossRequest, part: float) -> list[float] | None:
+        """Return the mean loss of each batch, of all batches' examples run together.
+
+        That takes fewer passes, with less padding.
+
+        Returns:
+            None where the evaluator gives no loss for each example.
+        """
+        batches = request.batches[task]
+        examples = [example for batch in batches for example in batch]
+        step = max(1, math.ceil(part * _AT_ONCE[request.kind]))
+        losses: list[float] = []
+        for first in range(0, len(examples), step):
+            its = examples[first : first + step]
+            if task in self._means_alone:
+                return None
+            loss = self._loss(task, request, its)
+            if len(its) > 1 and loss.numel() == 1:
+                self._means_alone.add(task)
+                return None
+            _finite(loss.mean(), task, its)
+            losses += loss.flatten().tolist()
+        each = iter(losses)
+        return [sum(next(each) for _ in batch) / len(batch) for batch in batches]
 
     def _loss(self, task: str, request: LossRequest, examples: Sequence[int]) -> Tensor:
         evaluator = self._evaluators[task]
@@ -228,6 +287,8 @@ class Losses:
             given = evaluator.log_probabilities(self._model, task, examples)
             if request.kind == "entropy":
                 return entropy(given)
-            teacher = request.teachers[task]
-            return disagreement(given, [self._taught[task, teacher, e] for e in examples])
+            teacher = request.teachers[task].digest
+            keys = [(task, teacher, example) for example in examples]
+            taught = [self._taught.get(k, self._now_taught.get(k)) for k in keys]
+            return disagreement(given, [answer for answer in taught if answer is not None])
         raise SpecError(f"task {task!r}: its evaluator computes no loss {request.kind!r}")

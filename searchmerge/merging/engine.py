@@ -196,6 +196,19 @@ class Engine:
                 total += sums
         return total
 
+    @torch.no_grad()
+    def merged_of_chunks(self, function: ChunkFunction, operands: Operands, out: Tensor) -> None:
+        """Write into ``out``, ``(m,)`` float32, what is merged, chunk by chunk.
+
+        Args:
+            function: The method's arithmetic.
+            operands: The parameter, on the device of ``out``.
+            out: What is overwritten.
+        """
+        for start in range(0, len(out), CHUNK):
+            part = operands.part(start, start + CHUNK)
+            out[start : start + CHUNK] = function(self._chunk(part)[0])[0]
+
     def _products_of_chunks(
         self, function: ChunkFunction, operands: Operands, scalars: Tensor, numbers: Tensor
     ) -> Iterator[Tensor]:

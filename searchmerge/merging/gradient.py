@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.engine import CHUNK, Engine, Operands
 from searchmerge.merging.groups import assign_groups
+from searchmerge.merging.measure import MemoryBudget
 from searchmerge.merging.method import Pass, linear_hyperparameter
 from searchmerge.plan import MergePlan, Rows
 
@@ -40,12 +41,17 @@ class Directions:
         scales: Parameter name to the factor on its merged task vector.
         operands: Returns what a pass reads of a parameter, where that is merged.
         engine: Runs arithmetic.
+        budget: What may be kept in memory.
+        kept: Parameter name to its directions, ``(n_experts, n_entries)`` float32, where there
+            was room for them and to compute them anew takes long, as it does on a CPU.
     """
 
     passes: tuple[Pass, ...]
     scales: Mapping[str, float]
     operands: Callable[[str, Pass], Operands]
     engine: Engine
+    budget: MemoryBudget
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def products(self, name: str, gradient: Tensor) -> Tensor:
@@ -58,7 +64,16 @@ class Directions:
         Returns:
             ``(n_experts,)`` float64, where the parameter is merged.
         """
-        flat, products = gradient.reshape(-1), []
+        flat = gradient.reshape(-1)
+        rows = self._rows(name, flat)
+        if rows is not None:
+            total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+            for start in range(0, len(flat), CHUNK):
+                numbers = flat[start : start + CHUNK].float()
+                parts = rows[:, start : start + CHUNK]
+                total += torch.stack([torch.dot(part, numbers) for part in parts])
+            return total * self.scales[name]
+        products = []
         # a method may answer the same question in another way when it is asked again
         for _, alike in groupby(self.passes, key=lambda work: (work.function, id(work.kept))):
             passes = list(alike)
@@ -67,6 +82,27 @@ class Directions:
             numbers = flat.to(operands.base.device)
             products.append(self.engine.products(passes[0].function, operands, scalars, numbers))
         return torch.cat(products) * self.scales[name]
+
+    def _rows(self, name: str, like: Tensor) -> Tensor | None:
+        """Return a parameter's directions, ``(n_experts, n_entries)``, if they are kept."""
+        if name in self.kept:
+            return self.kept[name]
+        size_bytes = 4 * len(self.passes) * len(like)
+        if not size_bytes or self.engine.is_compiled(like.device):
+            return None
+        if not self.budget.take(size_bytes):
+            return None
+        rows = torch.empty(len(self.passes), len(like), device=like.device)
+        for row, work in zip(rows, self.passes, strict=True):
+            given = self.operands(name, work).with_scalars(work.scalars(name))
+            self.engine.merged_of_chunks(work.function, given, row)
+        self.kept[name] = rows
+        return rows
+
+    def release(self) -> None:
+        """Let go of what is kept."""
+        self.budget.left_bytes += sum(rows.nbytes for rows in self.kept.values())
+        self.kept.clear()
 
     def compile(self, targets: Mapping[str, Tensor]) -> None:
         """Compile all that :meth:`products` runs, where arithmetic is compiled.
@@ -192,6 +228,8 @@ class CoefficientGradients:
         settings = sorted(plan.settings.items())
         key = (plan.method, plan.experts, plan.groups, repr(sorted(others.items())), settings)
         if self._directions is None or self._directions[0] != key:
+            if self._directions is not None:
+                self._directions[1].release()
             directions = self._merger.directions(plan)
             directions.compile(
                 {n: copies[0].detach() for n, copies in self._merger.targets.items()}

@@ -182,7 +182,7 @@ class Merger:
             tensors = self._read(vectors, work, name)
             return self._operands(name, tuple(t.to(self._devices[name]) for t in tensors), work)
 
-        return Directions(tuple(passes), scales, operands, self._engine)
+        return Directions(tuple(passes), scales, operands, self._engine, self._budget)
 
     def _bind(self, plan: MergePlan) -> tuple[TaskVectors, Pass, dict[str, float]]:
         validate_plan(plan)

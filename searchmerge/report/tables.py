@@ -162,7 +162,7 @@ def told_sources(schedule: Schedule, folder: Path) -> dict[str, dict[str, str]]:
 
 
 def make_searched(records: Iterable[TrialRecord]) -> list[Searched]:
-    """Return what trials went to: each method, with one coefficient and with one per expert.
+    """Return what trials went to: each method, with one coefficient, one per expert, or refined.
 
     Args:
         records: The trials that have a score.
@@ -171,7 +171,8 @@ def make_searched(records: Iterable[TrialRecord]) -> list[Searched]:
     for record in records:
         rows = record.plan.values.get("coefficient", ())
         is_fine = any(len(set(row)) > 1 for row in rows) or len(set(rows)) > 1
-        what = f"{record.plan.method}, {'a coefficient each' if is_fine else 'one coefficient'}"
+        which = "a coefficient each" if is_fine else "one coefficient"
+        what = f"{record.plan.method}, {'refined' if record.refines else which}"
         groups.setdefault(what, []).append(record)
     made = [
         Searched(
@@ -202,9 +203,12 @@ def _told_reading(reading: Reading) -> str:
 
 
 def make_counts(
-    records: Sequence[TrialRecord], schedule: Schedule, elapsed_s: float
+    records: Sequence[TrialRecord], schedule: Schedule, search_s: float, refining_s: float
 ) -> dict[str, float]:
-    """Return the numbers of trials by what became of them, of examples, and of seconds."""
+    """Return the numbers of trials by what became of them, of examples, and of seconds.
+
+    Refined trials, which the budget does not count, are told apart where there are any.
+    """
     n_failed = sum(record.value is None for record in records)
     n_stopped = sum(record.stopped_after is not None for record in records)
     counts: dict[str, float] = {
@@ -212,6 +216,9 @@ def make_counts(
         "trials stopped early": n_stopped,
         "trials failed": n_failed,
     }
+    if n_refined := sum(bool(record.refines) for record in records):
+        counts["of these refined"] = n_refined
     parts: dict[str, Part] = {"select": "select", "hold-out": "hold_out"}
     counts |= {f"{label} examples": schedule.n_examples(part) for label, part in parts.items()}
-    return counts | {"search seconds": round(elapsed_s)}
+    counts["search seconds"] = round(search_s)
+    return counts | ({"refining seconds": round(refining_s)} if refining_s else {})

@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import NamedTuple
 
+MAX_CUT_OFF = 3
+"""Runs that may end abruptly in a row over a trial or a refinement before it is given up."""
 MAX_DEATHS = 10
 """Workers that may die in a row at one plan, however many others die too."""
 MAX_SPARED = 10

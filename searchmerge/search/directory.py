@@ -5,6 +5,7 @@ import errno
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan, SettingValue
+from searchmerge.search.crashes import Crashes
+from searchmerge.search.loss_store import LossStore
 from searchmerge.search.scores import ScoreStore
 from searchmerge.search.storage import (
     claim_study,
@@ -24,7 +27,18 @@ from searchmerge.search.storage import (
     prepare_storage,
     storage_errors,
 )
-from searchmerge.search.trials import FINISHED, TrialRecord, enqueue, left_running
+from searchmerge.search.trials import (
+    FINISHED,
+    TrialRecord,
+    enqueue,
+    enqueue_refined,
+    is_refined,
+    left_running,
+    next_refined,
+    refines_of,
+    refining_of,
+)
+from searchmerge.search.within_space import WithinSpace
 
 SCORES_FILE = "scores.db"
 PLANS_DIR = "plans"
@@ -38,7 +52,9 @@ _AT_WORK = "at_work"  # whether a run is at work, or was when it ended
 _ELAPSED = "elapsed_s"
 _DECIDING = "deciding"  # references that decide the blocks' order
 _TUNING = "tuning"  # task to how it is scored
-_REFINED = "refined:"  # begins the name of what came of refining a plan
+_REFINING_S = "refining_s"
+_UNREFINED = "unrefined:"  # begins the name of a refinement that proposed nothing
+_REFINING = "refining:"  # begins the name of how often runs ended abruptly during a refinement
 _COMPLETED = "completed"  # trial number to scores, where it was scored in full after the search
 
 
@@ -113,7 +129,8 @@ class StudyDirectory:
             )
             claim_study(run_dir, storage, self.study)
             if sampler is not None:
-                self.study.sampler = sampler(len(self.trials()))
+                n_before = sum(not is_refined(trial) for trial in self.trials())
+                self.study.sampler = WithinSpace(sampler(n_before), self._storage)
             self._guard(spec)
             self.records()  # refuses those of an earlier version before anything is scored
             if is_new and self.trials(TrialState.COMPLETE):
@@ -125,6 +142,8 @@ class StudyDirectory:
             self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
             self.scores = ScoreStore(run_dir / SCORES_FILE)
             opened.callback(self.scores.close)
+            self.losses = LossStore(run_dir / SCORES_FILE)
+            opened.callback(self.losses.close)
             self.scores.claim(json.dumps(spec, sort_keys=True))
             self._check_scored()
             self._opened = opened.pop_all()
@@ -174,13 +193,14 @@ class StudyDirectory:
         return kept
 
     @property
-    def elapsed_s(self) -> float:
-        """Seconds that earlier runs of this study took."""
-        return elapsed_of(self.study)
+    def searching(self) -> "KeptTime":
+        """The seconds that all runs of this study have searched."""
+        return KeptTime(self.study, _ELAPSED)
 
-    def set_elapsed(self, seconds: float) -> None:
-        """Keep the seconds that all runs of this study have taken so far."""
-        self.study.set_user_attr(_ELAPSED, seconds)
+    @property
+    def refining(self) -> "KeptTime":
+        """The seconds that all runs of this study have refined plans and scored them."""
+        return KeptTime(self.study, _REFINING_S)
 
     @property
     def is_begun(self) -> bool:
@@ -236,19 +256,46 @@ class StudyDirectory:
         scores = record.completed_scores()
         self.study.set_user_attr(_COMPLETED, {**completed, str(record.number): scores})
 
-    def refined(self) -> dict[str, dict[str, Any]]:
-        """Return what came of refining plans: see :meth:`keep_refined`."""
-        return _refined(self.study)
-
-    def keep_refined(self, key: str, kept: Mapping[str, Any]) -> None:
-        """Keep what came of refining a plan.
+    def enqueue_refined(self, name: str, plan: MergePlan, refining: Mapping[str, Any]) -> None:
+        """Enqueue what a refinement proposes as a trial.
 
         Args:
-            key: Tells the plan and the way of refining it from all others.
-            kept: ``name`` of the plan that was refined; where it paid also the refined ``plan``;
-                and once that was scored ``scores``, as a record gives them.
+            name: What the plan is called that was refined.
+            plan: What came of it.
+            refining: How; ``key`` tells the plan and the way of refining it from all others.
         """
-        self.study.set_user_attr(f"{_REFINED}{key}", dict(kept))
+        names = [refines_of(trial) for trial in self.trials()]
+        n_before = sum(other == name or other.startswith(f"{name} (") for other in names)
+        label = f"{name} ({n_before + 1})" if n_before else name
+        enqueue_refined(self.study, label, plan, refining)
+
+    def keep_unrefined(self, key: str, name: str) -> None:
+        """Keep that the refinement of the plan called ``name`` proposed nothing."""
+        self.study.set_user_attr(f"{_UNREFINED}{key}", name)
+
+    def refined_keys(self) -> set[str]:
+        """Return the keys of the refinements that came to their end."""
+        proposed = {refining_of(trial).get("key") for trial in self.trials() if is_refined(trial)}
+        attributes = [k for k in self.study.user_attrs if k.startswith(_UNREFINED)]
+        return {str(key) for key in proposed} | {k.removeprefix(_UNREFINED) for k in attributes}
+
+    def count_refining(self, key: str) -> int:
+        """Count that a refinement begins, or is taken up again.
+
+        Returns:
+            How many runs in a row ended abruptly during it, and were told nothing more.
+        """
+        attribute, n_answers = f"{_REFINING}{key}", self.losses.n_kept(key)
+        before = self.study.user_attrs.get(attribute)
+        crashes = Crashes(*before) if before is not None else Crashes(0, n_answers)
+        if before is not None and self.was_cut_off:
+            crashes = crashes.again(n_answers)
+        self.study.set_user_attr(attribute, crashes)
+        return crashes.n
+
+    def next_refined(self) -> optuna.Trial | None:
+        """Return the first refined trial that waits in the queue, begun."""
+        return next_refined(self.study, self._storage)
 
     def left_running(self) -> list[optuna.Trial]:
         """Return the trials that a stopped run left behind, to be taken up again."""
@@ -291,7 +338,7 @@ def plan_file(run_dir: Path, name: str) -> Path:
 
 
 def records_of(study: optuna.Study) -> list[TrialRecord]:
-    """Return the records of a study's finished trials, by number, and then of refined plans.
+    """Return the records of a study's finished trials, by number.
 
     Raises:
         StudyError: If an earlier version of searchmerge wrote one.
@@ -300,35 +347,38 @@ def records_of(study: optuna.Study) -> list[TrialRecord]:
     trials = study.get_trials(deepcopy=False, states=FINISHED)
     records = [TrialRecord.read(trial) for trial in trials]
     return [
-        *(
-            record.completed(completed[str(record.number)])
-            if str(record.number) in completed
-            else record
-            for record in records
-        ),
-        *_refined_records(study),
+        record.completed(completed[str(record.number)])
+        if str(record.number) in completed
+        else record
+        for record in records
     ]
 
 
-def _refined_records(study: optuna.Study) -> list[TrialRecord]:
-    """Return the records of refined plans that were scored."""
-    return [
-        TrialRecord(
-            -1 - number, MergePlan.from_dict(kept["plan"]), refines=kept["name"]
-        ).completed(kept["scores"])
-        for number, kept in enumerate(_refined(study).values())
-        if "scores" in kept
-    ]
+@dataclass(frozen=True)
+class KeptTime:
+    """Seconds that all runs of a study have taken for something, kept in the study.
 
+    Attributes:
+        study: The study.
+        attribute: Under which of its user attributes.
+    """
 
-def _refined(study: optuna.Study) -> dict[str, dict[str, Any]]:
-    attributes = sorted(study.user_attrs.items())
-    return {k.removeprefix(_REFINED): v for k, v in attributes if k.startswith(_REFINED)}
+    study: optuna.Study
+    attribute: str
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that were kept last."""
+        return float(self.study.user_attrs.get(self.attribute, 0.0))
+
+    def set_elapsed(self, seconds: float) -> None:
+        """Keep the seconds so far."""
+        self.study.set_user_attr(self.attribute, seconds)
 
 
 def elapsed_of(study: optuna.Study) -> float:
-    """Return the seconds that all runs of a study have taken."""
-    return float(study.user_attrs.get(_ELAPSED, 0.0))
+    """Return the seconds that all runs of a study have searched and refined."""
+    return sum(KeptTime(study, attribute).elapsed_s for attribute in (_ELAPSED, _REFINING_S))
 
 
 def quiet_optuna() -> None:

@@ -187,13 +187,23 @@ class _Course:
         return best
 
     def _shrunken(self, best: _Seen) -> Generator[Ask, LossResult, _Seen]:
-        """Return the part of the way to the best coefficients that pays most."""
-        shrinks = _SHRINKS if self.recipe.shrink == "auto" else (self.recipe.shrink,)
-        candidates = [best] if self.recipe.shrink == "auto" else []
-        for shrink in shrinks:
-            at = self.path.part(best.at, shrink)
-            candidates.append(_Seen(at, (yield from self._watch(at)), best.n_steps, shrink))
-        return max(candidates, key=lambda seen: self._gain(seen, best)[0])
+        """Return the part of the way to the best coefficients that pays most.
+
+        On the way back losses have one valley: where a part is no better, shorter ones are not.
+        """
+        if self.recipe.shrink != "auto":
+            return (yield from self._part(best, self.recipe.shrink))
+        chosen = best
+        for shrink in _SHRINKS:
+            part = yield from self._part(best, shrink)
+            if self._gain(part, chosen)[0] <= 0:
+                break
+            chosen = part
+        return chosen
+
+    def _part(self, best: _Seen, shrink: float) -> Generator[Ask, LossResult, _Seen]:
+        at = self.path.part(best.at, shrink)
+        return _Seen(at, (yield from self._watch(at)), best.n_steps, shrink)
 
     def _watch(self, at: Array) -> Generator[Ask, LossResult, Mapping[str, tuple[float, ...]]]:
         """Return the loss of each watched block."""

@@ -1,25 +1,31 @@
-"""The refinements of a study: of its best plans, kept in its directory, scored like trials."""
+"""The refinements of a study: of its best plans; what they propose is run as trials."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from searchmerge.errors import SpecError
 from searchmerge.execution.executor import Executor
 from searchmerge.merging.method import linear_hyperparameter
 from searchmerge.plan import MergePlan
+from searchmerge.search.budget import StudyClock
 from searchmerge.search.candidates import candidates
+from searchmerge.search.crashes import MAX_CUT_OFF
 from searchmerge.search.descent import regrouped
 from searchmerge.search.directory import StudyDirectory
+from searchmerge.search.loss_store import remembered
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
+from searchmerge.search.racing import Racing
 from searchmerge.search.references import merges
-from searchmerge.search.refine import Material, Recipe, refinement
+from searchmerge.search.refine import Material, Recipe, Refined, Refinement, refinement
 from searchmerge.search.refiner import Refiner
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, best_of
+
+_logger = logging.getLogger(__name__)
 
 Plans = Mapping[str, MergePlan]
 
@@ -60,6 +66,8 @@ def material(
 ) -> Material:
     """Return what refinements learn from: all tasks that have the recipe's loss.
 
+    Examples that have no label are learnt from too, where the loss needs none.
+
     Args:
         board: Whose ``pilot`` examples are those that trials see.
         objective: What each task counts for.
@@ -79,22 +87,26 @@ def material(
             f"search.refine: no task has the loss {recipe.loss!r}"
             + (" and an expert of its own" if recipe.loss == "agreement" else "")
         )
+    examples = {
+        task: [e for block in board.schedule.blocks["pilot"][task] for e in block.examples]
+        for task in having
+    }
+    if recipe.loss != "labels":
+        for task, its in examples.items():
+            its += board.schedule.tasks[task].unlabelled
     return Material(
-        {
-            task: [e for block in board.schedule.blocks["pilot"][task] for e in block.examples]
-            for task in having
-        },
+        examples,
         {task: objective.goals[task].weight for task in having},
         {task: teachers[task] for task in having if task in teachers},
     )
 
 
 class Refinements:
-    """Refines the best plans that there are, each once, and scores what that proposes.
+    """Refines the best plans that there are, each once, and has what that proposes scored.
 
     Args:
-        directory: Keeps what came of it.
-        runner: Scores plans.
+        directory: Keeps what came of it, and what refinements were told until they end.
+        runner: Runs trials.
         executor: Computes gradients.
         observer: Shows a person what happens.
         refining: What is refined, and how.
@@ -114,45 +126,51 @@ class Refinements:
         self._observer = observer
         self._refining = refining
 
-    def run(self, references: Plans, objective: Objective, material: Material) -> None:
-        """Refine the best of trials and references, and score what is proposed.
+    def run(
+        self,
+        references: Plans,
+        objective: Objective,
+        material: Material,
+        racing: Racing | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Refine the best of trials and references, and run what is proposed as trials.
+
+        It takes nothing of the study's budget.
 
         Args:
             references: Name to plan of those that were scored on what trials see.
             objective: With the experts' scores put in.
             material: What to learn from.
+            racing: Stops refined trials that will not win; ``None`` scores all in full.
+            seed: Of how grades are read; ``None`` goes by the metric alone.
         """
-        self._refine(self._starts(references, objective), material)
-        kept = self._directory.refined()
-        proposed = {
-            f"refined {k['name']}": (key, MergePlan.from_dict(k["plan"]))
-            for key, k in kept.items()
-            if "plan" in k and "scores" not in k
-        }
-        plans = {name: plan for name, (_, plan) in proposed.items()}
-        for name in self._runner.score_plans("refined plans", plans, "select"):
-            key, plan = proposed[name]
-            record = TrialRecord(-1, plan, refines=kept[key]["name"])
-            judged = self._judged(record, objective)
-            self._directory.keep_refined(key, {**kept[key], "scores": judged.completed_scores()})
+        clock = StudyClock(self._directory.refining)
+        self._directory.begin_run()
+        try:
+            self._refine(self._starts(references, objective), material, clock)
+        finally:
+            clock.keep()
+            self._directory.end_run()
+        self._runner.run_refined(objective, racing, clock, seed)
 
     def _starts(self, references: Plans, objective: Objective) -> dict[str, MergePlan]:
         """Return the best plans that can be refined, by what they are called, best first."""
         scored = [
-            self._judged(TrialRecord(-1 - i, plan, refines=name), objective)
-            for i, (name, plan) in enumerate(references.items())
+            self._judged(TrialRecord(-1 - i, plan), objective)
+            for i, plan in enumerate(references.values())
             if plan in merges(references)
         ]
-        known = {record.plan.digest: record.refines for record in scored}
+        names = {plan.digest: name for name, plan in references.items()}
         trials = [
             record
             for record in candidates(self._directory.records(), objective)
-            if record.is_full and not record.refines and record.plan.digest not in known
+            if record.is_full and not record.refines and record.plan.digest not in names
         ]
         starts: dict[str, MergePlan] = {}
         for record in best_of([*scored, *trials], len(scored) + len(trials)):
             if len(starts) < self._refining.n_starts and self._refining.start(record.plan):
-                starts[record.refines or record.name] = record.plan
+                starts[names.get(record.plan.digest, record.name)] = record.plan
         return starts
 
     def _judged(self, record: TrialRecord, objective: Objective) -> TrialRecord:
@@ -161,21 +179,36 @@ class Refinements:
         scores, estimates = board.scores(plan, "select"), board.estimates(plan, "select")
         return record.judged(objective, scores, estimates)
 
-    def _refine(self, starts: Plans, material: Material) -> None:
-        """Refine plans that were not refined yet, and keep what comes of it."""
-        refining, done = self._refining, self._directory.refined()
-        begun = {
-            name: start
-            for name, plan in starts.items()
-            if refining.key(plan) not in done and (start := refining.start(plan)) is not None
-        }
+    def _refine(self, starts: Plans, material: Material, clock: StudyClock) -> None:
+        """Refine plans that were not refined yet, and enqueue what comes of it."""
+        refining, done = self._refining, self._directory.refined_keys()
+        begun: dict[str, Refinement] = {}
+        for name, plan in starts.items():
+            key, start = refining.key(plan), refining.start(plan)
+            if key in done or start is None:
+                continue
+            if self._directory.count_refining(key) >= MAX_CUT_OFF:
+                _logger.warning(
+                    "%s cannot be refined: %d runs ended abruptly while they were at it",
+                    *(name, MAX_CUT_OFF),
+                )
+                self._keep(name, key, None)
+                continue
+            course = refinement(start, refining.recipe, material)
+            begun[name] = remembered(course, self._directory.losses, key)
         self._observer.phase("refining", len(begun))
-        results = self._refiner.run(
-            {name: refinement(start, refining.recipe, material) for name, start in begun.items()},
-            report=lambda name: self._observer.step(f"refined {name}", {}),
-        )
-        for name, refined in results.items():
-            kept: dict[str, Any] = {"name": name}
-            if refined is not None:
-                kept |= {**asdict(refined), "plan": refined.plan.to_dict()}
-            self._directory.keep_refined(refining.key(starts[name]), kept)
+
+        def ended(name: str, refined: Refined | None) -> None:
+            self._keep(name, refining.key(starts[name]), refined)
+            self._observer.step(f"refined {name}", {})
+
+        self._refiner.run(begun, ended, clock.tick)
+
+    def _keep(self, name: str, key: str, refined: Refined | None) -> None:
+        """Enqueue what a refinement proposes, or keep that it proposes nothing."""
+        if refined is None:
+            self._directory.keep_unrefined(key, name)
+        else:
+            how = {k: v for k, v in asdict(refined).items() if k != "plan"}
+            self._directory.enqueue_refined(name, refined.plan, {"key": key, **how})
+        self._directory.losses.forget(key)

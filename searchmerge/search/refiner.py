@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from searchmerge.execution.executor import Differentiated, Executor, Failed, Finished, Lost
 from searchmerge.execution.gradient import LossResult
@@ -49,36 +50,49 @@ class Refiner:
         self._live: dict[int, _Going] = {}
         self._waiting: deque[_Going] = deque()
         self._done: dict[str, Refined | None] = {}
+        self._ended: Callable[[str, Refined | None], None] = lambda name, refined: None
         self._lost = LostWorkers()
 
     def run(
         self,
         refinements: Mapping[str, Refinement],
-        report: Callable[[str], None] = lambda name: None,
+        ended: Callable[[str, Refined | None], None] = lambda name, refined: None,
+        answered: Callable[[], None] = lambda: None,
     ) -> dict[str, Refined | None]:
         """Return what each refinement proposes, by the name of the plan that it refines.
 
         Args:
             refinements: Name to refinement.
-            report: Called with the name of each that has come to its end.
+            ended: Called at the end of each with its name and what it proposes.
+            answered: Called whenever a refinement was told something.
         """
-        self._done = {}
-        self._waiting.extend(
-            _Going(name, refinement, next(refinement)) for name, refinement in refinements.items()
-        )
+        self._done, self._ended = {}, ended
         try:
+            for name, refinement in reversed(list(refinements.items())):
+                self._ask(name, refinement, partial(next, refinement))
             while self._waiting or self._live:
                 self._fill()
-                before = set(self._done)
                 self._handle()
-                for name in self._done.keys() - before:
-                    report(name)
+                answered()
         finally:
             for number in self._live:
                 self._executor.stop(number)
             self._live.clear()
             self._waiting.clear()
         return {name: self._done[name] for name in refinements}
+
+    def _ask(self, name: str, refinement: Refinement, go_on: Callable[[], Ask]) -> None:
+        """Have the next question of a refinement wait for a worker, if it has one."""
+        try:
+            ask = go_on()
+        except StopIteration as ended:
+            self._end(name, ended.value)
+        else:  # first, as the worker that is free now holds what this plan's gradient needs
+            self._waiting.appendleft(_Going(name, refinement, ask))
+
+    def _end(self, name: str, refined: Refined | None) -> None:
+        self._done[name] = refined
+        self._ended(name, refined)
 
     def _fill(self) -> None:
         """Give every free worker what is asked next."""
@@ -106,12 +120,7 @@ class Refiner:
             raise RuntimeError(f"a worker ended without the gradient of {going.name}")
         plan, _ = going.ask
         self._lost.end(plan.digest)
-        try:
-            ask = going.refinement.send(going.result)
-        except StopIteration as ended:
-            self._done[going.name] = ended.value
-        else:
-            self._waiting.append(_Going(going.name, going.refinement, ask))
+        self._ask(going.name, going.refinement, partial(going.refinement.send, going.result))
 
     def _retry(self, going: _Going, lost: Lost) -> None:
         plan, _ = going.ask
@@ -125,4 +134,4 @@ class Refiner:
     def _give_up(self, going: _Going, reason: str) -> None:
         _logger.warning("%s cannot be refined: %s", going.name, reason)
         going.refinement.close()
-        self._done[going.name] = None
+        self._end(going.name, None)

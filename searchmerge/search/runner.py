@@ -15,7 +15,7 @@ from searchmerge.search.references import BASE, merges
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.trial_source import TrialSource
-from searchmerge.search.trials import FINISHED
+from searchmerge.search.trials import FINISHED, is_refined
 
 
 class StudyRunner:
@@ -93,7 +93,30 @@ class StudyRunner:
         for name, plan in self._references.items():
             if (params := self._space.params(plan)) is not None:
                 self._directory.enqueue(name, [params])
-        incumbents = Incumbents(
+        clock = StudyClock(self._directory.searching)
+        finished = self._directory.trials(*FINISHED)
+        spending = Spending(budget, clock, sum(not is_refined(trial) for trial in finished))
+        self._observer.phase("search", budget.n_trials, spending.n_finished)
+        self._run_trials(objective, self._incumbents(objective, racing, seed), spending)
+
+    def run_refined(
+        self, objective: Objective, racing: Racing | None, clock: StudyClock, seed: int | None
+    ) -> None:
+        """Run the refined trials that wait in the queue, whatever is left of the budget.
+
+        Args:
+            objective: With the experts' scores put in.
+            racing: Stops those that will not win.
+            clock: Counts the seconds.
+            seed: As for :meth:`run`.
+        """
+        nothing_more = Spending(Budget(n_trials=0), clock)
+        self._run_trials(objective, self._incumbents(objective, racing, seed), nothing_more)
+
+    def _incumbents(
+        self, objective: Objective, racing: Racing | None, seed: int | None
+    ) -> Incumbents:
+        return Incumbents(
             self.board,
             objective,
             racing,
@@ -101,17 +124,19 @@ class StudyRunner:
             pool=merges(self._references),
             seed=seed,
         )
-        clock = StudyClock(self._directory)
-        spending = Spending(budget, clock, len(self._directory.trials(*FINISHED)))
+
+    def _run_trials(
+        self, objective: Objective, incumbents: Incumbents, spending: Spending
+    ) -> None:
+        """Run the trials that were left behind or wait, and new ones until the budget ends."""
         source = TrialSource(
             self._directory, self._space, objective, incumbents, spending, self._observer
         )
-        self._observer.phase("search", budget.n_trials, spending.n_finished)
         self._directory.begin_run()
         try:
             self._dispatcher.run(source)
         finally:
-            clock.keep()
+            spending.clock.keep()
             self._directory.end_run()
 
 

@@ -37,6 +37,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
             "running": len(running),
             "fail": n_failed,
         },
+        "refined": sum(bool(record.refines) for record in records),
         "stopped_early": sum(record.stopped_after is not None for record in records),
         "elapsed_s": elapsed_s,
         "workers": workers,
@@ -44,7 +45,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
         "best": [
             {
                 "name": record.name,
-                "trial": None if record.refines else record.number,
+                "trial": record.number,
                 "kind": record.kind,
                 "values": list(record.values),
                 "scores": record.scores,
@@ -63,9 +64,12 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
     """
     status = read_status(run_dir, storage)
     trials = status["trials"]
+    of_these = [f"{status['stopped_early']} stopped early"]
+    if status["refined"]:
+        of_these.append(f"{status['refined']} refined")
     lines = [
         f"{status['study']}: {trials['complete']} trials complete "
-        f"({status['stopped_early']} stopped early), {trials['running']} running, "
+        f"({', '.join(of_these)}), {trials['running']} running, "
         f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
     ]
     width = max((len(best["name"]) for best in status["best"]), default=0)

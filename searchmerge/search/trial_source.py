@@ -1,4 +1,4 @@
-"""The trials of a study as jobs: those a stopped run left behind, then new ones."""
+"""The trials of a study as jobs: those a stopped run left behind, refined ones, then new ones."""
 
 import logging
 from dataclasses import replace
@@ -10,24 +10,34 @@ from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Spending
 from searchmerge.search.candidates import candidates
+from searchmerge.search.crashes import MAX_CUT_OFF
 from searchmerge.search.directory import BEST_SO_FAR, StudyDirectory
 from searchmerge.search.dispatch import Job
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.space import SearchSpace
-from searchmerge.search.trials import TrialRecord, begin, by_completion, count_cut_off
+from searchmerge.search.trials import (
+    TrialRecord,
+    begin,
+    by_completion,
+    count_cut_off,
+    refined_plan,
+)
 
 _logger = logging.getLogger(__name__)
 
-_MAX_CUT_OFF = 3  # runs that end abruptly in a row over a trial before it is given up
 _FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
 
 TrialJob = Job[optuna.Trial]
 
 
 class TrialSource:
-    """The trials of a study: those a stopped run left behind, then new ones.
+    """The trials of a study: those a stopped run left behind, refined ones, then new ones.
+
+    Refined ones are raced and recorded like the others. But they cost nothing of the budget, and
+    no other candidate is compared with them: the examples that they are scored on are those that
+    they were learnt from.
 
     Args:
         directory: The study and its scores.
@@ -60,14 +70,16 @@ class TrialSource:
         self._write_best()  # a run that was killed may have left an earlier one's
 
     def next_job(self) -> TrialJob | None:
-        """Return a trial left behind, or a new one while the budget lasts."""
+        """Return a trial left behind, or a refined one, or a new one while the budget lasts."""
         while self._left_running:
             job = self._job(self._left_running.pop(0))
             if not self._is_given_up(job):
                 if self._directory.was_cut_off:
                     job.go_on_block_by_block()
                 return job
-            self.failed(job, f"{_MAX_CUT_OFF} runs ended abruptly while they were at it")
+            self.failed(job, f"{MAX_CUT_OFF} runs ended abruptly while they were at it")
+        if (refined := self._directory.next_refined()) is not None:
+            return self._job(refined)
         if self._spending.is_over:
             return None
         return self._job(self._directory.study.ask())
@@ -106,7 +118,8 @@ class TrialSource:
         self._directory.study.tell(job.subject, state=TrialState.FAIL)
         _logger.info("%s: %s", record.name, reason)
         self._end(record, is_best=False)
-        if self._incumbents.best is None and self._spending.n_finished >= _FIRST_TRIALS:
+        is_first = not record.refines and self._spending.n_finished >= _FIRST_TRIALS
+        if self._incumbents.best is None and is_first:
             first = next(r.failure for r in self._directory.records() if r.value is None)
             raise StudyError(
                 f"the first {self._spending.n_finished} trials all failed; the first: {first}"
@@ -117,17 +130,21 @@ class TrialSource:
         if not self._directory.was_cut_off:
             return False
         n_blocks = len(self._directory.scores.get(job.plan))
-        return count_cut_off(job.subject, n_blocks) >= _MAX_CUT_OFF
+        return count_cut_off(job.subject, n_blocks) >= MAX_CUT_OFF
 
     def _job(self, trial: optuna.Trial) -> TrialJob:
-        plan = self._space.suggest(trial)
-        begin(trial, plan)
-        self._spending.begin()
-        rounds = self._incumbents.rounds()
-        return Job(f"trial {trial.number}", plan, rounds, trial, is_trial=True)
+        plan = refined_plan(trial)
+        if plan is None:
+            plan = self._space.suggest(trial)
+            begin(trial, plan)
+            self._spending.begin()
+        name = TrialRecord.of(trial, plan).name
+        return Job(name, plan, self._incumbents.rounds(), trial, is_trial=True)
 
     def _enter(self, record: TrialRecord) -> bool:
         """Compare later candidates with this one; return whether it is the best so far."""
+        if record.refines:
+            return False
         is_best = record.is_full and self._incumbents.enter(record)
         self._spending.scored(is_best=is_best)
         return is_best
@@ -141,6 +158,7 @@ class TrialSource:
 
     def _end(self, record: TrialRecord, *, is_best: bool) -> None:
         self._write_best()
-        self._spending.end()
+        if not record.refines:
+            self._spending.end()
         self._spending.clock.tick()
         self._observer.trial(record, is_best=is_best)

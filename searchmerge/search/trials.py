@@ -23,6 +23,8 @@ _KIND = "kind"
 _RESULT = "result"
 _FAILURE = "failure"
 _CUT_OFF = "cut_off"
+_REFINES = "refines"
+_REFINING = "refining"
 
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 
@@ -56,8 +58,7 @@ class TrialRecord:
         plan: What it merged.
         kind: The reference or the warm start that it is; empty where a sampler proposed it.
         refines: What the plan is called that it was refined from, by gradient; empty where it
-            was not. Such a trial is none of Optuna's, as its plan is not in the space, and its
-            number is below 0.
+            was not. Such a trial has no parameters, as its plan is not in the space.
         scores: Task name to score; predicted ones where it was stopped early.
         estimates: Task name to what the score is taken for when trials are compared: with how
             clearly examples were answered, as far as that tells of the score.
@@ -94,7 +95,7 @@ class TrialRecord:
     @classmethod
     def of(cls, trial: optuna.Trial, plan: MergePlan) -> "TrialRecord":
         """Return the record of a trial that is not told yet: its number, its plan, its kind."""
-        return cls(trial.number, plan, str(trial.user_attrs.get(_KIND, "")))
+        return cls(trial.number, plan, str(trial.user_attrs.get(_KIND, "")), refines_of(trial))
 
     @property
     def name(self) -> str:
@@ -197,6 +198,7 @@ class TrialRecord:
             trial.number,
             plan,
             str(kept.get(_KIND, "")),
+            refines_of(trial),
             datetime_complete=trial.datetime_complete,
         )
         if trial.state == TrialState.FAIL:
@@ -309,6 +311,41 @@ def enqueue(study: optuna.Study, kind: str, params: Mapping[str, SettingValue]) 
     study.enqueue_trial(dict(params), user_attrs={_KIND: kind}, skip_if_exists=True)
 
 
+def enqueue_refined(
+    study: optuna.Study, name: str, plan: MergePlan, refining: Mapping[str, Any]
+) -> None:
+    """Enqueue a trial of a plan that was refined by gradient and is not in the space.
+
+    Args:
+        study: The study.
+        name: What the plan is called that it was refined from.
+        plan: The refined plan.
+        refining: What else is kept of how it was found; ``key`` tells the refinement from others.
+    """
+    attributes = {_REFINES: name, _PLAN: plan.to_dict(), _REFINING: dict(refining)}
+    study.enqueue_trial({}, user_attrs=attributes)  # one write: there is all of it, or nothing
+
+
+def refines_of(trial: FrozenTrial | optuna.Trial) -> str:
+    """Return what the plan is called that a trial's was refined from; empty where it was not."""
+    return str(trial.user_attrs.get(_REFINES, ""))
+
+
+def is_refined(trial: FrozenTrial | optuna.Trial) -> bool:
+    """Return whether a trial's plan was refined, and is none that a sampler could propose."""
+    return bool(refines_of(trial))
+
+
+def refining_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Return what is kept of how a trial's plan was refined; nothing where it was not."""
+    return dict(trial.user_attrs.get(_REFINING, {}))
+
+
+def refined_plan(trial: optuna.Trial) -> MergePlan | None:
+    """Return the plan that a trial was enqueued with; ``None`` where its parameters say it."""
+    return MergePlan.from_dict(trial.user_attrs[_PLAN]) if is_refined(trial) else None
+
+
 def begin(trial: optuna.Trial, plan: MergePlan) -> None:
     """Write the plan of a trial that begins, or is taken up again."""
     trial.set_user_attr(_PLAN, plan.to_dict())
@@ -316,13 +353,23 @@ def begin(trial: optuna.Trial, plan: MergePlan) -> None:
 
 def left_running(study: optuna.Study, storage: BaseStorage) -> list[optuna.Trial]:
     """Return the trials that a stopped run left behind, to be taken up again, by number."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [optuna.Trial(study, _id_of(trial, study, storage)) for trial in trials]
+
+
+def next_refined(study: optuna.Study, storage: BaseStorage) -> optuna.Trial | None:
+    """Return the first refined trial that waits in the queue, begun; ``None`` if none does."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if is_refined(trial):
+            trial_id = _id_of(trial, study, storage)
+            storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+            return optuna.Trial(study, trial_id)
+    return None
+
+
+def _id_of(trial: FrozenTrial, study: optuna.Study, storage: BaseStorage) -> int:
     study_id = storage.get_study_id_from_name(study.study_name)
-    return [
-        optuna.Trial(
-            study, storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-        )
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    ]
+    return storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
 
 
 def count_cut_off(trial: optuna.Trial, n_blocks: int) -> int:

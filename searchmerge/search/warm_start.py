@@ -13,13 +13,14 @@ def earlier_plans(run_dir: Path, n_plans: int) -> list[MergePlan]:
     """Return the best plans of the study in ``run_dir``, best first, each once.
 
     Ranked as that study ranks them, by expected scores where a plan was stopped early; plans
-    that break its constraints come last.
+    that break its constraints come last. Refined ones are left out: they are in no space.
 
     Raises:
         StudyError: If there is no study in ``run_dir``.
     """
     with stored_study(run_dir) as study:
-        plans = [record.plan for record in ranked(records_of(study))]
+        records = [record for record in records_of(study) if not record.refines]
+        plans = [record.plan for record in ranked(records)]
     return list({plan.digest: plan for plan in plans}.values())[:n_plans]
 
 

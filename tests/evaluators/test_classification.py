@@ -492,6 +492,34 @@ def test_a_wrong_task_is_refused(write, tasks, match):
         score(write("bert", tasks), "second")
 
 
+def test_rows_without_a_label_come_last_and_are_never_scored(write, tmp_path):
+    file = write("bert", text_tasks(), classification={"batch_tokens": 64})
+    alone = own_text_logits(tmp_path, "second")
+    data = tmp_path / "data/second.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    without = [{**row, "label": None} if i % 3 == 1 else row for i, row in enumerate(rows)]
+    data = tmp_path / "partly.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in without))
+    file = write("bert", changed(data="partly.jsonl"), classification={"batch_tokens": 64})
+    worker = make_worker(file)
+    info = worker.tasks()["second"]
+    assert (info.n_examples, info.n_unlabelled, info.unlabelled) == (16, 8, range(16, 24))
+    plan = reference_plans(read_study(file).experts)["expert second"]
+    places = [i for i in range(24) if i % 3 != 1] + [i for i in range(24) if i % 3 == 1]
+    request = LossRequest({"second": tuple((e,) for e in range(24))}, "entropy", gradient=False)
+    [given] = worker.gradient(plan, request)
+    own = [alone[place].softmax(0) for place in places]
+    expected = [float(-(p * p.log()).sum()) for p in own]
+    assert given.tasks["second"].values == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_task_without_any_label_is_refused_with_what_rows_without_one_are_for(write, tmp_path):
+    (tmp_path / "none.jsonl").write_text('{"text": "w1", "label": null}\n' * 4)
+    message = r"second.label: no row of .*none.jsonl has a label .* loss: entropy"
+    with pytest.raises(SpecError, match=message):
+        score(write("bert", changed(data="none.jsonl")), "second")
+
+
 def test_damaged_data_are_refused(write, tmp_path):
     tasks = changed(data="damaged.jsonl")
     (tmp_path / "damaged.jsonl").write_text('{"text": "w1", "label": 0}\n{"text": \n')

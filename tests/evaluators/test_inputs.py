@@ -1,14 +1,17 @@
 """Texts and images become the batches that an encoder is given."""
 
 import json
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, T5Config
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.inputs import Images, Processors, Texts
+from searchmerge.evaluators.inputs import Images, Processors, Texts, cut_by_length
 from tests.evaluators.classifiers import WORDS, make_experts, texts
 
 
@@ -62,12 +65,32 @@ def test_texts_are_batched_by_length_and_padded_as_their_tokenizer_does(encoders
     assert len(inputs) == len(texts())
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 64))
+def test_texts_are_cut_into_the_batches_that_take_least(sizes, batch_tokens):
+    sizes = sorted(sizes, reverse=True)
+
+    def cost(cuts):
+        """Return what batches take that end at some places; too large ones take for ever."""
+        total = 0.0
+        for start, stop in pairwise((0, *cuts, len(sizes))):
+            tokens = (stop - start) * sizes[start]
+            fits = stop - start == 1 or tokens <= batch_tokens
+            total += tokens + batch_tokens / 32 if fits else float("inf")
+        return total
+
+    made = cut_by_length(sizes, batch_tokens)
+    assert sum(made) == len(sizes)
+    inner = range(1, len(sizes))
+    least = min(cost(cuts) for n in range(len(sizes)) for cuts in combinations(inner, n))
+    assert cost(tuple(accumulate(made[:-1]))) == pytest.approx(least)
+
+
 def test_a_text_is_cut_at_the_length_that_was_asked_for(encoders):
     inputs = Texts([["w1 " * 60, "w2"]], Processors(encoders["bert"], 5), 64, "tasks.t")
-    [(_, tokens)] = inputs.batches([0, 1])
+    (_, tokens), _ = inputs.batches([0, 1])
     assert tokens["attention_mask"].sum(1).tolist()[0] == 5
     inputs = Texts([["w1 " * 60, "w2"]], Processors(encoders["bert"], None), 64, "tasks.t")
-    [(_, tokens)] = inputs.batches([0, 1])
+    (_, tokens), _ = inputs.batches([0, 1])
     assert tokens["attention_mask"].sum(1).tolist()[0] == 24, "the model has no more positions"
 
 

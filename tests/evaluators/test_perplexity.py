@@ -168,8 +168,23 @@ def test_a_study_of_texts_runs(tmp_path, monkeypatch):
 def test_the_loss_is_the_negative_score_and_can_be_differentiated(folder):
     model = tiny_model("llama")
     texts = evaluator(folder, max_length=16)
-    assert texts.tasks["t"].losses == ("labels",)
+    assert texts.tasks["t"].losses == ("labels", "entropy", "agreement")
     loss = texts.loss(model, "t", range(4))
-    assert loss.item() == pytest.approx(-sum(texts.score(model, "t", range(4))) / 4, rel=1e-4)
-    loss.backward()
+    scores = texts.score(model, "t", range(4))
+    assert loss.tolist() == pytest.approx([-score for score in scores], rel=1e-4)
+    loss.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("max_length", [16, 64])
+def test_what_comes_next_is_told_at_every_token_of_a_text(folder, max_length):
+    model = tiny_model("llama")
+    texts = evaluator(folder, max_length=max_length)
+    given = texts.log_probabilities(model, "t", [3, 0])
+    likelihoods = texts.loss(model, "t", [3, 0])
+    for of_text, loss, example in zip(given, likelihoods, [3, 0], strict=True):
+        tokens = tiny_tokenizer().encode(TEXTS[example], add_special_tokens=False)
+        assert of_text.shape == (len(tokens), model.config.vocab_size)
+        torch.testing.assert_close(of_text.exp().sum(1), torch.ones(len(tokens)))
+        chosen = of_text[range(len(tokens)), tokens]
+        torch.testing.assert_close(-chosen.mean(), loss, rtol=1e-4, atol=1e-4)

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.execution.gradient import LossRequest
+from searchmerge.execution.gradient import Losses, LossRequest
 from searchmerge.execution.worker import Worker
+from searchmerge.merging.gradient import CoefficientGradients
 from searchmerge.merging.method import default_plan
-from tests.execution.gradients import EXPERTS, PLAN, Classes, made, worker
+from tests.execution.gradients import EXPERTS, PLAN, Classes, Counted, made, worker
 
 BATCHES = {"math": ((0, 1, 2), (3, 4)), "code": ((5, 6),)}
 
@@ -97,6 +98,42 @@ def test_a_teacher_is_merged_once():
         ask(at_work, **request)
     assert applied.count(teacher) == len(BATCHES)
     assert applied.count(PLAN) == 3
+
+
+def test_what_teachers_say_is_asked_anew_where_there_is_no_room_to_keep_it():
+    teacher = default_plan("task_arithmetic", EXPERTS, coefficient=[1.0, 0.0])
+    request = LossRequest(BATCHES, "agreement", dict.fromkeys(BATCHES, teacher))
+    results = []
+    for most_taught in (0, 40, 1 << 20):
+        (model, merger), applied = made(), []
+        counted = Counted(merger, applied)
+        evaluators = dict.fromkeys(BATCHES, Classes())
+        gradients = CoefficientGradients(model, merger)
+        asked = Losses(model, counted, evaluators, gradients, most_taught)
+        results += [asked.compute(PLAN, request).tasks for _ in range(2)]
+        assert applied.count(teacher) == len(BATCHES) * (1 if most_taught > 40 else 2)
+    for task in BATCHES:
+        values = [result[task].values for result in results]
+        assert all(given == pytest.approx(values[0]) for given in values)
+
+
+def test_examples_that_are_looked_at_together_count_in_their_own_batches():
+    class Means(Classes):
+        def loss(self, model, task, examples):
+            return super().loss(model, task, examples).mean()
+
+    class Each(Classes):
+        def loss(self, model, task, examples):
+            return torch.stack([super(Each, self).loss(model, task, [e]) for e in examples])
+
+    given = []
+    for evaluator in (Means(), Each()):
+        (model, merger) = made()
+        asked = Losses(model, merger, dict.fromkeys(BATCHES, evaluator), None)
+        request = LossRequest(BATCHES, gradient=False)
+        given.append({t: r.values for t, r in asked.compute(PLAN, request).tasks.items()})
+    for task in BATCHES:
+        assert given[0][task] == pytest.approx(given[1][task])
 
 
 def test_without_a_gradient_there_are_losses_alone():

@@ -13,6 +13,7 @@ from searchmerge.merging.engine import Engine
 from searchmerge.merging.gradient import CoefficientGradients, Directions
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import METHODS, default_plan
+from searchmerge.merging.residency import Memory
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import Groups
 
@@ -53,7 +54,7 @@ def loss_of(model):
     return nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
 
 
-def made(model, noise=0.3, engine="eager"):
+def made(model, noise=0.3, engine="eager", memory=None):
     """Return a merger of random experts of a model into the model itself."""
     draw = torch.Generator().manual_seed(0)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -63,7 +64,8 @@ def made(model, noise=0.3, engine="eager"):
     }
     model.requires_grad_(False)
     vectors = TaskVectors.from_weights(base, experts)
-    return Merger(vectors, targets=dict(model.named_parameters()), engine=engine)
+    targets = dict(model.named_parameters())
+    return Merger(vectors, targets=targets, engine=engine, memory=memory)
 
 
 def net():
@@ -158,6 +160,28 @@ def test_an_expert_that_a_method_leaves_out_has_no_gradient():
     expected = differences(model, merger, plan)
     assert expected[0, 0] == 0
     torch.testing.assert_close(gradient(model, merger, plan), expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "pcb"])
+def test_directions_that_are_kept_give_the_same_as_those_computed_anew(method):
+    plan, rows = random_plan(method, Groups(depth=2)), []
+    for keep_bytes in (0, 300, 1 << 30):  # none, those of some parameters, all
+        model = net()
+        merger = made(model, memory=Memory(keep_bytes=keep_bytes))
+        rows.append(gradient(model, merger, plan))
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
+def test_directions_give_back_their_memory_to_those_of_the_next_plan():
+    model = net()
+    merger = made(model, memory=Memory(keep_bytes=1 << 20))
+    directions = merger.directions(random_plan("ties", Groups(depth=2)))
+    before = directions.budget.left_bytes
+    directions.products("embed.weight", torch.ones(12, 8))
+    assert directions.budget.left_bytes == before - 4 * len(EXPERTS) * 12 * 8
+    directions.release()
+    assert directions.budget.left_bytes == before
 
 
 def test_rows_are_in_the_plans_own_order_of_experts():

@@ -157,13 +157,21 @@ def test_every_trial_is_counted_once_by_what_became_of_it():
         TrialRecord(2, plan(2), stopped_after=3, is_completed=True).judged(objective, scored),
         TrialRecord(3, plan(3), failure="NaN"),
     ]
-    assert make_counts(records, toy_schedule(), 12.6) == {
+    counts = {
         "trials in full": 1,
         "trials stopped early": 2,
         "trials failed": 1,
         "select examples": 60,
         "hold-out examples": 60,
         "search seconds": 13,
+    }
+    assert make_counts(records, toy_schedule(), 12.6, 0.0) == counts
+    refined = TrialRecord(4, plan(4), refines="TIES").judged(objective, scored)
+    assert make_counts([*records, refined], toy_schedule(), 12.6, 4.4) == {
+        **counts,
+        "trials in full": 2,
+        "of these refined": 1,
+        "refining seconds": 4,
     }
 
 

@@ -6,6 +6,7 @@ from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import make_blocks, split_examples
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.execution.worker import Worker
+from searchmerge.plan import Groups, MergePlan
 from searchmerge.search.budget import Budget
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Dispatcher
@@ -23,6 +24,11 @@ SPACE = SearchSpace(
     EXPERTS,
     [Alternative("t", "task_arithmetic", values={"coefficient": Range(0.0, 1.0)})],
 )
+
+OPTIMUM = MergePlan(
+    "task_arithmetic", EXPERTS, {"coefficient": ((0.9, 0.2, 0.5),) * 2}, Groups(depth=2)
+)
+"""A plan that is in no space of a toy study, and scores better than all that are."""
 
 
 class Recorder:

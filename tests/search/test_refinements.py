@@ -1,6 +1,10 @@
 """A study's best plans are refined once, scored like trials, and may win."""
 
+import contextlib
 import json
+import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +21,7 @@ from searchmerge.study import read_study
 from tests.evaluators.classifiers import make_experts, text_tasks, write_study, write_texts
 from tests.search.conftest import Recorder, pilot_schedule
 from tests.toy import EXPERTS as TOYS
+from tests.waiting import wait_for
 
 CONFIG = RunConfig(engine="eager", device="cpu")
 REFINE = {"loss": "agreement", "steps": 12, "batch": 24, "rate": 0.1, "starts": 2}
@@ -42,9 +47,13 @@ def records(run_dir):
         return records_of(stored)
 
 
-def kept(run_dir):
+def outcomes(run_dir):
+    """Return what came of refinements: the trials that were enqueued, and those that paid not."""
     with stored_study(run_dir) as stored:
-        return {k: v for k, v in stored.user_attrs.items() if k.startswith("refined:")}
+        proposed = [trial.user_attrs for trial in stored.trials if "refines" in trial.user_attrs]
+        nothing = {k: v for k, v in stored.user_attrs.items() if k.startswith("unrefined:")}
+    what = ("refines", "plan", "refining")
+    return [{k: attributes[k] for k in what} for attributes in proposed], nothing
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +64,20 @@ def ran(folder):
     return asked, run_study(asked, CONFIG, folder / "run", told), told
 
 
-def test_what_a_refinement_proposes_is_a_record_like_any_other(folder, ran):
+def test_what_a_refinement_proposes_is_a_trial_like_any_other(folder, ran):
     refined = [record for record in records(folder / "run") if record.refines]
-    assert refined, kept(folder / "run")
+    assert refined, outcomes(folder / "run")
     for record in refined:
         assert record.name == f"refined {record.refines}"
         assert record.is_full
+        assert record.number >= 5
+        assert record.se is not None
+        assert record.score_s > 0
         assert len(record.plan.groups) > 20
         assert record.plan.groups.tensors
         assert set(record.scores) == {"first", "second"}
-        assert record.value == ran[0].objective.scalar(record.scores)
+    shown = [record.name for record in ran[2].trials]
+    assert [record.name for record in refined] == shown[5:]
     assert ("refining", 2, 0) in ran[2].phases
 
 
@@ -75,28 +88,109 @@ def test_a_refined_plan_is_confirmed_and_its_rows_are_written_down(folder, ran):
         file = folder / "run" / "plans" / f"{name.replace(' ', '-')}.yaml"
         assert MergePlan.from_yaml(file) == refined[name]
     counted = sum(n for name, n in ran[1].counts.items() if name.startswith("trials"))
-    assert counted == 5 + len(refined)
+    assert counted == 5 + ran[1].counts["of these refined"] == 5 + len(refined)
+    assert sum(searched.trials for searched in ran[1].searched) == counted
+    assert len(refined) == sum(s.trials for s in ran[1].searched if s.what.endswith(", refined"))
 
 
 def test_the_status_calls_a_refined_plan_by_its_name(folder, ran):
     best = read_status(folder / "run")["best"]
     refined = [shown for shown in best if shown["name"].startswith("refined ")]
     assert refined
-    assert all(shown["trial"] is None for shown in refined)
+    numbers = [record.number for record in records(folder / "run") if record.refines]
+    assert {shown["trial"] for shown in refined} <= set(numbers)
 
 
 def test_a_study_that_goes_on_refines_nothing_twice(folder, ran):
-    before = kept(folder / "run")
+    before = outcomes(folder / "run")
     told = Recorder()
     again = run_study(ran[0], CONFIG, folder / "run", told)
-    assert kept(folder / "run") == before
+    assert outcomes(folder / "run") == before
     assert ("refining", 0, 0) in told.phases
     assert [row.hold_out for row in again.rows] == [row.hold_out for row in ran[1].rows]
 
 
 def test_the_same_study_elsewhere_proposes_the_same(folder, ran):
     run_study(ran[0], CONFIG, folder / "twin", Recorder())
-    assert json.dumps(kept(folder / "twin")) == json.dumps(kept(folder / "run"))
+    assert json.dumps(outcomes(folder / "twin")) == json.dumps(outcomes(folder / "run"))
+
+
+class Interrupts(Recorder):
+    """Interrupts a run when something has been told so often."""
+
+    def __init__(self, what, n):
+        super().__init__()
+        self._what, self._n = what, n
+
+    def _tell(self, what):
+        if what == self._what:
+            self._n -= 1
+            if not self._n:
+                raise KeyboardInterrupt
+
+    def phase(self, title, total, done=0):
+        super().phase(title, total, done)
+        self._tell(title)
+
+    def step(self, name, scores):
+        super().step(name, scores)
+        self._tell(name.partition(" ")[0])
+
+    def trial(self, record, *, is_best):
+        super().trial(record, is_best=is_best)
+        self._tell(record.name.partition(" ")[0])
+
+
+@pytest.mark.parametrize(("what", "n"), [("refining", 1), ("refined", 1), ("refined", 3)])
+def test_a_study_that_was_stopped_as_it_refined_ends_as_it_would_have(folder, ran, what, n):
+    run_dir = folder / f"stopped-{what}-{n}"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(ran[0], CONFIG, run_dir, Interrupts(what, n))
+    results = run_study(ran[0], CONFIG, run_dir, Recorder())
+    assert outcomes(run_dir) == outcomes(folder / "run")
+    assert results.winner == ran[1].winner
+    assert [row.hold_out for row in results.rows] == [row.hold_out for row in ran[1].rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_answers", [1, 9, 20])
+def test_a_study_that_is_killed_as_it_refines_asks_no_gradient_twice(folder, ran, n_answers):
+    run_dir = folder / f"killed-{n_answers}" / "classifiers"
+    command = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
+    command += ["run", "study.yaml", "--runs-dir", run_dir.parent.name]
+    driver = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    wait_for(lambda: n_told(run_dir) >= n_answers, seconds=300)
+    driver.kill()
+    driver.wait()
+    assert n_told(run_dir) >= n_answers
+    run_study(ran[0], CONFIG, run_dir, Recorder())
+    assert outcomes(run_dir) == outcomes(folder / "run")
+    assert n_told(run_dir) == 0
+
+
+def n_told(run_dir):
+    """Return how many answers are kept for refinements that go on."""
+    with (
+        contextlib.suppress(sqlite3.OperationalError),
+        contextlib.closing(sqlite3.connect(run_dir / "scores.db", timeout=30)) as connection,
+    ):
+        return connection.execute("SELECT COUNT(*) FROM losses").fetchone()[0]
+    return 0
+
+
+def test_a_refinement_over_which_runs_end_abruptly_is_given_up(folder, ran, caplog):
+    run_dir = folder / "crashes"
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(ran[0], CONFIG, run_dir, Interrupts("refining", 1))
+        with stored_study(run_dir) as stored:
+            stored.set_user_attr("at_work", value=True)  # as a killed run leaves it
+    told = Recorder()
+    run_study(ran[0], CONFIG, run_dir, told)
+    assert ("refining", 0, 0) in told.phases
+    assert "cannot be refined: 3 runs ended abruptly while they were at it" in caplog.text
+    assert outcomes(run_dir)[0] == []
+    assert len(outcomes(run_dir)[1]) == 2
 
 
 def test_without_refine_there_are_no_such_records(folder):
@@ -106,7 +200,7 @@ def test_without_refine_there_are_no_such_records(folder):
 
 def test_a_study_that_was_begun_without_refine_goes_on_with_it(folder):
     run_study(study(folder), CONFIG, folder / "plain", Recorder())
-    assert kept(folder / "plain")
+    assert outcomes(folder / "plain") != ([], {})
 
 
 @pytest.mark.parametrize(
@@ -132,6 +226,17 @@ def test_tasks_without_the_loss_are_left_to_the_search(toy):
     assert learnt.weights == {"math": 1.0, "chat": 1.0}
     pilot = study.board.schedule.blocks["pilot"]["chat"]
     assert learnt.examples["chat"] == [e for block in pilot for e in block.examples]
+
+
+@pytest.mark.parametrize(("kind", "n_more"), [("labels", 0), ("entropy", 7)])
+def test_examples_without_labels_are_learnt_from_where_the_loss_needs_none(toy, kind, n_more):
+    schedule = with_losses(dict.fromkeys(TOYS, ("labels", "entropy")))
+    infos = {**schedule.tasks, "math": replace(schedule.tasks["math"], n_unlabelled=7)}
+    study = toy(schedule=replace(schedule, tasks=infos))
+    learnt = material(study.board, study.objective, Recipe(Groups(), 1, 1, loss=kind), {})
+    n_select = len(learnt.examples["code"])
+    assert len(learnt.examples["math"]) == n_select + n_more
+    assert learnt.examples["math"][n_select:] == list(range(40, 40 + n_more))
 
 
 def with_losses(losses):

@@ -62,9 +62,9 @@ def alone():
 @pytest.mark.parametrize("n_workers", [1, 2, 5])
 def test_side_by_side_they_propose_what_each_does_alone(n_workers):
     workers, told = Workers(n_workers), []
-    assert Refiner(workers).run(both(), told.append) == alone()
+    assert Refiner(workers).run(both(), lambda *end: told.append(end)) == alone()
     assert workers.most_at_once == min(n_workers, 2)
-    assert sorted(told) == ["TIES", "trial 3"]
+    assert dict(told) == alone()
 
 
 def test_what_a_lost_worker_was_asked_goes_to_another(caplog):
@@ -98,13 +98,29 @@ def test_one_that_fails_leaves_the_others_alone():
 
 
 def test_what_is_interrupted_is_stopped():
-    def interrupted(name):
+    def interrupted(name, refined):
         raise KeyboardInterrupt
 
     workers = Workers(2)
     with pytest.raises(KeyboardInterrupt):
         Refiner(workers).run(both(), interrupted)
     assert workers.stopped == list(workers.live)
+
+
+def test_it_is_told_of_every_answer_while_refinements_go_on():
+    workers, n_answers = Workers(1), []
+    Refiner(workers).run(both(), answered=lambda: n_answers.append(len(workers.bowl.asked)))
+    assert sorted(set(n_answers)) == list(range(1, len(workers.bowl.asked) + 1))
+
+
+def test_one_that_asks_nothing_ends_at_once():
+    def settled():
+        return alone()["TIES"]
+        yield
+
+    workers = Workers()
+    assert Refiner(workers).run({"TIES": settled()}) == {"TIES": alone()["TIES"]}
+    assert not workers.bowl.asked
 
 
 def test_nothing_to_refine_asks_nothing():

@@ -88,7 +88,7 @@ def test_patience_ends_a_study_on_a_plateau(toy):
 
 def test_timeout_is_over_all_runs_of_the_study(toy):
     first = toy()
-    first.directory.set_elapsed(100.0)
+    first.directory.searching.set_elapsed(100.0)
     trials = first.run(None, timeout_s=50.0)
     assert {trial.state for trial in trials} == {TrialState.WAITING}
 

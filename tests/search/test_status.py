@@ -8,7 +8,7 @@ from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.status import describe_status, read_status
-from tests.search.test_trials import plan
+from tests.search.conftest import OPTIMUM
 
 
 def test_a_plan_that_breaks_a_constraint_is_not_shown_as_the_best(toy):
@@ -65,10 +65,11 @@ def test_references_are_named(toy):
 def test_values_stand_below_one_another_whatever_plans_are_called(toy):
     study = toy()
     study.run(6)
-    best = max(study.directory.records(), key=lambda record: record.value)
-    kept = {"name": "task arithmetic", "plan": plan(0.123).to_dict()}
-    study.directory.keep_refined("a", {**kept, "scores": best.completed_scores()})
-    lines = describe_status(study.directory.run_dir)[1:6]
+    again = toy()
+    again.directory.enqueue_refined("task arithmetic", OPTIMUM, {"key": "a"})
+    again.run(6)
+    first, *lines = describe_status(study.directory.run_dir)[:6]
+    assert first.startswith("toy: 7 trials complete (0 stopped early, 1 refined), 0 running")
     assert any(line.startswith("  refined task arithmetic  ") for line in lines)
     assert len({line.index("  math") for line in lines}) == 1
 

@@ -1,11 +1,16 @@
 """Trials that fail, are left behind, or end run after run."""
 
+from dataclasses import replace
+
 import pytest
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
+from searchmerge.search.budget import StudyClock
 from searchmerge.search.directory import BEST_SO_FAR, plan_file
+from searchmerge.search.racing import Racing
+from tests.search.conftest import OPTIMUM
 from tests.toy import ToyEvaluator
 
 
@@ -91,3 +96,117 @@ def test_a_trial_during_which_runs_were_stopped_by_a_signal_goes_on(toy):
         with pytest.raises(KeyboardInterrupt):
             toy(evaluator=Stopped()).run(8)
     assert {trial.state.name for trial in toy().run(8)} == {"COMPLETE"}
+
+
+# --- Refined trials ---------------------------------------------------------------------------
+
+POOR = replace(OPTIMUM, values={"coefficient": ((0.0, 1.0, 0.0),) * 2})
+
+
+def run_refined(study, plans=(OPTIMUM,), racing=None, evaluator=None):
+    """Enqueue refined plans after a search and run them, as the stage of refinement does."""
+    for i, plan in enumerate(plans):
+        study.directory.enqueue_refined("trial 3", plan, {"key": str(i)})
+    clock = StudyClock(study.directory.refining)
+    try:
+        study.runner().run_refined(study.objective, racing, clock, None)
+    finally:
+        study.directory.close()
+    return [record for record in study.directory.records() if record.refines]
+
+
+def told(study):
+    """Return all that was told of the trials of the space."""
+    records = [record for record in study.directory.records() if not record.refines]
+    what = "plan", "kind", "scores", "values", "violations", "stopped_after", "se"
+    return [tuple(getattr(record, name) for name in what) for record in records]
+
+
+def test_a_refined_trial_runs_though_the_budget_is_used_up(toy):
+    toy().run(8)
+    study = toy()
+    [record] = run_refined(study)
+    assert (record.number, record.name, record.plan) == (8, "refined trial 3", OPTIMUM)
+    assert record.is_full
+    assert record.se > 0
+    assert [shown.name for shown in study.observer.trials] == [record.name]
+    trial = study.directory.study.trials[8]
+    assert (trial.state, trial.params) == (TrialState.COMPLETE, {})
+    assert study.directory.refining.elapsed_s > 0
+
+
+def test_refined_trials_take_nothing_of_the_budget(toy):
+    toy().run(8)
+    run_refined(toy(), [OPTIMUM, POOR])
+    before = toy().directory.searching.elapsed_s
+    study = toy()
+    assert len(study.run(8)) == 10  # all are there: nothing is asked
+    assert study.directory.searching.elapsed_s == pytest.approx(before, abs=1.0)
+    study = toy()
+    study.run(12)
+    assert len(told(study)) == 12
+    assert ("search", 12, 8) in study.observer.phases
+
+
+@pytest.mark.parametrize("budget", [{"n_trials": 40}, {"n_trials": None, "patience": 12}])
+def test_a_refined_plan_that_is_better_stops_no_trial_of_the_space(toy, budget):
+    for name in ("plain", "refined"):
+        toy(run_dir=name).run(12, racing=Racing())
+    [flattered] = run_refined(toy(run_dir="refined"), racing=Racing())
+    runs = {name: toy(run_dir=name) for name in ("plain", "refined")}
+    for study in runs.values():
+        study.run(**budget, racing=Racing())
+    assert told(runs["refined"]) == told(runs["plain"])
+    assert flattered.value > max(r.value for r in runs["plain"].directory.records())
+    files = [plan_file(s.directory.run_dir, BEST_SO_FAR).read_text() for s in runs.values()]
+    assert files[0] == files[1]
+
+
+def test_a_refined_trial_that_cannot_win_is_stopped_and_its_scores_are_predicted(toy):
+    toy().run(12, racing=Racing())
+    study = toy()
+    poor, best = run_refined(study, [POOR, OPTIMUM], racing=Racing())
+    assert poor.stopped_after < 15
+    assert not poor.is_full
+    assert best.is_full
+
+
+def test_of_one_plan_refined_twice_each_has_a_name_of_its_own(toy):
+    toy().run(8)
+    names = [record.name for record in run_refined(toy(), [OPTIMUM, POOR])]
+    assert names == ["refined trial 3", "refined trial 3 (2)"]
+
+
+@pytest.mark.parametrize("n_calls", [0, 1, 4])
+def test_a_refined_trial_that_was_cut_off_goes_on_where_it_was(toy, n_calls):
+    class Dies(ToyEvaluator):
+        def score(self, model, task, examples):
+            if len(self.scored) == n_calls:
+                raise KeyboardInterrupt
+            return super().score(model, task, examples)
+
+    toy().run(8)
+    first = toy(evaluator=Dies())
+    with pytest.raises(KeyboardInterrupt):
+        run_refined(first)
+    study = toy()
+    [record] = run_refined(study, [])
+    assert (record.number, record.plan, record.is_full) == (8, OPTIMUM, True)
+    assert len(first.evaluator.scored) + len(study.evaluator.scored) <= 15 + 3
+    assert len(study.directory.study.trials) == 9
+
+
+def test_a_refined_trial_that_was_left_in_the_queue_runs_before_the_search_goes_on(toy):
+    toy().run(8)
+    toy().directory.enqueue_refined("trial 3", OPTIMUM, {"key": "a"})
+    study = toy()
+    study.run(10)
+    assert [bool(record.refines) for record in study.observer.trials] == [True, False, False]
+
+
+def test_a_refined_trial_that_cannot_be_scored_fails_alone(toy):
+    toy().run(8)
+    study = toy(evaluator=ToyEvaluator(fails=lambda c: c == (0.9, 0.2, 0.5)))
+    failed, scored = run_refined(study, [OPTIMUM, POOR])
+    assert failed.failure.endswith("has NaN logits")
+    assert scored.is_full

@@ -7,6 +7,7 @@ from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.searched import Range
 from searchmerge.search.space import Alternative, SearchSpace
 from searchmerge.search.warm_start import earlier_plans, warm_start_params
+from tests.search.conftest import OPTIMUM
 from tests.toy import EXPERTS
 
 
@@ -24,6 +25,18 @@ def test_a_warm_start_asks_the_earlier_best_plans_first(toy, tmp_path_factory):
         warm_start_params([first.directory.run_dir], other, 3)
     with pytest.raises(StudyError, match="no study here"):
         warm_start_params([tmp_path_factory.mktemp("empty")], narrow, 3)
+
+
+def test_refined_plans_are_not_begun_with(toy):
+    first = toy()
+    first.directory.enqueue_refined("trial 5", OPTIMUM, {"key": "a"})
+    first.run(8)
+    records = first.directory.records()
+    assert max(records, key=lambda record: record.value).plan == OPTIMUM
+    assert len(records) == 9
+    plans = earlier_plans(first.directory.run_dir, 9)
+    assert len(plans) == 8
+    assert OPTIMUM not in plans
 
 
 def test_plans_that_break_a_constraint_come_after_all_that_keep_it(toy):

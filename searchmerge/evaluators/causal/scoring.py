@@ -7,7 +7,7 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -97,19 +97,46 @@ class CausalScorer:
             pairs: One or more; as there.
             max_length: As there.
         """
-        keeps_prefixes = not getattr(model, "is_activation_checkpointing", False)
-        window = self._packed_window(model, max_length) if keeps_prefixes else 0
-        how = max_length, window, self._batch_tokens, device_of(model)
-        clusters, indices = self._layout(pairs, how)
+        clusters, indices = self._differentiable(model, pairs, max_length)
         values, owners = [], []
-        for cluster in clusters:
-            prefix = run_prefix(model, cluster.prefix)
-            for batch in cluster.batches:
-                values.append(read_with_gradient(_logits(model, batch, prefix), batch))
-                owners.append(batch.owners)
+        for batch, logits in _runs_of(model, clusters):
+            values.append(read_with_gradient(logits, batch))
+            owners.append(batch.owners)
         owner, value = torch.cat(owners), torch.cat(values)
         totals = value.new_zeros(int(owner.max()) + 1).index_add(0, owner.to(value.device), value)
         return totals[torch.tensor(indices, device=value.device)]
+
+    def log_probabilities(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> list[Tensor]:
+        """Return what comes next at every token of each continuation, with its gradient.
+
+        Args:
+            model: As for :meth:`log_likelihoods`.
+            pairs: As there.
+            max_length: As there.
+
+        Returns:
+            Each continuation's log-probabilities, ``(n_tokens, vocabulary)`` float32.
+        """
+        clusters, indices = self._differentiable(model, pairs, max_length)
+        by_owner: dict[int, Tensor] = {}
+        for batch, logits in _runs_of(model, clusters):
+            distributions = logits.float().log_softmax(-1)
+            owners = batch.owners.numpy()
+            for owner in np.unique(owners).tolist():
+                places = torch.from_numpy(np.flatnonzero(owners == owner))
+                at = batch.at[sent(places, batch.at.device)]
+                by_owner[owner] = distributions[sent(at, logits.device)]
+        return [by_owner[index] for index in indices]
+
+    def _differentiable(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> _Layout:
+        """Return what to run, and each pair's place, where all passes are differentiated."""
+        keeps_prefixes = not getattr(model, "is_activation_checkpointing", False)
+        window = self._packed_window(model, max_length) if keeps_prefixes else 0
+        return self._layout(pairs, (max_length, window, self._batch_tokens, device_of(model)))
 
     def _packed_window(self, model: nn.Module, max_length: int) -> int:
         """Return within how many tokens rows may be packed; 0 where they may not."""
@@ -201,16 +228,22 @@ def _run(model: nn.Module, clusters: Iterable[Cluster]) -> list[tuple[float, boo
     """
     reads: list[Reading] = []
     owners: list[np.ndarray] = []
-    for cluster in clusters:
-        prefix = run_prefix(model, cluster.prefix)
-        for batch in cluster.batches:
-            reads.append(read(_logits(model, batch, prefix), batch))
-            owners.append(batch.owners.numpy())
+    for batch, logits in _runs_of(model, clusters):
+        reads.append(read(logits, batch))
+        owners.append(batch.owners.numpy())
     owner = np.concatenate(owners)
     both = [torch.stack([reading.values, reading.greedy.float()]) for reading in reads]
     values, greedy = torch.cat(both, 1).cpu().numpy()  # the only wait
     totals, misses = np.bincount(owner, values), np.bincount(owner, greedy == 0)
     return list(zip(totals.tolist(), (misses == 0).tolist(), strict=True))
+
+
+def _runs_of(model: nn.Module, clusters: Iterable[Cluster]) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield each batch with the logits that it keeps."""
+    for cluster in clusters:
+        prefix = run_prefix(model, cluster.prefix)
+        for batch in cluster.batches:
+            yield batch, _logits(model, batch, prefix)
 
 
 def _logits(model: nn.Module, batch: Batch, prefix: Prefix) -> Tensor:

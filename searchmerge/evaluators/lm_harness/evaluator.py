@@ -174,7 +174,7 @@ class LmHarness:
         ]
 
     def loss(self, model: nn.Module, task: str, examples: Sequence[int]) -> Tensor:
-        """Return the mean loss of examples, as the task's kind has it."""
+        """Return the loss of each example, as the task's kind has it."""
         with evaluating(model):
             self._lm.model = model
             return self._tasks[task].loss(self._lm, examples)

@@ -1,7 +1,7 @@
 """A group or tag of lm-eval's as one task of a study: its members' examples, one score."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -118,18 +118,26 @@ class PreparedGroup:
         )
 
     def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
-        """Return the mean loss of examples."""
-        members = self._by_member(examples)
-        losses = [len(its) * self._members[m].loss(lm, its) for m, its in members.items()]
-        return torch.stack(losses).sum() / len(examples)
+        """Return the loss of each example."""
+        losses: dict[tuple[int, int], Tensor] = {}
+        for member, its in self._by_member(examples).items():
+            losses |= self._placed(member, its, self._members[member].loss(lm, its))
+        return torch.stack([losses[self._place(example)] for example in examples])
 
     def log_probabilities(self, lm: Any, examples: Sequence[int]) -> list[Tensor]:
         """Return the log-probabilities of each example's choices."""
         answers: dict[tuple[int, int], Tensor] = {}
         for member, its in self._by_member(examples).items():
             given = self._members[member].log_probabilities(lm, its)
-            answers |= {(member, place): p for place, p in zip(its, given, strict=True)}
+            answers |= self._placed(member, its, given)
         return [answers[self._place(example)] for example in examples]
+
+    @staticmethod
+    def _placed(
+        member: int, places: Sequence[int], given: Iterable[Tensor]
+    ) -> dict[tuple[int, int], Tensor]:
+        """Return what was given for a member's examples, by member and place."""
+        return {(member, place): of for place, of in zip(places, given, strict=True)}
 
     def _by_member(self, examples: Sequence[int]) -> dict[int, list[int]]:
         """Return each member's examples, by their places in it."""

@@ -54,6 +54,16 @@ class Backend(Protocol):
         """Return each continuation's log-likelihood, ``(n_pairs,)``, with its gradient."""
         ...
 
+    def log_probabilities(
+        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
+    ) -> list[Tensor]:
+        """Return what comes next at every token of each continuation, with its gradient.
+
+        Returns:
+            Each continuation's log-probabilities, ``(n_tokens, vocabulary)`` float32.
+        """
+        ...
+
     def generate(
         self,
         model: nn.Module,
@@ -96,6 +106,7 @@ class TransformersBackend:
         scorer = self._scorer = CausalScorer(batch_tokens)
         self.score = scorer.score
         self.log_likelihoods = scorer.log_likelihoods
+        self.log_probabilities = scorer.log_probabilities
         self.generate = Generator(batch_tokens).generate
 
     def tune(
@@ -274,6 +285,35 @@ class ResidentLM:
         """Return the same of whole texts."""
         return self._differentiated([self._text_windows(text) for text in texts])
 
+    def next_tokens(self, texts: Sequence[tuple[str, str]]) -> list[Tensor]:
+        """Return what comes next at every token of each continuation, with its gradient.
+
+        Args:
+            texts: Context and continuation, one or more; of an empty continuation it is what
+                comes first.
+
+        Returns:
+            Log-probabilities of each, ``(n_tokens, vocabulary)`` float32.
+        """
+        pairs = [self._pair(*text) if text[1] else self._open(text[0]) for text in texts]
+        return self._runs.log_probabilities(self.model, pairs, self.max_length)
+
+    def next_tokens_of_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """Return the same of whole texts, each read in windows."""
+        windows = [self._text_windows(text) for text in texts]
+        pairs = [pair for of_text in windows for pair in of_text]
+        given = iter(self._runs.log_probabilities(self.model, pairs, self.max_length))
+        return [torch.cat([next(given) for _ in of_text]) for of_text in windows]
+
+    def _open(self, context: str) -> tuple[Tokens, Tokens]:
+        """Return a prompt, and a token after it that stands for any."""
+        return self._read(context) or (self.prefix_token_id,), (self.eot_token_id,)
+
+    def _read(self, text: str) -> Tokens:
+        """Return the tokens of a prompt as this kind of model reads it."""
+        is_causal = self._runs.reads == "causal"
+        return tuple(self.tok_encode(text) if is_causal else self.tokenizer.encode(text))
+
     def _differentiated(
         self, texts: Sequence[Sequence[tuple[Tokens, Tokens]]]
     ) -> tuple[Tensor, Tensor]:
@@ -358,11 +398,9 @@ class ResidentLM:
 
     def _prompt(self, text: str, options: GenerationOptions) -> Tokens:
         """Return the tokens of a prompt: its last, for which there is room."""
-        if self._runs.reads == "causal":
-            room, tokens = _room(options.max_new_tokens, self.max_length), self.tok_encode(text)
-        else:
-            room, tokens = self.max_length, self.tokenizer.encode(text)
-        return tuple(tokens[-room:] or [self.prefix_token_id])
+        is_causal = self._runs.reads == "causal"
+        room = _room(options.max_new_tokens, self.max_length) if is_causal else self.max_length
+        return self._read(text)[-room:] or (self.prefix_token_id,)
 
     def _seeds(self, requests: Sequence[Any]) -> list[int]:
         """Return each request's seed."""

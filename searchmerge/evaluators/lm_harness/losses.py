@@ -30,6 +30,10 @@ class TaskLosses:
     - ``generate_until``: the same of the target, the first of several, where each document has
       one. What is generated is not looked at.
 
+    What comes next at the tokens of the continuation, the text or the target has a distribution
+    too; where a document has no target, at the first token of an answer. So all have the losses
+    that need no label.
+
     Args:
         task: lm-eval's task object.
         metric: The metric that decides.
@@ -45,20 +49,22 @@ class TaskLosses:
     def _kinds(self) -> tuple[LossKind, ...]:
         """Return which losses there are, seen by the first document."""
         output_type, docs = self._task.OUTPUT_TYPE, self._task.eval_docs
+        unlabelled: tuple[LossKind, ...] = ("entropy", "agreement")
         if output_type in ("loglikelihood", "loglikelihood_rolling"):
-            return ("labels",)
+            return ("labels", *unlabelled)
         try:
             if output_type == "multiple_choice":
                 has_labels = bool(self.right(docs[0], self._task.doc_to_choice(docs[0])))
-                return ("labels", "entropy", "agreement") if has_labels else ()
-            return ("labels",) if self.target(docs[0]) else ()
+            else:
+                has_labels = bool(self.target(docs[0]))
         except task_errors():
-            return ()
+            has_labels = False
+        return ("labels", *unlabelled) if has_labels else unlabelled
 
     def loss(self, lm: Any, requests: Sequence[Sequence[Any]]) -> Tensor:
-        """Return the mean loss of examples, given each one's requests."""
+        """Return the loss of each example, given its requests."""
         if self._task.OUTPUT_TYPE == "multiple_choice":
-            return self._loss_of_choices(self.log_probabilities(lm, requests), requests)
+            return self._loss_of_choices(self._of_choices(lm, requests), requests)
         if self._task.OUTPUT_TYPE == "loglikelihood_rolling":
             totals, n_tokens = lm.rolling_log_likelihoods([group[0].args[0] for group in requests])
         elif self._task.OUTPUT_TYPE == "loglikelihood":
@@ -66,11 +72,36 @@ class TaskLosses:
         else:
             texts = [(group[0].args[0], self.target(group[0].doc)) for group in requests]
             totals, n_tokens = lm.log_likelihoods(texts)
-        loss: Tensor = -(totals / n_tokens).mean()
+        loss: Tensor = -(totals / n_tokens)
         return loss
 
     def log_probabilities(self, lm: Any, requests: Sequence[Sequence[Any]]) -> list[Tensor]:
-        """Return each example's log-probabilities of its choices, given its requests."""
+        """Return each example's log-probabilities, given its requests.
+
+        Of its choices, ``(n_choices,)``; else of what comes next, ``(n_tokens, vocabulary)``.
+        """
+        kind = self._task.OUTPUT_TYPE
+        if kind == "multiple_choice":
+            return self._of_choices(lm, requests)
+        given: list[Tensor]
+        if kind == "loglikelihood_rolling":
+            given = lm.next_tokens_of_texts([group[0].args[0] for group in requests])
+        elif kind == "loglikelihood":
+            given = lm.next_tokens([group[0].args[:2] for group in requests])
+        else:
+            texts = [(group[0].args[0], self._answer(lm, group[0])) for group in requests]
+            given = lm.next_tokens(texts)
+        return given
+
+    def _answer(self, lm: Any, request: Any) -> str:
+        """Return the target of a request, empty where there is none that can be read."""
+        try:
+            target = self.target(request.doc)
+        except task_errors():  # it is not needed
+            return ""
+        return target if target and lm.n_tokens(request.args[0], target) > 0 else ""
+
+    def _of_choices(self, lm: Any, requests: Sequence[Sequence[Any]]) -> list[Tensor]:
         texts, lengths, counts = [], [], []
         for group in requests:
             choices = self._task.doc_to_choice(group[0].doc)
@@ -89,7 +120,7 @@ class TaskLosses:
             doc = group[0].doc
             right = self.right(doc, self._task.doc_to_choice(doc))
             losses.append(-of_example[right].logsumexp(0))
-        return torch.stack(losses).mean()
+        return torch.stack(losses)
 
     def right(self, doc: Any, choices: Sequence[str]) -> list[int]:
         """Return the places of the right choices of a document."""

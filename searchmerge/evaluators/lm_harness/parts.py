@@ -74,7 +74,7 @@ class PreparedParts:
         return prepared.grades(lm, [example - first for example in examples])
 
     def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
-        """Return the mean loss of examples of a part."""
+        """Return the loss of each example of a part."""
         prepared, first = self._of(examples)
         return prepared.loss(lm, [example - first for example in examples])
 

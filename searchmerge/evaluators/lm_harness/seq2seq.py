@@ -87,6 +87,17 @@ class Seq2SeqBackend:
         places = sorted(range(len(order)), key=order.__getitem__)
         return together[torch.tensor(places, device=together.device)]
 
+    def log_probabilities(
+        self, model: nn.Module, pairs: Sequence[Pair], max_length: int
+    ) -> list[Tensor]:
+        """Return what comes next at every token of each continuation, with its gradient."""
+        given: dict[int, Tensor] = {}
+        for rows, batch in self._batches(pairs, max_length, 1.0):
+            distributions = _decoded(model, batch)[0].float().log_softmax(-1)
+            for row, of_row, (_, tokens) in zip(rows, distributions, batch, strict=True):
+                given[row] = of_row[: len(tokens)]
+        return [given[place] for place in range(len(pairs))]
+
     def _batches(
         self, pairs: Sequence[Pair], max_length: int, part: float
     ) -> Iterator[tuple[list[int], list[Pair]]]:
@@ -109,7 +120,16 @@ class Seq2SeqBackend:
 
 
 def _read(model: Any, batch: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Return each continuation's log-likelihood, and whether every token of it is the likeliest.
+    """Return each continuation's log-likelihood, and whether each token of it is the likeliest."""
+    logits, labels, is_read = _decoded(model, batch)
+    wanted = labels.masked_fill(~is_read, 0)
+    likely = logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+    is_greedy = ((logits.argmax(-1) == wanted) | ~is_read).all(-1)
+    return likely.masked_fill(~is_read, 0).sum(-1), is_greedy
+
+
+def _decoded(model: Any, batch: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, ``(n_rows, longest, vocabulary)``, the labels, and where there is a token.
 
     A context is encoded once for all of its continuations.
 
@@ -139,11 +159,7 @@ def _read(model: Any, batch: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         labels=labels,
         use_cache=False,
     ).logits
-    is_read = sent(is_token, device).bool()
-    wanted = labels.masked_fill(~is_read, 0)
-    likely = logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-    is_greedy = ((logits.argmax(-1) == wanted) | ~is_read).all(-1)
-    return likely.masked_fill(~is_read, 0).sum(-1), is_greedy
+    return logits, labels, sent(is_token, device).bool()
 
 
 def _padded(rows: Sequence[Tokens], filler: int) -> tuple[Tensor, Tensor]:

@@ -225,7 +225,7 @@ class PreparedTask:
         return self.scores(requests, examples)
 
     def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
-        """Return the mean loss of examples; see :class:`TaskLosses`."""
+        """Return the loss of each example; see :class:`TaskLosses`."""
         with explained(self._name, f"find the right answers of its task {self.lm_name!r}"):
             return self._losses.loss(lm, self.requests(examples))
 

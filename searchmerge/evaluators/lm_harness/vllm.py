@@ -160,7 +160,9 @@ class VllmBackend:
         self._server: Server | None = None
         self._checked = False
         # vLLM has no gradients: they are those of the resident model that it follows
-        self.log_likelihoods = CausalScorer(BATCH_TOKENS["cuda"]).log_likelihoods
+        scorer = CausalScorer(BATCH_TOKENS["cuda"])
+        self.log_likelihoods = scorer.log_likelihoods
+        self.log_probabilities = scorer.log_probabilities
 
     @property
     def server(self) -> Server:

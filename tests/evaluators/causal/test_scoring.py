@@ -190,11 +190,28 @@ def test_log_likelihoods_have_the_gradient_of_rows_run_one_by_one(architecture):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=2e-3)
 
 
-def _log_likelihood(model, context, continuation):
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_what_comes_next_has_the_gradient_of_rows_run_one_by_one(architecture):
+    with torch.enable_grad():
+        model = tiny_model(architecture)
+        given = CausalScorer(256).log_probabilities(model, PAIRS, WINDOW)
+        expected = [_log_probabilities(model, *pair) for pair in PAIRS]
+        gradients = []
+        for distributions in (given, expected):
+            loss = sum((p.exp() * p).sum() for p in distributions)
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=2e-3)
+
+
+def _log_probabilities(model, context, continuation):
     row = torch.tensor([(context + continuation)[-(WINDOW + 1) :][:-1]])
-    logits = model(row).logits[0, -len(continuation) :]
+    return model(row).logits[0, -len(continuation) :].log_softmax(-1)
+
+
+def _log_likelihood(model, context, continuation):
     targets = torch.tensor(continuation)
-    return logits.log_softmax(-1)[torch.arange(len(targets)), targets].sum()
+    return _log_probabilities(model, context, continuation)[range(len(targets)), targets].sum()
 
 
 def test_what_is_scored_again_is_not_laid_out_again():

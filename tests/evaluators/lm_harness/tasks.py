@@ -95,6 +95,7 @@ TASKS = {
         "metric_list": [{"metric": "bypass", "aggregation": "mean", "higher_is_better": True}],
     },
 }
+TASKS["open"] = TASKS["sampled"] | {"doc_to_target": ""}
 _OF_FIRST_LETTER = {"function": "regex", "regex_pattern": "([a-z])"}
 TASKS["voted"] = TASKS["sampled"] | {
     "repeats": 5,

@@ -175,13 +175,14 @@ def test_a_definition_need_not_say_which_split_is_scored(folder):
         harness(folder, LmTask(config, "trian"))
 
 
-def test_the_loss_of_a_group_is_the_mean_over_its_examples(groups, model):
+def test_the_loss_of_a_group_is_that_of_each_example(groups, model):
     group = harness(groups, LmTask("by_size", "test"))
     assert group.tasks["mine"].losses == ("labels", "entropy", "agreement")
     small, large = (harness(groups, LmTask(name, "test")) for name in ("small", "large"))
     with torch.no_grad():
-        expected = small.loss(model, "mine", [6, 0]) * 2 + large.loss(model, "mine", [9])
-        torch.testing.assert_close(group.loss(model, "mine", [6, 16, 0]), expected / 3)
+        expected = [*small.loss(model, "mine", [6]), *large.loss(model, "mine", [9])]
+        expected += small.loss(model, "mine", [0])
+        torch.testing.assert_close(group.loss(model, "mine", [6, 16, 0]), torch.stack(expected))
         given = group.log_probabilities(model, "mine", [6, 16, 0])
         first, last = small.log_probabilities(model, "mine", [6, 0])
         [middle] = large.log_probabilities(model, "mine", [9])

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from searchmerge.evaluators.lm_harness.keys import LmTask
+from searchmerge.evaluators.loss import disagreement, entropy
 from tests.evaluators.lm_harness.tasks import documents, harness
 from tests.evaluators.models import tiny_tokenizer
 
 
 def differentiated(evaluator, model, examples):
     """Return a task's loss, having seen that it has a gradient."""
-    loss = evaluator.loss(model, "mine", examples)
+    loss = evaluator.loss(model, "mine", examples).mean()
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     model.zero_grad()
@@ -51,7 +52,7 @@ def test_the_loss_of_choices_is_their_cross_entropy_as_the_metric_divides_them(
 
 def test_the_loss_of_what_is_generated_is_the_targets_likelihood_per_token(folder, model):
     evaluator = harness(folder, LmTask("generate", "test"))
-    assert evaluator.tasks["mine"].losses == ("labels",)
+    assert evaluator.tasks["mine"].losses == ("labels", "entropy", "agreement")
     docs = documents("test", 7)
     pairs = [(doc["question"], f" {doc['choices'][i % 4]}") for i, doc in enumerate(docs)]
     expected = sum(-value / n for value, n in likelihoods(model, pairs)) / 7
@@ -60,7 +61,72 @@ def test_the_loss_of_what_is_generated_is_the_targets_likelihood_per_token(folde
 
 def test_the_loss_of_texts_is_their_likelihood_per_token(folder, model):
     evaluator = harness(folder, LmTask("texts", "test"))
-    assert evaluator.tasks["mine"].losses == ("labels",)
+    assert evaluator.tasks["mine"].losses == ("labels", "entropy", "agreement")
     pairs = [("<s>", doc["question"]) for doc in documents("test", 7)]
     expected = sum(-value / n for value, n in likelihoods(model, pairs)) / 7
     assert differentiated(evaluator, model, range(7)) == pytest.approx(expected, rel=1e-3)
+
+
+def next_tokens(model, context, continuation):
+    """Return what comes next at every token of a continuation, or first where there is none."""
+    tokenizer = tiny_tokenizer()
+    first, both = tokenizer.encode(context), tokenizer.encode(context + continuation)
+    n_tokens = max(1, len(both) - len(first))
+    logits = model(torch.tensor([both])).logits[0, len(first) - 1 :][:n_tokens]
+    return logits.log_softmax(-1)
+
+
+UNLABELLED = {
+    "generate": (LmTask("generate", "test"), lambda d, i: (d["question"], f" {d['choices'][i]}")),
+    "open": (LmTask("open", "test"), lambda d, i: (d["question"], "")),
+    "texts": (LmTask("texts", "test"), lambda d, i: ("<s>", d["question"])),
+}
+
+
+@pytest.mark.parametrize("kind", UNLABELLED)
+def test_what_comes_next_is_told_where_an_answer_stands(folder, model, kind):
+    task, pair_of = UNLABELLED[kind]
+    evaluator = harness(folder, task)
+    docs = list(documents("test", 7))
+    given = evaluator.log_probabilities(model, "mine", range(7))
+    for i, (doc, of_doc) in enumerate(zip(docs, given, strict=True)):
+        expected = next_tokens(model, *pair_of(doc, i % 4))
+        torch.testing.assert_close(of_doc, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_task_whose_documents_have_no_answers_has_losses_without_labels_alone(folder):
+    assert harness(folder, LmTask("open", "test")).tasks["mine"].losses == (
+        "entropy",
+        "agreement",
+    )
+
+
+@pytest.mark.parametrize("kind", ["mc", "generate", "open", "texts"])
+@pytest.mark.parametrize("loss", ["entropy", "agreement"])
+def test_their_gradients_are_what_finite_differences_give(folder, model, kind, loss):
+    evaluator = harness(folder, LmTask(kind, "test"))
+    parameters = [p for p in model.double().parameters() if p.dim() > 1]
+    draw = torch.Generator().manual_seed(0)
+    ways = [torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in parameters]
+    move(parameters, ways, 0.05)
+    with torch.no_grad():
+        teacher = evaluator.log_probabilities(model, "mine", range(3))
+    move(parameters, ways, -0.05)
+
+    def value():
+        given = evaluator.log_probabilities(model, "mine", range(3))
+        return (entropy(given) if loss == "entropy" else disagreement(given, teacher)).sum()
+
+    gradients = torch.autograd.grad(value(), parameters)
+    slope = sum(float((g * way).sum()) for g, way in zip(gradients, ways, strict=True))
+    ends = []
+    for by in (1e-3, -2e-3):
+        move(parameters, ways, by)
+        ends.append(float(value().detach()))
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=2e-2, abs=1e-3)
+
+
+@torch.no_grad()
+def move(parameters, ways, by):
+    for parameter, way in zip(parameters, ways, strict=True):
+        parameter += by * way

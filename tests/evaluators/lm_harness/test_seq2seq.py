@@ -137,6 +137,17 @@ def test_gradients_are_those_of_the_models_own_loss(both):
     torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_what_comes_next_is_what_the_models_own_logits_say(both):
+    ours, _ = both
+    model, backend = ours.model, Seq2SeqBackend(64)
+    pairs = [((5, 9, 30, 1), (40, 41)), ((7, 1), (50, 51, 52)), ((5, 9, 30, 1), (44,))]
+    given = backend.log_probabilities(model, pairs, 60)
+    for (context, tokens), of_pair in zip(pairs, given, strict=True):
+        labels = torch.tensor([tokens])
+        logits = model(input_ids=torch.tensor([context]), labels=labels).logits[0]
+        torch.testing.assert_close(of_pair, logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_without_padding_is_refused_with_the_key_to_add(both):
     ours, _ = both
     ours.model.config.pad_token_id = None

@@ -1,0 +1,125 @@
+"""What refinements were told, kept until they end: one that was cut off asks nothing twice."""
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from searchmerge.errors import StudyError
+from searchmerge.execution.gradient import LossResult, TaskLoss
+from searchmerge.plan import MergePlan
+from searchmerge.search.refine import Refined, Refinement
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS losses (
+    refinement TEXT NOT NULL, number INTEGER NOT NULL, digest TEXT NOT NULL, result TEXT NOT NULL,
+    checksum TEXT NOT NULL, PRIMARY KEY (refinement, number)
+)
+"""
+
+
+class LossStore:
+    """Losses and gradients by refinement, in the order asked, in the file that holds scores.
+
+    Args:
+        path: The file, which belongs to the study.
+
+    Raises:
+        StudyError: From any method, if the file is damaged or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        with self._errors():
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute(_SCHEMA)
+
+    def n_kept(self, refinement: str) -> int:
+        """Return how many answers of a refinement are kept."""
+        with self._errors():
+            query = "SELECT COUNT(*) FROM losses WHERE refinement = ?"
+            return int(self._connection.execute(query, (refinement,)).fetchone()[0])
+
+    def put(self, refinement: str, number: int, plan: MergePlan, result: LossResult) -> None:
+        """Keep what a refinement was told of a plan as its answer of this number."""
+        row = refinement, number, plan.digest, json.dumps(asdict(result))
+        with self._errors():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO losses VALUES (?,?,?,?,?)", (*row, _checksum(row))
+            )
+
+    def get(self, refinement: str, number: int, plan: MergePlan) -> LossResult | None:
+        """Return the answer of this number; ``None`` if none of this plan is kept."""
+        query = (
+            "SELECT refinement, number, digest, result, checksum FROM losses "
+            "WHERE refinement = ? AND number = ?"
+        )
+        with self._errors():
+            row = self._connection.execute(query, (refinement, number)).fetchone()
+        if row is None or row[2] != plan.digest:
+            return None
+        if row[4] != _checksum(row[:4]):
+            raise StudyError(
+                f"{self._path}: damaged: answer {number} of refinement {refinement} is not as it "
+                "was written; put back a copy of the file, or begin the study anew under another "
+                "name"
+            )
+        return _result(json.loads(row[3]))
+
+    def forget(self, refinement: str) -> None:
+        """Drop the answers of a refinement that has ended."""
+        with self._errors():
+            self._connection.execute("DELETE FROM losses WHERE refinement = ?", (refinement,))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StudyError(f"{self._path}: losses cannot be kept: {error}") from error
+
+
+def _checksum(row: tuple[Any, ...]) -> str:
+    return hashlib.sha256(json.dumps(row, default=repr).encode()).hexdigest()[:16]
+
+
+def _result(kept: dict[str, Any]) -> LossResult:
+    tasks = {
+        task: TaskLoss(tuple(loss["values"]), tuple(map(tuple, loss["rows"])))
+        for task, loss in kept["tasks"].items()
+    }
+    return LossResult(tasks, kept["merge_s"], kept["loss_s"])
+
+
+def remembered(course: Refinement, store: LossStore, key: str) -> Refinement:
+    """Return a refinement that asks only what it was not told before; all answers are kept.
+
+    Args:
+        course: The refinement.
+        store: Keeps the answers.
+        key: Tells the refinement from all others.
+    """
+    number = 0
+    try:
+        ask = next(course)
+        while True:
+            result = store.get(key, number, ask[0])
+            if result is None:
+                result = yield ask
+                store.put(key, number, ask[0], result)
+            number += 1
+            ask = course.send(result)
+    except StopIteration as ended:
+        refined: Refined | None = ended.value
+        return refined
+    finally:
+        course.close()

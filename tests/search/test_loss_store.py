@@ -1,0 +1,70 @@
+"""What a refinement was told outlives a kill, and is not asked again."""
+
+import sqlite3
+from dataclasses import replace
+
+import pytest
+
+from searchmerge.errors import StudyError
+from searchmerge.execution.gradient import LossResult, TaskLoss
+from searchmerge.search.loss_store import LossStore, remembered
+from searchmerge.search.refine import refinement
+from tests.search.test_refine import MATERIAL, RECIPE, START, Bowl, run
+
+RESULT = LossResult({"math": TaskLoss((0.1, 1 / 3), ((1e-300, -0.7), (2.0, 1e17)))}, 0.25, 1.5)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = LossStore(tmp_path / "scores.db")
+    yield store
+    store.close()
+
+
+def test_what_is_kept_comes_back_to_the_last_digit(store):
+    store.put("a", 0, START, RESULT)
+    assert store.get("a", 0, START) == RESULT
+    assert store.n_kept("a") == 1
+    other = replace(START, values={"coefficient": ((0.5, 0.5),) * 3})
+    for key, number, plan in [("a", 1, START), ("b", 0, START), ("a", 0, other)]:
+        assert store.get(key, number, plan) is None
+
+
+def test_what_has_ended_is_forgotten(store):
+    for key in "ab":
+        store.put(key, 0, START, RESULT)
+    store.forget("a")
+    assert (store.n_kept("a"), store.n_kept("b")) == (0, 1)
+
+
+def test_a_row_that_was_changed_is_told_from_one_that_was_not(store, tmp_path):
+    store.put("a", 0, START, RESULT)
+    with sqlite3.connect(tmp_path / "scores.db") as connection:
+        connection.execute("UPDATE losses SET result = replace(result, '0.25', '0.26')")
+    with pytest.raises(StudyError, match="answer 0 of refinement a is not as it was written"):
+        store.get("a", 0, START)
+
+
+def cut_off_after(n_answers, store):
+    """Go on with a refinement until so many answers more; return what it proposed, and asked."""
+    course, bowl = remembered(refinement(START, RECIPE, MATERIAL), store, "a"), Bowl()
+    try:
+        ask = next(course)
+        for _ in range(n_answers):
+            ask = course.send(bowl.answer(*ask))
+    except StopIteration as ended:
+        return ended.value, bowl.asked
+    course.close()
+    return None, bowl.asked
+
+
+@pytest.mark.parametrize("n_answers", [1, 7, 40])
+def test_a_refinement_that_is_cut_off_again_and_again_asks_nothing_twice(store, n_answers):
+    refined, alone = run()
+    asked = []
+    while len(asked) < len(alone.asked):
+        proposed, more = cut_off_after(n_answers, store)
+        asked += more
+    assert asked == alone.asked
+    assert proposed == refined
+    assert cut_off_after(0, store) == (refined, [])
