@@ -38,6 +38,7 @@ from searchmerge.evaluators.rows import (
     text_column,
 )
 from searchmerge.evaluators.score_kind import Mean, OfRecords, ScoreKind
+from searchmerge.wording import counted
 
 Metric = Literal["acc", "macro_f1"]
 
@@ -308,7 +309,8 @@ def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
     n_classes = task.head.n_classes
     if task.class_names and len(task.class_names) != n_classes:
         raise SpecError(
-            f"{where}.labels: there are {len(task.class_names)}; its head has {n_classes} classes"
+            f"{where}.labels: there are {len(task.class_names)}; "
+            f"its head has {counted(n_classes, 'class', 'classes')}"
         )
     index_of = {name: index for index, name in enumerate(task.class_names)}
     twice = {name for name in task.class_names if task.class_names.count(name) > 1}

@@ -10,6 +10,7 @@ from typing import Literal
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
+from searchmerge.wording import counted
 
 Part = Literal["pilot", "select", "hold_out"]
 """``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``pilot`` is
@@ -98,8 +99,8 @@ def split_examples(
         drawn = ", counted in proportion to its members' weights" if info.members else ""
         raise SpecError(
             f"tasks.{task}: select {select} and hold_out {hold_out} were asked for, but the task "
-            f"has {n_examples} examples{drawn}; each part needs 1 or more, together at most "
-            f"{n_examples}"
+            f"has {counted(n_examples, 'example')}{drawn}; "
+            f"each part needs 1 or more, together at most {n_examples}"
         )
     generator = random.Random(f"{seed}/{task}")
     chosen: dict[Part, list[int]] = {"select": [], "hold_out": []}

@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 from searchmerge.search.directory import elapsed_of, records_of, stored_study
 from searchmerge.search.roster import read_roster
 from searchmerge.search.trials import best_of
+from searchmerge.wording import counted
 
 _N_BEST = 5
 
@@ -64,7 +65,7 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
     status = read_status(run_dir, storage)
     trials = status["trials"]
     lines = [
-        f"{status['study']}: {trials['complete']} trials complete "
+        f"{status['study']}: {counted(trials['complete'], 'trial')} complete "
         f"({status['stopped_early']} stopped early), {trials['running']} running, "
         f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
     ]
@@ -79,6 +80,6 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
         lines.append(f"workers, as they were {status['workers_age_s']:.0f} s ago:")
     for worker in status["workers"]:
         where = ", ".join(filter(None, (worker["node"], worker["device"])))
-        done = f"{worker['trials']} trials, {worker['examples_per_s']:.1f} examples/s"
+        done = f"{counted(worker['trials'], 'trial')}, {worker['examples_per_s']:.1f} examples/s"
         lines.append(f"  {worker['name']:<11} {worker['doing']:<8} {done}  {where}".rstrip())
     return lines

@@ -19,6 +19,7 @@ from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
 from searchmerge.evaluators.score_kind import Mean, Whole
+from searchmerge.wording import counted
 
 _READING_KEYS = {
     True: ("chat_template", "filter", "generation"),
@@ -131,8 +132,9 @@ class PreparedTask:
             return tuple(range(n_documents))
         if (last := max(samples)) >= n_documents:
             raise SpecError(
-                f"tasks.{self._name}.samples: there is no position {last}; the split "
-                f"{self.spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
+                f"tasks.{self._name}.samples: there is no position {last}; "
+                f"the split {self.spec.split!r} has "
+                f"{counted(n_documents, 'example')}, 0 to {n_documents - 1}"
             )
         return samples
 
