@@ -52,7 +52,7 @@ from searchmerge.search.refinements import Refinements, material
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
-from searchmerge.search.trials import TrialRecord, best_of
+from searchmerge.search.trials import TrialRecord, best_of, by_completion
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
 from searchmerge.watch import Watch
@@ -182,9 +182,7 @@ class StudyRun:
             if board.is_full(plan, "select")
         }
         full = [record for record in candidates(records, objective) if record.is_full]
-        plan = self._directory.best_so_far()
-        first = [record for record in full if record.plan == plan][:1]
-        best = [*first, *(r for r in best_of(full, _N_SHOWN) if r not in first)][:_N_SHOWN]
+        best = best_of(by_completion(full), _N_SHOWN)
         rows = list(scored.items())
         names = [", ".join(filter(None, (record.name, record.kind))) for record in best]
         rows += [(name, dict(r.scores)) for name, r in zip(names, best, strict=True)]

@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 
 from searchmerge.search.directory import elapsed_of, records_of, stored_study
 from searchmerge.search.roster import read_roster
-from searchmerge.search.trials import best_of
+from searchmerge.search.trials import best_of, by_completion
 from searchmerge.wording import counted
 
 _N_BEST = 5
@@ -16,8 +16,8 @@ _N_BEST = 5
 def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """Return counts of trials by state, seconds so far, the workers, and the best trials.
 
-    The best are ranked as the study ranks them: of those that were scored in full, plans that
-    keep the constraints alone, where there is one.
+    The best are ranked as the study ranks them, by how it last read their scores: of those that
+    were scored in full, plans that keep the constraints alone, where there is one.
 
     Args:
         run_dir: The study's run directory.
@@ -51,7 +51,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
                 "scores": record.scores,
                 "feasible": record.is_feasible,
             }
-            for record in best_of((r for r in records if r.is_full), _N_BEST)
+            for record in best_of(by_completion(r for r in records if r.is_full), _N_BEST)
         ],
     }
 
