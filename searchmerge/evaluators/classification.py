@@ -51,7 +51,7 @@ class ClassificationKeys:
     """The keys of a task whose texts or images are classified.
 
     Attributes:
-        expert: The expert whose head classifies.
+        expert: The expert whose head classifies; that of the task's name if none is named.
         data: Where the rows are; or where those of ``select`` and of ``hold_out`` are.
         split: Which of its splits; not needed for a single file. Or one for each part.
         text: The column of the text, or the two columns of a pair.
@@ -61,7 +61,7 @@ class ClassificationKeys:
         metric: ``acc`` or ``macro_f1``.
     """
 
-    expert: str = needed("name the expert whose head classifies")
+    expert: str = needed("name the expert whose head classifies, or give the task its name")
     data: DataPlace | DataPlaces = needed("give a file, a folder, or a dataset of the hub")
     split: str | Splits | None = None
     text: Annotated[tuple[str, ...], Len(1, 2)] | None = None

@@ -41,6 +41,7 @@ class PreparedParts:
             keeps_answers=select.info.keeps_answers,
             reading_keys=select.info.reading_keys,
             losses=select.info.losses,
+            origins=select.info.origins + hold_out.info.origins,
         )
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
-from searchmerge.evaluators.evaluator import Answer, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, Origin, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
 from searchmerge.evaluators.lm_harness.grading import TaskGrades
@@ -72,11 +72,22 @@ class PreparedTask:
             keeps_answers=bool(self._others) or spec.answers == "keep",
             reading_keys=_READING_KEYS[self._generates],
             losses=self._losses.kinds,
+            origins=(Origin(self._data(), self._documents),),
         )
         self._requests: dict[int, list[Any]] = {}
         self._is_rendered = False
         with explained(name, "set the seed of its few-shot examples"):
             task.set_fewshot_seed(fewshot_seed)
+
+    def _data(self) -> str:
+        """Return which data its documents are: other tasks may have the same."""
+        config = self._task.config
+        place = ", ".join(filter(None, (config.dataset_path, config.dataset_name)))
+        files = (config.dataset_kwargs or {}).get("data_files")
+        made = "" if config.process_docs is None else f" as {self.lm_name!r} makes them"
+        if files is not None:
+            place = f"{place} files {files}"
+        return f"{self.source} of {place or self.lm_name}{made}"
 
     def _metrics(self) -> "list[_Metric]":
         """Return the metric that decides, and the others.
