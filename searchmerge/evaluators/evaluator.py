@@ -97,7 +97,7 @@ class TaskInfo:
     reading_keys: tuple[str, ...] = ()
     losses: tuple[LossKind, ...] = ()
     parts: Mapping[str, PartInfo] = field(default_factory=dict)
-    origins: tuple[Origin, ...] = ()
+    origins: tuple[Origin, ...] = field(default=(), compare=False)  # nodes keep data elsewhere
 
     @classmethod
     def of_parts(cls, select: PartInfo, hold_out: PartInfo, **said: Any) -> "TaskInfo":
