@@ -44,7 +44,7 @@ def load_tokenizer(
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise SpecError(
-            f"{model_dir}: the tokenizer has no token but {len(tokenizer)} special ones; its "
+            f"{model_dir}: the tokenizer has {len(tokenizer)} tokens, all of them special; its "
             "files (e.g. tokenizer.json) are missing there"
         )
     return tokenizer
