@@ -132,10 +132,12 @@ class StudyRun:
         self._observer = observer
         self._references = assemble.references(study, models)
         self._objective: Objective | None = None  # until the references are scored
+        schedule = assemble.make_schedule(study, executor.tasks())
+        executor.use(directory.keep_tuning(lambda: executor.tune(schedule.rounds["pilot"][0])))
         self._runner = StudyRunner(
             directory,
             study.space,
-            Scoreboard(assemble.make_schedule(study, executor.tasks()), directory.scores),
+            Scoreboard(schedule, directory.scores),
             Dispatcher(executor, directory.scores, directory.run_dir),
             self._references,
             observer,

@@ -232,6 +232,19 @@ class Answering(Protocol):
 
 
 @runtime_checkable
+class Tunable(Protocol):
+    """An evaluator that measures how it scores soonest, which may change scores in 16 bits."""
+
+    def tune(self, model: nn.Module, task: str, examples: Sequence[int]) -> dict[str, Any]:
+        """Return how a task is scored soonest here, by some examples, as JSON; or nothing."""
+        ...
+
+    def use(self, task: str, tuning: Mapping[str, Any]) -> None:
+        """Score a task in that way from now on; as without having measured if it is empty."""
+        ...
+
+
+@runtime_checkable
 class Grading(Protocol):
     """An evaluator that tells how clearly examples were answered, beside right or wrong."""
 

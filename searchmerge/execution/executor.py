@@ -9,7 +9,7 @@ from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.gradient import LossRequest, LossResult
-from searchmerge.execution.worker import RoundResult, Worker
+from searchmerge.execution.worker import RoundResult, Tuning, Worker
 from searchmerge.plan import MergePlan
 
 
@@ -103,6 +103,14 @@ class Executor(Protocol):
         """Return each worker that there is, as it is now."""
         ...
 
+    def tune(self, blocks: Round) -> Tuning:
+        """Return how each task is scored soonest, as one worker measured it."""
+        ...
+
+    def use(self, tuning: Tuning) -> None:
+        """Let every worker score each task so from now on."""
+        ...
+
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job on a free worker; ``job`` is a number not in use."""
         ...
@@ -159,6 +167,14 @@ class InProcessExecutor:
         return [
             WorkerState("worker 1", socket.gethostname(), self._worker.device, doing, self._job)
         ]
+
+    def tune(self, blocks: Round) -> Tuning:
+        """Return how each task is scored soonest."""
+        return self._worker.tune(blocks)
+
+    def use(self, tuning: Tuning) -> None:
+        """Let the worker score each task so from now on."""
+        self._worker.use(tuning)
 
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job; its work is done inside :meth:`next_event`."""

@@ -6,12 +6,20 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from searchmerge.errors import DeviceFault, EvaluationError
-from searchmerge.evaluators.evaluator import Answer, Answering, Evaluator, Grading, TaskInfo
+from searchmerge.evaluators.evaluator import (
+    Answer,
+    Answering,
+    Evaluator,
+    Grading,
+    TaskInfo,
+    Tunable,
+)
 from searchmerge.execution.blocks import Block, BlockScores, Round
 from searchmerge.execution.gradient import Gradients, Losses, LossRequest, LossResult, Merges
 from searchmerge.plan import MergePlan
@@ -35,6 +43,10 @@ class RoundResult:
     def seconds(self) -> float:
         """Seconds that the worker was at it."""
         return self.merge_s + self.score_s
+
+
+Tuning = dict[str, dict[str, Any]]
+"""Task to how it is scored, as its evaluator measured it: JSON."""
 
 
 class Worker:
@@ -72,6 +84,28 @@ class Worker:
             for device in devices
         }
         return ", ".join(sorted(names)) or "cpu"
+
+    def tune(self, blocks: Round) -> Tuning:
+        """Return how each task is scored soonest, measured with some blocks and the base.
+
+        What cannot be scored says nothing.
+        """
+        tuning: Tuning = {}
+        for task, group in itertools.groupby(blocks, key=lambda block: block.task):
+            evaluator = self._evaluators[task]
+            examples = [example for block in group for example in block.examples]
+            if not isinstance(evaluator, Tunable):
+                continue
+            with _faults_named(), contextlib.suppress(EvaluationError):
+                if of_task := evaluator.tune(self._model, task, examples):
+                    tuning[task] = of_task
+        return tuning
+
+    def use(self, tuning: Tuning) -> None:
+        """Score each task as was measured, here or elsewhere."""
+        for task, evaluator in self._evaluators.items():
+            if isinstance(evaluator, Tunable):
+                evaluator.use(task, tuning.get(task, {}))
 
     def score(self, plan: MergePlan, rounds: Sequence[Round]) -> Iterator[RoundResult]:
         """Merge ``plan``, then yield each round's scores; a closed iterator stops at the next.

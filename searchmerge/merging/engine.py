@@ -22,7 +22,6 @@ from searchmerge.merging.rows import (
     spans,
     write_rows,
 )
-from searchmerge.merging.statistics import Counters, count_numbers, count_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -209,28 +208,6 @@ class Engine:
 
     def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
         return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)
-
-    @torch.no_grad()
-    def count(self, function: ChunkFunction, operands: Operands, counters: Counters) -> bool:
-        """Count the keys of what ``function`` returns, on a GPU; return whether it could be done.
-
-        Args:
-            function: Arithmetic entry by entry.
-            operands: What it reads.
-            counters: What is added to.
-        """
-        n_entries = len(operands.base)
-        numbers = numbers_of(operands.scalars, 1.0).to(operands.base.device, non_blocking=True)
-        fixed = (counters.starts, counters.step)
-        for start, stop in spans(n_entries):
-            rows = rows_of(operands.part(start, stop), numbers)
-            if not self.run_rows(count_rows, function, rows, counters.counts, fixed):
-                return False
-        whole = in_rows(n_entries)
-        if whole < n_entries:
-            rest = self._compute_chunks(function, operands.part(whole, n_entries))
-            count_numbers(rest, counters)
-        return True
 
     def run_rows(
         self,

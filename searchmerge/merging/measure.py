@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from searchmerge.merging.counting import count_magnitudes, count_numbers
 from searchmerge.merging.engine import CHUNK, MOST_AT_ONCE, Engine, Operands
 from searchmerge.merging.kernels import GRID, Chunk, ChunkFunction
 from searchmerge.merging.residency import free_bytes
@@ -130,6 +131,7 @@ class Measure:
                     d,
                     grid=[d - 1 - int(d * (step / GRID)) for step in range(GRID)],
                     cache=self._file("magnitudes"),
+                    on_gpu=self._is_on_gpu,
                 )
             )
         return self._magnitudes[0]
@@ -140,7 +142,6 @@ class Measure:
         numbers: Numbers,
         n_rows: int,
         *,
-        computed: tuple[ChunkFunction, Tensor] | None = None,
         grid: Sequence[int] = (),
         experts: Sequence[int] | None = None,
     ) -> OrderStatistics:
@@ -150,18 +151,13 @@ class Measure:
             label: What they are, in a few words; tells their cache from others.
             numbers: Makes them, ``n_rows`` tensors a call.
             n_rows: How many numbers there are per entry.
-            computed: The arithmetic that makes them and its scalars, by which a GPU counts them
-                where they are made; ``None`` where they are read.
             grid: Ranks that will be asked for.
             experts: Indices of the experts read; ``None`` for all.
         """
 
         def blocks() -> Iterator[Block]:
             for name, part in self.parts(experts):
-                if computed is not None and self._counts_there(part):
-                    yield self._counted(computed[0], part.with_scalars(computed[1]))
-                else:
-                    yield _block(numbers(name, part))
+                yield _block(numbers(name, part), part.base.device)
 
         return OrderStatistics(
             blocks,
@@ -169,6 +165,7 @@ class Measure:
             self.n_parameters,
             grid=grid,
             cache=self._file(f"{label}-{'-'.join(self.experts)}"),
+            on_gpu=self._is_on_gpu,
         )
 
     def keep(
@@ -326,28 +323,19 @@ class Measure:
         )
         return Operands(base, tuple(flat), torch.empty(0, len(chosen)))
 
-    def _counts_there(self, part: Operands) -> bool:
-        return self._is_compiled_on_gpu(part.base.device)
+    @property
+    def _is_on_gpu(self) -> bool:
+        return any(self.device(name).type == "cuda" for name in self.names)
 
     def _is_compiled_on_gpu(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.engine.is_compiled(device)
 
-    def _counted(self, function: ChunkFunction, part: Operands) -> Block:
-        """Return a block that a GPU counts; what it would read, should it fail to compile."""
-
-        def read(row: int) -> Callable[[slice], Tensor]:
-            return lambda where: self.engine.compute(function, part)[row][where]
-
-        rows = [read(row) for row in range(len(part.experts))]
-        count = partial(self.engine.count, function, part)
-        return Block(len(part.base), rows, count, part.base.device)
-
     def _magnitude_blocks(self) -> Iterator[Block]:
         for _, part in self.parts():
-            if self._counts_there(part):
-                yield self._counted(magnitudes, part)
-                continue
-            yield Block(len(part.base), [_magnitude(expert, part.base) for expert in part.experts])
+            device = part.base.device
+            rows = [_magnitude(expert, part.base) for expert in part.experts]
+            count = partial(count_magnitudes, part.experts, part.base)
+            yield Block(len(part.base), rows, count if device.type == "cuda" else None, device)
 
     def _file(self, label: str) -> Path | None:
         """Return the cache file of what is measured, of this layout, and computed in this way."""
@@ -377,11 +365,6 @@ class _Computed(Mapping[str, tuple[Tensor, ...]]):
         return len(self._measure.names)
 
 
-def magnitudes(chunk: Chunk) -> tuple[Tensor, ...]:
-    """Return the magnitude of each task vector's entries, ``(m,)`` float32 each."""
-    return tuple(delta.abs() for delta in chunk.deltas)
-
-
 def _products(chunk: Chunk) -> tuple[Tensor, ...]:
     """Return the product of every two task vectors, in the order of ``np.triu_indices``."""
     deltas = chunk.deltas
@@ -394,8 +377,9 @@ def _sort(numbers: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(numbers.numpy()))  # several times faster than torch's
 
 
-def _block(numbers: tuple[Tensor, ...]) -> Block:
-    return Block(len(numbers[0]), [row.__getitem__ for row in numbers])
+def _block(numbers: tuple[Tensor, ...], device: torch.device) -> Block:
+    there = partial(count_numbers, numbers) if device.type == "cuda" else None
+    return Block(len(numbers[0]), [row.__getitem__ for row in numbers], there, device)
 
 
 def _magnitude(expert: Tensor, base: Tensor) -> Callable[[slice], Tensor]:

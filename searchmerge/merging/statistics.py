@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from searchmerge.durable import write_atomically
-from searchmerge.merging.kernels import ChunkFunction
-from searchmerge.merging.rows import Rows, compute_rows, places
+from searchmerge.merging.counting import Counters, count_numbers, keys_of, n_runs, numbers_of
+from searchmerge.merging.selection import select
 
 _logger = logging.getLogger(__name__)
 
@@ -25,33 +25,9 @@ _LOW_BITS = 13  # so few that the counters of both levels stay in the cache
 _LOW = 1 << _LOW_BITS
 _STRIDE = _LOW + 16  # counters a power of two apart would evict one another
 _HIGH = 1 << (32 - _LOW_BITS)
-_MAGNITUDE = 0x7FFFFFFF
-
 _CHECKSUM = "sha256"  # of what a cache holds, in its metadata
 
-_SPREAD = 1 << 16  # counters that take by turns what is not counted
-_MOST_COUNTERS = 128  # of one key, in all rows together
-
 _AT_ONCE = 1 << 15  # entries per operation on a CPU: torch starts no threads of its own for them
-
-
-class Counters(NamedTuple):
-    """Counters on a GPU, which kernels add to; each counts some numbers' keys.
-
-    Many numbers are equal, and one counter would be waited for by all: each is there once for
-    every lane, and an entry's place decides which lane it takes.
-
-    Attributes:
-        starts: Where the counters of each high half begin, ``(n_rows, 2^19)`` int32; below 0
-            where it is not counted.
-        step: How many counters lie between two low halves: 0 where they are not told apart,
-            ``(1,)`` int32.
-        counts: Each row's counters, ``(n,)`` int32, as many for all.
-    """
-
-    starts: Tensor
-    step: Tensor
-    counts: tuple[Tensor, ...]
 
 
 class Block(NamedTuple):
@@ -61,14 +37,14 @@ class Block(NamedTuple):
         size: How many of each row.
         rows: One function per row, from a slice of ``range(size)`` to those numbers, float32 on
             any device. Each is called in a thread of its own.
-        count_there: Counts all of them where they are computed, on this device; returns whether
-            it could. ``None`` where they are read.
+        count_there: Counts all of them on this device, given its counters and how many runs were
+            counted before; ``None`` where they are read.
         device: The device.
     """
 
     size: int
     rows: Sequence[Callable[[slice], Tensor]]
-    count_there: Callable[[Counters], bool] | None = None
+    count_there: Callable[[Counters, int], None] | None = None
     device: torch.device = torch.device("cpu")
 
 
@@ -82,8 +58,8 @@ class OrderStatistics:
     A radix histogram of two levels: the high 19 bits of each number's order-preserving key are
     counted once; the low 13 bits in those bins alone that hold a rank that was asked for. It
     holds 4 MiB per row, and while measuring 32 KiB more per rank and row; no tensor of the
-    model's size is made. Rows are counted in parallel. Where numbers are computed on a GPU they
-    are counted by the same kernel, in half a GiB of counters.
+    model's size is made. Rows are counted in parallel. Where numbers are on a GPU they are
+    selected there, see ``selection``.
 
     Args:
         numbers: The numbers; they come out the same each time, all finite.
@@ -92,6 +68,7 @@ class OrderStatistics:
         grid: Ranks that are measured along with the first that is not known yet.
         cache: File to keep what was measured in; ``None`` for none. One that cannot be read, or
             belongs to something else, is measured anew and overwritten.
+        on_gpu: Whether numbers are on a GPU, some of them at least.
     """
 
     def __init__(
@@ -102,7 +79,9 @@ class OrderStatistics:
         *,
         grid: Iterable[int] = (),
         cache: Path | None = None,
+        on_gpu: bool = False,
     ) -> None:
+        self._on_gpu = on_gpu
         self._numbers, self._n_rows, self._n_numbers = numbers, n_rows, n_numbers
         self._grid = set(grid)
         self._cache = cache
@@ -134,13 +113,19 @@ class OrderStatistics:
         return [self._measured[row][rank] for row, rank in asked]
 
     def _measure(self, asked: Sequence[set[int]]) -> None:
-        if self._high is None:
-            self._high = self._count_high()
-        below = self._high.cumsum(1)
         wanted = [
             np.array(sorted((row_ranks | self._grid) - measured.keys()), dtype=np.int64)
             for row_ranks, measured in zip(asked, self._measured, strict=True)
         ]
+        if self._on_gpu:
+            ranks = [row_ranks.tolist() for row_ranks in wanted]
+            selected = select(self._count_between, self._n_numbers, ranks)
+            for measured, of_row in zip(self._measured, selected, strict=True):
+                measured.update(of_row)
+            return
+        if self._high is None:
+            self._high = self._count_high()
+        below = self._high.cumsum(1)
         places = [
             np.searchsorted(row, row_ranks, "right")
             for row, row_ranks in zip(below, wanted, strict=True)
@@ -151,26 +136,36 @@ class OrderStatistics:
                 ranks = wanted[row][places[row] == high]
                 before = below[row, high] - int(self._high[row, high])
                 low = np.searchsorted(counts[slot].cumsum(), ranks - before, "right")
-                values = _numbers_of((int(high) << _LOW_BITS) | torch.from_numpy(low))
+                cells = (int(high) << _LOW_BITS) | torch.from_numpy(low)
+                values = numbers_of(cells - (1 << 31))
                 self._measured[row].update(zip(ranks.tolist(), values.tolist(), strict=True))
+
+    def _count_between(self, counters_on: Callable[[torch.device], Counters]) -> None:
+        """Go over all numbers once, and count them between cuts where they are."""
+        first_run = 0
+        for block in self._numbers():
+            counters = counters_on(block.device)
+            if block.count_there is not None:
+                block.count_there(counters, first_run)
+            else:
+                whole = slice(0, block.size)
+                count_numbers([row(whole) for row in block.rows], counters, first_run)
+            first_run += n_runs(block.size)
 
     def _count_high(self) -> np.ndarray:
         def count(row: int, numbers: Tensor) -> None:
-            cells = _keys(numbers).bitwise_right_shift_(_LOW_BITS).add_(_HIGH // 2)
+            cells = keys_of(numbers).bitwise_right_shift_(_LOW_BITS).add_(_HIGH // 2)
             _tally(counts, row, cells.long())
 
         counts = self._new_counts([_HIGH] * self._n_rows)
-        there = _There([np.arange(_HIGH)] * self._n_rows, 1)
-        self._each_row(count, there)
-        here = np.stack([row_counts.cpu().numpy().astype(np.int64) for row_counts in counts])
-        there.add_to(list(here))
-        return here
+        self._each_row(count)
+        return np.stack([row_counts.cpu().numpy().astype(np.int64) for row_counts in counts])
 
     def _count_low(self, bins: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return, per row, counts ``(len(bins[row]), _LOW)`` of the low halves in those bins."""
 
         def count(row: int, numbers: Tensor) -> None:
-            keys = _keys(numbers)
+            keys = keys_of(numbers)
             if tables[row].device != keys.device:
                 tables[row] = tables[row].to(keys.device)
             slots = tables[row].index_select(0, (keys >> _LOW_BITS).add_(_HIGH // 2))
@@ -183,18 +178,15 @@ class OrderStatistics:
             table[row_bins] = np.arange(1, len(row_bins) + 1)
             tables.append(torch.from_numpy(table))
         counts = self._new_counts([(len(row_bins) + 1) * _STRIDE for row_bins in bins])
-        there = _There(bins, _LOW)
-        self._each_row(count, there)
-        here = [row_counts.cpu().view(-1, _STRIDE)[1:, :_LOW].numpy() for row_counts in counts]
-        there.add_to(here)
-        return here
+        self._each_row(count)
+        return [row_counts.cpu().view(-1, _STRIDE)[1:, :_LOW].numpy() for row_counts in counts]
 
     def _new_counts(self, sizes: Sequence[int]) -> list[Tensor]:
         dtype = np.int32 if self._n_numbers < 2**31 else np.int64
         # numpy's zeros take no memory before they are counted up; torch's do
         return [torch.from_numpy(np.zeros(size, dtype)) for size in sizes]
 
-    def _each_row(self, count: Callable[[int, Tensor], None], there: "_There") -> None:
+    def _each_row(self, count: Callable[[int, Tensor], None]) -> None:
         def count_all(row: int, block: Block) -> None:
             first = block.rows[row](slice(0, _AT_ONCE))
             step = _AT_ONCE if first.device.type == "cpu" else block.size
@@ -204,8 +196,6 @@ class OrderStatistics:
         rows = range(self._n_rows)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             for block in self._numbers():
-                if block.count_there is not None and block.count_there(there.on(block.device)):
-                    continue
                 for _ in threads.map(count_all, rows, itertools.repeat(block)):
                     pass  # for the errors it may raise
 
@@ -218,7 +208,7 @@ class OrderStatistics:
             places, values = stored["places"].tolist(), stored["values"].tolist()
             high = np.zeros((self._n_rows, _HIGH), np.int64)
             high.reshape(-1)[bins] = counts
-            if not (high.sum(1) == self._n_numbers).all():
+            if stored["size"].tolist() != [self._n_rows, self._n_numbers]:
                 raise ValueError("it is of something else")
             for (row, rank), value in zip(places, values, strict=True):
                 self._measured[row][rank] = value
@@ -226,17 +216,19 @@ class OrderStatistics:
             _logger.warning("statistics are measured anew, %s is unusable: %s", self._cache, error)
             self._measured = [{} for _ in range(self._n_rows)]
             return
-        self._high = high
+        self._high = high if len(bins) else None
 
     def _save(self) -> None:
-        if self._cache is None or self._high is None:
+        if self._cache is None:
             return
         places = [(row, rank) for row, measured in enumerate(self._measured) for rank in measured]
         values = [value for measured in self._measured for value in measured.values()]
-        bins = self._high.reshape(-1).nonzero()[0]
+        high = np.zeros(0, np.int64) if self._high is None else self._high.reshape(-1)
+        bins = high.nonzero()[0]
         tensors = {
+            "size": torch.tensor([self._n_rows, self._n_numbers]),
             "bins": torch.from_numpy(bins),
-            "counts": torch.from_numpy(self._high.reshape(-1)[bins]),
+            "counts": torch.from_numpy(high[bins]),
             "places": torch.tensor(places, dtype=torch.int64),  # row and rank
             "values": torch.tensor(values, dtype=torch.float32),
         }
@@ -245,88 +237,6 @@ class OrderStatistics:
             write_atomically(self._cache, save(tensors, {_CHECKSUM: _checksum(tensors)}))
         except OSError as error:
             _logger.warning("%s: cannot be written: %s", self._cache, error.strerror)
-
-
-class _There:
-    """Counters on every GPU that numbers are computed on.
-
-    Args:
-        bins: Each row's high halves that are counted, from 0.
-        n_low: How many low halves are told apart: all, or 1 for none.
-    """
-
-    def __init__(self, bins: Sequence[np.ndarray], n_low: int) -> None:
-        self._bins, self._n_low = bins, n_low
-        self._n_lanes = n_lanes(len(bins))
-        self._counters: dict[torch.device, Counters] = {}
-
-    def on(self, device: torch.device) -> Counters:
-        """Return the counters of one device."""
-        if device not in self._counters:
-            starts = np.full((len(self._bins), _HIGH), -1, np.int32)
-            for row, row_bins in zip(starts, self._bins, strict=True):
-                row[row_bins] = np.arange(len(row_bins)) * (self._n_low * self._n_lanes)
-            step = [0 if self._n_low == 1 else self._n_lanes]
-            size = _SPREAD + self._most * self._n_low * self._n_lanes
-            self._counters[device] = Counters(
-                torch.from_numpy(starts).to(device),
-                torch.tensor(step, dtype=torch.int32, device=device),
-                tuple(torch.zeros(size, dtype=torch.int32, device=device) for _ in self._bins),
-            )
-        return self._counters[device]
-
-    @property
-    def _most(self) -> int:
-        return max(len(row_bins) for row_bins in self._bins)
-
-    def add_to(self, here: Sequence[np.ndarray]) -> None:
-        """Add what was counted everywhere to each row's counts, ``(n_bins * n_low)`` of them."""
-        for counters in self._counters.values():
-            for row, counts in zip(here, counters.counts, strict=True):
-                lanes = counts[_SPREAD:].view(-1, self._n_lanes)[: row.size]
-                row += lanes.sum(1).cpu().numpy().astype(row.dtype).reshape(row.shape)
-
-
-def n_lanes(n_rows: int) -> int:
-    """Return how often each counter is there: a power of 2, fewer where there are many rows."""
-    return 1 << max(0, min(32, _MOST_COUNTERS // n_rows).bit_length() - 1)
-
-
-def count_rows(
-    function: ChunkFunction, rows: Rows, starts: Tensor, step: Tensor, *counts: Tensor
-) -> None:
-    """Count the keys of all numbers that ``function`` returns of some rows, where they are.
-
-    Args:
-        function: Arithmetic entry by entry.
-        rows: What it reads.
-        starts: See :class:`Counters`.
-        step: See there.
-        *counts: See there.
-    """
-    at = places(rows.base, torch.int32)
-    for i, numbers in enumerate(compute_rows(function, rows)):
-        _add(counts[i], _cells(numbers, at, starts[i], step, n_lanes(len(counts))))
-
-
-def count_numbers(numbers: Sequence[Tensor], counters: Counters) -> None:
-    """Count the keys of each row's numbers, ``(m,)`` float32, one after the other."""
-    for row, counts, starts in zip(numbers, counters.counts, counters.starts, strict=True):
-        at = torch.arange(len(row), dtype=torch.int32, device=row.device)
-        _add(counts, _cells(row, at, starts, counters.step, n_lanes(len(numbers))))
-
-
-def _cells(numbers: Tensor, at: Tensor, starts: Tensor, step: Tensor, lanes: int) -> Tensor:
-    """Return the counter of each number, int32, which depends on its place too."""
-    keys = _keys(numbers)
-    high = (keys >> _LOW_BITS) + _HIGH // 2
-    start = starts.index_select(0, high.reshape(-1)).view(high.shape)
-    cells = _SPREAD + start + (keys & (_LOW - 1)) * step + (at & (lanes - 1))
-    return torch.where(start < 0, at & (_SPREAD - 1), cells)
-
-
-def _add(counts: Tensor, cells: Tensor) -> None:
-    counts.index_put_((cells,), torch.ones_like(cells), accumulate=True)
 
 
 def _read_cache(file: Path) -> dict[str, Tensor]:
@@ -349,20 +259,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _keys(numbers: Tensor) -> Tensor:
-    """Return fresh int32 keys that order as the float32 ``numbers`` do; -0 counts as 0."""
-    bits = (numbers + 0.0).view(torch.int32)
-    flip = (bits >> 31).bitwise_and_(_MAGNITUDE)  # a negative number's magnitude bits
-    return bits.bitwise_xor_(flip)
-
-
-def _numbers_of(cells: Tensor) -> Tensor:
-    """Return the float32 numbers of int64 keys that count from 0, the inverse of the above."""
-    keys = cells - (1 << 31)
-    bits = keys ^ torch.where(keys < 0, _MAGNITUDE, 0)
-    return bits.to(torch.int32).view(torch.float32)
 
 
 def _tally(counts: list[Tensor], row: int, cells: Tensor) -> None:

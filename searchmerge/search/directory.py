@@ -44,6 +44,7 @@ _SPEC = "spec"  # the canonical study, as it was begun
 _AT_WORK = "at_work"  # whether a run is at work, or was when it ended
 _ELAPSED = "elapsed_s"
 _DECIDING = "deciding"  # references that decide the blocks' order
+_TUNING = "tuning"  # task to how it is scored
 _REFINED = "refined:"  # begins the name of what came of refining a plan
 _READ = "read:"  # begins the name of how a plan's scores were last read, once that was learnt
 _COMPLETED = "completed"  # trial number to scores, where it was scored in full after the search
@@ -160,6 +161,17 @@ class StudyDirectory:
                     "complete; put back the file that belongs to the study, or begin it anew "
                     "under another name"
                 )
+
+    def keep_tuning(self, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return how tasks are scored in this study: as it was kept, or else is measured now.
+
+        A study of which something was scored before that was measured goes on as it was begun.
+        """
+        kept: dict[str, Any] | None = self.study.user_attrs.get(_TUNING)
+        if kept is None:
+            kept = {} if self.scores.plans() else dict(measure())
+            self.study.set_user_attr(_TUNING, kept)
+        return kept
 
     def keep_deciding(self, names: Sequence[str]) -> list[str]:
         """Return the references that decide the blocks' order: ``names``, or the first kept."""

@@ -1,12 +1,10 @@
 """Score diverse plans of a study on every example, right or wrong and how clearly, for replay.py.
 
-python record.py STUDY OUT.npz --select 96 --further 500 [--plans 170] [--set KEY=VALUE ...]
+python record.py STUDY OUT.npz --examples 700 [--plans 170] [--set KEY=VALUE ...]
 
 The plans are the references, and as many drawn with a seed from all over what methods allow:
-several methods, scales around the published ones, one number for all experts or one each. Of each
-task the first ``select`` examples, shuffled as the study does it, are what a search may see;
-``further`` ones are for the regret alone. What was scored is kept after every fourth plan; an
-interrupted recording goes on.
+several methods, scales around the published ones, one number for all experts or one each. What was
+scored is kept after every fourth plan; an interrupted recording goes on.
 """
 
 import argparse
@@ -86,8 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--select", type=int, required=True)
-    parser.add_argument("--further", type=int, default=500)
+    parser.add_argument("--examples", type=int, required=True, help="of each task")
     parser.add_argument("--plans", type=int, default=170)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after as many")
     parser.add_argument("--seed", type=int, default=0)
@@ -108,13 +105,11 @@ def record(args: argparse.Namespace, study: Study, worker: Worker) -> None:
     meta = {
         "study": study.name,
         "n_references": len(plans),
-        "n_select": args.select,
         "goals": {task: [goal.weight, goal.expert] for task, goal in spec.tasks.items()},
     }
     drawn = drawn_plans(study.experts, args.seed)
     plans |= {f"drawn {i}": next(drawn) for i in range(args.plans)}
-    n_examples = args.select + args.further
-    blocks = [task_block(t, i, n_examples, spec.search.seed) for t, i in worker.tasks().items()]
+    blocks = [task_block(t, i, args.examples, spec.search.seed) for t, i in worker.tasks().items()]
     kept = _load(args.out)
     for name, plan in plans.items():
         if name in kept:

@@ -150,7 +150,6 @@ class Recording:
     Attributes:
         rows: What the plans are called.
         n_references: How many are references.
-        n_select: How many of each task's examples are for a search; the others are further ones.
         goals: Task to what it counts for.
         values: Task to ``(n_plans, n_examples)``.
         grades: The same, how clearly examples were answered; NaN where that is not known.
@@ -158,7 +157,6 @@ class Recording:
 
     rows: list[str]
     n_references: int
-    n_select: int
     goals: dict[str, Goal]
     values: dict[str, Table]
     grades: dict[str, Table]
@@ -171,7 +169,7 @@ class Recording:
             goals = {task: Goal(*goal) for task, goal in meta["goals"].items()}
             values = {task: data[f"{task}/values"].astype(float) for task in goals}
             grades = {task: data[f"{task}/grades"].astype(float) for task in goals}
-        return cls(meta["rows"], meta["n_references"], meta["n_select"], goals, values, grades)
+        return cls(meta["rows"], meta["n_references"], goals, values, grades)
 
     def objective(self, examples: Examples) -> Objective:
         """Return the normalised objective on some examples."""
@@ -314,10 +312,9 @@ class Run:
         self._recording = recording
         select, hold_out, further = {}, {}, {}
         for task, values in recording.values.items():
-            first = recording.n_select
-            select[task] = generator.permutation(first)[:n_select]
-            order = first + generator.permutation(values.shape[1] - first)
-            hold_out[task], further[task] = order[:n_hold_out], order[n_hold_out:]
+            order = generator.permutation(values.shape[1])
+            select[task], others = order[:n_select], order[n_select:]
+            hold_out[task], further[task] = others[:n_hold_out], others[n_hold_out:]
         numbers = np.arange(recording.n_references, len(recording.rows))
         self._candidates = [Row(int(i)) for i in generator.permutation(numbers)[:n_trials]]
         self._references = [Row(i) for i in range(recording.n_references)]
@@ -478,11 +475,12 @@ def main() -> None:
     args = parser.parse_args()
     for path in args.recordings or sorted(HERE.glob("*.npz")):
         recording = Recording.load(path)
-        n_further = min(v.shape[1] for v in recording.values.values()) - recording.n_select
+        n_further = min(v.shape[1] for v in recording.values.values())
+        n_further -= args.select + args.hold_out
         print(
             f"{path.name}: {len(recording.rows)} plans, {len(recording.goals)} tasks; of each "
             f"{args.select} examples select, {args.hold_out} are held out, "
-            f"{n_further - args.hold_out} decide the regret; {args.trials} trials, "
+            f"{n_further} decide the regret; {args.trials} trials, "
             f"{args.runs} runs"
         )
         print(

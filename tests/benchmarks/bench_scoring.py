@@ -34,6 +34,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from searchmerge.evaluators.causal.tuning import Way
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
@@ -324,6 +325,23 @@ class Contest:
         difference, n_same = compare(samples, others)
         best = min(theirs), min(requests), min(ours)
         return Measured(size, *best, difference, n_same, len(samples))
+
+    def ways(self, case: Case, n_examples: int) -> dict[Way, tuple[float, list[float]]]:
+        """Return the seconds and the scores of each way to run a task's texts."""
+        examples, found = self._examples(case, n_examples), {}
+        for way in (Way(), Way(packs=False), Way(growth=2)):
+            self._harness.use(case.task, way._asdict())
+            self._harness.score(self._model, case.task, examples)
+            seconds, scores = self._timed(
+                lambda: self._harness.score(self._model, case.task, examples)
+            )
+            found[way] = seconds, list(scores)
+        self._harness.use(case.task, {})
+        return found
+
+    def tuned(self, case: Case, n_examples: int) -> dict[str, Any]:
+        """Return what a study would be told of the ways; nothing on a CPU."""
+        return self._harness.tune(self._model, case.task, self._examples(case, n_examples))
 
     def _examples(self, case: Case, n_examples: int) -> Sequence[int]:
         """Return the first examples of a task, or of each member of a group."""

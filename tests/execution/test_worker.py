@@ -96,3 +96,37 @@ def test_grades_come_with_the_scores():
 def test_grades_that_are_not_one_finite_number_each_are_refused(grades):
     with pytest.raises(EvaluationError, match="graded 2 examples by"):
         graded(lambda examples: grades)
+
+
+class Tuned(ToyEvaluator):
+    """Measures a task by how many examples it is given; takes note of what it is to use."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = {}
+
+    def tune(self, model, task, examples):
+        if task == "chat":
+            raise EvaluationError("its logits are not finite")
+        return {"n": len(examples)} if task == "math" else {}
+
+    def use(self, task, tuning):
+        self.used[task] = tuning
+
+
+def test_what_evaluators_measure_is_told_by_task_and_used_by_all_tasks():
+    model, evaluator = ToyModel(), Tuned()
+    executor = InProcessExecutor(
+        Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
+    )
+    blocks = [Block(task, "pilot", 0, (1, 2, 3)) for task in EXPERTS]
+    assert executor.tune(blocks) == {"math": {"n": 3}}
+    executor.use({"code": {"n": 7}})
+    assert evaluator.used == {"math": {}, "code": {"n": 7}, "chat": {}}
+
+
+def test_an_evaluator_that_measures_nothing_is_left_alone():
+    model = ToyModel()
+    worker = Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, ToyEvaluator()))
+    assert worker.tune([Block("math", "pilot", 0, (1,))]) == {}
+    worker.use({"math": {"n": 1}})

@@ -84,6 +84,30 @@ def make(folder=None, delay_s=0.0, load_s=0.0):
     return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
 
 
+class Tuned(Misbehaving):
+    """Says how its first task is scored soonest, or dies; notes how it is told to score it."""
+
+    def __init__(self, folder, *, dies):
+        super().__init__(folder)
+        self._dies = dies
+
+    def tune(self, model, task, examples):
+        if self._dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"growth": 2} if task == "math" else {}
+
+    def use(self, task, tuning):
+        if task == "math":
+            self._note("used", str(tuning))
+
+
+def make_tuned(folder, dies=False):
+    """Load a toy worker that measures."""
+    model = ToyModel()
+    evaluator = Tuned(folder, dies=dies)
+    return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
+
+
 def make_broken(error):
     """Fail to load a worker."""
     raise error
@@ -105,6 +129,25 @@ def make_slow(folder: Path, n_hangs):
         (folder / f"hung-{n_hung}").touch()
         time.sleep(3600)
     return make()
+
+
+class HangsAsItArrives:
+    """Makes workers; hangs as it is unpickled while fewer than ``n_hangs`` did in ``folder``."""
+
+    def __init__(self, folder: Path, n_hangs):
+        self._folder, self._n_hangs = folder, n_hangs
+
+    def __reduce__(self):
+        return arrive, (self._folder, self._n_hangs)
+
+
+def arrive(folder: Path, n_hangs):
+    """Hang as long as fewer than ``n_hangs`` have hung in ``folder``; return ``make``."""
+    n_hung = len(list(folder.iterdir()))
+    if n_hung < n_hangs:
+        (folder / f"hung-{n_hung}").touch()
+        time.sleep(3600)
+    return make
 
 
 def make_missing(folder: Path):

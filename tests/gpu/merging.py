@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
+from searchmerge.merging.counting import count_magnitudes, count_numbers
 from searchmerge.merging.engine import Engine, EngineKind
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import METHODS, default_plan
 from searchmerge.merging.residency import Memory, Residency, free_bytes
+from searchmerge.merging.selection import Room, select
 from searchmerge.merging.task_vectors import TaskVectors, Weights
 from searchmerge.plan import MergePlan
 from tests.benchmarks.bench_merging import (
@@ -36,6 +38,9 @@ from tests.merging.golden import CASES, Case
 FIRST_COMPILED = "p03_n4_t5_tied"
 """The golden case that is compiled first, one output of each way of each method: every number of
 experts and every way is compiled for itself."""
+
+_ROOM = Room(most=20_000, in_all=200_000, least=8_000, share=50)
+"""So little that order statistics take several passes."""
 
 _LEFT_FREE = 0.12  # of the device's memory, where as much is merged as fits
 _MANY = Shape(
@@ -150,9 +155,45 @@ class Bench:
             for ours, theirs in zip(*found, strict=True)
             for one, other in zip(ours, theirs, strict=True)
         )
+        yield from self._selected()
         yield {"what": "order statistics", "compared": N_EXPERTS * len(ranks), "differ": n_off}
         if n_off:
             raise Wrong(f"{n_off} order statistics differ from those measured on a CPU")
+
+    def _selected(self) -> Figures:
+        """Compare what is selected in several passes with a sort: ties, zeros, the smallest."""
+        draw, n = torch.Generator().manual_seed(0), 20_011 if self.small else 300_007
+        ranks = sorted({0, 1, n - 2, n - 1, *(n * step // 100 for step in range(100))})
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            base = (0.02 * torch.randn(n, generator=draw)).to(dtype)
+            noise = 1e-3 * torch.randn(5, n, generator=draw)
+            experts = list((base.float() + noise).to(dtype))  # five: more than a launch takes
+            experts[0][: n // 3] = base[: n // 3]
+            base[-5000:] = 0.0
+            experts[1][-5000:] = (torch.arange(5000) % 7 * 2.0**-133).to(dtype)  # subnormal
+            rows = [(expert.float() - base.float()).abs() for expert in experts]
+            wanted = [row.sort().values[ranks].tolist() for row in rows]
+            there = [tensor.to(self.device) for tensor in (base, *experts)]
+            numbers = [row.to(self.device) for row in rows]
+
+            def magnitudes(on: Any, there: list[torch.Tensor] = there) -> None:
+                count_magnitudes(there[1:], there[0], on(there[0].device), 0)
+
+            def themselves(on: Any, numbers: list[torch.Tensor] = numbers) -> None:
+                count_numbers(numbers, on(numbers[0].device), 0)
+
+            for count_all in (magnitudes, themselves):
+                found = select(count_all, n, [ranks] * len(rows), _ROOM)
+                n_off = sum(
+                    of_row[rank] != number
+                    for of_row, numbers_there in zip(found, wanted, strict=True)
+                    for rank, number in zip(ranks, numbers_there, strict=True)
+                )
+                compared = len(rows) * len(ranks)
+                what = f"selected {count_all.__name__}, {dtype}"
+                yield {"what": what, "compared": compared, "differ": n_off}
+                if n_off:
+                    raise Wrong(f"{n_off} of {compared} differ from a sort's")
 
     def _resident(self, size: str) -> Figures:
         shape = self._fitting(SHAPES[size])

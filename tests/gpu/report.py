@@ -10,11 +10,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from searchmerge.errors import SearchMergeError
 from searchmerge.execution.worker import is_device_fault
 from tests.benchmarks.bench_merging import GIB, peak, reset_peak
 
@@ -94,7 +96,7 @@ class Report:
         except OutOfTime:
             self.fail(step, f"stopped after {seconds:.0f} s")
         except Exception as error:  # noqa: BLE001 - one failure is noted, the rest goes on
-            told = str(error) if isinstance(error, Wrong) else traceback.format_exc()
+            told = _told(error)
             self.fail(step, told)
             self.is_broken = is_device_fault(error)
         self._note_end(step, time.monotonic() - begun, in_use)
@@ -177,6 +179,18 @@ class Report:
                     self.fail(step, line)
                 else:
                     self.figure(step, {"what": "warning", "text": line})
+
+
+def _told(error: Exception) -> str:
+    """Return what to say of a failure: one line where the error says all that there is to say."""
+    if isinstance(error, PackageNotFoundError):
+        return (
+            f"the package {error.name} is not installed, and a study writes down its version: "
+            "pip install it; the tree itself with pip install --no-deps -e ."
+        )
+    if isinstance(error, Wrong | SearchMergeError):
+        return str(error)
+    return traceback.format_exc()
 
 
 class _Noted(logging.Handler):

@@ -32,6 +32,9 @@ N_EXACT = 24
 
 _WINDOW = 2048  # tokens
 
+_APART = 1e-3
+"""Of the largest score, by which float32 may differ between two ways to run texts."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -82,11 +85,34 @@ class Scoring:
                 begun = time.perf_counter()
                 found = contest.measure(case, case.n_examples, rounds)
                 yield self._told(case, found, exact=exact) | {"s": time.perf_counter() - begun}
+                yield from self._ways(contest, case, exact=exact)
                 if exact and found.n_same != found.n_examples:
                     raise Wrong(
                         f"{case.title}: {found.n_examples - found.n_same} of {found.n_examples} "
                         f"answers in float32 are not HFLM's"
                     )
+
+    def _ways(self, contest: Contest, case: Case, *, exact: bool) -> Figures:
+        """Time packed rows beside one text a row, and passes of usual size beside larger ones."""
+        if case.task == "gpu_generate":
+            return
+        times = contest.ways(case, case.n_examples)
+        (usual, scores), (plain, _), (larger, _) = times.values()
+        yield {
+            "what": f"{case.title}, one text a row to packed",
+            "value": plain / usual,
+            "packed s": usual,
+            "one a row s": plain,
+            "passes twice as large s": larger,
+            "a study takes": str(contest.tuned(case, case.n_examples) or "the usual way"),
+        }
+        apart = max(
+            abs(one - other)
+            for _, others in times.values()
+            for one, other in zip(scores, others, strict=True)
+        )
+        if exact and apart > _APART * max(map(abs, scores)):
+            raise Wrong(f"{case.title}: scores in float32 differ by {apart:.3g} between ways")
 
     def _cut(self, case: Case, *, exact: bool) -> Case:
         """Return a case with as many examples and batch sizes as there is time for."""

@@ -1,5 +1,6 @@
 """The GPU's check runs in small on a CPU, and says what failed."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from searchmerge.errors import SearchMergeError
 from tests.gpu.check import SECTIONS
 from tests.gpu.merging import covered
 from tests.gpu.report import Report, Step, Wrong, open_file
@@ -64,6 +66,27 @@ def test_a_step_that_fails_is_noted_with_what_it_found_and_the_rest_goes_on(repo
     assert not report.summary()
     names = [line.get("what") for line in lines(tmp_path / "figures.jsonl")]
     assert names == ["first", None, "step", "second", "step", None]
+
+
+def test_a_package_that_is_missing_is_told_in_one_line(report, tmp_path):
+    def fails():
+        yield from ()
+        importlib.metadata.version("no-such-package")
+
+    report.step(Step("study", "20 trials", fails))
+    [told] = report.failures
+    assert told.startswith("study: 20 trials: the package no-such-package is not installed")
+    failed = [line["failed"] for line in lines(tmp_path / "figures.jsonl") if "failed" in line]
+    assert "\n" not in failed[0]
+
+
+def test_what_the_product_says_of_a_failure_is_told_without_a_traceback(report):
+    def fails():
+        yield from ()
+        raise SearchMergeError("study.yaml: the package searchmerge is needed")
+
+    report.step(Step("study", "20 trials", fails))
+    assert report.failures == ["study: 20 trials: study.yaml: the package searchmerge is needed"]
 
 
 def test_a_figure_beyond_its_target_is_missed_and_fails_nothing(report):

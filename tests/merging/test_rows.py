@@ -1,13 +1,10 @@
 """Rows of entries are merged as chunks are, whatever is left over at the end."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from searchmerge.merging.engine import Engine, Operands, count_tallies, rows_of, total_of
 from searchmerge.merging.kernels import pack
-from searchmerge.merging.measure import magnitudes
 from searchmerge.merging.methods.dare import merge_drawn_elected
 from searchmerge.merging.methods.linear import weighted_kept
 from searchmerge.merging.methods.ties import TiesScalars, merge_ties
@@ -22,7 +19,6 @@ from searchmerge.merging.rows import (
     spans,
     write_rows,
 )
-from searchmerge.merging.statistics import Block, OrderStatistics
 
 
 def merge_mean(chunk):
@@ -68,18 +64,6 @@ def test_kernels_are_compiled_once_for_every_number_of_rows():
             assert engine.run_rows(merge_rows, merge_mean, rows, (out, *tallies))
         torch.testing.assert_close(out.view(-1), wanted)
         assert torch.equal(total_of(tallies), tally)
-
-
-@pytest.mark.slow
-def test_counting_is_compiled_once_for_every_number_of_counters():
-    engine, rows = Engine("compiled"), torch.randn(3, 64 * ROW)
-    operands = Operands(torch.zeros(64 * ROW), tuple(rows), torch.empty(0, 3))
-    blocks = [Block(64 * ROW, [], partial(engine.count, magnitudes, operands))]
-    ranks = [0, 700, 2047]
-    wanted = [own.abs().sort().values[rank].item() for own, rank in zip(rows, ranks, strict=True)]
-    assert OrderStatistics(lambda: blocks, 3, 64 * ROW).at(ranks) == wanted
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert OrderStatistics(lambda: blocks, 3, 64 * ROW, grid=[5, 9]).at(ranks) == wanted
 
 
 def test_zero_sums_of_entries_that_are_not_zero_are_tallied():

@@ -1,7 +1,6 @@
 """Order statistics are those of a sort, whatever the numbers are."""
 
 import logging
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
-from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.counting import count_numbers
+from searchmerge.merging.engine import Engine
 from searchmerge.merging.measure import Measure, MemoryBudget
-from searchmerge.merging.statistics import Block, OrderStatistics, n_lanes
+from searchmerge.merging.statistics import Block, OrderStatistics
 from searchmerge.merging.task_vectors import TaskVectors
 
 ODD = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 1.0 + 2**-23, 3.4e38, -3.4e38, 0.5]
@@ -83,58 +83,42 @@ def test_rows_can_be_asked_for_alone_and_ranks_are_clamped():
     assert statistics.at([-5, 99]) == [1.0, 30.0]
 
 
-class Uncompiled(Engine):
-    """Runs kernels of rows as they are, on a CPU."""
-
-    def run_rows(self, kernel, function, rows, outs, fixed=()):
-        kernel(function, rows, *fixed, *outs)
-        return True
-
-
-def as_they_are(chunk):
-    return chunk.deltas
-
-
-def counted_where_computed(rows, size):
-    """Return statistics of ``rows``, counted as a GPU does, in blocks of ``size``."""
+def selected(rows, *, size=7, **more):
+    """Return statistics of ``rows`` as they are measured where numbers are on a GPU."""
     rows = torch.as_tensor(rows)
 
     def numbers():
         for start in range(0, rows.shape[1], size):
-            part = rows[:, start : start + size].contiguous()
-            operands = Operands(torch.zeros(part.shape[1]), tuple(part), torch.empty(0, len(part)))
-            count = partial(Uncompiled("eager").count, as_they_are, operands)
-            yield Block(part.shape[1], [], count)
+            part = rows[:, start : start + size]
+            yield Block(part.shape[1], [own.__getitem__ for own in part])
 
-    return OrderStatistics(numbers, len(rows), rows.shape[1])
+    return OrderStatistics(numbers, len(rows), rows.shape[1], on_gpu=True, **more)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(NUMBERS, st.data())
-def test_ranks_of_what_is_counted_where_it_is_computed_are_those_of_a_sort(rows, data):
+def test_ranks_are_selected_on_a_gpu_as_they_are_counted_on_a_cpu(rows, data):
     n_rows, n_numbers = rows.shape
     ranks = data.draw(st.lists(st.integers(0, n_numbers - 1), min_size=n_rows, max_size=n_rows))
-    statistics = counted_where_computed(rows, size=data.draw(st.sampled_from([70, 300])))
-    assert statistics.at(ranks) == [
-        float(np.sort(own)[rank]) for own, rank in zip(rows, ranks, strict=True)
-    ]
+    size = data.draw(st.sampled_from([7, 70, 300]))
+    grid = data.draw(st.lists(st.integers(0, n_numbers - 1), max_size=5))
+    there, here = selected(rows, size=size, grid=grid), statistics_of(rows, grid=grid)[0]
+    assert there.at(ranks) == here.at(ranks)
+    assert [there.at([rank] * n_rows) for rank in grid] == [here.at([r] * n_rows) for r in grid]
 
 
-def test_many_rows_are_counted_by_fewer_counters_each():
-    assert [n_lanes(n_rows) for n_rows in (1, 4, 5, 8, 33, 128, 200)] == [32, 32, 16, 16, 2, 1, 1]
-    rows = torch.randn(7, 500).round(decimals=1)
-    ranks = [0, 499, 10, 100, 250, 260, 400]
-    wanted = [own.sort().values[rank].item() for own, rank in zip(rows, ranks, strict=True)]
-    assert counted_where_computed(rows, size=160).at(ranks) == wanted
+def test_blocks_are_counted_where_they_are_if_they_can_be():
+    rows, counted = torch.randn(2, 100), []
 
+    def count(counters, first_run):
+        counted.append(first_run)
+        count_numbers(list(rows), counters, first_run)
 
-def test_what_cannot_be_counted_where_it_is_computed_is_read():
-    rows = torch.randn(2, 100)
-    blocks = [Block(100, [own.__getitem__ for own in rows], lambda counters: False)]
-    statistics = OrderStatistics(lambda: blocks, 2, 100)
-    assert statistics.at([3, 70]) == [
-        rows[i].sort().values[r].item() for i, r in ((0, 3), (1, 70))
-    ]
+    blocks = [Block(100, [], count), Block(100, [own.__getitem__ for own in rows])]
+    statistics = OrderStatistics(lambda: blocks, 2, 200, on_gpu=True)
+    twice = torch.cat([rows, rows], 1).sort().values
+    assert statistics.at([3, 70]) == [twice[0, 3].item(), twice[1, 70].item()]
+    assert counted == [0]
 
 
 def test_no_numbers_at_all_give_zeros():
@@ -151,6 +135,16 @@ def test_what_was_cached_is_not_measured_again(tmp_path):
     assert again.at([77, 78]) == [rows[i].sort().values[77 + i].item() for i in range(2)]
     assert len(passes) == 1
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_what_was_selected_and_cached_is_not_measured_again(tmp_path):
+    rows, file = torch.randn(2, 300), tmp_path / "statistics.safetensors"
+    wanted = selected(rows, cache=file).at([5, 299])
+    again, passes = statistics_of(rows, cache=file)
+    assert again.at([5, 299]) == wanted
+    assert passes == []
+    assert again.at([6, 7]) == [rows[i].sort().values[6 + i].item() for i in range(2)]
+    assert len(passes) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other", "flip", "unsigned"])

@@ -45,6 +45,22 @@ def test_the_references_that_decide_are_those_of_the_first_run(toy):
     resumed.directory.close()
 
 
+def test_how_tasks_are_scored_is_measured_once_in_a_study(toy):
+    study = toy()
+    assert study.directory.keep_tuning(lambda: {"math": {"growth": 2}}) == {"math": {"growth": 2}}
+    study.directory.close()
+    resumed = toy()
+    assert resumed.directory.keep_tuning(lambda: 1 / 0) == {"math": {"growth": 2}}
+    resumed.directory.close()
+
+
+def test_a_study_that_scored_something_before_that_was_measured_goes_on_so(toy):
+    toy().run(1)
+    study = toy()
+    assert study.directory.keep_tuning(lambda: 1 / 0) == {}
+    study.directory.close()
+
+
 def test_a_study_is_begun_with_its_first_trial(toy):
     study = toy()
     study.directory.enqueue("warm start", [{"coefficient.math": 0.5}])

@@ -24,7 +24,7 @@ def recording(**accuracies):
         values[task] = right.astype(float)
     unknown = {task: np.full(table.shape, np.nan) for task, table in values.items()}
     n_references = sum(not name.startswith("plan ") for name in plans)
-    return Recording(list(plans), n_references, N_SELECT, TASKS, values, unknown)
+    return Recording(list(plans), n_references, TASKS, values, unknown)
 
 
 def outcome(recorded, rule):

@@ -4,12 +4,11 @@ Documents are divided by what their contexts begin with, and spread over packed 
 ``layout``). A prefix that many documents share is run once for each row; or, where that takes
 longer than one more forward pass, left out of the rows and run once before them.
 
-What runs how is decided by the tokens and the kind of device alone, so that all workers of a
-study, whose fingerprint holds the latter, make the same bfloat16 scores; a race between layouts
-in the first round would not. It would have one winner. A mask rules out some kernels: on an H100
-attention with one took 7.5 % of a 1B model's time in packed rows of 128 tokens and 18 % in rows
-of 2,048, while a context that is run anew for each of four choices triples the time. Texts that
-share nothing gain nothing by packing, and are run without a mask.
+What runs how is decided by the tokens and the kind of device alone, unless a study's first worker
+measures that rows of one text each are faster (see ``tuning``). A mask rules out some kernels: on
+an H100 attention with one took 7.5 % of a 1B model's time in packed rows of 128 tokens and 18 % in
+rows of 2,048, while a context that is run anew for each of four choices triples the time. Texts
+that share nothing gain nothing by packing, and are run without a mask.
 """
 
 import heapq

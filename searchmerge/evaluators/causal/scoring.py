@@ -6,7 +6,7 @@ gets one row per continuation instead, found out once by scoring a few tokens bo
 """
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,7 @@ from searchmerge.evaluators.causal.model import (
 )
 from searchmerge.evaluators.causal.packing import PREFIX_COST, Cluster, plan_packed
 from searchmerge.evaluators.causal.reading import Reading, read, read_with_gradient
+from searchmerge.evaluators.causal.tuning import Way
 
 _logger = logging.getLogger(__name__)
 
@@ -46,11 +47,15 @@ class CausalScorer:
     Args:
         batch_tokens: Tokens of one forward pass, padding included, 1 or more; a single sequence
             may be longer. Where they do not fit into memory, fewer are run at once.
+
+    Attributes:
+        way: How texts are run from now on.
     """
 
     def __init__(self, batch_tokens: int) -> None:
+        self.way = Way()
         self._batch_tokens = batch_tokens
-        self._fitting = Fitting()
+        self._fittings: defaultdict[Way, Fitting] = defaultdict(Fitting)
         self._packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._lay_out = lru_cache(maxsize=_KEPT_LAYOUTS)(self._laid_out)
         self._calls: OrderedDict[tuple[Any, ...], tuple[Any, _Layout]] = OrderedDict()
@@ -68,16 +73,16 @@ class CausalScorer:
         """
         if not pairs:
             return []
-        window = self._packed_window(model, max_length)
+        window = self._packed_window(model, max_length) if self.way.packs else 0
 
         def run(part: float) -> list[tuple[float, bool]]:
-            batch_tokens = max(1, int(part * self._batch_tokens))
+            batch_tokens = max(1, int(part * self.way.growth * self._batch_tokens))
             how = max_length, window, batch_tokens, device_of(model)
             clusters, indices = self._layout(pairs, how)
             results = _run(model, clusters)
             return [results[index] for index in indices]
 
-        return self._fitting.run(run)
+        return self._fittings[self.way].run(run)
 
     def log_likelihoods(
         self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.model import BATCH_TOKENS, MODEL_CLASS
+from searchmerge.evaluators.causal.tuning import Way
 from searchmerge.evaluators.evaluator import (
     EVALUATORS,
     Answer,
@@ -70,6 +71,7 @@ class LmHarness:
         is_graded: bool = True,
     ) -> None:
         self._is_graded = is_graded
+        self._ways: dict[str, Way] = {}
         self._backend = backend
         self._lm = make_lm(
             tokenizer,
@@ -194,10 +196,35 @@ class LmHarness:
         """
         if not examples:
             return ()
-        prepared = self._tasks[task]
+        self._backend.use(self._ways.get(task, Way()))
+        return self._score(model, task, examples)
+
+    def _score(self, model: nn.Module, task: str, examples: Sequence[int]) -> tuple[float, ...]:
         with evaluating(model):
             self._lm.model = model
-            return prepared.score(self._lm, examples)
+            return self._tasks[task].score(self._lm, examples)
+
+    def tune(self, model: nn.Module, task: str, examples: Sequence[int]) -> dict[str, Any]:
+        """Return how examples are scored soonest, and the seconds of each way that was tried.
+
+        Where the study says how many tokens a forward pass has, that is kept to.
+        """
+        if any(part.task.generation is not None for part in self.parts(task, examples)):
+            return {}
+        times = self._backend.tune(
+            model,
+            lambda: self._score(model, task, examples),
+            may_grow=self.section.batch_tokens is None,
+        )
+        if not times:
+            return {}
+        tried = [{**way._asdict(), "seconds": seconds} for way, seconds in times.items()]
+        return {**next(iter(times))._asdict(), "tried": tried}
+
+    def use(self, task: str, tuning: Mapping[str, Any]) -> None:
+        """Score a task in the way that was measured."""
+        chosen = {name: tuning[name] for name in Way._fields if name in tuning}
+        self._ways[task] = Way(**chosen)
 
 
 def _check_same(first: Leaf, other: Leaf, where: str) -> None:

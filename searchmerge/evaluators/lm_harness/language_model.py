@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -16,8 +16,10 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.generation import GenerationOptions, Generator
+from searchmerge.evaluators.causal.model import device_of
 from searchmerge.evaluators.causal.sampling import seed_of
 from searchmerge.evaluators.causal.scoring import CausalScorer
+from searchmerge.evaluators.causal.tuning import GpuProbe, Way, fastest
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
 _logger = logging.getLogger(__name__)
@@ -62,6 +64,19 @@ class Backend(Protocol):
         """Return the new tokens of every prompt; what follows a stop sequence is ignored."""
         ...
 
+    def tune(
+        self, model: nn.Module, score: Callable[[], object], *, may_grow: bool
+    ) -> dict[Way, float]:
+        """Return the seconds that scoring takes in each way that was tried, the best first.
+
+        There is none where nothing is measured.
+        """
+        ...
+
+    def use(self, way: Way) -> None:
+        """Score in a way from now on."""
+        ...
+
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Take over the weights that a merge has left in the model, by checkpoint names."""
         ...
@@ -78,10 +93,34 @@ class TransformersBackend:
     spare = 0
 
     def __init__(self, batch_tokens: int) -> None:
-        scorer = CausalScorer(batch_tokens)
+        scorer = self._scorer = CausalScorer(batch_tokens)
         self.score = scorer.score
         self.log_likelihoods = scorer.log_likelihoods
         self.generate = Generator(batch_tokens).generate
+
+    def tune(
+        self, model: nn.Module, score: Callable[[], object], *, may_grow: bool
+    ) -> dict[Way, float]:
+        """Return the seconds that scoring takes in each way that was tried, the best first.
+
+        Nothing is measured on a CPU, where the rule is no slower.
+        """
+        device = device_of(model)
+        if device.type != "cuda":
+            return {}
+
+        def run(way: Way) -> None:
+            self.use(way)
+            score()
+
+        try:
+            return fastest(run, GpuProbe(device), may_grow=may_grow)
+        finally:
+            self.use(Way())
+
+    def use(self, way: Way) -> None:
+        """Score in a way from now on."""
+        self._scorer.way = way
 
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Do nothing: the weights are those of the model that is run."""

@@ -4,7 +4,7 @@ Every continuation gets what it would get alone: contexts and continuations are 
 right, where masks and the decoder's order hide it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.fitting import Fitting
 from searchmerge.evaluators.causal.generation import Generator
 from searchmerge.evaluators.causal.model import device_of, sent
+from searchmerge.evaluators.causal.tuning import Way
 
 MODEL_CLASS = "AutoModelForSeq2SeqLM"
 """What transformers loads such a model as."""
@@ -40,6 +41,15 @@ class Seq2SeqBackend:
         self._batch_tokens = batch_tokens
         self._fitting = Fitting()
         self.generate = Generator(batch_tokens).generate
+
+    def tune(
+        self, model: nn.Module, score: Callable[[], object], *, may_grow: bool
+    ) -> dict[Way, float]:
+        """Return nothing: rows are never packed."""
+        return {}
+
+    def use(self, way: Way) -> None:
+        """Do nothing: there is one way."""
 
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Do nothing: the weights are those of the model that is run."""

@@ -30,6 +30,7 @@ from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.generation import GenerationOptions
 from searchmerge.evaluators.causal.model import BATCH_TOKENS
 from searchmerge.evaluators.causal.scoring import CausalScorer
+from searchmerge.evaluators.causal.tuning import Way
 
 _logger = logging.getLogger(__name__)
 
@@ -168,6 +169,15 @@ class VllmBackend:
             _logger.info("starting vLLM on %s", self._settings.model_dir)
             self._server = self._start(self._settings)
         return self._server
+
+    def tune(
+        self, model: nn.Module, score: Callable[[], object], *, may_grow: bool
+    ) -> dict[Way, float]:
+        """Return nothing: vLLM decides by itself what it runs together."""
+        return {}
+
+    def use(self, way: Way) -> None:
+        """Do nothing: there is one way."""
 
     def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Give the engine the resident model's weights.

@@ -13,7 +13,7 @@ from searchmerge.errors import DeviceFault
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.gradient import LossRequest, LossResult
-from searchmerge.execution.worker import RoundResult, Worker
+from searchmerge.execution.worker import RoundResult, Tuning, Worker
 from searchmerge.plan import MergePlan
 
 _REPORT_S = 0.005  # what a dying process needs to send off its last report: 1 ms, measured
@@ -71,11 +71,17 @@ class RayWorker:
             dict(worker.tasks()), f"GPU {numbers} ({worker.device})" if numbers else worker.device
         )
 
+    def tune(self, blocks: Round) -> Tuning:
+        """Return how each task is scored soonest."""
+        return self._loaded().tune(blocks)
+
     def score(
-        self, plan: MergePlan, rounds: Sequence[Round]
+        self, plan: MergePlan, rounds: Sequence[Round], tuning: Tuning
     ) -> Iterator[Begun | RoundResult | DeviceFault]:
         """Yield that the job is taken up, then each round's scores; a fault ends them."""
-        yield from _taken_up(self._loaded().score(plan, rounds))
+        worker = self._loaded()
+        worker.use(tuning)
+        yield from _taken_up(worker.score(plan, rounds))
 
     def gradient(
         self, plan: MergePlan, request: LossRequest

@@ -37,7 +37,7 @@ class RaySettings:
         gpus: GPUs of each: below 1 several share one, above 1 each has several.
         deadline_s: Seconds that one round of a job may take; ``None`` to derive them from the
             rounds that were seen on the same node so far (:class:`Deadline`).
-        loading_s: Seconds that a worker may take to load.
+        loading_s: Seconds that a worker may take to load, and before that to begin to.
     """
 
     address: str = "local"

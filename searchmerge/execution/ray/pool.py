@@ -39,7 +39,7 @@ from searchmerge.execution.ray.cluster import (
     short,
 )
 from searchmerge.execution.ray.nodes import MAX_LOAD_DEATHS, Nodes
-from searchmerge.execution.worker import RoundResult, Worker, is_device_fault
+from searchmerge.execution.worker import RoundResult, Tuning, Worker, is_device_fault
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)
@@ -113,7 +113,9 @@ class RayExecutor:
     load are replaced after a pause; after ``MAX_LOAD_DEATHS`` in a row on one node that node has
     to do with fewer, and when none can be anywhere the study stops. The same where a worker can
     not be loaded though another was, as a node may lack a file; before that it stops the study,
-    as does the head of the cluster where it does not come back.
+    as does the head of the cluster where it does not come back. A worker that does not even say
+    where it is within the time that loading may take waits for room, or hangs: it is asked for
+    anew.
 
     Args:
         make_worker: Loads a worker, in the actor's process; it must be picklable.
@@ -136,6 +138,7 @@ class RayExecutor:
         self._slots: list[Slot] = []
         self._ready: deque[tuple[Slot, Any]] = deque()
         self._tasks: dict[str, TaskInfo] | None = None
+        self._tuning: Tuning = {}
         self._n_asked = 0
         self._not_before = 0.0
         self._tended = -_TEND_S
@@ -174,10 +177,38 @@ class RayExecutor:
             for slot in self._slots
         ]
 
+    def tune(self, blocks: Round) -> Tuning:
+        """Return how each task is scored soonest, as the first worker measures it.
+
+        Nothing where that worker dies at it, or takes too long.
+
+        Raises:
+            SearchMergeError: If no worker can be loaded.
+        """
+        self.tasks()
+        while not (free := [slot for slot in self._slots if slot.is_free]):
+            self.next_event(_TEND_S)
+        slot = free[0]
+        try:
+            seconds = self._deadlines.at(slot.node).seconds
+            tuning: Tuning = ray.get(slot.actor.tune.remote(blocks), timeout=seconds)
+        except RayError as error:
+            told = "%s could not measure how scoring is fastest; the usual way is taken: %s"
+            _logger.warning(told, slot.at, short(error))
+            self._drop(slot)
+            return {}
+        return tuning
+
+    def use(self, tuning: Tuning) -> None:
+        """Let every worker score each task so from its next job on."""
+        self._tuning = tuning
+
     def submit(self, job: int, plan: MergePlan, rounds: Sequence[Round]) -> None:
         """Start a job on a free worker."""
         slot = self._free_slot(job)
-        slot.call = slot.actor.score.options(num_returns="streaming").remote(plan, tuple(rounds))
+        slot.call = slot.actor.score.options(num_returns="streaming").remote(
+            plan, tuple(rounds), self._tuning
+        )
 
     def submit_gradient(self, job: int, plan: MergePlan, request: LossRequest) -> None:
         """Start a job on a free worker that computes losses and their gradient."""
@@ -347,7 +378,7 @@ class RayExecutor:
         """Kill a worker that is past its deadline, however busy the others are."""
         now = time.monotonic()
         for slot in list(self._slots):
-            if slot.doing in ("waiting", "idle") or now - slot.since <= self._allowed_s(slot):
+            if slot.doing == "idle" or now - slot.since <= self._allowed_s(slot):
                 continue
             if ray.wait([slot.call], timeout=0, fetch_local=False)[0]:
                 continue  # it has something to say; it was this process that was late
@@ -355,13 +386,19 @@ class RayExecutor:
                 reason = f"no round within {self._deadlines.at(slot.node)}"
                 return self._lose(slot, reason, blameless=not slot.has_begun)
             allowed = f"{self._settings.loading_s:g} s; ray.loading_deadline of the config"
+            if slot.doing == "waiting":  # for room, for all that is known: it costs nothing
+                self._drop(slot)
+                told = "%s has not begun to load within %s: another is asked for in its place"
+                _logger.warning(told, slot.name, allowed)
+                continue
             self._lose_loading(slot, f"not loaded within {allowed}", blameless=False)
         return None
 
     def _allowed_s(self, slot: Slot) -> float:
         """Return how long a worker may be silent at what it is doing."""
-        is_loading = slot.doing == "loading"
-        return self._settings.loading_s if is_loading else self._deadlines.at(slot.node).seconds
+        if slot.doing == "working":
+            return self._deadlines.at(slot.node).seconds
+        return self._settings.loading_s
 
     def _tend(self) -> None:
         """Start workers that are missing, and say so where nothing is ready for long."""

@@ -260,7 +260,6 @@ class Pcb:
             f"pcb-{variant}",
             compute if kept is None else read,
             n_active,
-            computed=(_BALANCES[variant], scalars) if kept is None else None,
             grid=[*(_dropped_rank(d, step / GRID) for step in range(GRID + 1)), d - 1],
             experts=self._active,
         )

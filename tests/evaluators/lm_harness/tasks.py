@@ -123,11 +123,21 @@ def documents(split, n):
         yield {"question": f"the {' '.join(words[::-1])} of {split} {i}?", "choices": words}
 
 
-def harness(folder, task, tokenizer=None, *, seed=0, backend_tokens=1024, is_graded=True, **keys):
+def harness(
+    folder,
+    task,
+    tokenizer=None,
+    *,
+    seed=0,
+    backend=None,
+    backend_tokens=1024,
+    is_graded=True,
+    **keys,
+):
     return LmHarness(
         {"mine": task},
         tokenizer=tokenizer or tiny_tokenizer(),
-        backend=TransformersBackend(backend_tokens),
+        backend=backend or TransformersBackend(backend_tokens),
         seed=seed,
         is_graded=is_graded,
         section=LmHarnessSection(include_path=() if folder is None else (".",), **keys),

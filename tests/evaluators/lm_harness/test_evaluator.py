@@ -1,5 +1,6 @@
 """lm-eval tasks of a study, scored on the resident model."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from searchmerge import assemble
 from searchmerge.check import check_study
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.causal.tuning import Way
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
 from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
@@ -105,3 +107,58 @@ def test_a_generation_longer_than_the_window_is_refused_before_there_is_a_model(
     message = r"generation\.max_gen_toks: 64 tokens are to be generated; allowed are up to 63"
     with pytest.raises(SpecError, match=rf"tasks\.mine: 'generate': {message}"):
         make(64)
+
+
+class Timed(TransformersBackend):
+    """Finds that one text a row is faster; notes whether passes may grow, and the ways used."""
+
+    def __init__(self):
+        super().__init__(1024)
+        self.could_grow, self.used = [], []
+
+    def tune(self, model, score, *, may_grow):
+        score()
+        self.could_grow.append(may_grow)
+        return {Way(packs=False, growth=4): 0.5, Way(): 1.0}
+
+    def use(self, way):
+        self.used.append(way)
+        super().use(way)
+
+
+def test_a_task_is_measured_told_as_json_and_scored_so(folder, model):
+    backend = Timed()
+    evaluator = harness(folder, LmTask("mc", "test"), backend=backend)
+    tuning = json.loads(json.dumps(evaluator.tune(model, "mine", range(4))))
+    assert tuning == {
+        "packs": False,
+        "growth": 4,
+        "tried": [
+            {"packs": False, "growth": 4, "seconds": 0.5},
+            {"packs": True, "growth": 1, "seconds": 1.0},
+        ],
+    }
+    usual = evaluator.score(model, "mine", range(4))
+    evaluator.use("mine", tuning)
+    assert evaluator.score(model, "mine", range(4)) == usual
+    evaluator.use("mine", {})
+    evaluator.score(model, "mine", range(4))
+    assert backend.used == [Way(), Way(packs=False, growth=4), Way()]
+
+
+def test_passes_keep_to_the_tokens_that_the_study_says(folder, model):
+    backend = Timed()
+    for batch_tokens in (None, 64):
+        evaluator = harness(
+            folder, LmTask("mc", "test"), backend=backend, batch_tokens=batch_tokens
+        )
+        evaluator.tune(model, "mine", [0])
+    assert backend.could_grow == [True, False]
+
+
+def test_tasks_that_generate_and_machines_without_a_gpu_are_not_measured(folder, model):
+    backend = Timed()
+    generates = harness(folder, LmTask("generate", "test"), backend=backend)
+    assert generates.tune(model, "mine", [0]) == {}
+    assert backend.could_grow == []
+    assert harness(folder, LmTask("mc", "test")).tune(model, "mine", [0]) == {}

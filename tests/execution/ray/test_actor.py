@@ -49,14 +49,14 @@ def test_it_says_where_it_is_before_it_loads(cluster):
 
 
 def test_a_job_begins_and_gives_the_workers_rounds(actor):
-    first, *rounds = actor.score(plan(FINE), ROUNDS)
+    first, *rounds = actor.score(plan(FINE), ROUNDS, {})
     assert first == Begun()
     expected = [result.scores for result in workers.make().score(plan(FINE), ROUNDS)]
     assert [result.scores for result in rounds] == expected
 
 
 def test_a_device_fault_is_the_last_thing_it_says(actor):
-    begun, scored, fault = actor.score(plan(DEVICE_FAULT), ROUNDS)
+    begun, scored, fault = actor.score(plan(DEVICE_FAULT), ROUNDS, {})
     assert begun == Begun()
     assert isinstance(scored, RoundResult)
     assert isinstance(fault, DeviceFault)
@@ -64,4 +64,4 @@ def test_a_device_fault_is_the_last_thing_it_says(actor):
 
 def test_a_job_without_a_model_is_a_mistake():
     with pytest.raises(RuntimeError, match="a worker that has loaded no model"):
-        next(RayWorker({}).score(plan(FINE), ROUNDS))
+        next(RayWorker({}).score(plan(FINE), ROUNDS, {}))

@@ -86,6 +86,30 @@ def test_a_worker_that_is_killed_in_a_block_is_replaced_and_its_job_goes_on(pool
     assert set(workers.busy(notes)) != {pid}
 
 
+def test_the_first_worker_measures_and_all_score_so(pool, notes):
+    executor = pool(functools.partial(workers.make_tuned, notes), workers=2)
+    assert executor.tune(ROUNDS[0]) == {"math": {"growth": 2}}
+    executor.use({"math": {"growth": 4}})
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
+    for job in (1, 2):
+        executor.submit(job, plan(FINE, job / 10), ROUNDS)
+    ended = 0
+    while ended < 2:
+        ended += isinstance(executor.next_event(30.0), Finished)
+    used = [file.read_text() for file in notes.glob("used-*")]
+    assert used == ["{'growth': 4}"] * 2
+
+
+def test_a_worker_that_dies_as_it_measures_costs_no_more_than_itself(pool, notes, caplog):
+    executor = pool(functools.partial(workers.make_tuned, notes, dies=True), workers=1)
+    assert executor.tune(ROUNDS[0]) == {}
+    assert f"worker 1 on {HOST} could not measure how scoring is fastest" in caplog.text
+    executor.use({})
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free)
+    executor.submit(1, plan(FINE), ROUNDS)
+    assert until_it_ends(executor, 1)[-1] == Finished(1)
+
+
 def test_a_plan_that_kills_three_workers_is_not_tried_again_and_the_others_go_on(pool, store):
     source = jobs(FINE, DIES, FINE, FINE)
     Dispatcher(pool(), store).run(source)
@@ -230,9 +254,18 @@ def test_workers_that_always_die_as_they_load_stop_the_study(pool, notes):
 
 
 def test_a_worker_that_hangs_as_it_loads_is_named_and_replaced(pool, notes, caplog):
-    executor = pool(functools.partial(workers.make_slow, notes, 1), workers=1, loading_s=1.0)
+    executor = pool(functools.partial(workers.make_slow, notes, 1), workers=1, loading_s=5.0)
     assert executor.tasks()
-    assert f"worker 1 on {HOST} was lost as it loaded: not loaded within 1 s" in caplog.text
+    assert f"worker 1 on {HOST} was lost as it loaded: not loaded within 5 s" in caplog.text
+    [worker] = executor.workers()
+    assert worker == WorkerState("worker 2", HOST, "cpu", "idle")
+
+
+def test_a_worker_that_hangs_before_it_says_where_it_is_is_asked_for_anew(pool, notes, caplog):
+    executor = pool(workers.HangsAsItArrives(notes, 1), workers=1, loading_s=5.0)
+    assert executor.tasks()
+    told = "worker 1 has not begun to load within 5 s; ray.loading_deadline of the config"
+    assert f"{told}: another is asked for in its place" in caplog.text
     [worker] = executor.workers()
     assert worker == WorkerState("worker 2", HOST, "cpu", "idle")
 

@@ -1,0 +1,204 @@
+"""Counting numbers between cuts, and collecting some of them, on the device where they are."""
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+SEGMENTS = 256
+"""Counters of a row. The last one takes what is no number, so there are two cuts fewer."""
+
+MOST_CUTS = SEGMENTS - 2
+
+RUN = 32
+"""Numbers that follow one another and are drawn together: what a GPU reads at once, and so few
+that what lies side by side in a matrix, and is alike, makes up little of a sample."""
+
+_AT_ONCE = 1 << 22  # numbers, where each operation is a pass of its own
+
+_STARTS = 1 << 16
+_END = 0x7FFFFFFF  # above the key of every finite number
+_MAGNITUDE = 0x7FFFFFFF
+
+
+class Counters(NamedTuple):
+    """What is counted of each row on one device, and what of it is collected.
+
+    Keys are int32 that order as the numbers do. Segment ``i`` of a row holds the keys from its
+    cut ``i - 1`` on, below its cut ``i``.
+
+    Attributes:
+        cuts: Each row's cuts in order, and behind them more than every key,
+            ``(n_rows, 2 * SEGMENTS)`` int32.
+        starts: How many cuts are at or below each multiple of 2^16, ``(n_rows, 2^16)`` int16.
+        n_steps: Halvings by which a key's segment is found among those that begin within the
+            same 2^16 keys.
+        has_cuts: Whether there is anything to count.
+        collects: Which segments are collected, ``(n_rows, SEGMENTS)`` int32.
+        limits: How many of 2^24 runs are collected, drawn evenly, ``(n_rows,)`` int32.
+        counts: Numbers in each segment, ``(n_rows, SEGMENTS)`` int64.
+        n_collected: How many keys were, those for which there was no room too, ``(n_rows,)``
+            int32.
+        collected: Their keys, in no order, ``(n_rows, capacity)`` int32.
+    """
+
+    cuts: Tensor
+    starts: Tensor
+    n_steps: int
+    has_cuts: bool
+    collects: Tensor
+    limits: Tensor
+    counts: Tensor
+    n_collected: Tensor
+    collected: Tensor
+
+    def keys(self, row: int) -> Tensor:
+        """Return what was collected of a row, on its device."""
+        return self.collected[row, : int(self.n_collected[row])]
+
+
+class Wanted(NamedTuple):
+    """What is to be counted of a row.
+
+    Attributes:
+        cuts: Keys in order, at most ``MOST_CUTS``.
+        collects: Whether each segment is collected, one more than there are cuts.
+        every: One of how many runs is; 1 for all.
+    """
+
+    cuts: npt.NDArray[np.int64]
+    collects: npt.NDArray[np.bool_]
+    every: int
+
+
+def new_counters(rows: Sequence[Wanted], capacity: int, device: torch.device) -> Counters:
+    """Return counters that are all 0, with room for ``capacity`` keys of each row."""
+    n_rows, bins = len(rows), (np.arange(_STARTS) - _STARTS // 2) << 16
+    cuts = np.full((n_rows, 2 * SEGMENTS), _END, np.int32)
+    starts = np.empty((n_rows, _STARTS), np.int16)
+    collects = np.zeros((n_rows, SEGMENTS), np.int32)
+    most = 0
+    for i, row in enumerate(rows):
+        cuts[i, : len(row.cuts)] = row.cuts
+        collects[i, : len(row.collects)] = row.collects
+        starts[i] = np.searchsorted(row.cuts, bins, "right")
+        most = max(most, int((np.searchsorted(row.cuts, bins + (1 << 16)) - starts[i]).max()))
+    limits = [max(1, (1 << 24) // row.every) for row in rows]
+    return Counters(
+        torch.from_numpy(cuts).to(device),
+        torch.from_numpy(starts).to(device),
+        most.bit_length(),
+        any(len(row.cuts) for row in rows),
+        torch.from_numpy(collects).to(device),
+        torch.tensor(limits, dtype=torch.int32, device=device),
+        torch.zeros(n_rows, SEGMENTS, dtype=torch.int64, device=device),
+        torch.zeros(n_rows, dtype=torch.int32, device=device),
+        torch.empty(n_rows, capacity, dtype=torch.int32, device=device),
+    )
+
+
+def n_runs(n_numbers: int) -> int:
+    """Return in how many runs so many numbers are."""
+    return -(-n_numbers // RUN)
+
+
+def count_numbers(rows: Sequence[Tensor], counters: Counters, first_run: int) -> None:
+    """Count each row's numbers, ``(m,)`` float32, on their device.
+
+    Args:
+        rows: The numbers.
+        counters: What is added to.
+        first_run: How many runs were counted before: by it they are drawn.
+    """
+    if not _KERNEL.count(rows, None, counters, first_run):
+        _count_by_operations(rows, counters, first_run)
+
+
+def count_magnitudes(
+    experts: Sequence[Tensor], base: Tensor, counters: Counters, first_run: int
+) -> None:
+    """Count the magnitudes of each expert's entries less the base's, ``(m,)``, any float dtype.
+
+    Args:
+        experts: A row each.
+        base: On their device.
+        counters: What is added to.
+        first_run: How many runs were counted before: by it they are drawn.
+    """
+    if not _KERNEL.count(experts, base, counters, first_run):
+        wide = base.float()
+        rows = [(expert.float() - wide).abs_() for expert in experts]
+        _count_by_operations(rows, counters, first_run)
+
+
+class _Kernel:
+    """The kernel of ``counting_kernel``, for as long as it can be compiled."""
+
+    def __init__(self) -> None:
+        self._is_broken = False
+
+    def count(
+        self,
+        sources: Sequence[Tensor],
+        base: Tensor | None,
+        counters: Counters,
+        first_run: int,
+    ) -> bool:
+        """Count by it where it runs; return whether it was so."""
+        if self._is_broken or sources[0].device.type != "cuda" or not len(sources[0]):
+            return False
+        try:
+            from searchmerge.merging import counting_kernel
+
+            with torch.cuda.device(sources[0].device):
+                counting_kernel.count(sources, base, counters, first_run)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, OSError, ImportError) as error:
+            self._is_broken = True
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            _logger.warning("statistics take longer, as compiling failed: %s", reason)
+            return False
+        return True
+
+
+_KERNEL = _Kernel()
+
+
+def _count_by_operations(rows: Sequence[Tensor], counters: Counters, first_run: int) -> None:
+    for i, numbers in enumerate(rows):
+        for start in range(0, len(numbers), _AT_ONCE):
+            part = numbers[start : start + _AT_ONCE]
+            _count_part(part, counters, i, first_run + start // RUN)
+
+
+def _count_part(numbers: Tensor, counters: Counters, row: int, first_run: int) -> None:
+    keys = keys_of(numbers)
+    segments = torch.searchsorted(counters.cuts[row, :MOST_CUTS], keys, right=True)
+    counters.counts[row] += torch.bincount(segments, minlength=SEGMENTS)
+    runs = torch.arange(len(keys), device=keys.device) // RUN + first_run
+    is_drawn = ((runs * 0x9E3779B1 & 0xFFFFFFFF) >> 8) < counters.limits[row]
+    chosen = keys[is_drawn & (counters.collects[row][segments] != 0)]
+    start = int(counters.n_collected[row])
+    room = counters.collected[row, start : start + len(chosen)]
+    room.copy_(chosen[: len(room)])
+    counters.n_collected[row] += len(chosen)
+
+
+def keys_of(numbers: Tensor) -> Tensor:
+    """Return fresh int32 keys that order as the float32 ``numbers`` do; -0 counts as 0."""
+    bits = (numbers + 0.0).view(torch.int32)
+    flip = (bits >> 31).bitwise_and_(_MAGNITUDE)  # a negative number's magnitude bits
+    return bits.bitwise_xor_(flip)
+
+
+def numbers_of(keys: Tensor) -> Tensor:
+    """Return the float32 numbers of int64 keys, the inverse of the above."""
+    bits = keys ^ torch.where(keys < 0, _MAGNITUDE, 0)
+    return bits.to(torch.int32).view(torch.float32)
