@@ -223,7 +223,7 @@ def test_the_card_of_a_found_merge_holds_the_command_that_makes_it(
     card = (run_dir / "model" / "README.md").read_text()
     [command] = [line for line in card.splitlines() if line.startswith("searchmerge merge")]
     assert "--set 'exclude=[embed_tokens, norm]'" in command
-    assert "--base ../../../base --expert first=../../../first" in command
+    assert re.search(r"--base (\.\./)+\S*base --expert first=(\.\./)+\S*first ", command)
     monkeypatch.chdir(run_dir / "model")  # from where the card's paths are
     arguments = shlex.split(command)[1:]
     code, _, err = searchmerge(*arguments)
