@@ -17,7 +17,7 @@ from searchmerge.evaluators.evaluator import (
     Follower,
     TaskInfo,
 )
-from searchmerge.execution.blocks import Block, Part, make_blocks, split_examples
+from searchmerge.execution.blocks import Block, Part, check_apart, make_blocks, split_examples
 from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.followed_merger import FollowedMerger
 from searchmerge.execution.gradient import Merges
@@ -137,19 +137,35 @@ def make_schedule(study: Study, tasks: Mapping[str, TaskInfo]) -> Schedule:
     """
     search = study.spec.search
     blocks: dict[Part, dict[str, tuple[Block, ...]]] = {"pilot": {}, "hold_out": {}}
+    with study.errors_at_keys():
+        split = _split(study, tasks)
+    for name, parts in split.items():
+        for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
+            made = make_blocks(name, part, examples, tasks[name], search.block_size)
+            blocks[part][name] = made
+    return Schedule.interleaved(tasks, blocks, round_blocks=search.round_blocks, seed=search.seed)
+
+
+def _split(study: Study, tasks: Mapping[str, TaskInfo]) -> dict[str, dict[Part, tuple[int, ...]]]:
+    """Return the examples of each task's parts: tasks with the same examples are divided alike.
+
+    Raises:
+        SpecError: If a task has too few, or one selects on what another holds out.
+    """
+    split: dict[str, dict[Part, tuple[int, ...]]] = {}
     for name, info in tasks.items():
         task = study.spec.tasks[name]
-        with study.errors_at_keys():
-            parts = split_examples(
-                name,
-                info,
-                seed=search.seed,
-                select=_count(task.select, info.n_of("select")),
-                hold_out=_count(task.hold_out, info.n_of("hold_out")),
-            )
-        for part, examples in zip(blocks, (parts["select"], parts["hold_out"]), strict=True):
-            blocks[part][name] = make_blocks(name, part, examples, info, search.block_size)
-    return Schedule.interleaved(tasks, blocks, round_blocks=search.round_blocks, seed=search.seed)
+        same = [n for n in split if info.origins and tasks[n].origins == info.origins]
+        split[name] = split_examples(
+            name,
+            info,
+            seed=study.spec.search.seed,
+            select=_count(task.select, info.n_of("select")),
+            hold_out=_count(task.hold_out, info.n_of("hold_out")),
+            alike=next(iter(same), None),
+        )
+    check_apart(tasks, split)
+    return split
 
 
 def _count(share: float | None, n_examples: int) -> int | None:

@@ -21,6 +21,7 @@ from searchmerge.search.references import BASE, merges, reference_plans
 from searchmerge.search.resolution import (
     DISAGREE,
     N_ERRORS,
+    REALISTIC,
     WANTED,
     examples_wanted,
     expected_error,
@@ -31,6 +32,7 @@ from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.scores import ScoreStore
 from searchmerge.study import Study, kept_study
+from searchmerge.wording import counted
 
 _EXAMPLES = 2
 
@@ -46,8 +48,8 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
     yield from _models(study, models, config)
     yield f"space: {_describe_space(study)}"
     if study.spec.search.warm_start:
-        n_plans = len(assemble.warm_start(study))
-        yield f"warm start: {n_plans} plans of {', '.join(study.spec.search.warm_start)}"
+        plans = counted(len(assemble.warm_start(study)), "plan")
+        yield f"warm start: {plans} of {', '.join(study.spec.search.warm_start)}"
     yield f"references: {', '.join(assemble.references(study, models))}"
     evaluators = assemble.make_evaluators(study, models, assemble.pick_device(config))
     infos = {name: evaluator.tasks[name] for name, evaluator in evaluators.items()}
@@ -59,7 +61,8 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
         }
         sources = {part: f" from {its.source}" for part, its in info.parts.items()}
         yield (
-            f"task {name}: {info.metric}, {info.n_examples} examples{_and_unlabelled(info)}, "
+            f"task {name}: {info.metric}, {counted(info.n_examples, 'example')}"
+            f"{_and_unlabelled(info)}, "
             f"{parts['pilot']} to select{sources.get('select', '')}, "
             f"{parts['hold_out']} held out{sources.get('hold_out', '')}"
         )
@@ -76,7 +79,8 @@ def _and_unlabelled(info: TaskInfo) -> str:
 def _models(study: Study, models: Models, config: RunConfig) -> Iterator[str]:
     """Yield what the models are and what a worker needs; refuse what cannot fit."""
     names = ", ".join(models.experts)
-    yield f"models: {len(models.experts)} experts ({names}) fit the base {models.base.name}"
+    n_fitting = counted(len(models.experts), f"expert ({names}) fits", f"experts ({names}) fit")
+    yield f"models: {n_fitting} the base {models.base.name}"
     yield from (f"doubtful: {line}" for line in models.doubts())
     device = assemble.pick_device(config)
     sections = [study.spec.section(name) for name in study.spec.kinds]
@@ -130,7 +134,7 @@ def _cost(sample: _Sample, schedule: Schedule) -> str:
     """Return what a trial costs."""
     n_select = schedule.n_examples("pilot")
     return (
-        f"cost: merging {sample.merge_s:.2f} s; {sample.n_scored} examples took "
+        f"cost: merging {sample.merge_s:.2f} s; {counted(sample.n_scored, 'example')} took "
         f"{sample.score_s:.2f} s, so a trial of {n_select} takes about "
         f"{sample.trial_s(n_select):.0f} s or less"
     )
@@ -160,8 +164,9 @@ def _resolution(
         basis = f"if two good plans differ on {100 * DISAGREE:.0f} % of the examples"
     told, objective = 100 * N_ERRORS * error, study.objective.kind
     yield (
-        f"resolution: {sum(counts.values())} examples tell plans apart that differ by "
-        f"{told:.1f} points of {objective} ({N_ERRORS} standard errors, {basis})"
+        f"resolution: {counted(sum(counts.values()), 'example tells', 'examples tell')} plans "
+        f"apart that differ by {told:.1f} points of {objective} "
+        f"({N_ERRORS} standard errors, {basis})"
     )
     yield _proposal(study, schedule, sample, counts, error)
 
@@ -182,6 +187,8 @@ def _proposal(
     short = ""
     if proposed != wanted:
         short = f"; {_counted(wanted)} would be needed, of which what is held out leaves fewer"
+    if max(wanted.values()) > REALISTIC:
+        short = "; no realistic number of examples would be enough"
     return (
         f"proposed, to tell {100 * WANTED:g} points apart: select {_counted(proposed)}{short}; "
         f"n_trials {n_trials}, which take about {minutes:.0f} min or less on one worker"
@@ -237,8 +244,5 @@ def _first_examples(block: Block, n_examples: int) -> Block:
 
 
 def _describe_space(study: Study) -> str:
-    space = study.space
-    parts = [
-        f"{name} with {len(space.distributions(name))} parameters" for name in space.alternatives
-    ]
-    return ", ".join(parts)
+    sizes = {name: len(study.space.distributions(name)) for name in study.space.alternatives}
+    return ", ".join(f"{name} with {counted(n, 'parameter')}" for name, n in sizes.items())

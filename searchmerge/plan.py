@@ -12,6 +12,7 @@ from typing import Any
 from searchmerge.durable import write_atomically
 from searchmerge.errors import SpecError
 from searchmerge.tensor_names import compress, expand, in_order
+from searchmerge.wording import counted
 
 Rows = tuple[tuple[float, ...], ...]
 """One row per group, one number per expert."""
@@ -129,7 +130,7 @@ class MergePlan:
         for name, rows in self.values.items():
             if len(rows) != len(self.groups):
                 raise SpecError(
-                    f"plan: values.{name} has {len(rows)} rows; "
+                    f"plan: values.{name} has {counted(len(rows), 'row')}; "
                     f"groups {self.groups.to_data()!r} need {len(self.groups)}"
                 )
             for row in rows:
@@ -238,8 +239,8 @@ class MergePlan:
 def _check_row(name: str, row: tuple[float, ...], experts: tuple[str, ...]) -> None:
     if len(row) != len(experts):
         raise SpecError(
-            f"plan: a row of values.{name} has {len(row)} numbers; "
-            f"there are {len(experts)} experts: {', '.join(experts)}"
+            f"plan: a row of values.{name} has {counted(len(row), 'number')}; "
+            f"it has {counted(len(experts), 'expert')}: {', '.join(experts)}"
         )
     for expert, number in zip(experts, row, strict=True):
         if not math.isfinite(number):

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from searchmerge.errors import printable
 from searchmerge.search.trials import TrialRecord
+from searchmerge.wording import counted
 
 
 class ProgressView:
@@ -67,7 +68,7 @@ class ProgressView:
             return
         marks = [record.kind] if record.kind else []
         if record.stopped_after is not None:
-            marks.append(f"stopped after {record.stopped_after} blocks")
+            marks.append(f"stopped after {counted(record.stopped_after, 'block')}")
         if is_best:
             marks.append("best so far")
         if crowded := self._crowding():

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,10 +53,11 @@ from searchmerge.search.refinements import Refinements, material
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
-from searchmerge.search.trials import TrialRecord, best_of
+from searchmerge.search.trials import TrialRecord, best_of, by_completion
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
 from searchmerge.watch import Watch
+from searchmerge.yaml_text import yaml_in_one_line
 
 MODEL_DIR = "model"
 _logger = logging.getLogger(__name__)
@@ -184,9 +186,7 @@ class StudyRun:
             if board.is_full(plan, "select")
         }
         full = [record for record in candidates(records, objective) if record.is_full]
-        plan = self._directory.best_so_far()
-        first = [record for record in full if record.plan == plan][:1]
-        best = [*first, *(r for r in best_of(full, _N_SHOWN) if r not in first)][:_N_SHOWN]
+        best = best_of(by_completion(full), _N_SHOWN)
         rows = list(scored.items())
         names = [", ".join(filter(None, (record.name, record.kind))) for record in best]
         rows += [(name, dict(r.scores)) for name, r in zip(names, best, strict=True)]
@@ -373,9 +373,7 @@ def _save(
         save_front(results.points, results.winner, results.front_title, run_dir)
     out, plan = run_dir / MODEL_DIR, results.merge_plan
     heads = saved_heads(study, models)
-    classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
-    overrides = merge_overrides(study.spec)
-    card = model_card(results, models.base.name, models.sources, classes, overrides)
+    card = _card(results, study, models, out, heads)
     if _is_saved(out, plan, heads):
         (out / "README.md").write_text(card, encoding="utf-8")
         return
@@ -383,6 +381,25 @@ def _save(
     vectors = load_task_vectors(study, models)
     files = {**head_files(heads, models.dtype), "README.md": card}
     save_merge(models, vectors, plan, out, files=files, check=check)
+
+
+def _card(
+    results: Results, study: Study, models: Models, out: Path, heads: Mapping[str, SavedHead]
+) -> str:
+    """Return the card of the model in ``out``, whose paths are from there on."""
+    classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
+    experts = {name: _seen_from(out, source) for name, source in models.sources.items()}
+    overrides = merge_overrides(study.spec)
+    template = study.spec.chat_template
+    if template is not None and template not in (BASE, *experts):
+        overrides["chat_template"] = yaml_in_one_line(_seen_from(out, study.resolve(template)))
+    return model_card(results, _seen_from(out, models.base.name), experts, classes, overrides)
+
+
+def _seen_from(folder: Path, source: str) -> str:
+    """Return how a file or directory is named from ``folder`` on; a hub id as it is."""
+    path = Path(source).expanduser()
+    return os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else source
 
 
 def _is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead]) -> bool:

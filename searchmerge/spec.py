@@ -164,6 +164,14 @@ class ConfirmSpec(Strict):
     n_resamples: int = Field(default=2000, ge=100)
 
 
+def _lacks_an_expert(task: Mapping[str, Any]) -> bool:
+    """Return whether a task names no expert though its evaluator needs one."""
+    kind = task.get("evaluator")
+    if not isinstance(kind, str) or kind not in EVALUATORS or task.get("expert") is not None:
+        return False
+    return "expert" in hinted(EVALUATORS[kind].keys)
+
+
 class StudySpec(Strict):
     """A study file."""
 
@@ -191,6 +199,22 @@ class StudySpec(Strict):
     def __reduce__(self) -> Any:
         """Let it be read again in another process, whose classes are made there."""
         return _read_again, (self.model_dump(mode="json", exclude_unset=True),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _experts_that_are_needed(cls, data: Any) -> Any:
+        """Give a task that cannot be scored without an expert that of its name."""
+        if not isinstance(data, Mapping):
+            return data
+        tasks, experts = data.get("tasks"), data.get("experts")
+        if not isinstance(tasks, Mapping) or not isinstance(experts, Mapping):
+            return data
+        needing = {
+            name: {**task, "expert": name}
+            for name, task in tasks.items()
+            if name in experts and isinstance(task, Mapping) and _lacks_an_expert(task)
+        }
+        return {**data, "tasks": {**tasks, **needing}}
 
     @field_validator("objective")
     @classmethod

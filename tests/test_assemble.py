@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from searchmerge import assemble
-from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.errors import SpecError
+from searchmerge.evaluators.evaluator import Origin, TaskInfo
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
 from tests.tiny import make_study
@@ -24,6 +25,50 @@ def test_parts_are_counted_or_fractions_of_all_examples(tmp_path, select, hold_o
     assert counts == tuple(
         sum(len(block.examples) for block in schedule.blocks[part]["first"]) for part in parts
     )
+
+
+def shared(**second):
+    """Return tasks of which two have the same definition."""
+    task = {"task": "tiny_first", "split": "validation"}
+    return {"first": task, "second": {**task, **second}}
+
+
+def parts_of(study, origins):
+    infos = {name: TaskInfo(40, origins=its) for name, its in origins.items()}
+    schedule = assemble.make_schedule(study, infos)
+    return {
+        (name, part): {example for block in blocks for example in block.examples}
+        for part, by_task in schedule.blocks.items()
+        for name, blocks in by_task.items()
+    }
+
+
+def test_tasks_with_the_same_examples_are_divided_alike(tmp_path):
+    study = read_study(make_study(tmp_path, tasks=shared()))
+    same = (Origin("a file", range(40)),)
+    parts = parts_of(study, {"first": same, "second": same})
+    assert parts["first", "pilot"] == parts["second", "pilot"]
+    assert parts["first", "hold_out"] == parts["second", "hold_out"]
+    other = (Origin("another file", range(40)),)
+    apart = parts_of(study, {"first": same, "second": other})
+    assert apart["first", "pilot"] == parts["first", "pilot"]
+    assert apart["first", "pilot"] != apart["second", "pilot"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [({"select": 30}, range(40)), ({}, range(39, -1, -1))],
+    ids=["counts", "rows"],
+)
+def test_a_row_that_one_task_selects_on_is_held_out_in_no_other(tmp_path, keys, rows):
+    study = read_study(make_study(tmp_path, tasks=shared(**keys)))
+    message = (
+        r"tasks\.(first|second): \d+ examples that it holds out are selected on in task '\w+': "
+        "both have rows of a file; give both tasks the same examples, select and hold_out, or"
+    )
+    origins = {"first": (Origin("a file", range(40)),), "second": (Origin("a file", rows),)}
+    with pytest.raises(SpecError, match=message):
+        parts_of(study, origins)
 
 
 @pytest.mark.parametrize(

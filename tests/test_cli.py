@@ -213,7 +213,9 @@ def test_merge_writes_the_model_that_a_plan_stands_for(study, searchmerge, tmp_p
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
-def test_the_card_of_a_found_merge_holds_the_command_that_makes_it(study, searchmerge, tmp_path):
+def test_the_card_of_a_found_merge_holds_the_command_that_makes_it(
+    study, searchmerge, tmp_path, monkeypatch
+):
     changes = {"exclude": ["embed_tokens", "norm"], "dtype": "float32"}
     code, _, err = searchmerge("run", study(**changes))
     assert code == 0, err
@@ -221,12 +223,13 @@ def test_the_card_of_a_found_merge_holds_the_command_that_makes_it(study, search
     card = (run_dir / "model" / "README.md").read_text()
     [command] = [line for line in card.splitlines() if line.startswith("searchmerge merge")]
     assert "--set 'exclude=[embed_tokens, norm]'" in command
+    assert re.search(r"--base (\.\./)+\S*base --expert first=(\.\./)+\S*first ", command)
+    monkeypatch.chdir(run_dir / "model")  # from where the card's paths are
     arguments = shlex.split(command)[1:]
-    arguments[1] = str(run_dir / "model" / "merge_plan.yaml")
     code, _, err = searchmerge(*arguments)
     assert code == 0, err
     found, again = (
-        load_file(d / "model.safetensors") for d in (run_dir / "model", tmp_path / "merged")
+        load_file(d / "model.safetensors") for d in (run_dir / "model", run_dir / "model/merged")
     )
     assert found.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())

@@ -10,7 +10,7 @@ import searchmerge
 ROOT = Path(searchmerge.__file__).parent
 LAYERS = [
     {"errors"},
-    {"durable", "yaml_text", "tensor_names"},
+    {"durable", "yaml_text", "tensor_names", "wording"},
     {"registry", "plan", "yaml_file", "machine"},
     {"checkpoints"},
     {"merging", "evaluators"},

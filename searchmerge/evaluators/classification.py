@@ -38,6 +38,7 @@ from searchmerge.evaluators.rows import (
     text_column,
 )
 from searchmerge.evaluators.score_kind import Mean, OfRecords, ScoreKind
+from searchmerge.wording import counted
 
 Metric = Literal["acc", "macro_f1"]
 
@@ -50,7 +51,7 @@ class ClassificationKeys:
     """The keys of a task whose texts or images are classified.
 
     Attributes:
-        expert: The expert whose head classifies.
+        expert: The expert whose head classifies; that of the task's name if none is named.
         data: Where the rows are; or where those of ``select`` and of ``hold_out`` are.
         split: Which of its splits; not needed for a single file. Or one for each part.
         text: The column of the text, or the two columns of a pair.
@@ -61,7 +62,7 @@ class ClassificationKeys:
         metric: ``acc`` or ``macro_f1``.
     """
 
-    expert: str = needed("name the expert whose head classifies")
+    expert: str = needed("name the expert whose head classifies, or give the task its name")
     data: DataPlace | DataPlaces = needed("give a file, a folder, or a dataset of the hub")
     split: str | Splits | None = None
     text: Annotated[tuple[str, ...], Len(1, 2)] | None = None
@@ -338,7 +339,8 @@ def class_indices(rows: Any, task: ClassificationTask, where: str) -> list[int]:
     n_classes = task.head.n_classes
     if task.class_names and len(task.class_names) != n_classes:
         raise SpecError(
-            f"{where}.labels: there are {len(task.class_names)}; its head has {n_classes} classes"
+            f"{where}.labels: there are {len(task.class_names)}; "
+            f"its head has {counted(n_classes, 'class', 'classes')}"
         )
     index_of = {name: index for index, name in enumerate(task.class_names)}
     twice = {name for name in task.class_names if task.class_names.count(name) > 1}

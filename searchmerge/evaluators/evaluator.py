@@ -55,6 +55,19 @@ class PartInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where some of a task's examples come from: tasks with the same rows share them.
+
+    Attributes:
+        data: Tells the data from all other, and says to a person which they are.
+        rows: Where in the data each example stands.
+    """
+
+    data: str
+    rows: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class TaskInfo:
     """What the search must know of a task before anything is scored.
 
@@ -74,6 +87,7 @@ class TaskInfo:
         parts: What ``select`` and ``hold_out`` are each drawn from where that differs: the first
             of the task's examples are those of ``select``, and have the members named here.
             Empty where both are drawn from all.
+        origins: Where the examples come from, in their order; none where that is not known.
     """
 
     n_examples: int
@@ -86,6 +100,7 @@ class TaskInfo:
     losses: tuple[LossKind, ...] = ()
     n_unlabelled: int = 0
     parts: Mapping[str, PartInfo] = field(default_factory=dict)
+    origins: tuple[Origin, ...] = field(default=(), compare=False)  # nodes keep data elsewhere
 
     @classmethod
     def of_parts(cls, select: PartInfo, hold_out: PartInfo, **said: Any) -> "TaskInfo":
@@ -97,6 +112,10 @@ class TaskInfo:
     def unlabelled(self) -> range:
         """Return the examples that have no label."""
         return range(self.n_examples, self.n_examples + self.n_unlabelled)
+
+    def rows(self) -> Iterator[tuple[str, int]]:
+        """Yield the data and the row that each example comes from; nothing if it is not known."""
+        return ((origin.data, row) for origin in self.origins for row in origin.rows)
 
     def n_of(self, part: str) -> int:
         """Return from how many examples a part is drawn."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import PartInfo, TaskInfo
+from searchmerge.evaluators.evaluator import Origin, PartInfo, TaskInfo
 
 _FORMATS = {
     ".jsonl": "json",
@@ -124,10 +124,21 @@ def rows_info(sources: Sources, n_rows: Sequence[int], **said: Any) -> TaskInfo:
         n_rows: How many each source has.
         **said: What else is known.
     """
+    named = list(zip(sources, n_rows, strict=True))
+    said["origins"] = tuple(Origin(_data(source), range(n)) for source, n in named)
     if len(sources) == 1:
         return TaskInfo(n_rows[0], **said)
-    named = zip(sources, n_rows, strict=True)
     return TaskInfo.of_parts(*(PartInfo(source.name, n) for source, n in named), **said)
+
+
+def _data(source: DataSource) -> str:
+    """Return which data a source is: the same file, by whatever name, is the same data."""
+    path = Path(source.path)
+    if path.is_dir():
+        path = _split_files(path).get(source.split or "", path)
+    if path.is_file():
+        return str(path.resolve())
+    return ", ".join(filter(None, (source.name, source.subset, source.revision)))
 
 
 def load_rows(source: DataSource, where: str) -> Any:

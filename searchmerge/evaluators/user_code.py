@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import EvaluationError, StudyError
+from searchmerge.wording import counted
 
 _NO_LIST = (str, bytes, Mapping, Set)
 
@@ -65,7 +66,10 @@ def as_scores(returned: Any, examples: Sequence[int], what: str) -> Scored:
     with user_code(what, EvaluationError):
         scores = list(returned)
     if len(scores) != len(examples):
-        raise EvaluationError(f"{what} returned {len(scores)} scores for {len(examples)} examples")
+        raise EvaluationError(
+            f"{what} returned {counted(len(scores), 'score')} "
+            f"for {counted(len(examples), 'example')}"
+        )
     if not all(isinstance(score, tuple) and len(score) == 2 for score in scores):
         return Scored(_numbers(scores, examples, f"{what} scored"))
     return Scored(

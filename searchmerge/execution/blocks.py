@@ -10,6 +10,7 @@ from typing import Literal
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
+from searchmerge.wording import counted
 
 Part = Literal["pilot", "select", "hold_out"]
 """``select`` is what trials see; ``hold_out`` is what only the confirmation sees. ``pilot`` is
@@ -72,7 +73,13 @@ Round = tuple[Block, ...]
 
 
 def split_examples(
-    task: str, info: TaskInfo, *, seed: int, select: int | None, hold_out: int | None
+    task: str,
+    info: TaskInfo,
+    *,
+    seed: int,
+    select: int | None,
+    hold_out: int | None,
+    alike: str | None = None,
 ) -> dict[Part, tuple[int, ...]]:
     """Divide a task's examples into what trials see and what only the confirmation sees.
 
@@ -82,12 +89,21 @@ def split_examples(
     as whole examples go, and all examples are as many as can be drawn so. Where the parts are
     drawn from different data, each is shuffled by itself, and ``None`` takes all of its own.
 
+    Args:
+        task: Its name.
+        info: What is known of it.
+        seed: The study's.
+        select: Examples that trials see.
+        hold_out: Examples that only the confirmation sees.
+        alike: The task with the same examples that it is shuffled as; itself if ``None``.
+
     Raises:
         SpecError: If the task has too few examples, or a part would be empty.
     """
     if info.parts:
         asked: dict[Part, int | None] = {"select": select, "hold_out": hold_out}
-        return {part: _drawn(task, info, part, n, seed) for part, n in asked.items()}
+        key = f"{seed}/{alike or task}"
+        return {part: _drawn(task, info, part, n, key) for part, n in asked.items()}
     members = info.members or (Member(task, info.n_examples, 1.0),)
     n_examples = _n_in_proportion(members)
     if select is None:
@@ -98,10 +114,10 @@ def split_examples(
         drawn = ", counted in proportion to its members' weights" if info.members else ""
         raise SpecError(
             f"tasks.{task}: select {select} and hold_out {hold_out} were asked for, but the task "
-            f"has {n_examples} examples{drawn}; each part needs 1 or more, together at most "
-            f"{n_examples}"
+            f"has {counted(n_examples, 'example')}{drawn}; "
+            f"each part needs 1 or more, together at most {n_examples}"
         )
-    generator = random.Random(f"{seed}/{task}")
+    generator = random.Random(f"{seed}/{alike or task}")
     chosen: dict[Part, list[int]] = {"select": [], "hold_out": []}
     start = 0
     for member, first, both in zip(
@@ -121,7 +137,36 @@ def split_examples(
     return {part: tuple(examples) for part, examples in chosen.items()}
 
 
-def _drawn(task: str, info: TaskInfo, part: Part, asked: int | None, seed: int) -> tuple[int, ...]:
+def check_apart(
+    infos: Mapping[str, TaskInfo], parts: Mapping[str, Mapping[Part, Sequence[int]]]
+) -> None:
+    """Refuse tasks that share rows of which one selects on what the other holds out.
+
+    Args:
+        infos: Task name to what is known of it.
+        parts: Task name to its examples of each part.
+
+    Raises:
+        SpecError: If a row is in both parts.
+    """
+    users = Counter(data for info in infos.values() for data in {o.data for o in info.origins})
+    seen: dict[tuple[str, int], str] = {}
+    held_out: dict[str, list[tuple[str, int]]] = {}
+    for task, info in infos.items():
+        if any(users[origin.data] > 1 for origin in info.origins):
+            rows = list(info.rows())
+            seen |= {rows[example]: task for example in parts[task]["select"]}
+            held_out[task] = [rows[example] for example in parts[task]["hold_out"]]
+    for task, rows in held_out.items():
+        if shared := [row for row in rows if row in seen]:
+            raise SpecError(
+                f"tasks.{task}: {counted(len(shared), 'example')} that it holds out are selected "
+                f"on in task {seen[shared[0]]!r}: both have rows of {shared[0][0]}; give both "
+                "tasks the same examples, select and hold_out, or splits of their own"
+            )
+
+
+def _drawn(task: str, info: TaskInfo, part: Part, asked: int | None, seed: str) -> tuple[int, ...]:
     """Return the examples of a part that is drawn from data of its own; all for ``None``."""
     everything = info.parts[part]
     start = 0 if part == "select" else info.parts["select"].n_examples
@@ -136,7 +181,7 @@ def _drawn(task: str, info: TaskInfo, part: Part, asked: int | None, seed: int) 
             f"tasks.{task}.{part}: {n} were asked for, but {everything.source} has {n_examples} "
             f"examples{drawn}; allowed are 1 to {n_examples}"
         )
-    generator = random.Random(f"{seed}/{task}/{part}")
+    generator = random.Random(f"{seed}/{part}")
     chosen = []
     for (_, examples), n_its in zip(ranges, _shared_out(n, members), strict=True):
         order = list(examples)

@@ -20,8 +20,8 @@ def model_card(
 
     Args:
         results: Of the study that found the merge.
-        base: The base model, as the study names it.
-        experts: Expert name to the model, as the study names it.
+        base: The base model: a hub id, or where it is from the saved model's folder on.
+        experts: Expert name to the same.
         classes: Expert name to the names of its head's classes, where it has a head of its own.
         overrides: What ``searchmerge merge`` has to be told beside plan and models.
     """
@@ -50,7 +50,8 @@ A merge of these experts on the base {code(base)}, found by searchmerge:
 
 {scores}
 
-With `merge_plan.yaml` and these models this one is made again:
+With `merge_plan.yaml` and these models this one is made again. Paths are from this folder on, in
+which the command is run:
 
 {code_block(_command(base, experts, overrides))}
 """

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from searchmerge.evaluators.score_kind import Counts, ScoreKind
 from searchmerge.search.objective import Objective
+from searchmerge.search.resolution import REALISTIC
 
 _TOLD_APART = 0.01  # of the objective
 
@@ -87,17 +88,26 @@ class Confirmation:
         """Return what may lead to a better merge, where none was found."""
         if self.winner == self.best_found:
             return ""
-        more = ""
-        half = (self.gain.high - self.gain.low) / 2
-        if not self.single and half > _TOLD_APART:
-            n_needed = math.ceil(self.n_examples * (half / _TOLD_APART) ** 2 / 10) * 10
-            more = (
-                f"; about {n_needed} examples of each task, to select and held out, tell merges "
-                f"apart that differ by {100 * _TOLD_APART:.0f} point"
-            )
         return (
             " What the search found has not enough evidence to be saved in its place: give it "
-            f"more examples (select), more trials, or another space{more}."
+            f"more examples (select), more trials, or another space{self._examples_needed}."
+        )
+
+    @property
+    def _examples_needed(self) -> str:
+        """Return how many examples tell close merges apart; nothing where these do."""
+        half = (self.gain.high - self.gain.low) / 2
+        if self.single or half <= _TOLD_APART:
+            return ""
+        n_needed = math.ceil(self.n_examples * (half / _TOLD_APART) ** 2 / 10) * 10
+        if n_needed > REALISTIC:
+            return (
+                f"; by what is held out here, merges that differ by {100 * _TOLD_APART:.0f} point "
+                "cannot be told apart with any realistic number of examples"
+            )
+        return (
+            f"; about {n_needed} examples of each task, to select and held out, tell merges "
+            f"apart that differ by {100 * _TOLD_APART:.0f} point"
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from searchmerge.search.storage import (
 )
 from searchmerge.search.trials import (
     FINISHED,
+    CompletedScores,
     TrialRecord,
     enqueue,
     enqueue_refined,
@@ -55,6 +57,7 @@ _TUNING = "tuning"  # task to how it is scored
 _REFINING_S = "refining_s"
 _UNREFINED = "unrefined:"  # begins the name of a refinement that proposed nothing
 _REFINING = "refining:"  # begins the name of how often runs ended abruptly during a refinement
+_READ = "read:"  # begins the name of how a plan's scores were last read, once that was learnt
 _COMPLETED = "completed"  # trial number to scores, where it was scored in full after the search
 
 
@@ -224,13 +227,17 @@ class StudyDirectory:
         """Return the trials in these states, by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def records(self) -> list[TrialRecord]:
+    def records(self, *, as_told: bool = False) -> list[TrialRecord]:
         """Return the records of all finished trials, by number.
+
+        Args:
+            as_told: Whether to return them as they were when they were told or completed, and
+                not as they were last read.
 
         Raises:
             StudyError: If an earlier version of searchmerge wrote one.
         """
-        return records_of(self.study)
+        return records_of(self.study, as_told=as_told)
 
     def write_plan(self, name: str, plan: MergePlan) -> None:
         """Write a plan into the run directory, under what it is called in tables.
@@ -245,16 +252,21 @@ class StudyDirectory:
         except OSError as error:
             raise StudyError(f"{file}: cannot be written: {error.strerror or error}") from error
 
-    def best_so_far(self) -> MergePlan | None:
-        """Return the plan of the best trial so far, as it is written down; ``None`` if none is."""
-        file = plan_file(self.run_dir, BEST_SO_FAR)
-        return MergePlan.from_yaml(file) if file.exists() else None
-
     def keep_completed(self, record: TrialRecord) -> None:
         """Keep the scores of a trial that was stopped early and is scored in full since."""
         completed = self.study.user_attrs.get(_COMPLETED, {})
         scores = record.completed_scores()
         self.study.set_user_attr(_COMPLETED, {**completed, str(record.number): scores})
+
+    def keep_read(self, records: Iterable[TrialRecord]) -> None:
+        """Keep how trials that were scored in full are read now, where that has changed."""
+        before: dict[str, list[CompletedScores]] = defaultdict(list)
+        for kept in self.records():
+            before[kept.plan.digest].append(kept.completed_scores())
+        for record in records:
+            scores, known = record.completed_scores(), before[record.plan.digest]
+            if not known or any(its != scores for its in known):
+                self.study.set_user_attr(f"{_READ}{record.plan.digest}", scores)
 
     def enqueue_refined(self, name: str, plan: MergePlan, refining: Mapping[str, Any]) -> None:
         """Enqueue what a refinement proposes as a trial.
@@ -337,20 +349,33 @@ def plan_file(run_dir: Path, name: str) -> Path:
     return run_dir / PLANS_DIR / f"{safe}.yaml"
 
 
-def records_of(study: optuna.Study) -> list[TrialRecord]:
+def records_of(study: optuna.Study, *, as_told: bool = False) -> list[TrialRecord]:
     """Return the records of a study's finished trials, by number.
+
+    Args:
+        study: The study.
+        as_told: Whether to return them as they were when they were told or completed, and not
+            as they were last read.
 
     Raises:
         StudyError: If an earlier version of searchmerge wrote one.
     """
-    completed = study.user_attrs.get(_COMPLETED, {})
+    attributes = study.user_attrs
+    completed = attributes.get(_COMPLETED, {})
     trials = study.get_trials(deepcopy=False, states=FINISHED)
-    records = [TrialRecord.read(trial) for trial in trials]
-    return [
+    told = [
         record.completed(completed[str(record.number)])
         if str(record.number) in completed
         else record
-        for record in records
+        for record in map(TrialRecord.read, trials)
+    ]
+    if as_told:
+        return told
+    return [
+        record.read_as(attributes[f"{_READ}{record.plan.digest}"])
+        if record.is_full and f"{_READ}{record.plan.digest}" in attributes
+        else record
+        for record in told
     ]
 
 

@@ -71,7 +71,8 @@ class Incumbents:
         self._places = board.schedule.places("select")
         self._base_plan = base
         self._pool = [plan for plan in pool if board.is_full(plan, "select")]
-        self._full: list[TrialRecord] = []  # all trials that were scored in full
+        self._full: list[TrialRecord] = []  # all trials that were scored in full, as last read
+        self._read: tuple[TrialRecord, ...] = ()
         self._read_anew()
 
     def _read_anew(self) -> None:
@@ -86,14 +87,21 @@ class Incumbents:
         self._front: list[TrialRecord] = []
         self._scores: dict[int, PlanScores] = {}  # of the best and the front, by trial number
         self._paired: dict[int, Incumbent] = {}  # by the identity of their scores
-        for record in self._full:
+        for i, record in enumerate(self._full):
             scores = self._plan_scores(record.plan)
-            self._compare(record.judged(self._objective, record.scores, scores.scores), scores)
+            self._full[i] = record.judged(self._objective, record.scores, scores.scores)
+            self._compare(self._full[i], scores)
+        self._read = tuple(self._full)
 
     @property
     def best(self) -> TrialRecord | None:
         """The best trial that was scored in full; ``None`` where there is none yet."""
         return self._best
+
+    @property
+    def read(self) -> tuple[TrialRecord, ...]:
+        """The trials that were read anew when it was last learnt how to, as they are read now."""
+        return self._read
 
     def enter(self, record: TrialRecord) -> bool:
         """Take in a trial that was scored in full; return whether it is the best so far."""

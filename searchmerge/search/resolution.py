@@ -20,6 +20,8 @@ N_ERRORS = 2
 """As many standard errors apart plans are told apart."""
 WANTED = 0.02
 """A difference worth finding, in units of the objective."""
+REALISTIC = 10_000
+"""Nobody gathers, or waits for, more examples of a task."""
 _TRIALS = 40  # of `space: auto`, which has few numbers that matter
 _TRIALS_A_NUMBER = 10
 _MOST_TRIALS = 200

@@ -7,7 +7,8 @@ from optuna.trial import TrialState
 
 from searchmerge.search.directory import elapsed_of, records_of, stored_study
 from searchmerge.search.roster import read_roster
-from searchmerge.search.trials import best_of
+from searchmerge.search.trials import best_of, by_completion
+from searchmerge.wording import counted
 
 _N_BEST = 5
 
@@ -15,8 +16,8 @@ _N_BEST = 5
 def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """Return counts of trials by state, seconds so far, the workers, and the best trials.
 
-    The best are ranked as the study ranks them: of those that were scored in full, plans that
-    keep the constraints alone, where there is one.
+    The best are ranked as the study ranks them, by how it last read their scores: of those that
+    were scored in full, plans that keep the constraints alone, where there is one.
 
     Args:
         run_dir: The study's run directory.
@@ -51,7 +52,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
                 "scores": record.scores,
                 "feasible": record.is_feasible,
             }
-            for record in best_of((r for r in records if r.is_full), _N_BEST)
+            for record in best_of(by_completion(r for r in records if r.is_full), _N_BEST)
         ],
     }
 
@@ -68,7 +69,7 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
     if status["refined"]:
         of_these.append(f"{status['refined']} refined")
     lines = [
-        f"{status['study']}: {trials['complete']} trials complete "
+        f"{status['study']}: {counted(trials['complete'], 'trial')} complete "
         f"({', '.join(of_these)}), {trials['running']} running, "
         f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
     ]
@@ -83,6 +84,6 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
         lines.append(f"workers, as they were {status['workers_age_s']:.0f} s ago:")
     for worker in status["workers"]:
         where = ", ".join(filter(None, (worker["node"], worker["device"])))
-        done = f"{worker['trials']} trials, {worker['examples_per_s']:.1f} examples/s"
+        done = f"{counted(worker['trials'], 'trial')}, {worker['examples_per_s']:.1f} examples/s"
         lines.append(f"  {worker['name']:<11} {worker['doing']:<8} {done}  {where}".rstrip())
     return lines

@@ -64,9 +64,11 @@ class TrialSource:
         self._spending = spending
         self._observer = observer
         self._left_running = directory.left_running()
-        for record in by_completion(candidates(directory.records(), objective)):
+        for record in by_completion(candidates(directory.records(as_told=True), objective)):
             self._enter(record)
         self._written: MergePlan | None = None
+        self._read = incumbents.read
+        directory.keep_read(self._read)
         self._write_best()  # a run that was killed may have left an earlier one's
 
     def next_job(self) -> TrialJob | None:
@@ -150,7 +152,10 @@ class TrialSource:
         return is_best
 
     def _write_best(self) -> None:
-        """Write the plan of the best trial so far, unless it is written."""
+        """Write the plan of the best trial so far, and what ranks it first, unless they are."""
+        if self._incumbents.read is not self._read:
+            self._read = self._incumbents.read
+            self._directory.keep_read(self._read)
         best = self._incumbents.best
         if best is not None and best.plan != self._written:
             self._written = best.plan

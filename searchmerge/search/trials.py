@@ -154,11 +154,14 @@ class TrialRecord:
 
     def completed(self, scores: "CompletedScores") -> "TrialRecord":
         """Return the record of a trial that was stopped early, scored in full since."""
-        changes = {**scores, "values": tuple(scores["values"])}
-        return replace(self, is_completed=True, **changes)
+        return replace(self.read_as(scores), is_completed=True)
+
+    def read_as(self, scores: "CompletedScores") -> "TrialRecord":
+        """Return the record as it was read after it was told."""
+        return replace(self, **{**scores, "values": tuple(scores["values"])})
 
     def completed_scores(self) -> "CompletedScores":
-        """Return what :meth:`completed` takes, as plain data."""
+        """Return what :meth:`completed` and :meth:`read_as` take, as plain data."""
         return {
             "scores": dict(self.scores),
             "estimates": dict(self.estimates),

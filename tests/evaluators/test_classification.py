@@ -461,6 +461,19 @@ def changed(**second):
     return tasks
 
 
+def test_a_task_has_the_expert_of_its_name(write):
+    named = score(write("bert", text_tasks()), "second")
+    assert score(write("bert", changed(expert=None)), "second") == named
+
+
+def test_a_task_of_another_name_has_to_name_its_expert(write):
+    tasks = changed(expert=None)
+    tasks["third"] = tasks.pop("second")
+    match = "expert is missing: name the expert whose head classifies, or give the task its name"
+    with pytest.raises(SpecError, match=match):
+        score(write("bert", tasks), "third")
+
+
 @pytest.mark.parametrize(
     ("tasks", "match"),
     [
@@ -481,7 +494,6 @@ def changed(**second):
             "tasks.second.labels: 'green' stands twice in red, green, green",
         ),
         (changed(expert="first"), "row 3 has 3 in column 'label', .*names: red, green, blue"),
-        (changed(expert=None), "expert is missing: name the expert whose head classifies"),
         (changed(image="picture"), "text, or image"),
         (changed(metric="f1"), "metric: .*'acc' or 'macro_f1'; found 'f1'"),
         (changed(num_fewshot=2), "num_fewshot belongs to evaluator lm_harness"),

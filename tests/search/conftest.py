@@ -115,10 +115,10 @@ class Toy:
             self.observer,
         )
 
-    def run(self, n_trials, racing=None, observer=None, references=None, **budget):
+    def run(self, n_trials, racing=None, observer=None, references=None, seed=None, **budget):
         self.observer = observer or self.observer
         try:
-            self.runner(references).run(self.objective, Budget(n_trials, **budget), racing)
+            self.runner(references).run(self.objective, Budget(n_trials, **budget), racing, seed)
         finally:
             self.directory.close()
         return self.directory.study.trials

@@ -49,7 +49,28 @@ def test_a_clear_winner_is_called_better_and_a_clear_loser_worse():
     assert worse.winner == worse.best_reference
     assert f"Saved is {worse.winner}." in worse.verdict
     assert "is worse than the best baseline" in worse.verdict
-    assert re.search(r"more examples \(select\).* about \d+0 examples of each task", worse.verdict)
+
+
+def test_a_lost_verdict_says_how_many_examples_it_takes():
+    data = {name: by_task for name, by_task in values(0, 0.0).items() if name != "trial 2"}
+    best = run(data).best_reference
+    dropped = range(
+        0, 200, 20
+    )  # the found merge answers as the best reference does, but for a few
+    data["trial 1"] = {
+        t: tuple(0.0 if i in dropped else v for i, v in enumerate(its))
+        for t, its in data[best].items()
+    }
+    told = run(data).verdict
+    assert re.search(r"more examples \(select\).* about \d+0 examples of each task", told)
+
+
+def test_no_number_of_examples_is_named_that_nobody_has():
+    told = run(values(0, -0.3))
+    assert told.winner == told.best_reference
+    assert told.verdict.endswith(
+        "merges that differ by 1 point cannot be told apart with any realistic number of examples."
+    )
 
 
 def test_no_difference_is_called_indistinguishable_about_as_often_as_its_level_says():

@@ -2,13 +2,16 @@
 
 import socket
 
+import numpy as np
 import pytest
 
+from searchmerge.plan import MergePlan
 from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.status import describe_status, read_status
 from tests.search.conftest import OPTIMUM
+from tests.toy import ToyEvaluator
 
 
 def test_a_plan_that_breaks_a_constraint_is_not_shown_as_the_best(toy):
@@ -111,3 +114,38 @@ def test_before_a_worker_has_worked_none_is_shown(toy):
     status = read_status(study.directory.run_dir)
     assert (status["workers"], status["workers_age_s"]) == ([], None)
     assert len(describe_status(study.directory.run_dir)) == 1
+
+
+class ClearlyAnswering(ToyEvaluator):
+    """Right or wrong by chance, as the plan's quality says; how clearly tells of the quality."""
+
+    def score(self, model, task, examples):
+        self._noise = [float(np.random.default_rng([e, 7]).normal()) for e in examples]
+        self._quality = next(iter(super().score(model, task, examples)))
+        return [float(self._quality + noise > 0.6) for noise in self._noise]
+
+    def grades(self, task, examples):
+        return [self._quality + noise - 0.6 for noise in self._noise]
+
+
+def test_the_best_shown_is_the_plan_that_is_written_as_the_best_so_far(toy):
+    study = toy(evaluator=ClearlyAnswering())
+    study.run(12, references={}, seed=0)
+    run_dir, directory = study.directory.run_dir, study.directory
+    read, told = directory.records(), directory.records(as_told=True)
+    assert [r.scores for r in read] == [r.scores for r in told]
+    assert [r.values for r in read[:8]] != [r.values for r in told[:8]]  # learnt at the eighth
+    assert [r.values for r in read[8:]] == [r.values for r in told[8:]]
+    first = read_status(run_dir)["best"][0]
+    written = MergePlan.from_yaml(run_dir / "plans" / "best-so-far.yaml")
+    assert written == next(r.plan for r in read if r.number == first["trial"])
+    assert first["values"] == [max(r.value for r in read)]
+
+
+def test_a_study_that_goes_on_reads_what_it_kept_as_it_did_before(toy):
+    study = toy(evaluator=ClearlyAnswering())
+    study.run(12, references={}, seed=0)
+    before = [(r.values, r.estimates) for r in study.directory.records()]
+    again = toy(evaluator=ClearlyAnswering())
+    again.run(15, references={}, seed=0)
+    assert [(r.values, r.estimates) for r in again.directory.records()[:12]] == before

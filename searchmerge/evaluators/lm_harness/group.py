@@ -75,6 +75,7 @@ class PreparedGroup:
                 for kind in members[0].info.losses
                 if all(kind in member.info.losses for member in members)
             ),
+            origins=tuple(origin for member in members for origin in member.info.origins),
         )
 
     @property

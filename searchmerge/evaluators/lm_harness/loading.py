@@ -111,11 +111,23 @@ def _build(leaf: Leaf, overrides: Mapping[str, Any], split: str, where: str) -> 
     except KeyError as error:
         if error.args != (split,):
             raise
-        raise SpecError(f"{where} has no split {split!r}") from error
+        there = ", ".join(_splits(leaf, overrides)) or "none that can be read"
+        raise SpecError(f"{where} has no split {split!r} (it has: {there})") from error
     if split not in task.dataset:
-        splits = ", ".join(map(str, task.dataset))
-        raise SpecError(f"{where} has no split {split!r} (it has: {splits})")
+        there = ", ".join(map(str, task.dataset))
+        raise SpecError(f"{where} has no split {split!r} (it has: {there})")
     return task
+
+
+def _splits(leaf: Leaf, overrides: Mapping[str, Any]) -> list[str]:
+    """Return the splits of a task's data, which are loaded as lm-eval loads them."""
+    from datasets import load_dataset
+
+    config = {**leaf.config, **overrides}
+    path, name = config.get("dataset_path"), config.get("dataset_name")
+    if path is None:  # a function makes the data
+        return []
+    return [str(split) for split in load_dataset(path, name, **config.get("dataset_kwargs") or {})]
 
 
 def split_of(leaf: Leaf, split: str | Mapping[str, Any], where: str) -> str:

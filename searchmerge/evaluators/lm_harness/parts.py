@@ -11,6 +11,7 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, PartInfo, TaskInfo
 from searchmerge.evaluators.lm_harness.group import PreparedGroup
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
+from searchmerge.wording import counted
 
 Prepared = PreparedTask | PreparedGroup
 
@@ -40,6 +41,7 @@ class PreparedParts:
             keeps_answers=select.info.keeps_answers,
             reading_keys=select.info.reading_keys,
             losses=select.info.losses,
+            origins=select.info.origins + hold_out.info.origins,
         )
 
     @property
@@ -94,8 +96,9 @@ def _check_apart(name: str, select: Prepared, hold_out: Prepared) -> None:
     for (lm_name, source), documents in seen.items():
         if shared := documents & unseen.get((lm_name, source), set()):
             raise SpecError(
-                f"tasks.{name}.split: select and hold_out share {len(shared)} examples of "
-                f"{lm_name!r}, {source}; name another split for one of them"
+                f"tasks.{name}.split: select and hold_out share "
+                f"{counted(len(shared), 'example')} of {lm_name!r}, {source}; "
+                "name another split for one of them"
             )
 
 

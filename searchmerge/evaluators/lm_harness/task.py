@@ -11,7 +11,7 @@ from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
-from searchmerge.evaluators.evaluator import Answer, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, Origin, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
 from searchmerge.evaluators.lm_harness.grading import TaskGrades
@@ -19,6 +19,7 @@ from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, quiet, split_of, task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
 from searchmerge.evaluators.score_kind import Mean, Whole
+from searchmerge.wording import counted
 
 _READING_KEYS = {
     True: ("chat_template", "filter", "generation"),
@@ -71,11 +72,22 @@ class PreparedTask:
             keeps_answers=bool(self._others) or spec.answers == "keep",
             reading_keys=_READING_KEYS[self._generates],
             losses=self._losses.kinds,
+            origins=(Origin(self._data(), self._documents),),
         )
         self._requests: dict[int, list[Any]] = {}
         self._is_rendered = False
         with explained(name, "set the seed of its few-shot examples"):
             task.set_fewshot_seed(fewshot_seed)
+
+    def _data(self) -> str:
+        """Return which data its documents are: other tasks may have the same."""
+        config = self._task.config
+        place = ", ".join(filter(None, (config.dataset_path, config.dataset_name)))
+        files = (config.dataset_kwargs or {}).get("data_files")
+        made = "" if config.process_docs is None else f" as {self.lm_name!r} makes them"
+        if files is not None:
+            place = f"{place} files {files}"
+        return f"{self.source} of {place or self.lm_name}{made}"
 
     def _metrics(self) -> "list[_Metric]":
         """Return the metric that decides, and the others.
@@ -131,8 +143,9 @@ class PreparedTask:
             return tuple(range(n_documents))
         if (last := max(samples)) >= n_documents:
             raise SpecError(
-                f"tasks.{self._name}.samples: there is no position {last}; the split "
-                f"{self.spec.split!r} has {n_documents} examples, 0 to {n_documents - 1}"
+                f"tasks.{self._name}.samples: there is no position {last}; "
+                f"the split {self.spec.split!r} has "
+                f"{counted(n_documents, 'example')}, 0 to {n_documents - 1}"
             )
         return samples
 

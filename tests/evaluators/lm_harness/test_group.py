@@ -171,7 +171,10 @@ def test_a_definition_need_not_say_which_split_is_scored(folder):
     config = yaml.safe_load((folder / "mc.yaml").read_text())
     config |= {"task": "riddles", "test_split": None, "validation_split": None}
     assert harness(folder, LmTask(config, "train")).tasks["mine"].n_examples == 6
-    with pytest.raises(SpecError, match=r"split: lm-eval's 'riddles' has no split 'trian'$"):
+    message = (
+        r"split: lm-eval's 'riddles' has no split 'trian' \(it has: test, train, validation\)$"
+    )
+    with pytest.raises(SpecError, match=message):
         harness(folder, LmTask(config, "trian"))
 
 

@@ -88,5 +88,5 @@ def test_an_example_that_would_be_in_both_parts_is_refused(folder, groups):
         harness(groups, LmTask("by_size", some))
     samples = Samples((0, 1, 2), (2, 3))
     of_one = {"select": {"mc": "test"}, "hold_out": "test"}
-    with pytest.raises(SpecError, match=r"share 1 examples of 'mc', split 'test'; name another"):
+    with pytest.raises(SpecError, match=r"share 1 example of 'mc', split 'test'; name another"):
         harness(folder, LmTask("mc", of_one, samples=samples))
