@@ -51,6 +51,7 @@ SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "intermediate_size": 256,
+    "initializer_range": 0.08,
 }
 PROCESSOR = {"do_resize": False, "image_mean": [0.5], "image_std": [0.5]}
 
