@@ -81,11 +81,16 @@ class Processors:
         return int((tokenizer.eos_token_id if token is None else token) or 0)
 
     def pixels(self) -> Callable[[Any], Tensor]:
-        """Return what makes an image the model's input, ``(channels, height, width)``."""
+        """Return what makes an image the model's input, ``(channels, height, width)``.
+
+        Images are made grey for a model of one channel, and red, green and blue for any other.
+        """
         processor = self._image_processor()
+        config = load_config(self._model_dir, trust_remote_code=self._trust_remote_code)
+        mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
 
         def prepare(image: Any) -> Tensor:
-            made: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")[
+            made: Tensor = processor(images=image.convert(mode), return_tensors="pt")[
                 "pixel_values"
             ][0]
             return made

