@@ -36,14 +36,14 @@ CLOTHES = (
     "top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"
 )  # fmt: skip
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-N_STUDIED = 640  # images of a task that the study selects on and holds out
-N_TRAINED = 2400
+N_STUDIED = 960  # images of a task that the study selects on and holds out
+N_DRAWN = 12_000  # images of letters, those that are studied among them
 SEED = 0
 BATCH = 64
 BASE_STEPS = 1500
 BASE_RATE = 1e-3
-EPOCHS = 6
-EXPERT_RATE = 1e-3
+EXPERT_STEPS = 500
+EXPERT_RATE = 5e-4
 SHAPE = {
     "image_size": 28,
     "patch_size": 7,
@@ -121,9 +121,9 @@ def drawn_letters() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def distorted(drawings: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return as many distorted images as a task needs, and the class of each."""
+    """Return distorted images, and the class of each."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(drawings), (N_STUDIED + N_TRAINED,), generator=generator)
+    chosen = torch.randint(len(drawings), (N_DRAWN,), generator=generator)
     return distort(drawings[chosen], generator), labels[chosen]
 
 
@@ -210,20 +210,18 @@ def make_expert(task: str, read: Callable[[], Labelled]) -> None:
     )
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(EPOCHS):
-            shuffled = trained[torch.randperm(len(trained))]
-            for chosen in shuffled.split(BATCH):
-                yield images[chosen], labels[chosen]
+        for _ in range(EXPERT_STEPS):
+            chosen = trained[torch.randint(len(trained), (BATCH,))]
+            yield images[chosen], labels[chosen]
 
-    n_steps = EPOCHS * -(-len(trained) // BATCH)
-    train(model, batches(), n_steps, EXPERT_RATE, f"expert {task}")
+    train(model, batches(), EXPERT_STEPS, EXPERT_RATE, f"expert {task}")
     save(model, out)
 
 
 def parts(n: int) -> tuple[Tensor, Tensor]:
-    """Return which of n images the study sees, and which others an expert is trained on."""
+    """Return which of n images the study sees, and on which others an expert is trained."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED))
-    return order[:N_STUDIED], order[N_STUDIED : N_STUDIED + N_TRAINED]
+    return order[:N_STUDIED], order[N_STUDIED:]
 
 
 def train(
