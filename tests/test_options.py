@@ -22,6 +22,7 @@ FOR_USERS = {
 FOR_OTHERS = {
     "tok_encode": "lm-eval calls it",
     "Registry": "a registry of a test has no package",
+    "get_all_trials": "Optuna calls it",
 }
 """Functions whose options are set by other packages, or are no options of a study."""
 
@@ -37,6 +38,8 @@ PLAYED_BY_TESTS = {
     ("open_checkpoint", "cache_dir"): "the user's cache",
     ("save_model", "max_shard_bytes"): "a model of many shards",
     ("Decoder", "recorder"): "the device",
+    ("Losses", "most_taught"): "the memory",
+    ("select", "room"): "the memory",
 }
 """What tests put in place of the world, and what it is there."""
 

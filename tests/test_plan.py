@@ -57,7 +57,10 @@ settings: {aggregate: mean}
     [
         ({"metod": "ties"}, "unknown key 'metod'"),
         ({"values": None}, "a mapping of name to rows"),
-        ({"values": {"density": [[0.1]]}}, "a row of values.density has 1 numbers; there are 2"),
+        (
+            {"values": {"density": [[0.1]]}},
+            "a row of values.density has 1 number; it has 2 experts",
+        ),
         ({"values": {"density": [[0.1, 0.2]] * 2}}, "values.density has 2 rows; .* need 1"),
         ({"values": {"density": [[0.1, "x"]]}}, "values.density is"),
         ({"values": {"density": [[0.1, True]]}}, "values.density is"),
@@ -144,7 +147,7 @@ def test_a_plan_with_a_row_per_tensor_is_as_short_as_its_rows_differ():
         ({"coefficient": {"rest": [1.0, 1.0]}}, "values name no tensor"),
         ({"coefficient": {"l.{0..2}": [1, 1], "l.1": [0, 1]}}, "two rows for tensor 'l.1'"),
         ({"coefficient": {"a": [1, 1]}, "density": {"b": [1, 1]}}, "no row for tensor 'b'"),
-        ({"coefficient": {"a": [1.0]}}, "a row of values.coefficient has 1 numbers"),
+        ({"coefficient": {"a": [1.0]}}, "a row of values.coefficient has 1 number;"),
         ({"coefficient": {"a": "much"}}, "one row per group"),
     ],
 )

@@ -4,7 +4,7 @@ import heapq
 import random
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,17 +137,14 @@ def split_examples(
     return {part: tuple(examples) for part, examples in chosen.items()}
 
 
-def check_apart(
+def not_apart(
     infos: Mapping[str, TaskInfo], parts: Mapping[str, Mapping[Part, Sequence[int]]]
-) -> None:
-    """Refuse tasks that share rows of which one selects on what the other holds out.
+) -> Iterator[str]:
+    """Yield what is to be said of tasks that hold out rows which another task selects on.
 
     Args:
         infos: Task name to what is known of it.
         parts: Task name to its examples of each part.
-
-    Raises:
-        SpecError: If a row is in both parts.
     """
     users = Counter(data for info in infos.values() for data in {o.data for o in info.origins})
     seen: dict[tuple[str, int], str] = {}
@@ -159,10 +156,11 @@ def check_apart(
             held_out[task] = [rows[example] for example in parts[task]["hold_out"]]
     for task, rows in held_out.items():
         if shared := [row for row in rows if row in seen]:
-            raise SpecError(
-                f"tasks.{task}: {counted(len(shared), 'example')} that it holds out are selected "
-                f"on in task {seen[shared[0]]!r}: both have rows of {shared[0][0]}; give both "
-                "tasks the same examples, select and hold_out, or splits of their own"
+            yield (
+                f"tasks.{task}: trials see {len(shared)} of the {len(rows)} examples that it "
+                f"holds out in task {seen[shared[0]]!r}, as both have rows of {shared[0][0]}, so "
+                "its scores are not of unseen data alone; give both tasks the same examples, "
+                "select and hold_out, or splits of their own"
             )
 
 

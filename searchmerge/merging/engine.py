@@ -228,28 +228,26 @@ class Engine:
         function: ChunkFunction,
         rows: Rows,
         outs: tuple[Tensor, ...],
-        fixed: tuple[Tensor, ...] = (),
     ) -> bool:
         """Run a kernel that writes ``outs``; return whether it could be compiled.
 
         Args:
-            kernel: Takes ``function``, ``rows``, ``fixed`` and ``outs``.
+            kernel: Takes ``function``, ``rows`` and ``outs``.
             function: The method's arithmetic.
             rows: What it reads, two rows or more.
             outs: What it writes, of any length.
-            fixed: What else it reads, of the same shapes each time.
         """
         tensors = (rows.base, *rows.experts, *rows.kept, *outs)
         dtypes = tuple([tensor.dtype for tensor in tensors])
         layout = (len(rows.experts), len(rows.kept), rows.numbers.shape, rows.keys is None)
         key = (kernel, function, rows.base.device, layout, dtypes)
         if key in _COMPILED:
-            _COMPILED[key](rows, *fixed, *outs)
+            _COMPILED[key](rows, *outs)
             return True
         for tensor in tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
         run = _compile(kernel, function, len(_COMPILED), _IN_ROWS, dynamic=None)
-        return self._first_run(key, run, (rows, *fixed, *outs)) is not None
+        return self._first_run(key, run, (rows, *outs)) is not None
 
     def _merge_in_rows(
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor

@@ -113,6 +113,29 @@ def select(
     return values
 
 
+class _OnDevices:
+    """The counters of one pass, on every device that has numbers.
+
+    Args:
+        wanted: What they count, and collect, of each row.
+        capacity: Keys that each has room for, by row.
+    """
+
+    def __init__(self, wanted: Sequence[Wanted], capacity: int) -> None:
+        self._wanted, self._capacity = wanted, capacity
+        self._counters: dict[torch.device, Counters] = {}
+
+    def on(self, device: torch.device) -> Counters:
+        """Return those of a device."""
+        if device not in self._counters:
+            self._counters[device] = new_counters(self._wanted, self._capacity, device)
+        return self._counters[device]
+
+    def all(self) -> list[Counters]:
+        """Return those of all devices."""
+        return list(self._counters.values())
+
+
 class _Selection:
     """Narrows down some ranks of each row.
 
@@ -138,21 +161,10 @@ class _Selection:
         while any(row.unknown for row in self._rows):
             wanted, sizes = zip(*map(self._wanted, self._rows), strict=True)
             capacity = min(self._most, max(_LEAST, 2 * math.ceil(max(sizes))))
-            on: dict[torch.device, Counters] = {}
-
-            def counters_on(
-                device: torch.device,
-                on: dict[torch.device, Counters] = on,
-                wanted: Sequence[Wanted] = wanted,
-                capacity: int = capacity,
-            ) -> Counters:
-                if device not in on:
-                    on[device] = new_counters(wanted, capacity, device)
-                return on[device]
-
-            self._count_all(counters_on)
+            counters = _OnDevices(wanted, capacity)
+            self._count_all(counters.on)
             for i, row in enumerate(self._rows):
-                _learn(row, wanted[i].cuts, i, list(on.values()))
+                _learn(row, wanted[i].cuts, i, counters.all())
                 _settle(row)
         return [row.known for row in self._rows]
 

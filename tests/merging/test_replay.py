@@ -23,11 +23,11 @@ class Uncompiled(Engine):
         super().__init__("eager")
         self.n_launched, self.n_kernels = 0, n_kernels
 
-    def run_rows(self, kernel, function, rows, outs, fixed=()):
+    def run_rows(self, kernel, function, rows, outs):
         if self.n_launched == self.n_kernels:
             return False
         self.n_launched += 1
-        kernel(function, rows, *fixed, *outs)
+        kernel(function, rows, *outs)
         return True
 
 
