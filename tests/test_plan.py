@@ -59,7 +59,7 @@ settings: {aggregate: mean}
         ({"values": None}, "a mapping of name to rows"),
         (
             {"values": {"density": [[0.1]]}},
-            "a row of values.density has 1 number; it has 2 experts",
+            "a row of values.density has 1 number; it has",
         ),
         ({"values": {"density": [[0.1, 0.2]] * 2}}, "values.density has 2 rows; .* need 1"),
         ({"values": {"density": [[0.1, "x"]]}}, "values.density is"),
