@@ -134,11 +134,20 @@ class Incumbents:
                 expected[key] = unit * float(squares[place].sum())
         return sorted(rounds, key=lambda blocks: -sum(expected[block.key] for block in blocks))
 
-    def may_win(self, plan: MergePlan) -> bool:
-        """Return whether a candidate may still win."""
+    def may_win(self, plan: MergePlan, *, is_refined: bool = False) -> bool:
+        """Return whether a candidate may still win.
+
+        Args:
+            plan: The candidate.
+            is_refined: Whether it was refined. Then it differs from the best plan in other ways
+                than those do by which the rest of its score is predicted, and a collapse alone
+                stops it.
+        """
         if self._racing is None:
             return True
         against = self._front or ([self._best] if self._best else [])
+        if is_refined:
+            against = []
         return not self._racing.stops(
             self._objective,
             self._places,

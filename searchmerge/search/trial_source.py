@@ -22,6 +22,7 @@ from searchmerge.search.trials import (
     begin,
     by_completion,
     count_cut_off,
+    is_refined,
     refined_plan,
 )
 
@@ -89,7 +90,7 @@ class TrialSource:
     def goes_on(self, job: TrialJob) -> bool:
         """Return whether the candidate may still win."""
         self._spending.clock.tick()
-        return self._incumbents.may_win(job.plan)
+        return self._incumbents.may_win(job.plan, is_refined=is_refined(job.subject))
 
     def finished(self, job: TrialJob) -> None:
         """Tell the study what the trial scored, in full or by paired estimate."""

@@ -92,6 +92,19 @@ def test_a_candidate_is_stopped_where_it_cannot_win_and_its_scores_are_estimated
     assert told.se == pytest.approx(np.sqrt(variance))
 
 
+def test_a_refined_plan_is_stopped_by_a_collapse_alone(board):
+    objective = Objective("mean", GOALS)
+    base = score(board, 0, right(0.5), right(0.5))
+    incumbents = Incumbents(board, objective, Racing(), base=base)
+    enter(incumbents, objective, board, 1, right(0.8), right(0.8))
+    enter(incumbents, objective, board, 2, right(0.7), right(0.7))
+    worse = score(board, 3, right(0.55), right(0.55), n_rounds=6)
+    assert not incumbents.may_win(worse)
+    assert incumbents.may_win(worse, is_refined=True)
+    collapsed = score(board, 4, right(0.1), right(0.1), n_rounds=6)
+    assert not incumbents.may_win(collapsed, is_refined=True)
+
+
 def test_without_racing_nothing_is_stopped(board):
     objective = Objective("mean", GOALS)
     incumbents = Incumbents(board, objective)
