@@ -36,8 +36,8 @@ CLOTHES = (
     "top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"
 )  # fmt: skip
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-N_STUDIED = 960  # images of a task that the study selects on and holds out
-N_DRAWN = 12_000  # images of letters, those that are studied among them
+STUDIED = 0.3  # part of a task's images that the study selects on and holds out
+N_DRAWN = 15_000  # images of letters, those that are studied among them
 SEED = 0
 BATCH = 64
 BASE_STEPS = 1500
@@ -221,7 +221,8 @@ def make_expert(task: str, read: Callable[[], Labelled]) -> None:
 def parts(n: int) -> tuple[Tensor, Tensor]:
     """Return which of n images the study sees, and on which others an expert is trained."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED))
-    return order[:N_STUDIED], order[N_STUDIED:]
+    n_studied = round(STUDIED * n)
+    return order[:n_studied], order[n_studied:]
 
 
 def train(
