@@ -167,7 +167,7 @@ def test_a_function_may_have_examples_of_each_part():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("too_few", r"task 'mine': scores_of_mine:too_few returned 1 scores for 2 examples"),
+        ("too_few", r"task 'mine': scores_of_mine:too_few returned 1 score for 2 examples"),
         ("endless", r"task 'mine': scores_of_mine:endless scored example 3 inf"),
         ("broken", r"task 'mine': scores_of_mine:broken raised KeyError: 'gold'"),
         ("lines", r"task 'mine': scores_of_mine:lines raised ValueError: no such row"),

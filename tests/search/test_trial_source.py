@@ -162,12 +162,12 @@ def test_a_refined_plan_that_is_better_stops_no_trial_of_the_space(toy, budget):
     assert files[0] == files[1]
 
 
-def test_a_refined_trial_that_cannot_win_is_stopped_and_its_scores_are_predicted(toy):
+def test_a_refined_trial_that_has_not_collapsed_is_scored_in_full(toy):
     toy().run(12, racing=Racing())
     study = toy()
     poor, best = run_refined(study, [POOR, OPTIMUM], racing=Racing())
-    assert poor.stopped_after < 15
-    assert not poor.is_full
+    assert poor.value < best.value
+    assert poor.is_full
     assert best.is_full
 
 
