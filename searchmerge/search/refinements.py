@@ -142,7 +142,7 @@ class Refinements:
             references: Name to plan of those that were scored on what trials see.
             objective: With the experts' scores put in.
             material: What to learn from.
-            racing: Stops refined trials that will not win; ``None`` scores all in full.
+            racing: Stops refined trials that collapse; ``None`` scores all in full.
             seed: Of how grades are read; ``None`` goes by the metric alone.
         """
         clock = StudyClock(self._directory.refining)

@@ -106,7 +106,7 @@ class StudyRunner:
 
         Args:
             objective: With the experts' scores put in.
-            racing: Stops those that will not win.
+            racing: Stops those that collapse.
             clock: Counts the seconds.
             seed: As for :meth:`run`.
         """

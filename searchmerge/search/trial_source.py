@@ -36,9 +36,9 @@ TrialJob = Job[optuna.Trial]
 class TrialSource:
     """The trials of a study: those a stopped run left behind, refined ones, then new ones.
 
-    Refined ones are raced and recorded like the others. But they cost nothing of the budget, and
-    no other candidate is compared with them: the examples that they are scored on are those that
-    they were learnt from.
+    Refined ones are scored and recorded like the others, and stopped by a collapse alone. But
+    they cost nothing of the budget, and no other candidate is compared with them: the examples
+    that they are scored on are those that they were learnt from.
 
     Args:
         directory: The study and its scores.
