@@ -20,26 +20,70 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+class _State:
+    """What the process was asked, and whether it can be interrupted now."""
+
+    received: int | None = None  # the first signal since :func:`stopped_by_signals` began
+    is_due: bool = False  # whether it came while it was held back, and nothing was raised yet
+    is_held: bool = False
+
+
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raise ``Stopped`` at the first Ctrl-C or SIGTERM; the next one ends the process at once.
 
     Must be entered in the main thread.
     """
-    received: int = signal.SIGINT
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = number
+        _State.received = number
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        if _State.is_held:
+            _State.is_due = True
+        else:
+            raise KeyboardInterrupt
 
     before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
     try:
         yield
     except KeyboardInterrupt:  # what waits in C++ raises one of its own in place of ours
-        raise Stopped(received) from None
+        raise Stopped(_State.received or signal.SIGINT) from None
     finally:
+        _State.received, _State.is_due = None, False
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Let what is done here come to its end before a signal stops the run.
+
+    A write to a database that is broken off where it stands may keep the database locked, or be
+    swallowed by what it is done in.
+    """
+    was_held, _State.is_held = _State.is_held, True
+    try:
+        yield
+    finally:
+        _State.is_held = was_held
+    if _State.is_due and not was_held:
+        _State.is_due = False
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def let_through() -> Iterator[None]:
+    """Let a signal interrupt what is done here, inside of :func:`held_back`, at any moment.
+
+    One that came before stops the run here at the latest: what Python raises for it is lost
+    where it comes while an object is being deleted.
+    """
+    was_held, _State.is_held = _State.is_held, False
+    try:
+        if _State.received is not None:
+            _State.is_due = False
+            raise KeyboardInterrupt
+        yield
+    finally:
+        _State.is_held = was_held

@@ -94,7 +94,7 @@ def test_a_run_that_a_signal_stops_leaves_a_report(study, killed, searchmerge, n
     file = study(name="cut", search={"sampler": "random", "n_trials": 400, "racing": "off"})
     run_dir = tmp_path / "runs" / "cut"
     code, err = killed(file, run_dir, 200, number)
-    assert code == 128 + number
+    assert code == 128 + number, err
     assert f"Report so far: {Path('runs', 'cut', 'report.md')}" in err
     assert f"searchmerge finish {Path('runs', 'cut')} confirms" in err
     report = (run_dir / "report.md").read_text()

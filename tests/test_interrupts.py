@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from searchmerge.interrupts import SIGNALS, Stopped, stopped_by_signals
+from searchmerge.interrupts import SIGNALS, Stopped, held_back, let_through, stopped_by_signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -38,3 +38,58 @@ def test_the_second_signal_ends_the_process_at_once(number):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -number
     assert done.stdout == ""
+
+
+def test_a_signal_waits_for_what_must_come_to_its_end():
+    done = []
+    with pytest.raises(Stopped) as stopped, stopped_by_signals():
+        with held_back():
+            with held_back():
+                signal.raise_signal(signal.SIGTERM)
+                done.append("inner")
+            done.append("outer")
+        done.append("behind")
+    assert stopped.value.number == signal.SIGTERM
+    assert done == ["inner", "outer"]
+
+
+@pytest.mark.parametrize("comes_before", [True, False])
+def test_what_waits_is_interrupted_within_what_must_come_to_its_end(comes_before):
+    done = []
+    with pytest.raises(Stopped), stopped_by_signals(), held_back():
+        if comes_before:
+            signal.raise_signal(signal.SIGINT)
+        with let_through():
+            done.append("waiting")
+            signal.raise_signal(signal.SIGINT)
+            done.append("waited")
+        done.append("behind")
+    assert done == ([] if comes_before else ["waiting"])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_while_an_object_is_deleted_is_not_lost():
+    class Deleted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    done = []
+    with pytest.raises(Stopped), stopped_by_signals():
+        Deleted()
+        done.append("swallowed")
+        with let_through():
+            done.append("went on")
+    assert done == ["swallowed"]
+
+
+def test_cleaning_up_after_a_signal_is_not_stopped_again():
+    cleaned = []
+    with pytest.raises(Stopped), stopped_by_signals():
+        try:
+            with held_back():
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            with held_back():
+                cleaned.append(True)
+            cleaned.append(True)
+    assert cleaned == [True, True]

@@ -16,6 +16,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.errors import StudyError
+from searchmerge.interrupts import held_back
 from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.crashes import Crashes
 from searchmerge.search.loss_store import LossStore
@@ -107,6 +108,7 @@ class StudyDirectory:
         StudyError: If the study was begun with another ``spec``, or a file cannot be written.
     """
 
+    @held_back()
     def __init__(
         self,
         run_dir: Path,
@@ -155,7 +157,7 @@ class StudyDirectory:
         text = json.dumps(spec, sort_keys=True)
         begun_with = self.study.user_attrs.get(_SPEC)
         if begun_with is None:
-            self.study.set_user_attr(_SPEC, text)
+            self._note(_SPEC, text)
         elif begun_with != text:
             where, was, now = _first_difference(json.loads(begun_with), json.loads(text))
             raise StudyError(
@@ -163,6 +165,11 @@ class StudyDirectory:
                 f"and is now {now!r}; change it back, or give the study another name or run "
                 "directory"
             )
+
+    @held_back()
+    def _note(self, key: str, value: object) -> None:
+        """Keep an attribute of the study."""
+        self.study.set_user_attr(key, value)
 
     def _check_scored(self) -> None:
         """Refuse a score cache that was lost, or replaced by an earlier one."""
@@ -184,14 +191,14 @@ class StudyDirectory:
         kept: dict[str, Any] | None = self.study.user_attrs.get(_TUNING)
         if kept is None:
             kept = {} if self.scores.plans() else dict(measure())
-            self.study.set_user_attr(_TUNING, kept)
+            self._note(_TUNING, kept)
         return kept
 
     def keep_deciding(self, names: Sequence[str]) -> list[str]:
         """Return the references that decide the blocks' order: ``names``, or the first kept."""
         kept: list[str] | None = self.study.user_attrs.get(_DECIDING)
         if kept is None:
-            self.study.set_user_attr(_DECIDING, list(names))
+            self._note(_DECIDING, list(names))
             return list(names)
         return kept
 
@@ -217,11 +224,11 @@ class StudyDirectory:
 
     def begin_run(self) -> None:
         """Note that a run is at work; only :meth:`end_run` takes it back."""
-        self.study.set_user_attr(_AT_WORK, value=True)
+        self._note(_AT_WORK, value=True)
 
     def end_run(self) -> None:
         """Note that the run ended, by itself or stopped by a signal."""
-        self.study.set_user_attr(_AT_WORK, value=False)
+        self._note(_AT_WORK, value=False)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Return the trials in these states, by number."""
@@ -256,7 +263,7 @@ class StudyDirectory:
         """Keep the scores of a trial that was stopped early and is scored in full since."""
         completed = self.study.user_attrs.get(_COMPLETED, {})
         scores = record.completed_scores()
-        self.study.set_user_attr(_COMPLETED, {**completed, str(record.number): scores})
+        self._note(_COMPLETED, {**completed, str(record.number): scores})
 
     def keep_read(self, records: Iterable[TrialRecord]) -> None:
         """Keep how trials that were scored in full are read now, where that has changed."""
@@ -266,8 +273,9 @@ class StudyDirectory:
         for record in records:
             scores, known = record.completed_scores(), before[record.plan.digest]
             if not known or any(its != scores for its in known):
-                self.study.set_user_attr(f"{_READ}{record.plan.digest}", scores)
+                self._note(f"{_READ}{record.plan.digest}", scores)
 
+    @held_back()
     def enqueue_refined(self, name: str, plan: MergePlan, refining: Mapping[str, Any]) -> None:
         """Enqueue what a refinement proposes as a trial.
 
@@ -283,7 +291,7 @@ class StudyDirectory:
 
     def keep_unrefined(self, key: str, name: str) -> None:
         """Keep that the refinement of the plan called ``name`` proposed nothing."""
-        self.study.set_user_attr(f"{_UNREFINED}{key}", name)
+        self._note(f"{_UNREFINED}{key}", name)
 
     def refined_keys(self) -> set[str]:
         """Return the keys of the refinements that came to their end."""
@@ -302,7 +310,7 @@ class StudyDirectory:
         crashes = Crashes(*before) if before is not None else Crashes(0, n_answers)
         if before is not None and self.was_cut_off:
             crashes = crashes.again(n_answers)
-        self.study.set_user_attr(attribute, crashes)
+        self._note(attribute, crashes)
         return crashes.n
 
     def next_refined(self) -> optuna.Trial | None:
@@ -313,6 +321,7 @@ class StudyDirectory:
         """Return the trials that a stopped run left behind, to be taken up again."""
         return left_running(self.study, self._storage)
 
+    @held_back()
     def enqueue(self, kind: str, params: Iterable[Mapping[str, SettingValue]]) -> None:
         """Let trials with these parameters be the next ones, but for those that were before."""
         for trial_params in params:
@@ -396,6 +405,7 @@ class KeptTime:
         """Seconds that were kept last."""
         return float(self.study.user_attrs.get(self.attribute, 0.0))
 
+    @held_back()
     def set_elapsed(self, seconds: float) -> None:
         """Keep the seconds so far."""
         self.study.set_user_attr(self.attribute, seconds)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from searchmerge.execution.blocks import Round
-from searchmerge.execution.executor import Executor, Failed, Finished, Lost, Scored
+from searchmerge.execution.executor import Event, Executor, Failed, Finished, Lost, Scored
+from searchmerge.interrupts import held_back, let_through
 from searchmerge.plan import MergePlan
 from searchmerge.search.crashes import LostWorkers
 from searchmerge.search.roster import Roster
@@ -133,10 +134,13 @@ class Dispatcher:
             self._executor, self._scores, self._roster, self._lost, self._numbers, source
         )
         try:
-            while shift.fill():
-                self._roster.keep()
-                shift.handle()
-            self._roster.keep(at_once=True)
+            with held_back():
+                while shift.fill():
+                    self._roster.keep()
+                    with let_through():
+                        event = self._executor.next_event(_WAIT_S)
+                    shift.handle(event)
+                self._roster.keep(at_once=True)
         finally:
             shift.stop()
 
@@ -177,9 +181,9 @@ class _Shift(Generic[T]):
                 self._finish(job)
         return True
 
-    def handle(self) -> None:
-        """Wait for the next event, and do what follows from it."""
-        match self.executor.next_event(_WAIT_S):
+    def handle(self, event: Event | None) -> None:
+        """Do what follows from an event."""
+        match event:
             case Scored(number, result) if number in self._live:
                 job = self._live[number]
                 job.merge_s += result.merge_s

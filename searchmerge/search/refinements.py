@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from searchmerge.errors import SpecError
 from searchmerge.execution.executor import Executor
+from searchmerge.interrupts import held_back
 from searchmerge.merging.method import linear_hyperparameter
 from searchmerge.plan import MergePlan
 from searchmerge.search.budget import StudyClock
@@ -150,8 +151,9 @@ class Refinements:
         try:
             self._refine(self._starts(references, objective), material, clock)
         finally:
-            clock.keep()
-            self._directory.end_run()
+            with held_back():
+                clock.keep()
+                self._directory.end_run()
         self._runner.run_refined(objective, racing, clock, seed)
 
     def _starts(self, references: Plans, objective: Objective) -> dict[str, MergePlan]:

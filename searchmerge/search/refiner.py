@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from searchmerge.execution.executor import Differentiated, Executor, Failed, Finished, Lost
+from searchmerge.execution.executor import Differentiated, Event, Executor, Failed, Finished, Lost
 from searchmerge.execution.gradient import LossResult
+from searchmerge.interrupts import held_back, let_through
 from searchmerge.search.crashes import LostWorkers
 from searchmerge.search.refine import Ask, Refined, Refinement
 
@@ -68,12 +69,15 @@ class Refiner:
         """
         self._done, self._ended = {}, ended
         try:
-            for name, refinement in reversed(list(refinements.items())):
-                self._ask(name, refinement, partial(next, refinement))
-            while self._waiting or self._live:
-                self._fill()
-                self._handle()
-                answered()
+            with held_back():
+                for name, refinement in reversed(list(refinements.items())):
+                    self._ask(name, refinement, partial(next, refinement))
+                while self._waiting or self._live:
+                    self._fill()
+                    with let_through():
+                        event = self._executor.next_event(_WAIT_S)
+                    self._handle(event)
+                    answered()
         finally:
             for number in self._live:
                 self._executor.stop(number)
@@ -102,9 +106,9 @@ class Refiner:
             self._live[number] = going
             self._executor.submit_gradient(number, *going.ask)
 
-    def _handle(self) -> None:
-        """Wait for the next event, and do what follows from it."""
-        match self._executor.next_event(_WAIT_S):
+    def _handle(self, event: Event | None) -> None:
+        """Do what follows from an event."""
+        match event:
             case Differentiated(number, result) if number in self._live:
                 self._live[number].result = result
             case Finished(number) if number in self._live:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from searchmerge.execution.blocks import Part
+from searchmerge.interrupts import held_back
 from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Budget, Spending, StudyClock
 from searchmerge.search.directory import StudyDirectory
@@ -136,8 +137,9 @@ class StudyRunner:
         try:
             self._dispatcher.run(source)
         finally:
-            spending.clock.keep()
-            self._directory.end_run()
+            with held_back():
+                spending.clock.keep()
+                self._directory.end_run()
 
 
 class _PlansSource(ListSource[None]):
