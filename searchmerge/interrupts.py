@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -20,12 +21,15 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-class _State:
-    """What the process was asked, and whether it can be interrupted now."""
+class _Thread(threading.local):
+    """What a thread was asked, which may be the main one alone, and whether it waits with it."""
 
     received: int | None = None  # the first signal since :func:`stopped_by_signals` began
     is_due: bool = False  # whether it came while it was held back, and nothing was raised yet
     is_held: bool = False
+
+
+_thread = _Thread()
 
 
 @contextlib.contextmanager
@@ -36,11 +40,11 @@ def stopped_by_signals() -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _State.received = number
+        _thread.received = number
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-        if _State.is_held:
-            _State.is_due = True
+        if _thread.is_held:
+            _thread.is_due = True
         else:
             raise KeyboardInterrupt
 
@@ -48,9 +52,9 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # what waits in C++ raises one of its own in place of ours
-        raise Stopped(_State.received or signal.SIGINT) from None
+        raise Stopped(_thread.received or signal.SIGINT) from None
     finally:
-        _State.received, _State.is_due = None, False
+        _thread.received, _thread.is_due = None, False
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -62,13 +66,13 @@ def held_back() -> Iterator[None]:
     A write to a database that is broken off where it stands may keep the database locked, or be
     swallowed by what it is done in.
     """
-    was_held, _State.is_held = _State.is_held, True
+    was_held, _thread.is_held = _thread.is_held, True
     try:
         yield
     finally:
-        _State.is_held = was_held
-    if _State.is_due and not was_held:
-        _State.is_due = False
+        _thread.is_held = was_held
+    if _thread.is_due and not was_held:
+        _thread.is_due = False
         raise KeyboardInterrupt
 
 
@@ -79,11 +83,11 @@ def let_through() -> Iterator[None]:
     One that came before stops the run here at the latest: what Python raises for it is lost
     where it comes while an object is being deleted.
     """
-    was_held, _State.is_held = _State.is_held, False
+    was_held, _thread.is_held = _thread.is_held, False
     try:
-        if _State.received is not None:
-            _State.is_due = False
+        if _thread.received is not None:
+            _thread.is_due = False
             raise KeyboardInterrupt
         yield
     finally:
-        _State.is_held = was_held
+        _thread.is_held = was_held

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -93,3 +94,25 @@ def test_cleaning_up_after_a_signal_is_not_stopped_again():
                 cleaned.append(True)
             cleaned.append(True)
     assert cleaned == [True, True]
+
+
+def test_what_another_thread_holds_back_is_its_own():
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with held_back():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    done = []
+    with pytest.raises(Stopped), stopped_by_signals():
+        thread.start()
+        inside.wait()
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            done.append("went on")
+        finally:
+            leave.set()
+            thread.join()
+    assert not done

@@ -10,7 +10,7 @@ import searchmerge
 ROOT = Path(searchmerge.__file__).parent
 LAYERS = [
     {"errors"},
-    {"durable", "yaml_text", "tensor_names", "wording"},
+    {"durable", "yaml_text", "tensor_names", "wording", "interrupts"},
     {"registry", "plan", "yaml_file", "machine"},
     {"checkpoints"},
     {"merging", "evaluators"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"heads", "watch"},
     {"fingerprint"},
     {"assemble"},
-    {"run", "check", "progress", "interrupts"},
+    {"run", "check", "progress"},
     {"verify", "answers"},
     {"cli"},
 ]
