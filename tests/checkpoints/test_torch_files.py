@@ -41,7 +41,7 @@ def test_code_in_a_file_does_not_run(write, tmp_path):
     file, touched = tmp_path / "pytorch_model.bin", tmp_path / "touched"
     write({"a": Harm(touched)}, file)
     for device in ("cpu", "meta"):
-        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a dictionary of tens"):
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: truncated, or not a dic"):
             load_torch_file(file, device)
     assert not touched.exists()
     with file.open("rb") as opened:  # it would have, where pickles are trusted
@@ -75,9 +75,11 @@ def test_a_truncated_file_is_refused(tmp_path):
     file = tmp_path / "pytorch_model.bin"
     for zipped in (True, False):
         torch.save(_TENSORS, file, _use_new_zipfile_serialization=zipped)
-        file.write_bytes(file.read_bytes()[:-200])
-        with pytest.raises(CheckpointError, match="truncated, or not a file of PyTorch"):
-            load_torch_file(file)
+        whole = file.read_bytes()
+        for length in range(1, len(whole), 7):
+            file.write_bytes(whole[:length])
+            with pytest.raises(CheckpointError, match="truncated, or not a"):
+                load_torch_file(file)
 
 
 def test_a_dtype_that_cannot_be_saved_again_is_refused(tmp_path):
