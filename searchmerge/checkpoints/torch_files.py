@@ -62,8 +62,8 @@ def load_torch_file(file: Path, device: str = "cpu") -> dict[str, Tensor]:
         reason = "a Git LFS pointer; fetch the weights with `git lfs pull`"
         if not _is_pointer(file):
             reason = (
-                "truncated, or not a dictionary of tensors that torch.save wrote; anything else is "
-                "not loaded, as it could run code"
+                "truncated, or not a dictionary of tensors that torch.save wrote; anything else "
+                "is not loaded, as it could run code"
             )
         raise CheckpointError(f"{file}: {reason}") from error
     except _DAMAGE as error:

@@ -8,8 +8,9 @@ can go on side by side, on whatever workers there are.
 """
 
 import logging
+import math
 import random
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,7 +28,7 @@ WATCHED = 1 / 4
 
 _BLOCK = 8  # examples whose loss is watched as one, if that makes
 _LEAST_BLOCKS = 6  # so many, from which it is seen how far losses vary
-_CHECKS = 5  # how often it is looked at whether to go on
+_CHECKS = 5  # how often it is looked at whether to go on, at most
 _PATIENCE = 2  # checks without a lower loss after which the steps end
 _SHRINKS = (0.75, 0.5, 0.25)
 _LEAST_GAIN = 1.0  # standard errors by which the loss must have fallen
@@ -59,6 +60,12 @@ class Recipe:
     loss: LossKind = "labels"
     rate: float = 0.05
     seed: int = 0
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """Numbers of steps after which the watched examples are looked at."""
+        every = math.ceil(self.n_steps / _CHECKS)
+        return (*range(every, self.n_steps, every), self.n_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +105,19 @@ class Refined:
 Refinement = Generator[Ask, LossResult, Refined | None]
 """Yields what it asks, and returns what it proposes, or ``None`` where that does not pay."""
 
+Report = Callable[[int, float], None]
+"""Told the number of steps taken, and the loss of the watched examples then."""
 
-def refinement(start: MergePlan, recipe: Recipe, material: Material) -> Refinement:
+
+def refinement(
+    start: MergePlan,
+    recipe: Recipe,
+    material: Material,
+    report: Report = lambda n_steps, loss: None,
+) -> Refinement:
     """Return the refinement of a plan whose groups are the recipe's already."""
-    course = _Course(Path.of(start), recipe, material, _divided(material, recipe.seed))
-    return course.run()
+    parts = _divided(material, recipe.seed)
+    return _Course(Path.of(start), recipe, material, parts, report).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +167,11 @@ class _Course:
     recipe: Recipe
     material: Material
     parts: Mapping[str, _Parts]
+    report: Report
 
     def run(self) -> Refinement:
         """Descend, look back on the way, and return what it is worth."""
-        start = _Seen(self.path.first, (yield from self._watch(self.path.first)))
+        start = yield from self._look(self.path.first, 0)
         best = yield from self._descend(start)
         if best is start:
             return None
@@ -171,20 +187,31 @@ class _Course:
         """Take the steps; return where the loss of the watched examples was lowest."""
         recipe, best, n_stale = self.recipe, start, 0
         descent = Adam(self.path.first, recipe.rate, recipe.n_steps)
-        every = max(1, recipe.n_steps // _CHECKS)
         batches = self._batches()
         for n_steps in range(1, recipe.n_steps + 1):
             result = yield self.path.plan(descent.at), self._request(next(batches))
             descent.step(self._gradient(result))
-            if n_steps % every and n_steps != recipe.n_steps:
+            if n_steps not in recipe.checks:
                 continue
-            here = _Seen(descent.at, (yield from self._watch(descent.at)), n_steps)
+            here = yield from self._look(descent.at, n_steps)
             n_stale = n_stale + 1
             if self._gain(here, best)[0] > 0:
                 best, n_stale = here, 0
             if n_stale == _PATIENCE:
                 break
         return best
+
+    def _look(self, at: Array, n_steps: int) -> Generator[Ask, LossResult, _Seen]:
+        """Return and report what the watched examples say of coefficients on the way."""
+        seen = _Seen(at, (yield from self._watch(at)), n_steps)
+        weights, parts = self.material.weights, self.parts
+        means = {
+            task: np.average(seen.losses[task], weights=[len(b) for b in parts[task].watched])
+            for task in parts
+        }
+        total = sum(weights[task] for task in parts)
+        self.report(n_steps, float(sum(weights[t] / total * means[t] for t in parts)))
+        return seen
 
     def _shrunken(self, best: _Seen) -> Generator[Ask, LossResult, _Seen]:
         """Return the part of the way to the best coefficients that pays most.

@@ -20,7 +20,7 @@ from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.racing import Racing
 from searchmerge.search.references import merges
-from searchmerge.search.refine import Material, Recipe, Refined, Refinement, refinement
+from searchmerge.search.refine import Material, Recipe, Refined, Refinement, Report, refinement
 from searchmerge.search.refiner import Refiner
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
@@ -196,15 +196,24 @@ class Refinements:
                 )
                 self._keep(name, key, None)
                 continue
-            course = refinement(start, refining.recipe, material)
+            course = refinement(start, refining.recipe, material, self._teller(name))
             begun[name] = remembered(course, self._directory.losses, key)
-        self._observer.phase("refining", len(begun))
+        self._observer.phase("refining", len(begun) * (2 + len(refining.recipe.checks)))
 
         def ended(name: str, refined: Refined | None) -> None:
             self._keep(name, refining.key(starts[name]), refined)
             self._observer.step(f"refined {name}", {})
 
         self._refiner.run(begun, ended, clock.tick)
+
+    def _teller(self, name: str) -> Report:
+        """Return what shows how far the refinement of the plan called ``name`` is."""
+        n_steps = self._refining.recipe.n_steps
+
+        def tell(step: int, loss: float) -> None:
+            self._observer.step(f"{name}, step {step} of {n_steps}", {"loss": loss})
+
+        return tell
 
     def _keep(self, name: str, key: str, refined: Refined | None) -> None:
         """Enqueue what a refinement proposes, or keep that it proposes nothing."""

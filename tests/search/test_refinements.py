@@ -78,7 +78,28 @@ def test_what_a_refinement_proposes_is_a_trial_like_any_other(folder, ran):
         assert set(record.scores) == {"first", "second"}
     shown = [record.name for record in ran[2].trials]
     assert [record.name for record in refined] == shown[5:]
-    assert ("refining", 2, 0) in ran[2].phases
+
+
+def test_it_is_shown_how_far_a_refinement_is(ran):
+    told = ran[2]
+    (n_shown,) = [total for title, total, _ in told.phases if title == "refining"]
+    n_steps = REFINE["steps"]
+    ends = {step for step in told.steps if step.startswith("refined ")}
+    for end in ends:
+        name = end.removeprefix("refined ")
+        shown = [step for step in told.steps if step.startswith(f"{name}, step ")]
+        assert shown[0] == f"{name}, step 0 of {n_steps}"
+        assert len(shown) >= 2
+    steps = [step for step in told.steps if ", step " in step]
+    assert len(steps) + len(ends) <= n_shown == 2 * (2 + len(Recipe((), n_steps, 1).checks))
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 5, 8, 12, 20, 99])
+def test_a_refinement_is_looked_at_a_few_times_and_at_its_end(n_steps):
+    checks = Recipe((), n_steps, 1).checks
+    assert checks[-1] == n_steps
+    assert list(checks) == sorted(set(checks))
+    assert len(checks) == min(n_steps, len(checks)) <= 5
 
 
 def test_a_refined_plan_is_confirmed_and_its_rows_are_written_down(folder, ran):
