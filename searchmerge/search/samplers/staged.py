@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Point:
     Attributes:
         x: Where it is: log scale, density, each expert's log share, slope, in units that matter.
         value: The objective; ``None`` while it is not known.
-        error: Standard error of the value.
+        error: Standard error of the value; 0 where that is not known.
     """
 
     x: Vector
@@ -175,22 +175,24 @@ class StagedSampler(BaseSampler):
             points.setdefault(method, []).append(point)
             if point.value is not None:
                 self._told[trial.number] = placed
-        return {
-            method: _most_telling(its)
-            for method, its in points.items()
-            if any(p.value is not None for p in its)
-        }
+        return _in_units(
+            {
+                method: _most_telling(its)
+                for method, its in points.items()
+                if any(p.value is not None for p in its)
+            }
+        )
 
     def _placed(self, trial: FrozenTrial) -> tuple[str, Point] | None:
         """Return a trial's method and its point; ``None`` while it has no plan."""
         plan = self._plan(trial.params)
         if plan is None:
             return None
-        value, error = None, _ERROR
+        value, error = None, 0.0
         if trial.state == TrialState.COMPLETE:
             standing = standing_of(trial)
-            value, error = standing.kept + standing.value, error_of(trial) or _ERROR
-        return plan.method, Point(self._place(plan), value, max(error, _LEAST_ERROR))
+            value, error = standing.kept + standing.value, error_of(trial) or 0.0
+        return plan.method, Point(self._place(plan), value, error)
 
     def _plan(self, params: Mapping[str, SettingValue]) -> MergePlan | None:
         """Return the plan of a trial's parameters; ``None`` while some are not drawn."""
@@ -290,6 +292,26 @@ def _most_telling(points: Sequence[Point]) -> list[Point]:
     latest = [i for _, i in values if i not in best][-_MOST // 2 :]
     kept = best.union(latest)
     return [p for i, p in enumerate(points) if i in kept or p.value is None]
+
+
+def _in_units(points: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
+    """Return points whose best value is 1 at most, so that scores in per cent are searched alike.
+
+    Values of which the best is smaller stay what they are.
+    """
+    values = [p.value for its in points.values() for p in its if p.value is not None]
+    unit = max(1.0, abs(max(values, default=1.0)))
+    return {
+        method: [
+            replace(
+                p,
+                value=None if p.value is None else p.value / unit,
+                error=max(p.error / unit or _ERROR, _LEAST_ERROR),
+            )
+            for p in its
+        ]
+        for method, its in points.items()
+    }
 
 
 def _fine_pays(process: Process, number: int) -> bool:
