@@ -54,7 +54,7 @@ def test_every_study_of_the_repository_is_read(name):
 
 
 def test_an_expert_is_not_called_as_the_base_is(tmp_path):
-    with pytest.raises(SpecError, match="study.yaml:2: experts: an expert is called 'base'"):
+    with pytest.raises(SpecError, match=r"study\.yaml:2: experts: an expert is called 'base'"):
         read(tmp_path, experts={"math": "m", "base": "b"})
 
 
