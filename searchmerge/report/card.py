@@ -65,9 +65,10 @@ def _what(results: Results, base: str, *, is_merge: bool) -> str:
     """Return what the model is, up to the list of experts."""
     [winner] = [row for row in results.rows if row.name == results.winner]
     if not is_merge:
+        kept = "keeps the study's constraints and " if results.bounds else ""
         return (
             f"This is no merge but {markdown(winner.name)} as it is: no merge of these experts on "
-            f"the base {code(base)} that searchmerge scored has better evidence"
+            f"the base {code(base)} that searchmerge scored {kept}has better evidence"
         )
     merge = f"A merge of these experts on the base {code(base)}"
     if winner.is_candidate:

@@ -326,7 +326,8 @@ class Results:
             [s.what, str(s.trials), str(s.full), f"{100 * s.best:.1f}"] for s in self.searched
         ]
         header = ["what was searched", "trials", "in full", "best on select, estimated"]
-        return markdown_table(header, cells)
+        table = markdown_table(header, cells)
+        return f"{table}\n\nReferences that lie in the space are among these trials."
 
     def _readings_text(self) -> str:
         """Return how examples were read when plans were compared, or nothing."""

@@ -45,7 +45,7 @@ def test_the_card_says_what_the_report_says(make_results):
     assert results.legend in text
 
 
-def test_the_card_of_an_expert_alone_calls_it_no_merge(make_results):
+def test_the_card_of_an_expert_alone_calls_it_no_merge(make_results, bounds):
     results = make_results()
     row = replace(results.rows[0], name="base", lead=())
     card = model_card(replace(results, rows=[row], winner="base"), "someone/base", EXPERTS, {}, {})
@@ -56,6 +56,10 @@ def test_the_card_of_an_expert_alone_calls_it_no_merge(make_results):
         "tags": ["searchmerge"],
     }
     assert "This is no merge but base as it is: no merge of these experts" in text
+    assert "searchmerge scored has better evidence" in text
+    limited = replace(results, rows=[row], winner="base", bounds=bounds)
+    card = model_card(limited, "someone/base", EXPERTS, {}, {})
+    assert "scored keeps the study's constraints and has better evidence" in card
 
 
 def test_the_card_says_whether_a_merge_was_found_or_published(make_results):

@@ -130,6 +130,11 @@ def test_plans_that_cannot_be_saved_and_references_that_cannot_be_scored_are_nam
     assert "Not " not in make_results(bounds=bounds).markdown()
 
 
+def test_what_was_searched_says_that_references_are_counted(make_results):
+    text = make_results(searched=[Searched("ties, one coefficient", 4, 3, 0.5)]).markdown()
+    assert "| ties, one coefficient | 4 | 3 | 50.0 |\n\nReferences that lie in the space" in text
+
+
 def test_tasks_without_an_expert_are_named_where_scores_are_over_experts(make_results):
     assert "Not over an expert's score but as it is: code." in make_results(raw=("code",)).legend
     assert "as it is" not in make_results().legend
