@@ -195,7 +195,9 @@ def make_refining(study: Study, models: Models) -> Refining | None:
     recipe = Recipe(
         groups, refine.steps, refine.batch, refine.shrink, refine.loss, refine.rate, seed
     )
-    return Refining(recipe, refine.starts, names)
+    losses = {name: getattr(task, "loss", None) for name, task in study.spec.tasks.items()}
+    functions = {name: str(loss) for name, loss in losses.items() if loss is not None}
+    return Refining(recipe, refine.starts, names, functions)
 
 
 def warm_start(study: Study) -> list[dict[str, SettingValue]]:

@@ -5,11 +5,16 @@ import sqlite3
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from searchmerge.errors import StudyError
+from searchmerge.plan import MergePlan
+from searchmerge.search.directory import stored_study
 from searchmerge.search.status import read_status
+from searchmerge.search.trials import is_refined
+from tests.evaluators.classifiers import make_experts, text_tasks, write_study, write_texts
 from tests.execution.conftest import STORE_BYTES
 from tests.tiny import make_models, make_study
 from tests.waiting import wait_for
@@ -121,3 +126,38 @@ def test_a_head_that_dies_ends_the_run_in_one_message_and_the_study_goes_on(
     assert process.returncode == 0, err
     assert f"search ({n_before + 3}, {n_before} done before)" in err
     assert command.n_complete() == n_before + 3
+
+
+REFINE = {"loss": "agreement", "steps": 12, "batch": 24, "rate": 0.1, "starts": 2}
+
+
+def refinements(run_dir):
+    """Return the plan that each refinement proposes and how it came to it, or nothing."""
+    with stored_study(run_dir) as stored:
+        refined = {t.user_attrs["refines"]: t.user_attrs for t in stored.trials if is_refined(t)}
+        nothing = {k: v for k, v in stored.user_attrs.items() if k.startswith("unrefined:")}
+    plans = {name: MergePlan.from_dict(its["plan"]) for name, its in refined.items()}
+    return plans, {name: its["refining"] for name, its in refined.items()}, nothing
+
+
+@pytest.mark.slow
+def test_two_ray_workers_refine_two_plans_as_one_process_does(cluster, searchmerge, tmp_path):
+    make_experts(tmp_path, "bert")
+    write_texts(tmp_path, 72)
+    search = {"sampler": "random", "n_trials": 6, "round_blocks": 2, "refine": REFINE}
+    tasks = text_tasks(select=48, hold_out=24)
+    write_study(tmp_path, tasks, name="tiny", search=search)
+    for executor, config in CONFIGS.items():
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        code, _, err = searchmerge(
+            "run", "study.yaml", "--config", "config.yaml", "--runs-dir", executor
+        )
+        assert code == 0, err
+        print(err)
+    local, ray = (refinements(tmp_path / executor / "tiny") for executor in CONFIGS)
+    for k in local[0]:
+        print(k)
+        print(np.abs(np.array(local[0][k].values["coefficient"])-np.array(ray[0][k].values["coefficient"])).max())
+        print(local[1][k], ray[1][k])
+    assert ray == local
+    assert 0
