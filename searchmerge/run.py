@@ -50,7 +50,7 @@ from searchmerge.search.observer import Observer
 from searchmerge.search.pick import confirmed, evidence_on_select
 from searchmerge.search.references import BASE, merges
 from searchmerge.search.refine import Material
-from searchmerge.search.refinements import Refinements, Refining, material
+from searchmerge.search.refinements import Refinements, Refining
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
@@ -237,10 +237,8 @@ class StudyRun:
         Raises:
             SpecError: If there is nothing, or too little.
         """
-        experts = self._study.task_experts
-        teachers = {task: references[name] for task, name in experts.items() if name in references}
-        board, objective = self._runner.board, self._study.objective
-        return material(board, objective, refining.recipe, teachers)
+        schedule = self._runner.board.schedule
+        return assemble.make_material(self._study, refining, schedule, references)
 
     def _refine(self, refining: Refining, references: Plans, objective: Objective) -> None:
         """Refine the best plans by gradient, and score what comes of it."""

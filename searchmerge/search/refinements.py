@@ -31,7 +31,7 @@ from searchmerge.search.refine import (
 )
 from searchmerge.search.refiner import End, GivenUp, Refiner
 from searchmerge.search.runner import StudyRunner
-from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.trials import TrialRecord, best_of
 from searchmerge.wording import counted
 
@@ -76,7 +76,7 @@ class Refining:
 
 
 def material(
-    board: Scoreboard,
+    schedule: Schedule,
     objective: Objective,
     recipe: Recipe,
     teachers: Plans,
@@ -86,7 +86,7 @@ def material(
     Examples that have no label are learnt from too, where the loss needs none.
 
     Args:
-        board: Whose ``pilot`` examples are those that trials see.
+        schedule: Whose ``pilot`` examples are those that trials see.
         objective: What each task counts for.
         recipe: Which loss.
         teachers: Task name to the plan of its own expert.
@@ -96,7 +96,7 @@ def material(
     """
     having = [
         task
-        for task, info in board.schedule.tasks.items()
+        for task, info in schedule.tasks.items()
         if recipe.loss in info.losses and (recipe.loss != "agreement" or task in teachers)
     ]
     if not having:
@@ -105,12 +105,12 @@ def material(
             + (" and an expert of its own" if recipe.loss == "agreement" else "")
         )
     examples = {
-        task: [e for block in board.schedule.blocks["pilot"][task] for e in block.examples]
+        task: [e for block in schedule.blocks["pilot"][task] for e in block.examples]
         for task in having
     }
     if recipe.loss != "labels":
         for task, its in examples.items():
-            its += board.schedule.tasks[task].unlabelled
+            its += schedule.tasks[task].unlabelled
     for task, its in examples.items():
         if len(its) < LEAST_EXAMPLES:
             raise SpecError(

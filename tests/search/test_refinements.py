@@ -252,13 +252,13 @@ def test_a_loss_that_no_task_has_is_refused(toy, losses, kind, message):
     study = toy(schedule=with_losses(dict.fromkeys(TOYS, losses)))
     recipe = Recipe(Groups(), 1, 1, loss=kind)
     with pytest.raises(SpecError, match=message):
-        material(study.board, study.objective, recipe, {})
+        material(study.board.schedule, study.objective, recipe, {})
 
 
 def test_tasks_without_the_loss_are_left_to_the_search(toy):
     losses = {"math": ("labels",), "code": (), "chat": ("labels", "entropy")}
     study = toy(schedule=with_losses(losses))
-    learnt = material(study.board, study.objective, Recipe(Groups(), 1, 1), {})
+    learnt = material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1), {})
     assert list(learnt.examples) == ["math", "chat"]
     assert learnt.weights == {"math": 1.0, "chat": 1.0}
     pilot = study.board.schedule.blocks["pilot"]["chat"]
@@ -270,7 +270,7 @@ def test_examples_without_labels_are_learnt_from_where_the_loss_needs_none(toy, 
     schedule = with_losses(dict.fromkeys(TOYS, ("labels", "entropy")))
     infos = {**schedule.tasks, "math": replace(schedule.tasks["math"], n_unlabelled=7)}
     study = toy(schedule=replace(schedule, tasks=infos))
-    learnt = material(study.board, study.objective, Recipe(Groups(), 1, 1, loss=kind), {})
+    learnt = material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1, loss=kind), {})
     n_select = len(learnt.examples["code"])
     assert len(learnt.examples["math"]) == n_select + n_more
     assert learnt.examples["math"][n_select:] == list(range(40, 40 + n_more))
@@ -289,7 +289,7 @@ def test_a_task_with_too_few_examples_to_learn_from_is_refused(toy):
     study = toy(schedule=schedule)
     message = "search.refine: task 'code' has 4 examples to learn from; 8 or more are needed"
     with pytest.raises(SpecError, match=message):
-        material(study.board, study.objective, Recipe(Groups(), 1, 1), {})
+        material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1), {})
 
 
 def test_what_cannot_be_learnt_from_is_refused_before_anything_is_scored(folder, tmp_path):

@@ -157,7 +157,12 @@ def test_two_ray_workers_refine_two_plans_as_one_process_does(cluster, searchmer
     local, ray = (refinements(tmp_path / executor / "tiny") for executor in CONFIGS)
     for k in local[0]:
         print(k)
-        print(np.abs(np.array(local[0][k].values["coefficient"])-np.array(ray[0][k].values["coefficient"])).max())
+        print(
+            np.abs(
+                np.array(local[0][k].values["coefficient"])
+                - np.array(ray[0][k].values["coefficient"])
+            ).max()
+        )
         print(local[1][k], ray[1][k])
     assert ray == local
     assert 0
