@@ -105,7 +105,11 @@ class TaskLosses:
 
     def _learnt(self, lm: Any, request: Any) -> str:
         """Return the target of a request, which has some tokens within the model's window."""
-        target = self.target(request.doc)
+        try:
+            target = self.target(request.doc)
+        except task_errors() as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise EvaluationError(f"{_document(request)} has no target: {reason}") from error
         n_tokens = lm.n_tokens(request.args[0], target) if target else 0
         if not 0 < n_tokens <= lm.max_length:
             raise EvaluationError(

@@ -114,7 +114,7 @@ UNANSWERED = {
     ),
     "sampled": (
         "{{' dog' * 9999 if answer == 2 else choices[answer]}}",
-        r"document 2 of 'some_sampled' has a target of \d+ tokens, '.{9,99}'; to learn from it takes 1",
+        r"document 2 of 'some_sampled' has a target of \d+ tokens, '.{9,99}'; to learn",
     ),
 }
 
