@@ -88,7 +88,7 @@ def test_a_study_is_interrupted_resumed_and_read(tmp_path, url):
     assert read_status(run_dir, url)["trials"] == {"complete": 8, "running": 0, "fail": 0}
     with pytest.raises(StudyError, match="needs a password; give --config"):
         read_status(run_dir)
-    kept = b"".join(file.read_bytes() for file in run_dir.iterdir())
+    kept = b"".join(file.read_bytes() for file in run_dir.rglob("*") if file.is_file())
     assert b"postgresql+psycopg" in kept
     assert b"s3cr3t" not in kept
 
