@@ -34,8 +34,8 @@ from searchmerge.search.budget import Budget
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.racing import Racing
 from searchmerge.search.references import reference_plans, slow_methods
-from searchmerge.search.refine import Recipe
-from searchmerge.search.refinements import Refining
+from searchmerge.search.refine import Material, Recipe
+from searchmerge.search.refinements import Refining, material
 from searchmerge.search.sampler import SamplerSetting, sampler_after
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.warm_start import warm_start_params
@@ -200,7 +200,28 @@ def make_refining(study: Study, models: Models) -> Refining | None:
     recipe = Recipe(
         groups, refine.steps, refine.batch, refine.shrink, refine.loss, refine.rate, seed
     )
-    return Refining(recipe, refine.starts, names)
+    losses = {name: getattr(task, "loss", None) for name, task in study.spec.tasks.items()}
+    functions = {name: str(loss) for name, loss in losses.items() if loss is not None}
+    return Refining(recipe, refine.starts, names, functions)
+
+
+def make_material(
+    study: Study, refining: Refining, schedule: Schedule, references: Mapping[str, MergePlan]
+) -> Material:
+    """Return what refinements learn from.
+
+    Args:
+        study: The study.
+        refining: How its plans are refined.
+        schedule: Its examples.
+        references: Name to plan, those of the experts included.
+
+    Raises:
+        SpecError: If there is nothing, or too little.
+    """
+    experts = study.task_experts
+    teachers = {task: references[name] for task, name in experts.items() if name in references}
+    return material(schedule, study.objective, refining.recipe, teachers)
 
 
 def warm_start(study: Study) -> list[dict[str, SettingValue]]:

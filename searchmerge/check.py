@@ -67,9 +67,24 @@ def check_study(study: Study, config: RunConfig) -> Iterator[str]:
             f"{parts['hold_out']} held out{sources.get('hold_out', '')}"
         )
         yield from _prompts(evaluators[name], name, schedule.blocks["pilot"][name][0])
+    yield from _refinement(study, models, schedule)
     sample = _sample(study, assemble.make_worker(study, models, config), schedule)
     yield _cost(sample, schedule)
     yield from _resolution(study, config, schedule, sample)
+
+
+def _refinement(study: Study, models: Models, schedule: Schedule) -> Iterator[str]:
+    """Yield what refinements learn from; refuse what they cannot."""
+    refining = assemble.make_refining(study, models)
+    if refining is None:
+        return
+    references = assemble.references(study, models)
+    learnt, recipe = assemble.make_material(study, refining, schedule, references), refining.recipe
+    left = ", ".join(task for task in schedule.tasks if task not in learnt.examples)
+    yield (
+        f"refine: {counted(len(recipe.groups), 'group')}, loss {recipe.loss} of "
+        f"{', '.join(learnt.examples)}{f'; left to the search: {left}' if left else ''}"
+    )
 
 
 def _and_unlabelled(info: TaskInfo) -> str:

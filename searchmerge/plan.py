@@ -133,8 +133,9 @@ class MergePlan:
                     f"plan: values.{name} has {counted(len(rows), 'row')}; "
                     f"groups {self.groups.to_data()!r} need {len(self.groups)}"
                 )
-            for row in rows:
-                _check_row(name, row, self.experts)
+            for group, row in zip(self.groups.names, rows, strict=True):
+                where = f" (group {group!r})" if len(rows) > 1 else ""
+                _check_row(f"values.{name}{where}", row, self.experts)
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -236,15 +237,15 @@ class MergePlan:
         return text
 
 
-def _check_row(name: str, row: tuple[float, ...], experts: tuple[str, ...]) -> None:
+def _check_row(where: str, row: tuple[float, ...], experts: tuple[str, ...]) -> None:
     if len(row) != len(experts):
         raise SpecError(
-            f"plan: a row of values.{name} has {counted(len(row), 'number')}; "
+            f"plan: a row of {where} has {counted(len(row), 'number')}; "
             f"it has {counted(len(experts), 'expert')}: {', '.join(experts)}"
         )
     for expert, number in zip(experts, row, strict=True):
         if not math.isfinite(number):
-            raise SpecError(f"plan: values.{name} of expert {expert!r} is {number}, not finite")
+            raise SpecError(f"plan: {where} of expert {expert!r} is {number}, not finite")
 
 
 def _by_tensor(names: tuple[str, ...], values: Mapping[str, Rows]) -> dict[str, Any]:
@@ -297,10 +298,11 @@ def _listed_rows(name: str, rows: Mapping[Any, Any]) -> dict[str, Any]:
     """Return each tensor's row of a hyper-parameter.
 
     Raises:
-        SpecError: If a tensor has two.
+        SpecError: If a tensor has two, or a row is no list of numbers.
     """
     listed: dict[str, Any] = {}
     for pattern, row in rows.items():
+        _read_row(name, f"the row of {pattern}", row)
         for tensor in expand(str(pattern)):
             if tensor in listed:
                 raise SpecError(f"plan: values.{name} has two rows for tensor {tensor!r}")
@@ -313,20 +315,32 @@ def _read_values(data: Any) -> dict[str, Rows]:
         raise SpecError(f"plan: values is {data!r}; a mapping of name to rows is needed")
     values = {}
     for name, rows in data.items():
-        try:
-            values[str(name)] = tuple(tuple(map(_number, _listed(row))) for row in _listed(rows))
-        except (TypeError, OverflowError) as error:
+        if isinstance(rows, Mapping):
+            raise SpecError(
+                f"plan: values.{name} names what its rows are for, as they do with groups: "
+                f"{TENSOR} alone; else a list of rows is needed, one per group"
+            )
+        if not isinstance(rows, list | tuple):
             raise SpecError(
                 f"plan: values.{name} is {rows!r}; a list of rows of numbers is needed, "
                 "one row per group, one number per expert"
-            ) from error
+            )
+        values[str(name)] = tuple(
+            _read_row(str(name), f"row {number}", row) for number, row in enumerate(rows, 1)
+        )
     return values
 
 
-def _listed(data: Any) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(data, list | tuple):
-        raise TypeError(data)
-    return data
+def _read_row(name: str, which: str, row: Any) -> tuple[float, ...]:
+    try:
+        if isinstance(row, list | tuple):
+            return tuple(map(_number, row))
+    except (TypeError, OverflowError):
+        pass
+    raise SpecError(
+        f"plan: values.{name}: {which} is {row!r}; a list of rows of numbers is needed, "
+        "one row per group, one number per expert"
+    )
 
 
 def _number(data: Any) -> float:

@@ -49,7 +49,8 @@ from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.pick import broken, evidence_on_select, ranking
 from searchmerge.search.references import BASE, merges
-from searchmerge.search.refinements import Refinements, material
+from searchmerge.search.refine import Material
+from searchmerge.search.refinements import Refinements, Refining
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
@@ -164,12 +165,15 @@ class StudyRun:
             raise
 
     def _to_the_end(self, *, search: bool) -> Results:
+        refining = assemble.make_refining(self._study, self._models) if search else None
+        if refining is not None:  # what cannot be learnt from is refused before all is scored
+            self._learnt(refining, self._references)
         references = self._runner.score_references()
         objective = self._objective = self._relative_objective(references)
         if search:
-            refine = self._refinement(references, objective)
             self._search(objective)
-            refine()
+        if refining is not None:
+            self._refine(refining, references, objective)
         best, evidence = self._complete_the_best(references, objective)
         plans = self._score_held_out({**references, **best})
         confirmation = self._confirm(plans, best, evidence, objective)
@@ -228,23 +232,22 @@ class StudyRun:
         budget, racing = assemble.make_budget(self._study), assemble.make_racing(self._study)
         self._runner.run(objective, budget, racing, self._grading_seed)
 
-    def _refinement(self, references: Plans, objective: Objective) -> Callable[[], None]:
-        """Return what refines the best plans by gradient; nothing where the study says nothing.
+    def _learnt(self, refining: Refining, references: Mapping[str, MergePlan]) -> Material:
+        """Return what refinements learn from.
 
         Raises:
-            SpecError: If no task can be learnt from.
+            SpecError: If there is nothing, or too little.
         """
-        refining = assemble.make_refining(self._study, self._models)
-        if refining is None:
-            return lambda: None
-        board, experts = self._runner.board, self._study.task_experts
-        teachers = {task: references[name] for task, name in experts.items() if name in references}
-        learnt = material(board, objective, refining.recipe, teachers)
+        schedule = self._runner.board.schedule
+        return assemble.make_material(self._study, refining, schedule, references)
+
+    def _refine(self, refining: Refining, references: Plans, objective: Objective) -> None:
+        """Refine the best plans by gradient, and score what comes of it."""
         stage = Refinements(
             self._directory, self._runner, self._executor, self._observer, refining
         )
-        racing, seed = assemble.make_racing(self._study), self._grading_seed
-        return lambda: stage.run(references, objective, learnt, racing, seed)
+        learnt, racing = self._learnt(refining, references), assemble.make_racing(self._study)
+        stage.run(references, objective, learnt, racing, self._grading_seed)
 
     @property
     def _grading_seed(self) -> int | None:

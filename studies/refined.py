@@ -108,8 +108,6 @@ def gains_of(
 ) -> Iterator[tuple[int, float]]:
     """Yield for every size by how many points what is proposed is ahead of the plan."""
     start, seed = refining.start(plan), refining.recipe.seed
-    if start is None:
-        raise SystemExit(f"a plan of {plan.method} cannot be refined")
     order = {
         task: random.Random(f"{seed}/{task}").sample(range(info.n_examples), info.n_examples)
         for task, info in worker.tasks().items()

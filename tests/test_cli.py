@@ -263,6 +263,18 @@ def test_check_says_what_can_be_told_apart_and_what_would_be_needed(study, searc
     assert "n_trials 20, which take about" in out
 
 
+def test_check_says_what_is_learnt_from_where_plans_are_refined(study, searchmerge):
+    code, out, err = searchmerge("check", study(search={"n_trials": 20, "refine": "on"}))
+    assert code == 0, err
+    assert re.search(r"^refine: \d\d groups, loss labels of first, second$", out, re.MULTILINE)
+    code, _, err = searchmerge("check", study(), "--set", "search.refine={loss: agreement}")
+    assert code == 2
+    assert "search.refine: no task has the loss 'agreement' and an expert of its own" in err
+    code, _, err = searchmerge("check", study(), "--set", "search.refine={groups: {depth: 9}}")
+    assert code == 2
+    assert "search.refine: groups: depth is 9; the model has 2 layers: 1 to 2" in err
+
+
 def test_check_goes_by_an_earlier_run_of_the_same_study(study, searchmerge, tmp_path):
     asked = study(search={"sampler": "random", "n_trials": 6, "racing": "off"})
     code, _, err = searchmerge("run", asked)

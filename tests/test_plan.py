@@ -62,8 +62,8 @@ settings: {aggregate: mean}
             "a row of values.density has 1 number; it has",
         ),
         ({"values": {"density": [[0.1, 0.2]] * 2}}, "values.density has 2 rows; .* need 1"),
-        ({"values": {"density": [[0.1, "x"]]}}, "values.density is"),
-        ({"values": {"density": [[0.1, True]]}}, "values.density is"),
+        ({"values": {"density": [[0.1, "x"]]}}, r"values.density: row 1 is .0.1, 'x'.; a list"),
+        ({"values": {"density": [[0.1, True]]}}, "values.density: row 1 is .0.1, True."),
         ({"values": {"density": [[0.1, float("nan")]]}}, "of expert 'code' is nan, not finite"),
         ({"experts": "math"}, "experts is 'math'"),
         ({"experts": []}, "experts is empty"),
@@ -75,8 +75,8 @@ settings: {aggregate: mean}
         ({"settings": []}, r"settings is \[\]; a mapping is needed"),
         ({"method": 3}, "method is 3; a name is needed"),
         ({"experts": ["math", 7]}, r"experts is \['math', 7\]; a list of names"),
-        ({"values": {"density": ["12"]}}, r"values.density is \['12'\]"),
-        ({"values": {"density": [[0.1, 10**400]]}}, "values.density is"),
+        ({"values": {"density": ["12"]}}, "values.density: row 1 is '12'"),
+        ({"values": {"density": [[0.1, 10**400]]}}, "values.density: row 1 is .0.1, 1000"),
         ({"groups": {"patterns": ["a", 1]}}, "allowed: whole"),
         ({"groups": {"depth": 10**9}}, "depth is 1000000000; allowed is 1 to 1000"),
     ],
@@ -99,7 +99,7 @@ def test_a_file_that_holds_no_plan_is_named(tmp_path):
     file.write_text(
         "method: ties\nexperts: [a]\nvalues:\n  density: [[0.2]]\n  coefficient: [x]\n"
     )
-    with pytest.raises(SpecError, match=r"plan\.yaml:5: plan: values\.coefficient is \['x'\]"):
+    with pytest.raises(SpecError, match=r"plan\.yaml:5: plan: values\.coefficient: row 1 is 'x'"):
         MergePlan.from_yaml(file)
     file.write_bytes("method: tiés".encode("latin-1"))
     with pytest.raises(SpecError, match=r"plan\.yaml:1: is not UTF-8 text \(byte 0xe9\)"):
@@ -149,11 +149,21 @@ def test_a_plan_with_a_row_per_tensor_is_as_short_as_its_rows_differ():
         ({"coefficient": {"a": [1, 1]}, "density": {"b": [1, 1]}}, "no row for tensor 'b'"),
         ({"coefficient": {"a": [1.0]}}, "a row of values.coefficient has 1 number;"),
         ({"coefficient": {"a": "much"}}, "one row per group"),
+        ({"coefficient": {"a": [1, 1], "l.{0..9}": [1, "x"]}}, r"values.coefficient: the row of "),
+        ({"coefficient": {"a": [1, 1], "b": [[1, 1]]}}, r"the row of b is \[\[1, 1\]\]; a list"),
+        ({"coefficient": {"a": [1, 1], "b": [1]}}, r"row of values.coefficient .group 'b'. has 1"),
     ],
 )
 def test_rows_of_tensors_that_do_not_fit_are_refused(values, message):
     with pytest.raises(SpecError, match=message):
         MergePlan.from_dict({**DATA, "groups": "tensor", "values": values})
+
+
+def test_rows_that_name_tensors_where_groups_are_others_are_refused():
+    rows = {"coefficient": {f"layers.{i}.q": [1.0, 1.0] for i in range(999)}}
+    with pytest.raises(SpecError, match="names what its rows are for") as refused:
+        MergePlan.from_dict({**DATA, "groups": "whole", "values": rows})
+    assert len(str(refused.value)) < 200
 
 
 def test_tensors_have_one_order():

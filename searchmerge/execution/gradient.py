@@ -159,7 +159,7 @@ class Losses:
         """Merge ``plan`` and return its losses.
 
         Raises:
-            EvaluationError: If a loss or its gradient is not finite.
+            EvaluationError: If a loss or its gradient is not finite, or does not fit into memory.
             SpecError: If a task has no such loss, or the plan's method is not linear in its
                 coefficients.
         """
@@ -169,7 +169,11 @@ class Losses:
         self._learn(request)
         self._merger.apply(plan)
         merged = time.perf_counter()
-        tasks = self._fitting.run(lambda part: self._tasks(plan, request, part))
+        try:
+            tasks = self._fitting.run(lambda part: self._tasks(plan, request, part))
+        except torch.OutOfMemoryError as error:  # scores take less, and go on
+            what = "its loss and gradient do not" if request.gradient else "its loss does not"
+            raise EvaluationError(f"{what} fit into the device's memory: {error}") from error
         return LossResult(tasks, merged - start, time.perf_counter() - merged)
 
     def _check(self, task: str, request: LossRequest) -> None:

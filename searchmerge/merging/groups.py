@@ -134,14 +134,17 @@ def _by_pattern(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]
 
 def _by_tensor(names: Sequence[str], tensors: Sequence[str]) -> dict[str, int]:
     group_of = {tensor: group for group, tensor in enumerate(tensors)}
+    merged = set(names)
+    unused = [tensor for tensor in tensors if tensor not in merged]
     if missing := [name for name in names if name not in group_of]:
         raise SpecError(
             f"groups: no row is for parameter {missing[0]!r} ({len(missing)} of {len(names)} have "
-            f"none); there are rows for e.g. {_some(tensors)}"
+            f"none); there are rows for e.g. {_some(unused or tensors)}"
+            + (", which are no parameters that are merged" if unused else "")
         )
-    if unused := set(tensors) - set(names):
+    if unused:
         raise SpecError(
-            f"groups: a row is for tensor {min(unused)!r}, which is no parameter that is merged; "
+            f"groups: a row is for tensor {unused[0]!r}, which is no parameter that is merged; "
             f"there are e.g. {_some(names)}"
         )
     return {name: group_of[name] for name in names}

@@ -15,7 +15,11 @@ Array = npt.NDArray[np.float64]
 DIGITS = 4
 """Decimals of a coefficient that was learnt: the next ones change no answer."""
 
-_MEAN, _SQUARE, _LEAST = 0.9, 0.99, 1e-8  # Adam's beta_1, beta_2 (a shorter memory), and epsilon
+_MEAN, _SQUARE = 0.9, 0.99  # Adam's beta_1 and beta_2 (a shorter memory)
+_EPSILON = 0.01
+"""Adam's, as a part of the root mean square of the whole gradient: where a coefficient changes
+nothing, as that of a key's bias in attention, its gradient is what rounding left: no way to go.
+"""
 
 
 def regrouped(plan: MergePlan, groups: Groups, names: tuple[str, ...]) -> MergePlan:
@@ -109,6 +113,8 @@ class Adam:
         self._mean = _MEAN * self._mean + (1 - _MEAN) * gradient
         self._square = _SQUARE * self._square + (1 - _SQUARE) * gradient**2
         mean = self._mean / (1 - _MEAN**self._step)
-        size = np.sqrt(self._square / (1 - _SQUARE**self._step)) + _LEAST
+        square = self._square / (1 - _SQUARE**self._step)
+        epsilon = _EPSILON * np.sqrt(np.mean(square))
+        size = np.sqrt(square) + max(epsilon, np.finfo(float).tiny)
         left = 1 - (self._step - 1) / self._n_steps
         self.at = self.at - self._rate * min(1.0, 2 * left) * mean / size

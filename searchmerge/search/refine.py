@@ -26,6 +26,9 @@ _logger = logging.getLogger(__name__)
 WATCHED = 1 / 4
 """The part of the examples that decides how far to go."""
 
+LEAST_EXAMPLES = 8
+"""Of a task: then two blocks are watched, from which it is seen how far its losses vary."""
+
 _BLOCK = 8  # examples whose loss is watched as one, if that makes
 _LEAST_BLOCKS = 6  # so many, from which it is seen how far losses vary
 _CHECKS = 5  # how often it is looked at whether to go on, at most

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from searchmerge.errors import SpecError
 from searchmerge.execution.executor import Executor
@@ -20,13 +20,24 @@ from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.racing import Racing
 from searchmerge.search.references import merges
-from searchmerge.search.refine import Material, Recipe, Refined, Refinement, Report, refinement
-from searchmerge.search.refiner import Refiner
+from searchmerge.search.refine import (
+    LEAST_EXAMPLES,
+    Material,
+    Recipe,
+    Refined,
+    Refinement,
+    Report,
+    refinement,
+)
+from searchmerge.search.refiner import End, GivenUp, Refiner
 from searchmerge.search.runner import StudyRunner
-from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.schedule import Schedule
 from searchmerge.search.trials import TrialRecord, best_of
+from searchmerge.wording import counted
 
 _logger = logging.getLogger(__name__)
+
+_N_NAMED = 3  # plans that a line names
 
 Plans = Mapping[str, MergePlan]
 
@@ -39,28 +50,33 @@ class Refining:
         recipe: How.
         n_starts: How many plans.
         names: Of all parameters that are merged.
+        functions: Task name to the user's function that gives its loss, where one does.
     """
 
     recipe: Recipe
     n_starts: int
     names: tuple[str, ...]
+    functions: Mapping[str, str] = field(default_factory=dict)
 
-    def start(self, plan: MergePlan) -> MergePlan | None:
-        """Return a plan with the groups of the recipe; ``None`` where it cannot be refined."""
-        try:
-            linear_hyperparameter(plan.method)
-            return regrouped(plan, self.recipe.groups, self.names)
-        except SpecError:
-            return None
+    def start(self, plan: MergePlan) -> MergePlan:
+        """Return a plan with the groups of the recipe.
+
+        Raises:
+            SpecError: If it cannot be refined.
+        """
+        linear_hyperparameter(plan.method)
+        return regrouped(plan, self.recipe.groups, self.names)
 
     def key(self, plan: MergePlan) -> str:
         """Return what tells the refinement of a plan from all others."""
         recipe = {**asdict(self.recipe), "groups": self.recipe.groups.names}
+        if self.functions and self.recipe.loss == "labels":
+            recipe["functions"] = sorted(self.functions.items())
         return f"{plan.digest}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
 
 
 def material(
-    board: Scoreboard,
+    schedule: Schedule,
     objective: Objective,
     recipe: Recipe,
     teachers: Plans,
@@ -70,17 +86,17 @@ def material(
     Examples that have no label are learnt from too, where the loss needs none.
 
     Args:
-        board: Whose ``pilot`` examples are those that trials see.
+        schedule: Whose ``pilot`` examples are those that trials see.
         objective: What each task counts for.
         recipe: Which loss.
         teachers: Task name to the plan of its own expert.
 
     Raises:
-        SpecError: If no task has it.
+        SpecError: If no task has it, or one has too few examples.
     """
     having = [
         task
-        for task, info in board.schedule.tasks.items()
+        for task, info in schedule.tasks.items()
         if recipe.loss in info.losses and (recipe.loss != "agreement" or task in teachers)
     ]
     if not having:
@@ -89,12 +105,19 @@ def material(
             + (" and an expert of its own" if recipe.loss == "agreement" else "")
         )
     examples = {
-        task: [e for block in board.schedule.blocks["pilot"][task] for e in block.examples]
+        task: [e for block in schedule.blocks["pilot"][task] for e in block.examples]
         for task in having
     }
     if recipe.loss != "labels":
         for task, its in examples.items():
-            its += board.schedule.tasks[task].unlabelled
+            its += schedule.tasks[task].unlabelled
+    for task, its in examples.items():
+        if len(its) < LEAST_EXAMPLES:
+            raise SpecError(
+                f"search.refine: task {task!r} has {counted(len(its), 'example')} to learn from; "
+                f"{LEAST_EXAMPLES} or more are needed, since some of them decide how far to go; "
+                "raise its select"
+            )
     return Material(
         examples,
         {task: objective.goals[task].weight for task in having},
@@ -170,9 +193,20 @@ class Refinements:
             if record.is_full and not record.refines and record.plan.digest not in names
         ]
         starts: dict[str, MergePlan] = {}
+        passed_over: dict[str, list[str]] = {}
         for record in best_of([*scored, *trials], len(scored) + len(trials)):
-            if len(starts) < self._refining.n_starts and self._refining.start(record.plan):
-                starts[names.get(record.plan.digest, record.name)] = record.plan
+            if len(starts) == self._refining.n_starts:
+                break
+            name = names.get(record.plan.digest, record.name)
+            try:
+                self._refining.start(record.plan)
+            except SpecError as error:
+                passed_over.setdefault(str(error), []).append(name)
+            else:
+                starts[name] = record.plan
+        for reason, its in passed_over.items():
+            others = f" and {len(its) - _N_NAMED} more" if len(its) > _N_NAMED else ""
+            _logger.warning("not refined: %s%s: %s", ", ".join(its[:_N_NAMED]), others, reason)
         return starts
 
     def _judged(self, record: TrialRecord, objective: Objective) -> TrialRecord:
@@ -187,7 +221,7 @@ class Refinements:
         begun: dict[str, Refinement] = {}
         for name, plan in starts.items():
             key, start = refining.key(plan), refining.start(plan)
-            if key in done or start is None:
+            if key in done:
                 continue
             if self._directory.count_refining(key) >= MAX_CUT_OFF:
                 _logger.warning(
@@ -200,9 +234,19 @@ class Refinements:
             begun[name] = remembered(course, self._directory.losses, key)
         self._observer.phase("refining", len(begun) * (2 + len(refining.recipe.checks)))
 
-        def ended(name: str, refined: Refined | None) -> None:
-            self._keep(name, refining.key(starts[name]), refined)
-            self._observer.step(f"refined {name}", {})
+        def ended(name: str, end: End) -> None:
+            key = refining.key(starts[name])
+            match end:
+                case GivenUp():  # the next run begins anew: what it failed of may be mended
+                    self._directory.losses.forget(key)
+                    told = f"{name}, given up"
+                case None:
+                    self._keep(name, key, None)
+                    told = f"{name}, nothing gained"
+                case Refined():
+                    self._keep(name, key, end)
+                    told = f"refined {name}"
+            self._observer.step(told, {})
 
         self._refiner.run(begun, ended, clock.tick)
 

@@ -35,11 +35,26 @@ class _Going:
     result: LossResult | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A refinement did not come to its end: another run may do better.
+
+    Attributes:
+        reason: What it failed of.
+    """
+
+    reason: str
+
+
+End = Refined | GivenUp | None
+"""What a refinement proposes, ``None`` where that does not pay, or that it was given up."""
+
+
 class Refiner:
     """Runs refinements on an executor, each of them as far as it goes.
 
     What a lost worker was asked goes to another. A refinement whose model has no finite loss,
-    or whose plan kills its workers, proposes nothing.
+    or whose plan kills its workers, is given up.
 
     Args:
         executor: Computes losses and gradients.
@@ -50,21 +65,21 @@ class Refiner:
         self._numbers = itertools.count(1)
         self._live: dict[int, _Going] = {}
         self._waiting: deque[_Going] = deque()
-        self._done: dict[str, Refined | None] = {}
-        self._ended: Callable[[str, Refined | None], None] = lambda name, refined: None
+        self._done: dict[str, End] = {}
+        self._ended: Callable[[str, End], None] = lambda name, end: None
         self._lost = LostWorkers()
 
     def run(
         self,
         refinements: Mapping[str, Refinement],
-        ended: Callable[[str, Refined | None], None] = lambda name, refined: None,
+        ended: Callable[[str, End], None] = lambda name, end: None,
         answered: Callable[[], None] = lambda: None,
-    ) -> dict[str, Refined | None]:
-        """Return what each refinement proposes, by the name of the plan that it refines.
+    ) -> dict[str, End]:
+        """Return what came of each refinement, by the name of the plan that it refines.
 
         Args:
             refinements: Name to refinement.
-            ended: Called at the end of each with its name and what it proposes.
+            ended: Called at the end of each with its name and what came of it.
             answered: Called whenever a refinement was told something.
         """
         self._done, self._ended = {}, ended
@@ -94,9 +109,9 @@ class Refiner:
         else:  # first, as the worker that is free now holds what this plan's gradient needs
             self._waiting.appendleft(_Going(name, refinement, ask))
 
-    def _end(self, name: str, refined: Refined | None) -> None:
-        self._done[name] = refined
-        self._ended(name, refined)
+    def _end(self, name: str, end: End) -> None:
+        self._done[name] = end
+        self._ended(name, end)
 
     def _fill(self) -> None:
         """Give every free worker what is asked next."""
@@ -138,4 +153,4 @@ class Refiner:
     def _give_up(self, going: _Going, reason: str) -> None:
         _logger.warning("%s cannot be refined: %s", going.name, reason)
         going.refinement.close()
-        self._end(going.name, None)
+        self._end(going.name, GivenUp(reason))

@@ -26,3 +26,12 @@ def test_a_slow_node_is_not_measured_by_a_fast_one():
     assert deadlines.at("slow").seconds == FACTOR * 500
     assert deadlines.at("fast").seconds == LEAST_S
     assert Deadlines(60.0).at("slow").seconds == 60.0
+
+
+def test_gradients_are_not_measured_by_rounds():
+    deadlines = Deadlines(None)
+    deadlines.at("node").saw(1.0)
+    assert deadlines.at("node", "gradient").seconds == FIRST_S
+    deadlines.at("node", "gradient").saw(100.0)
+    assert deadlines.at("node", "gradient").seconds == FACTOR * 100
+    assert deadlines.at("node").seconds == LEAST_S

@@ -155,6 +155,13 @@ def test_what_does_not_fit_is_computed_in_parts_to_the_same_end(caplog):
     assert "going on with 1/" in caplog.text
 
 
+def test_what_fits_in_no_part_is_the_candidates_failure():
+    with pytest.raises(
+        EvaluationError, match="its loss and gradient do not fit into the device's"
+    ):
+        ask(worker(most_at_once=0))
+
+
 @pytest.mark.parametrize(
     ("changes", "plan", "message"),
     [

@@ -103,7 +103,8 @@ def test_each_tensor_may_be_a_group_of_its_own():
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (("a",), "no row is for parameter 'b' .1 of 2 have none."),
+        (("a",), "no row is for parameter 'b' .1 of 2 have none.; there are rows for e.g. 'a'$"),
+        (("a", "c"), "no row is for parameter 'b' .*; there are rows for e.g. 'c', which are no"),
         (("a", "b", "c"), "a row is for tensor 'c', which is no parameter that is merged"),
     ],
 )

@@ -51,12 +51,32 @@ def test_a_path_holds_plans_within_what_the_method_allows():
 def test_the_steps_are_those_of_adam_with_a_rate_that_falls():
     first = np.array([[1.0, -1.0], [0.5, 0.0]])
     ours, theirs = Adam(first, 0.1, 6), torch.nn.Parameter(torch.tensor(first))
-    optimizer = torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
-    draw = np.random.default_rng(0)
+    optimizer = torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99))
+    draw, square = np.random.default_rng(0), 0.0
     for step in range(6):
         gradient = draw.normal(size=first.shape)
+        square = 0.99 * square + 0.01 * np.mean(gradient**2)
         optimizer.param_groups[0]["lr"] = 0.1 * min(1.0, 2 * (1 - step / 6))
+        optimizer.param_groups[0]["eps"] = 0.01 * np.sqrt(square / (1 - 0.99 ** (step + 1)))
         theirs.grad = torch.tensor(gradient)
         optimizer.step()
         ours.step(gradient)
     np.testing.assert_allclose(ours.at, theirs.detach().numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_coefficient_whose_gradient_is_rounding_alone_stays_where_it_is(scale):
+    """It does with torch's epsilon, 1e-8, only where gradients are as small."""
+    descent, draw = Adam(np.ones((3, 2)), 0.1, 20), np.random.default_rng(0)
+    for _ in range(20):
+        gradient = 1.0 + 0.1 * draw.normal(size=(3, 2))
+        gradient[1] = 1e-6 * draw.normal(size=2)
+        descent.step(scale * gradient)
+    assert np.abs(descent.at[1] - 1).max() < 1e-3
+    assert (descent.at[[0, 2]] < 0).all()
+
+
+def test_where_nothing_has_a_gradient_nothing_moves():
+    descent = Adam(np.ones((2, 2)), 0.1, 5)
+    descent.step(np.zeros((2, 2)))
+    assert np.array_equal(descent.at, np.ones((2, 2)))

@@ -20,6 +20,7 @@ from searchmerge.search.status import read_status
 from searchmerge.study import read_study
 from tests.evaluators.classifiers import make_experts, text_tasks, write_study, write_texts
 from tests.search.conftest import Recorder, pilot_schedule
+from tests.tiny import make_models, make_study
 from tests.toy import EXPERTS as TOYS
 from tests.waiting import wait_for
 
@@ -35,11 +36,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def study(folder, refine=REFINE, tasks=None):
+def study(folder, refine=REFINE, tasks=None, **changes):
     tasks = tasks or text_tasks(select=48, hold_out=24)
     search = {"sampler": "random", "n_trials": 5, "round_blocks": 2, "refine": refine}
     confirm = {"top_k": 9, "n_resamples": 100}
-    return read_study(write_study(folder, tasks, search=search, confirm=confirm))
+    return read_study(write_study(folder, tasks, search=search, confirm=confirm, **changes))
 
 
 def records(run_dir):
@@ -80,13 +81,19 @@ def test_what_a_refinement_proposes_is_a_trial_like_any_other(folder, ran):
     assert [record.name for record in refined] == shown[5:]
 
 
-def test_it_is_shown_how_far_a_refinement_is(ran):
+def test_it_is_shown_how_far_a_refinement_is_and_what_came_of_it(folder, ran):
     told = ran[2]
     (n_shown,) = [total for title, total, _ in told.phases if title == "refining"]
     n_steps = REFINE["steps"]
     ends = {step for step in told.steps if step.startswith("refined ")}
+    ends |= {step for step in told.steps if step.endswith(", nothing gained")}
+    proposed, nothing = outcomes(folder / "run")
+    assert ends == {
+        *(f"refined {its['refines']}" for its in proposed),
+        *(f"{name}, nothing gained" for name in nothing.values()),
+    }
     for end in ends:
-        name = end.removeprefix("refined ")
+        name = end.removeprefix("refined ").removesuffix(", nothing gained")
         shown = [step for step in told.steps if step.startswith(f"{name}, step ")]
         assert shown[0] == f"{name}, step 0 of {n_steps}"
         assert len(shown) >= 2
@@ -245,13 +252,13 @@ def test_a_loss_that_no_task_has_is_refused(toy, losses, kind, message):
     study = toy(schedule=with_losses(dict.fromkeys(TOYS, losses)))
     recipe = Recipe(Groups(), 1, 1, loss=kind)
     with pytest.raises(SpecError, match=message):
-        material(study.board, study.objective, recipe, {})
+        material(study.board.schedule, study.objective, recipe, {})
 
 
 def test_tasks_without_the_loss_are_left_to_the_search(toy):
     losses = {"math": ("labels",), "code": (), "chat": ("labels", "entropy")}
     study = toy(schedule=with_losses(losses))
-    learnt = material(study.board, study.objective, Recipe(Groups(), 1, 1), {})
+    learnt = material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1), {})
     assert list(learnt.examples) == ["math", "chat"]
     assert learnt.weights == {"math": 1.0, "chat": 1.0}
     pilot = study.board.schedule.blocks["pilot"]["chat"]
@@ -263,7 +270,7 @@ def test_examples_without_labels_are_learnt_from_where_the_loss_needs_none(toy, 
     schedule = with_losses(dict.fromkeys(TOYS, ("labels", "entropy")))
     infos = {**schedule.tasks, "math": replace(schedule.tasks["math"], n_unlabelled=7)}
     study = toy(schedule=replace(schedule, tasks=infos))
-    learnt = material(study.board, study.objective, Recipe(Groups(), 1, 1, loss=kind), {})
+    learnt = material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1, loss=kind), {})
     n_select = len(learnt.examples["code"])
     assert len(learnt.examples["math"]) == n_select + n_more
     assert learnt.examples["math"][n_select:] == list(range(40, 40 + n_more))
@@ -273,6 +280,87 @@ def with_losses(losses):
     schedule = pilot_schedule()
     infos = {name: replace(info, losses=losses[name]) for name, info in schedule.tasks.items()}
     return replace(schedule, tasks=infos)
+
+
+def test_a_task_with_too_few_examples_to_learn_from_is_refused(toy):
+    few = pilot_schedule()
+    few.blocks["pilot"]["code"] = few.blocks["pilot"]["code"][:1]  # 4 examples
+    schedule = replace(few, tasks=with_losses(dict.fromkeys(TOYS, ("labels",))).tasks)
+    study = toy(schedule=schedule)
+    message = "search.refine: task 'code' has 4 examples to learn from; 8 or more are needed"
+    with pytest.raises(SpecError, match=message):
+        material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1), {})
+
+
+def test_what_cannot_be_learnt_from_is_refused_before_anything_is_scored(folder, tmp_path):
+    tasks = text_tasks(select=4, hold_out=24)
+    told = Recorder()
+    with pytest.raises(SpecError, match="task 'first' has 4 examples to learn from"):
+        run_study(study(folder, tasks=tasks), CONFIG, tmp_path / "run", told)
+    assert told.phases == []
+
+
+def test_better_plans_that_cannot_be_refined_are_named(folder, tmp_path, caplog):
+    refine = {**REFINE, "groups": "whole", "steps": 1, "starts": 9}
+    space = {"method": "karcher", "coefficient": {"low": 0.5, "high": 2.0}}
+    run_study(study(folder, refine, space=space), CONFIG, tmp_path / "run", Recorder())
+    assert "not refined: trial " in caplog.text
+    assert "method 'karcher' is not linear in its coefficients" in caplog.text
+
+
+LOSSES = """
+import torch
+from torch.nn.functional import cross_entropy
+
+broken = True
+
+def _logits(model, examples):
+    tokens = torch.tensor([[2 + (7 * e + i) % 60 for i in range(8)] for e in examples])
+    return model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+
+def score(model, task, examples):
+    return [-float(cross_entropy(*_logits(model, [e]))) for e in examples]
+
+def loss(model, task, examples):
+    if broken:
+        raise ValueError("not yet")
+    return cross_entropy(*_logits(model, examples))
+
+def other(model, task, examples):
+    return 2 * cross_entropy(*_logits(model, examples))
+"""
+
+
+def study_of_functions(folder, loss):
+    """Return a study of one task that a user's functions score and give a loss of."""
+    task = {"evaluator": "function", "function": "losses_of_a_user:score", "n_examples": 48}
+    search = {"sampler": "random", "n_trials": 3, "refine": {"steps": 2, "batch": 8, "starts": 1}}
+    return read_study(
+        make_study(folder, tasks={"told": {**task, "loss": loss}}, search=search, lm_harness={})
+    )
+
+
+def test_a_refinement_that_failed_is_begun_anew_and_so_is_one_of_another_loss(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
+    make_models(tmp_path)
+    run_dir, told = tmp_path / "run", Recorder()
+    first = study_of_functions(tmp_path, "losses_of_a_user:loss")
+    run_study(first, CONFIG, run_dir, told)
+    assert "cannot be refined: task 'told': losses_of_a_user:loss raised ValueError" in caplog.text
+    assert [step for step in told.steps if step.endswith(", given up")]
+    assert outcomes(run_dir) == ([], {})
+    assert n_told(run_dir) == 0
+    monkeypatch.setattr("losses_of_a_user.broken", False)
+    run_study(first, CONFIG, run_dir, Recorder())
+    begun = [len(outcome) for outcome in outcomes(run_dir)]
+    assert sum(begun) == 1
+    other = study_of_functions(tmp_path, "losses_of_a_user:other")
+    for _ in range(2):
+        run_study(other, CONFIG, run_dir, Recorder())
+        assert sum(len(outcome) for outcome in outcomes(run_dir)) == 2
 
 
 def test_groups_that_the_model_does_not_have_are_refused(folder, tmp_path):

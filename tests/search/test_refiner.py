@@ -7,7 +7,7 @@ import pytest
 from searchmerge.execution.executor import Differentiated, Failed, Finished, Lost
 from searchmerge.merging.method import default_plan
 from searchmerge.search.refine import refinement
-from searchmerge.search.refiner import Refiner
+from searchmerge.search.refiner import GivenUp, Refiner
 from tests.search.test_refine import EXPERTS, GROUPS, MATERIAL, RECIPE, START, Bowl, run
 
 OTHER = default_plan("task_arithmetic", EXPERTS, groups=GROUPS, coefficient=0.5)
@@ -77,11 +77,11 @@ def test_what_a_lost_worker_was_asked_goes_to_another(caplog):
     assert "lost its worker, and goes on: the worker died" in caplog.text
 
 
-def test_one_at_which_workers_die_again_and_again_proposes_nothing(caplog):
+def test_one_at_which_workers_die_again_and_again_is_given_up(caplog):
     deaths = [lambda job: Lost(job, "the worker died")] * 3
     with caplog.at_level("WARNING"):
         proposed = Refiner(Workers(1, deaths)).run({"TIES": refinement(OTHER, RECIPE, MATERIAL)})
-    assert proposed == {"TIES": None}
+    assert proposed == {"TIES": GivenUp("the worker died (3 workers in a row)")}
     assert "TIES cannot be refined: the worker died (3 workers in a row)" in caplog.text
 
 
@@ -94,7 +94,7 @@ def test_workers_whose_node_went_away_do_not_count():
 def test_one_that_fails_leaves_the_others_alone():
     workers = Workers(1, [lambda job: Failed(job, "the loss is nan")])
     proposed = Refiner(workers).run(both())
-    assert proposed == {"trial 3": None, "TIES": alone()["TIES"]}
+    assert proposed == {"trial 3": GivenUp("the loss is nan"), "TIES": alone()["TIES"]}
 
 
 def test_what_is_interrupted_is_stopped():

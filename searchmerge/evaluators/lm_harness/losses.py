@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import LossKind
 from searchmerge.evaluators.lm_harness.loading import task_errors
+from searchmerge.wording import counted
 
 _LENGTHS: Mapping[str, Callable[[str], float]] = {
     "acc_norm": lambda choice: float(len(choice) or 1),
@@ -18,6 +20,10 @@ _LENGTHS: Mapping[str, Callable[[str], float]] = {
 
 def _nothing(choice: str) -> float:
     return 1.0
+
+
+def _document(request: Any) -> str:
+    return f"document {request.doc_id} of {request.task_name!r}"
 
 
 class TaskLosses:
@@ -62,7 +68,11 @@ class TaskLosses:
         return ("labels", *unlabelled) if has_labels else unlabelled
 
     def loss(self, lm: Any, requests: Sequence[Sequence[Any]]) -> Tensor:
-        """Return the loss of each example, given its requests."""
+        """Return the loss of each example, given its requests.
+
+        Raises:
+            EvaluationError: If a document has no answer that can be learnt from.
+        """
         if self._task.OUTPUT_TYPE == "multiple_choice":
             return self._loss_of_choices(self._of_choices(lm, requests), requests)
         if self._task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -70,7 +80,7 @@ class TaskLosses:
         elif self._task.OUTPUT_TYPE == "loglikelihood":
             totals, n_tokens = lm.log_likelihoods([group[0].args[:2] for group in requests])
         else:
-            texts = [(group[0].args[0], self.target(group[0].doc)) for group in requests]
+            texts = [(group[0].args[0], self._learnt(lm, group[0])) for group in requests]
             totals, n_tokens = lm.log_likelihoods(texts)
         loss: Tensor = -(totals / n_tokens)
         return loss
@@ -92,6 +102,21 @@ class TaskLosses:
             texts = [(group[0].args[0], self._answer(lm, group[0])) for group in requests]
             given = lm.next_tokens(texts)
         return given
+
+    def _learnt(self, lm: Any, request: Any) -> str:
+        """Return the target of a request, which has some tokens within the model's window."""
+        try:
+            target = self.target(request.doc)
+        except task_errors() as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise EvaluationError(f"{_document(request)} has no target: {reason}") from error
+        n_tokens = lm.n_tokens(request.args[0], target) if target else 0
+        if not 0 < n_tokens <= lm.max_length:
+            raise EvaluationError(
+                f"{_document(request)} has a target of {counted(n_tokens, 'token')}, "
+                f"{target[:80]!r}; to learn from it takes 1 to {lm.max_length}, the model's window"
+            )
+        return target
 
     def _answer(self, lm: Any, request: Any) -> str:
         """Return the target of a request, empty where there is none that can be read."""
@@ -119,6 +144,10 @@ class TaskLosses:
         for of_example, group in zip(log_probabilities, requests, strict=True):
             doc = group[0].doc
             right = self.right(doc, self._task.doc_to_choice(doc))
+            if not right:
+                raise EvaluationError(
+                    f"{_document(group[0])} has no right answer among its choices to learn from"
+                )
             losses.append(-of_example[right].logsumexp(0))
         return torch.stack(losses)
 

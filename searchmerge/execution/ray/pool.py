@@ -19,7 +19,7 @@ from ray.exceptions import (
 from searchmerge.errors import EvaluationError, SearchMergeError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
-from searchmerge.execution.deadline import Deadlines
+from searchmerge.execution.deadline import Deadlines, Work
 from searchmerge.execution.executor import (
     Event,
     Failed,
@@ -71,6 +71,7 @@ class Slot:
         device: Where its model lies; empty until it has loaded.
         job: What it works on.
         has_begun: Whether it took that job up.
+        work: What that job is made of.
     """
 
     number: int
@@ -82,6 +83,7 @@ class Slot:
     device: str = ""
     job: int | None = None
     has_begun: bool = False
+    work: Work = "round"
 
     @property
     def name(self) -> str:
@@ -212,15 +214,16 @@ class RayExecutor:
 
     def submit_gradient(self, job: int, plan: MergePlan, request: LossRequest) -> None:
         """Start a job on a free worker that computes losses and their gradient."""
-        slot = self._free_slot(job)
+        slot = self._free_slot(job, "gradient")
         slot.call = slot.actor.gradient.options(num_returns="streaming").remote(plan, request)
 
-    def _free_slot(self, job: int) -> Slot:
+    def _free_slot(self, job: int, work: Work = "round") -> Slot:
         """Return a free worker, which has the job from now on."""
         slot = next((slot for slot in self._slots if slot.is_free), None)
         if slot is None:
             raise RuntimeError(f"job {job} was submitted while no worker is free")
         slot.job, slot.has_begun, slot.since = job, False, time.monotonic()
+        slot.work = work
         return slot
 
     def stop(self, job: int) -> None:
@@ -300,7 +303,7 @@ class RayExecutor:
                 slot.has_begun = True
                 return None
             case RoundResult() | LossResult():
-                self._deadlines.at(slot.node).saw(message.seconds)
+                self._deadlines.at(slot.node, slot.work).saw(message.seconds)
                 return event_of(job, message)
         return self._lose(slot, str(message), blameless=False)
 
@@ -383,7 +386,8 @@ class RayExecutor:
             if ray.wait([slot.call], timeout=0, fetch_local=False)[0]:
                 continue  # it has something to say; it was this process that was late
             if slot.doing == "working":
-                reason = f"no round within {self._deadlines.at(slot.node)}"
+                deadline = self._deadlines.at(slot.node, slot.work)
+                reason = f"no {slot.work} within {deadline}"
                 return self._lose(slot, reason, blameless=not slot.has_begun)
             allowed = f"{self._settings.loading_s:g} s; ray.loading_deadline of the config"
             if slot.doing == "waiting":  # for room, for all that is known: it costs nothing
@@ -397,7 +401,7 @@ class RayExecutor:
     def _allowed_s(self, slot: Slot) -> float:
         """Return how long a worker may be silent at what it is doing."""
         if slot.doing == "working":
-            return self._deadlines.at(slot.node).seconds
+            return self._deadlines.at(slot.node, slot.work).seconds
         return self._settings.loading_s
 
     def _tend(self) -> None:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import yaml
 
+from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.loss import disagreement, entropy
 from tests.evaluators.lm_harness.tasks import documents, harness
@@ -99,6 +101,35 @@ def test_a_task_whose_documents_have_no_answers_has_losses_without_labels_alone(
         "entropy",
         "agreement",
     )
+
+
+UNANSWERED = {
+    "mc": (
+        "{{'none' if answer == 2 else answer}}",
+        "document 2 of 'some_mc' has no right answer amo",
+    ),
+    "generate": (
+        "{{'' if answer == 2 else choices[answer]}}",
+        "document 2 of 'some_generate' has a target of 0 tokens, ''; to learn from it takes 1 to",
+    ),
+    "sampled": (
+        "{{' dog' * 9999 if answer == 2 else choices[answer]}}",
+        r"document 2 of 'some_sampled' has a target of \d+ tokens, '.{9,99}'; to learn",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNANSWERED)
+def test_a_document_without_an_answer_to_learn_from_fails_the_candidate_alone(folder, model, kind):
+    target, message = UNANSWERED[kind]
+    task = yaml.safe_load((folder / f"{kind}.yaml").read_text())
+    task |= {"task": f"some_{kind}", "doc_to_target": target}
+    (folder / f"some_{kind}.yaml").write_text(yaml.safe_dump(task))
+    evaluator = harness(folder, LmTask(f"some_{kind}", "test"))
+    assert evaluator.tasks["mine"].losses[0] == "labels"
+    assert torch.isfinite(evaluator.loss(model, "mine", [0, 1])).all()
+    with pytest.raises(EvaluationError, match=message):
+        evaluator.loss(model, "mine", [0, 1, 2])
 
 
 @pytest.mark.parametrize("kind", ["mc", "generate", "open", "texts"])

@@ -5,11 +5,16 @@ import sqlite3
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from searchmerge.errors import StudyError
+from searchmerge.plan import MergePlan
+from searchmerge.search.directory import stored_study
 from searchmerge.search.status import read_status
+from searchmerge.search.trials import is_refined
+from tests.evaluators.classifiers import make_experts, text_tasks, write_study, write_texts
 from tests.execution.conftest import STORE_BYTES
 from tests.tiny import make_models, make_study
 from tests.waiting import wait_for
@@ -121,3 +126,41 @@ def test_a_head_that_dies_ends_the_run_in_one_message_and_the_study_goes_on(
     assert process.returncode == 0, err
     assert f"search ({n_before + 3}, {n_before} done before)" in err
     assert command.n_complete() == n_before + 3
+
+
+REFINE = {"loss": "agreement", "steps": 12, "batch": 24, "rate": 0.1, "starts": 2}
+
+
+def refinements(run_dir):
+    """Return the coefficients that refinements propose, how they were found, and which do not."""
+    with stored_study(run_dir) as stored:
+        refined = {t.user_attrs["refines"]: t.user_attrs for t in stored.trials if is_refined(t)}
+        nothing = {k: v for k, v in stored.user_attrs.items() if k.startswith("unrefined:")}
+    plans = {name: MergePlan.from_dict(its["plan"]) for name, its in refined.items()}
+    how = {name: (p.method, p.groups, refined[name]["refining"]) for name, p in plans.items()}
+    return {n: np.array(p.values["coefficient"]) for n, p in plans.items()}, how, nothing
+
+
+@pytest.mark.slow
+def test_two_ray_workers_refine_two_plans_as_one_process_does(cluster, searchmerge, tmp_path):
+    make_experts(tmp_path, "bert")
+    write_texts(tmp_path, 72)
+    search = {"sampler": "random", "n_trials": 5, "round_blocks": 2, "refine": REFINE}
+    write_study(tmp_path, text_tasks(select=48, hold_out=24), name="tiny", search=search)
+    for executor, config in CONFIGS.items():
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        code, _, err = searchmerge(
+            "run", "study.yaml", "--config", "config.yaml", "--runs-dir", executor
+        )
+        assert code == 0, err
+        assert "WARNING" not in err
+    (local, how, nothing), ray = (refinements(tmp_path / e / "tiny") for e in CONFIGS)
+    assert len(how) + len(nothing) == 2
+    assert how
+    assert ray[2] == nothing
+    assert ray[1].keys() == how.keys()
+    for name, (method, groups, refining) in how.items():
+        other = ray[1][name]
+        assert other[:2] == (method, groups)
+        assert other[2] == pytest.approx(refining, rel=1e-3)
+        np.testing.assert_allclose(ray[0][name], local[name], atol=2e-3)
