@@ -80,6 +80,11 @@ class Path:
         """Return the start's coefficients, ``(n_groups, n_experts)``."""
         return np.array(self.start.values[self.name])
 
+    @property
+    def size(self) -> float:
+        """Return how large the start's coefficients are on average; the default of all zeros."""
+        return float(np.abs(self.first).mean()) or self.legal.default
+
     def plan(self, coefficients: Array) -> MergePlan:
         """Return the plan with other coefficients, rounded, within what the method allows."""
         inside = np.clip(coefficients, self.legal.low, self.legal.high).round(DIGITS)

@@ -52,7 +52,7 @@ class Recipe:
         batch: Examples of a step, over all tasks.
         shrink: Which part of the way is kept, in (0, 1]; ``auto`` for what pays most.
         loss: What is to fall.
-        rate: By how much the first steps change a coefficient.
+        rate: By how much the first steps change a coefficient, as a part of the start's mean one.
         seed: Of which examples are watched, and of the order of the others.
     """
 
@@ -189,7 +189,7 @@ class _Course:
     def _descend(self, start: _Seen) -> Generator[Ask, LossResult, _Seen]:
         """Take the steps; return where the loss of the watched examples was lowest."""
         recipe, best, n_stale = self.recipe, start, 0
-        descent = Adam(self.path.first, recipe.rate, recipe.n_steps)
+        descent = Adam(self.path.first, recipe.rate * self.path.size, recipe.n_steps)
         batches = self._batches()
         for n_steps in range(1, recipe.n_steps + 1):
             result = yield self.path.plan(descent.at), self._request(next(batches))

@@ -67,6 +67,20 @@ def test_coefficients_go_to_where_the_loss_is_least():
     assert (refined.plan.method, refined.plan.groups) == (START.method, GROUPS)
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.4, 1.5])
+def test_steps_are_as_long_as_the_coefficients_are_large(scale):
+    start = default_plan("task_arithmetic", EXPERTS, groups=GROUPS, coefficient=scale)
+    at_one = np.array(run()[0].plan.values["coefficient"])
+    refined, _ = run(start=start, bowl=Bowl(scale * TARGET))
+    assert np.array(refined.plan.values["coefficient"]) == pytest.approx(scale * at_one, abs=2e-3)
+
+
+def test_from_coefficients_that_are_all_zero_there_are_steps_too():
+    start = default_plan("task_arithmetic", EXPERTS, groups=GROUPS, coefficient=0.0)
+    refined, _ = run(start=start, bowl=Bowl(0.3 * np.ones((3, 2))))
+    assert refined is not None
+
+
 def test_steps_never_see_the_examples_that_are_watched():
     _, bowl = run()
     for task in EXPERTS:
