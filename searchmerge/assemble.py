@@ -27,6 +27,7 @@ from searchmerge.execution.worker import Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
 from searchmerge.merging.gradient import CoefficientGradients
+from searchmerge.merging.method import METHODS
 from searchmerge.models import Models, load_task_vectors, make_merger, merged_names, open_models
 from searchmerge.plan import TENSOR, Groups, MergePlan, SettingValue
 from searchmerge.search.budget import Budget
@@ -42,6 +43,10 @@ from searchmerge.study import Study
 from searchmerge.watch import Content, Watch
 
 _logger = logging.getLogger(__name__)
+_TAKES_LONG = (
+    "taking every matrix of models of this size apart takes long; where the space has the method "
+    "it is one"
+)
 
 
 def pick_device(config: RunConfig) -> str:
@@ -237,18 +242,25 @@ def references(study: Study, models: Models) -> dict[str, MergePlan]:
     A published setting that takes long to merge is one of them where the models are small, or
     where the study's own space has its method, so that the time is spent anyway.
     """
+    slow = _slow(study, models)
+    if slow:
+        _logger.warning("not among the references: %s, as %s", ", ".join(slow), _TAKES_LONG)
+    return reference_plans(study.experts, slow)
+
+
+def left_out(study: Study, models: Models) -> dict[str, str]:
+    """Return the published settings that are no references of a study, and why."""
+    published = {method: METHODS[method].published for method in _slow(study, models)}
+    return {setting.name: _TAKES_LONG for setting in published.values() if setting}
+
+
+def _slow(study: Study, models: Models) -> list[str]:
+    """Return the methods whose published setting takes too long to be a reference."""
     shapes = [header.shape for header in models.base.headers.values()]
     searched: set[str] = set()
     if not study.space.is_auto:  # which goes by the references that there are
         searched = {alternative.method for alternative in study.space.alternatives.values()}
-    slow = [m for m in slow_methods(shapes, len(models.experts)) if m not in searched]
-    if slow:
-        _logger.warning(
-            "not among the references: %s, as taking every matrix of models of this size apart "
-            "takes long; where the space has the method it is",
-            ", ".join(slow),
-        )
-    return reference_plans(study.experts, slow)
+    return [m for m in slow_methods(shapes, len(models.experts)) if m not in searched]
 
 
 def make_budget(study: Study) -> Budget:

@@ -201,7 +201,7 @@ def _proposal(
     minutes = n_trials * sample.trial_s(n_select) / 60
     short = ""
     if proposed != wanted:
-        short = f"; {_counted(wanted)} would be needed, of which what is held out leaves fewer"
+        short = f"; {_counted(wanted)} would be needed, and there are no more than these"
     if max(wanted.values()) > REALISTIC:
         short = "; no realistic number of examples would be enough"
     return (

@@ -47,7 +47,7 @@ from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.evidence import Evidence
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
-from searchmerge.search.pick import confirmed, evidence_on_select
+from searchmerge.search.pick import broken, evidence_on_select, ranking
 from searchmerge.search.references import BASE, merges
 from searchmerge.search.refine import Material
 from searchmerge.search.refinements import Refinements, Refining
@@ -202,6 +202,7 @@ class StudyRun:
             best=names[0] if best else "",
             plan=best[0].plan if best else None,
             counts=self._counts(records),
+            raw=objective.raw,
         ).save(self._directory.run_dir)
 
     def _counts(self, records: Sequence[TrialRecord]) -> dict[str, float]:
@@ -319,13 +320,20 @@ class StudyRun:
             {name: board.values(plan, "hold_out") for name, plan in plans.items()},
             Contest(
                 [name for name in plans if name in best],
-                confirmed(board, evidence, plans, objective).ranked(),
+                ranking(board, evidence, plans, objective),
+                broken(board, plans, objective),
             ),
             {name: info.kind for name, info in board.schedule.tasks.items()},
             objective,
             self._study.task_experts if objective.kind != "mean" else {},
             Bootstrap(spec.confirm.level, spec.confirm.n_resamples, spec.search.seed),
         )
+
+    def _missing(self, plans: Plans) -> dict[str, str]:
+        """Return the references that are not compared with, and why."""
+        failures = self._runner.failures
+        failed = {name: failures.get(name, "") for name in self._references if name not in plans}
+        return failed | assemble.left_out(self._study, self._models)
 
     def _results(
         self, plans: Plans, best: Plans, objective: Objective, confirmation: Confirmation
@@ -339,7 +347,7 @@ class StudyRun:
         return Results(
             study=self._study.name,
             tasks={task: board.schedule.tasks[task].metric for task in self._study.spec.tasks},
-            objective=objective.kind,
+            objective=objective.label,
             rows=rows,
             winner=winner.name,
             verdict=confirmation.verdict,
@@ -352,6 +360,9 @@ class StudyRun:
             searched=make_searched(candidates(records, objective)),
             readings=told_readings(board.grader),
             drawn_from=told_sources(board.schedule, self._study.folder),
+            breaking=confirmation.breaking,
+            raw=objective.raw,
+            missing=self._missing(plans),
             points=make_points(candidates(records, objective), rows, objective),
         )
 
@@ -373,7 +384,7 @@ def _save(
     """Write the report, and the winner's model unless it is there already."""
     results.save(run_dir)
     if results.points:
-        save_front(results.points, results.winner, results.front_title, run_dir)
+        save_front(results.points, results.winner, results.front_title, run_dir, results.raw)
     out, plan = run_dir / MODEL_DIR, results.merge_plan
     heads = saved_heads(study, models)
     card = _card(results, study, models, out, heads)

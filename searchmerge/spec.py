@@ -23,6 +23,7 @@ from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind, LossKind
 from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.plan import TENSOR, Groups
 from searchmerge.search.objective import Against, Kind, Pick
+from searchmerge.search.references import BASE
 from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model
 from searchmerge.yaml_text import yaml_in_one_line
@@ -215,6 +216,16 @@ class StudySpec(Strict):
             if name in experts and isinstance(task, Mapping) and _lacks_an_expert(task)
         }
         return {**data, "tasks": {**tasks, **needing}}
+
+    @field_validator("experts")
+    @classmethod
+    def _have_names_of_their_own(cls, experts: dict[str, Model]) -> dict[str, Model]:
+        if BASE in experts:
+            raise ValueError(
+                f"an expert is called {BASE!r}, as the base model is wherever models are named "
+                "(tokenizer, chat_template, tables, what guards a resume); give it another name"
+            )
+        return experts
 
     @field_validator("objective")
     @classmethod

@@ -91,4 +91,5 @@ def test_slow_references_are_left_out_unless_the_space_has_them(
     references = assemble.references(study, models)
     every = reference_plans(study.experts)
     assert references == {name: plan for name, plan in every.items() if name not in slow}
+    assert list(assemble.left_out(study, models)) == slow
     assert ("taking every matrix of models of this size apart" in caplog.text) == bool(slow)

@@ -53,6 +53,11 @@ def test_every_study_of_the_repository_is_read(name):
     assert study.experts == tuple(written["experts"])
 
 
+def test_an_expert_is_not_called_as_the_base_is(tmp_path):
+    with pytest.raises(SpecError, match=r"study\.yaml:2: experts: an expert is called 'base'"):
+        read(tmp_path, experts={"math": "m", "base": "b"})
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_of_the_repository_is_read(name):
     config = read_config(CONFIGS[name])

@@ -65,12 +65,14 @@ def as_scores(returned: Any, examples: Sequence[int], what: str) -> Scored:
         )
     with user_code(what, EvaluationError):
         scores = list(returned)
+        if getattr(returned, "ndim", 1) == 2:  # rows of an array or tensor
+            scores = [tuple(row) for row in scores]
     if len(scores) != len(examples):
         raise EvaluationError(
             f"{what} returned {counted(len(scores), 'score')} "
             f"for {counted(len(examples), 'example')}"
         )
-    if not all(isinstance(score, tuple) and len(score) == 2 for score in scores):
+    if not all(isinstance(score, tuple | list) and len(score) == 2 for score in scores):
         return Scored(_numbers(scores, examples, f"{what} scored"))
     return Scored(
         _numbers([score for score, _ in scores], examples, f"{what} scored"),

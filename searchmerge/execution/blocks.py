@@ -106,6 +106,9 @@ def split_examples(
         return {part: _drawn(task, info, part, n, key) for part, n in asked.items()}
     members = info.members or (Member(task, info.n_examples, 1.0),)
     n_examples = _n_in_proportion(members)
+    asked_for = " and ".join(
+        f"{part} {n}" for part, n in (("select", select), ("hold_out", hold_out)) if n is not None
+    )
     if select is None:
         select = n_examples // 2 if hold_out is None else n_examples - hold_out
     if hold_out is None:
@@ -113,7 +116,7 @@ def split_examples(
     if select < 1 or hold_out < 1 or select + hold_out > n_examples:
         drawn = ", counted in proportion to its members' weights" if info.members else ""
         raise SpecError(
-            f"tasks.{task}: select {select} and hold_out {hold_out} were asked for, but the task "
+            f"tasks.{task}: {asked_for or 'select and hold_out'} were asked for, but the task "
             f"has {counted(n_examples, 'example')}{drawn}; "
             f"each part needs 1 or more, together at most {n_examples}"
         )

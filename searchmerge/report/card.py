@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from searchmerge.checkpoints.hub import is_hub_id
 from searchmerge.report.escape import code, code_block, markdown
 from searchmerge.report.results import Results, markdown_table
+from searchmerge.search.references import unmerged_names
 from searchmerge.yaml_text import dump_yaml
 
 
@@ -26,10 +27,13 @@ def model_card(
         overrides: What ``searchmerge merge`` has to be told beside plan and models.
     """
     hub_ids = [name for name in (base, *experts.values()) if is_hub_id(name)]
+    is_merge = results.winner not in unmerged_names(results.merge_plan.experts)
+    relation = {"base_model_relation": "merge"} if is_merge else {}
+    made_by = ["merge", "searchmerge", results.merge_plan.method]
     metadata = {
-        **({"base_model": hub_ids, "base_model_relation": "merge"} if hub_ids else {}),
+        **({"base_model": hub_ids, **relation} if hub_ids else {}),
         "library_name": "transformers",
-        "tags": ["merge", "searchmerge", results.merge_plan.method],
+        "tags": made_by if is_merge else ["searchmerge"],
     }
     models = "\n".join(f"- {markdown(name)}: {code(source)}" for name, source in experts.items())
     verdict = markdown(results.verdict)
@@ -42,7 +46,7 @@ def model_card(
 
 # {markdown(results.study)}
 
-A merge of these experts on the base {code(base)}, found by searchmerge:
+{_what(results, base, is_merge=is_merge)}:
 
 {models}
 
@@ -55,6 +59,21 @@ which the command is run:
 
 {code_block(_command(base, experts, overrides))}
 """
+
+
+def _what(results: Results, base: str, *, is_merge: bool) -> str:
+    """Return what the model is, up to the list of experts."""
+    [winner] = [row for row in results.rows if row.name == results.winner]
+    if not is_merge:
+        kept = "keeps the study's constraints and " if results.bounds else ""
+        return (
+            f"This is no merge but {markdown(winner.name)} as it is: no merge of these experts on "
+            f"the base {code(base)} that searchmerge scored {kept}has better evidence"
+        )
+    merge = f"A merge of these experts on the base {code(base)}"
+    if winner.is_candidate:
+        return f"{merge}, found by searchmerge"
+    return f"{merge} as published ({markdown(winner.name)}), chosen by searchmerge"
 
 
 def _command(base: str, experts: Mapping[str, str], overrides: Mapping[str, str]) -> str:

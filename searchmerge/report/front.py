@@ -1,6 +1,6 @@
 """The picture of a study with several objectives: all that was scored in full, and the front."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ _LOOK: dict[PointKind, tuple[str, str, str]] = {
 }
 
 
-def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) -> Path:
+def save_front(
+    points: Sequence[Point], winner: str, title: str, run_dir: Path, raw: Collection[str] = ()
+) -> Path:
     """Write a self-contained page with the front, and return where it is.
 
     Two objectives are drawn as a scatter, the front joined by a line; three or more as parallel
@@ -28,11 +30,16 @@ def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) 
         winner: Name of the point that was picked.
         title: What stands above it.
         run_dir: The study's run directory.
+        raw: Objectives that are scores as they are, over no own expert's.
 
     Raises:
         StudyError: If it cannot be written.
     """
-    figure = _scatter(points, winner) if len(points[0].values) == 2 else _parallel(points)
+    labels = {n: n if n in raw else f"{n}, over its own expert" for n in points[0].values}
+    if len(labels) == 2:
+        figure = _scatter(points, winner, labels)
+    else:
+        figure = _parallel(points, "score" if raw else "over own expert")
     figure.update_layout(title=html_text(title), template="plotly_white")
     path = run_dir / FRONT_FILE
     try:
@@ -42,8 +49,8 @@ def save_front(points: Sequence[Point], winner: str, title: str, run_dir: Path) 
     return path
 
 
-def _scatter(points: Sequence[Point], winner: str) -> Any:
-    """Return the figure of two objectives, one axis each."""
+def _scatter(points: Sequence[Point], winner: str, labels: Mapping[str, str]) -> Any:
+    """Return the figure of two objectives, one axis each with its label."""
     import plotly.graph_objects as go
 
     first, second = points[0].values
@@ -69,12 +76,12 @@ def _scatter(points: Sequence[Point], winner: str) -> Any:
             name=html_text(f"saved: {winner}"),
         )
     return figure.update_layout(
-        xaxis_title=html_text(f"{first}, over its own expert"),
-        yaxis_title=html_text(f"{second}, over its own expert"),
+        xaxis_title=html_text(labels[first]),
+        yaxis_title=html_text(labels[second]),
     )
 
 
-def _parallel(points: Sequence[Point]) -> Any:
+def _parallel(points: Sequence[Point], unit: str) -> Any:
     """Return the figure of three objectives or more, one line a plan."""
     import plotly.graph_objects as go
 
@@ -92,7 +99,7 @@ def _parallel(points: Sequence[Point]) -> Any:
                 legendgroup=label,
                 showlegend=index == 0,
             )
-    return figure.update_layout(yaxis_title="over own expert")
+    return figure.update_layout(yaxis_title=unit)
 
 
 def _of_kind(points: Sequence[Point], kind: PointKind) -> list[Point]:

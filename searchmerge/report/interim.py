@@ -39,6 +39,7 @@ class InterimReport:
         best: Name of the best trial; empty where no trial was scored in full.
         plan: Its plan; ``None`` where there is none.
         counts: Numbers of trials by what became of them, examples, seconds.
+        raw: Tasks that count as they are scored, for want of an own expert.
     """
 
     study: str
@@ -48,6 +49,7 @@ class InterimReport:
     best: str
     plan: MergePlan | None
     counts: Mapping[str, float]
+    raw: Sequence[str] = ()
 
     def save(self, run_dir: Path) -> None:
         """Write the report into ``run_dir``, unless that of an earlier, confirmed end is there.
@@ -96,7 +98,7 @@ Counts: {counts}.
     def _value_names(self) -> list[str]:
         if len(self.objectives) == 1:
             return [f"{self.objectives[0]}, select"]
-        return [f"{name}, normalised" for name in self.objectives]
+        return [f"{n}, {'raw' if n in self.raw else 'normalised'}" for n in self.objectives]
 
     def _best_so_far(self) -> str:
         if not self.best:

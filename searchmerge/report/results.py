@@ -126,6 +126,9 @@ class Results:
         readings: Task to how its examples were read, in words.
         drawn_from: Task to what the examples of each part are drawn from, by the part's name;
             of tasks whose parts are drawn from different data.
+        breaking: Plans that break a constraint on what trials saw, which what is saved keeps.
+        raw: Tasks that count as they are scored though the objective is relative to experts.
+        missing: References that are not in the table to why.
     """
 
     study: str
@@ -144,6 +147,9 @@ class Results:
     searched: Sequence[Searched] = ()
     readings: Mapping[str, str] = field(default_factory=dict)
     drawn_from: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    breaking: Sequence[str] = ()
+    raw: Sequence[str] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def merge_plan(self) -> MergePlan:
@@ -202,6 +208,8 @@ class Results:
         data["points"] = [Point(**point) for point in data.get("points", ())]
         data["details"] = [Detail(**detail) for detail in data.get("details", ())]
         data["searched"] = [Searched(**searched) for searched in data.get("searched", ())]
+        for names in ("breaking", "raw"):
+            data[names] = tuple(data.get(names, ()))
         return cls(**data)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -233,6 +241,8 @@ class Results:
         )
         if any(row.lead for row in self.rows):
             legend += "The last column is what is saved minus the plan of that row, in points. "
+        if self.raw:
+            legend += f"Not over an expert's score but as it is: {', '.join(self.raw)}. "
         return (
             f"{legend}These are single comparisons: only the verdict's interval is corrected for "
             "having chosen the best of the candidates."
@@ -247,6 +257,7 @@ class Results:
             f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
         )
         parts = (
+            self._missing_text(),
             self.drawn_from_text(),
             self._bounds_text(),
             self._front_text(),
@@ -276,6 +287,13 @@ class Results:
 {sources}
 """
 
+    def _missing_text(self) -> str:
+        """Return which references are not in the table, or nothing if all are."""
+        if not self.missing:
+            return ""
+        lines = "\n".join(f"- {markdown(f'{n}: {why}')}" for n, why in self.missing.items())
+        return f"Not in the table:\n\n{lines}"
+
     def drawn_from_text(self) -> str:
         """Return which data select and held-out examples are from, or nothing if from the same."""
         if not self.drawn_from:
@@ -294,7 +312,11 @@ class Results:
             for b in self.bounds
         ]
         table = markdown_table(["", "select", "held out"], cells)
-        return f"The winner and the constraints:\n\n{table}"
+        text = f"The winner and the constraints:\n\n{table}"
+        if self.breaking:
+            names = markdown(", ".join(self.breaking))
+            text += f"\n\nNot to be saved, as they break one on select examples: {names}."
+        return text
 
     def _searched_text(self) -> str:
         """Return what the trials went to, as a table, or nothing."""
@@ -304,7 +326,8 @@ class Results:
             [s.what, str(s.trials), str(s.full), f"{100 * s.best:.1f}"] for s in self.searched
         ]
         header = ["what was searched", "trials", "in full", "best on select, estimated"]
-        return markdown_table(header, cells)
+        table = markdown_table(header, cells)
+        return f"{table}\n\nReferences that lie in the space are among these trials."
 
     def _readings_text(self) -> str:
         """Return how examples were read when plans were compared, or nothing."""

@@ -16,9 +16,6 @@ from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, front_of
 
-_CONTRADICTS = -0.2
-"""Below this correlation with the metric grades say the opposite of it."""
-
 
 def make_rows(
     board: Scoreboard,
@@ -196,9 +193,8 @@ def _told_reading(reading: Reading) -> str:
         return "by the metric alone, as too few plans were scored to learn from, or all alike"
     agreement = f"over the plans the two have a correlation of {reading.agreement:+.2f}"
     if not reading.steps:
-        contradicts = reading.agreement < _CONTRADICTS
-        told = "by the metric alone, which how clearly examples were answered "
-        return f"{told}{'contradicts' if contradicts else 'does not tell better'}: {agreement}"
+        told = "contradicts" if reading.contradicts else "does not tell better"
+        return f"by the metric alone, which how clearly examples were answered {told}: {agreement}"
     return f"{100 * reading.weight:.0f} % by how clearly they were answered: {agreement}"
 
 

@@ -15,7 +15,8 @@ class Budget:
     Attributes:
         n_trials: Trials that are finished, failed ones counted; ``None`` for no limit.
         timeout_s: Seconds over all runs of the study; ``None`` for no limit.
-        patience: Finished trials since the best one; ``None`` for no limit.
+        patience: Finished trials since the best one, of those that the sampler proposed; ``None``
+            for no limit.
     """
 
     n_trials: int | None = None
@@ -97,7 +98,7 @@ class Spending:
         self._n_finished += 1
 
     def scored(self, *, is_best: bool) -> None:
-        """Count a trial that has a score, towards the patience."""
+        """Count a trial that the sampler proposed and that has a score, towards the patience."""
         self._n_since_best = 0 if is_best else self._n_since_best + 1
 
     @property

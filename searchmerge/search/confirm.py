@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ class Confirmation:
         n_candidates: How many candidates it was chosen among.
         n_examples: Held-out examples of each task, on average.
         single: Tasks of which one number is known, so that it cannot be resampled.
+        broken: Plan name to the constraints that it breaks on what trials see.
     """
 
     objective: Mapping[str, Interval]
@@ -55,16 +56,34 @@ class Confirmation:
     n_candidates: int
     n_examples: int
     single: tuple[str, ...] = ()
+    broken: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         """Return which plan is saved, how found and published ones compare, what may help."""
-        return f"Saved is {self.winner}. {self._comparison}{self._advice}"
+        breaks = ""
+        if broken := self.broken.get(self.winner):
+            breaks = f", though it breaks {', '.join(broken)}: no plan keeps every constraint"
+        return f"Saved is {self.winner}{breaks}. {self._comparison}{self._advice}"
+
+    @property
+    def breaking(self) -> tuple[str, ...]:
+        """The plans that break a constraint though what is saved breaks none."""
+        return tuple(name for name in self.broken if self._breaks_more(name))
+
+    def _breaks_more(self, name: str) -> bool:
+        """Return whether a plan breaks a constraint though what is saved breaks none."""
+        return bool(self.broken.get(name)) and not self.broken.get(self.winner)
+
+    def _called(self, name: str) -> str:
+        """Return what a plan is called, and that it cannot be saved where that is so."""
+        return f"{name} (which breaks a constraint)" if self._breaks_more(name) else name
 
     @property
     def _comparison(self) -> str:
         """Return whether the best found merge is better than the best reference."""
-        found, reference, gain = self.best_found, self.best_reference, self.gain
+        found, reference = self._called(self.best_found), self._called(self.best_reference)
+        gain = self.gain
         points = f"{100 * gain.value:+.1f} points"
         if self.single:
             return (
@@ -86,8 +105,15 @@ class Confirmation:
     @property
     def _advice(self) -> str:
         """Return what may lead to a better merge, where none was found."""
+        if not self.single and all(lead.low == lead.high == 0 for lead in self.lead.values()):
+            return (
+                " All plans score the same on held-out examples, so that these tell nothing of "
+                "them; see how the tasks are scored."
+            )
         if self.winner == self.best_found:
             return ""
+        if self._breaks_more(self.best_found):
+            return " Nothing found keeps all constraints; more trials or another space may help."
         return (
             " What the search found has not enough evidence to be saved in its place: give it "
             f"more examples (select), more trials, or another space{self._examples_needed}."
@@ -132,11 +158,13 @@ class Contest:
 
     Attributes:
         candidates: Those that the search found, one or more; the others are the references.
-        ranked: Those that may be saved, by their evidence, best first.
+        ranked: All, by what they break of constraints and by their evidence, best first.
+        broken: Plan name to the constraints that it breaks on what trials see.
     """
 
     candidates: Sequence[str]
     ranked: Sequence[str]
+    broken: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def confirm(
@@ -192,6 +220,7 @@ def confirm(
         len(candidates),
         round(sum(n_values) / len(n_values)),
         tuple(task for task, task_values in values[best_found].items() if len(task_values) < 2),
+        contest.broken,
     )
 
 

@@ -45,7 +45,9 @@ class Measured:
         With :math:`d_{pe} = o_{pe} - \bar o_{\cdot e}` on n examples of a task, what its mean
         :math:`\bar d_p` owes to the draw of examples has the variance
         :math:`\sum_e (d_{pe} - \bar d_p)^2 / (n (n - 1))`; tasks add up, each in the objective's
-        units. What is hard or easy for all plans alike is no noise.
+        units. What is hard or easy for all plans alike is no noise. A few examples on which a
+        plan differs alike, or a single one, do not make that certain: the variance is that at
+        least which one example gives that differs as plans do on average.
 
         Args:
             observations: Of two plans or more.
@@ -58,8 +60,10 @@ class Measured:
             differences = table - table.mean(0)
             n_examples = table.shape[1]
             values += unit * differences.mean(1)
+            squares = np.full(len(names), (differences**2).mean() / n_examples)
             if n_examples > 1:
-                variances += unit**2 * differences.var(1, ddof=1) / n_examples
+                squares = np.maximum(squares, differences.var(1, ddof=1))
+            variances += unit**2 * squares / n_examples
         return cls(names, values, variances)
 
 
@@ -113,10 +117,13 @@ class Evidence:
         """Return what is believed after some of the plans were measured on other examples.
 
         Both are relative to some mean, and are moved to agree on that of the plans measured now,
-        each counted by how well it was known before.
+        each counted by how well it was known before. Examples that tell none of the plans apart
+        change nothing.
         """
         at = [self.names.index(name) for name in measured.names]
         before, errors = self.values[at], self.variances[at] + _TINY
+        if not np.ptp(measured.values) and not measured.variances.any():
+            return Evidence(measured.names, before, self.variances[at])
         new = measured.values + np.average(before - measured.values, weights=1 / errors)
         new_errors = measured.variances + _TINY
         weight = errors / (errors + new_errors)

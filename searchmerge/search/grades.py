@@ -24,6 +24,7 @@ _OF_STEPS = ((0.0, 1.0), *_STEPS)
 
 _LEAST_WEIGHT = 0.01  # less is none
 _LEAST_PLANS = 5  # of fewer nothing is learnt
+_CONTRADICTS = -0.2  # below this correlation with the metric grades say the opposite of it
 
 
 class Step(NamedTuple):
@@ -61,6 +62,11 @@ class Reading(NamedTuple):
     def weight(self) -> float:
         """What grades count beside the metric, in [0, 1]."""
         return sum(step.weight for step in self.steps)
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether grades say the opposite of the metric; then they count nothing."""
+        return self.agreement is not None and self.agreement < _CONTRADICTS
 
     def __call__(self, values: Vector, grades: Vector) -> Vector:
         """Return a plan's observations, ``(n,)``, from its values and grades."""
@@ -123,7 +129,8 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
     average over random halves, its log-likelihood under a linear relation is
     :math:`\ell = -\frac P2 \log(1 - r^2)`. Readings count by how far they are ahead of the metric:
     it counts 1, they count :math:`e^{\ell - \ell_0} - 1`, and nothing where that is negative.
-    For a task :math:`\ell` is half its own and half the sum of all tasks'.
+    For a task :math:`\ell` is half its own and half the sum of all tasks'; but grades that
+    contradict its metric count nothing, however well they do elsewhere.
 
     Args:
         tables: Task to what plans scored on the examples that select, those of no other part.
@@ -145,9 +152,10 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
         logs = (likelihoods[task] + of_all) / 2
         parts = np.expm1(np.maximum(0.0, logs - logs[0]))  # 0 of what is not ahead of the metric
         parts[0] = 1.0
-        readings[task] = Reading(
-            _steps(parts / parts.sum(), table), float(r[_OF_STEPS.index((1.0, 2.0))])
-        )
+        reading = Reading((), float(r[_OF_STEPS.index((1.0, 2.0))]))
+        if not reading.contradicts:
+            reading = reading._replace(steps=_steps(parts / parts.sum(), table))
+        readings[task] = reading
     return Grader(readings)
 
 

@@ -84,6 +84,18 @@ class Objective:
         return tuple(self.goals) if self.kind == "tasks" else (self.kind,)
 
     @property
+    def label(self) -> str:
+        """Return what its one value is called, of several objectives that by which is picked."""
+        return f"tasks (by {self.pick})" if self.kind == "tasks" else self.kind
+
+    @property
+    def raw(self) -> tuple[str, ...]:
+        """Return the tasks that count as they are scored, for want of an own expert."""
+        if self.kind == "mean":
+            return ()
+        return tuple(task for task, goal in self.goals.items() if goal.expert is None)
+
+    @property
     def needs_experts(self) -> bool:
         """Whether the own experts' scores enter."""
         return self.kind != "mean" or any(c.against == "expert" for c in self.constraints)

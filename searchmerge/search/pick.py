@@ -62,3 +62,25 @@ def confirmed(board: Scoreboard, before: Evidence, plans: Plans, objective: Obje
     }
     allowed = {name: plan for name, plan in plans.items() if kept[name] == max(kept.values())}
     return before.and_measured(measured(board, allowed, "hold_out", objective))
+
+
+def ranking(board: Scoreboard, before: Evidence, plans: Plans, objective: Objective) -> list[str]:
+    """Return all plans, best first: those that :func:`confirmed` leaves out come last.
+
+    Args:
+        board: As for :func:`confirmed`, and so are the others.
+        before: What was believed after the search.
+        plans: The plans that may be saved.
+        objective: What to compare by.
+    """
+    ranked: list[str] = []
+    while left := {name: plan for name, plan in plans.items() if name not in ranked}:
+        ranked += confirmed(board, before, left, objective).ranked()
+    return ranked
+
+
+def broken(board: Scoreboard, plans: Plans, objective: Objective) -> dict[str, tuple[str, ...]]:
+    """Return the constraints that plans break on what trials see, of those that break some."""
+    violations = {n: objective.violations(board.scores(p, "select")) for n, p in plans.items()}
+    names = {n: tuple(c for c, by in its.items() if by > 0) for n, its in violations.items()}
+    return {name: constraints for name, constraints in names.items() if constraints}

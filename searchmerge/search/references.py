@@ -58,13 +58,14 @@ def expert_name(expert: str) -> str:
     return f"expert {expert}"
 
 
+def unmerged_names(experts: Iterable[str]) -> set[str]:
+    """Return what the references are called that merge nothing: the base, each expert alone."""
+    return {BASE, *map(expert_name, experts)}
+
+
 def merges(references: Mapping[str, MergePlan]) -> list[MergePlan]:
     """Return those references that merge: not the base, and no expert alone."""
-    return [
-        plan
-        for name, plan in references.items()
-        if name != BASE and name not in {expert_name(expert) for expert in plan.experts}
-    ]
+    return [plan for name, plan in references.items() if name not in unmerged_names(plan.experts)]
 
 
 def _alone(expert: str, experts: Sequence[str]) -> MergePlan:

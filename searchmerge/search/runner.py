@@ -46,6 +46,8 @@ class StudyRunner:
         self._dispatcher = dispatcher
         self._references = references
         self._observer = observer
+        self.failures: dict[str, str] = {}
+        """Plan name to why it could not be scored in this run."""
 
     def score_plans(self, title: str, plans: Mapping[str, MergePlan], part: Part) -> set[str]:
         """Score plans on all of ``part``; return the names of those that can be scored."""
@@ -56,6 +58,7 @@ class StudyRunner:
         )
         self._observer.phase(title, len(plans))
         self._dispatcher.run(source)
+        self.failures |= source.failures
         return {job.name for job in source.done}
 
     def score_references(self) -> dict[str, MergePlan]:

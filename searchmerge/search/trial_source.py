@@ -145,11 +145,15 @@ class TrialSource:
         return Job(name, plan, self._incumbents.rounds(), trial, is_trial=True)
 
     def _enter(self, record: TrialRecord) -> bool:
-        """Compare later candidates with this one; return whether it is the best so far."""
+        """Compare later candidates with this one; return whether it is the best so far.
+
+        What a sampler proposed alone counts towards the patience.
+        """
         if record.refines:
             return False
         is_best = record.is_full and self._incumbents.enter(record)
-        self._spending.scored(is_best=is_best)
+        if not record.kind:  # references and warm starts are scored whatever comes of them
+            self._spending.scored(is_best=is_best)
         return is_best
 
     def _write_best(self) -> None:

@@ -97,6 +97,13 @@ def test_pairs_are_scores_and_grades():
     assert told.grades == (0.25, -2.0)
 
 
+@pytest.mark.parametrize("made", [torch.tensor, np.array, list])
+def test_pairs_may_be_the_rows_of_a_tensor_an_array_or_a_list(made):
+    told = as_scores(made([[1.0, 0.25], [0.0, -2.0]]), [3, 4], "m:f")
+    assert told.scores == (1.0, 0.0)
+    assert told.grades == (0.25, -2.0)
+
+
 @pytest.mark.parametrize(
     ("returned", "told"),
     [

@@ -22,9 +22,18 @@ def test_no_example_is_in_both_parts(n_examples, seed, data):
     assert parts == split_examples("t", info, seed=seed, select=select, hold_out=None)
 
 
-@pytest.mark.parametrize(("select", "hold_out"), [(0, 5), (5, 0), (10, None), (6, 5)])
-def test_parts_that_are_empty_or_too_large_are_refused(select, hold_out):
-    with pytest.raises(SpecError, match=r"tasks\.t: select \d+ and hold_out \d+ were asked for"):
+@pytest.mark.parametrize(
+    ("select", "hold_out", "told"),
+    [
+        (0, 5, "select 0 and hold_out 5"),
+        (5, 0, "select 5 and hold_out 0"),
+        (10, None, "select 10"),
+        (None, 25, "hold_out 25"),
+        (6, 5, "select 6 and hold_out 5"),
+    ],
+)
+def test_parts_that_are_empty_or_too_large_are_refused(select, hold_out, told):
+    with pytest.raises(SpecError, match=rf"tasks\.t: {told} were asked for, but the task has 10"):
         split_examples("t", TaskInfo(10), seed=0, select=select, hold_out=hold_out)
 
 

@@ -1,6 +1,7 @@
 """The card of a saved model: metadata of the hub, scores, and the command that makes it again."""
 
 import shlex
+from dataclasses import replace
 
 import yaml
 
@@ -42,6 +43,30 @@ def test_the_card_says_what_the_report_says(make_results):
         assert f"| {' | '.join(cells)} |" in text
     assert "| +20.0 [+5.0, +35.0] |" in text
     assert results.legend in text
+
+
+def test_the_card_of_an_expert_alone_calls_it_no_merge(make_results, bounds):
+    results = make_results()
+    row = replace(results.rows[0], name="base", lead=())
+    card = model_card(replace(results, rows=[row], winner="base"), "someone/base", EXPERTS, {}, {})
+    metadata, text = parts(card)
+    assert metadata == {
+        "base_model": ["someone/base", "someone/math"],
+        "library_name": "transformers",
+        "tags": ["searchmerge"],
+    }
+    assert "This is no merge but base as it is: no merge of these experts" in text
+    assert "searchmerge scored has better evidence" in text
+    limited = replace(results, rows=[row], winner="base", bounds=bounds)
+    card = model_card(limited, "someone/base", EXPERTS, {}, {})
+    assert "scored keeps the study's constraints and has better evidence" in card
+
+
+def test_the_card_says_whether_a_merge_was_found_or_published(make_results):
+    _, found = parts(model_card(make_results(), "base", EXPERTS, {}, {}))
+    assert "on the base `base`, found by searchmerge:" in found
+    _, published = parts(model_card(make_results(winner="TIES"), "base", EXPERTS, {}, {}))
+    assert "on the base `base` as published (TIES), chosen by searchmerge:" in published
 
 
 def test_the_card_names_the_data_of_each_part(make_results, drawn_from):

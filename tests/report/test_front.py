@@ -40,6 +40,13 @@ def test_two_objectives_are_a_scatter_with_the_front_joined_and_the_winner_marke
     assert layout["yaxis"]["title"]["text"] == "code, over its own expert"
 
 
+def test_an_objective_that_is_over_no_expert_is_not_called_that(points, tmp_path):
+    save_front(points, "trial 3", "toy", tmp_path, raw=("code",))
+    _, layout = drawn(tmp_path)
+    assert layout["xaxis"]["title"]["text"] == "math, over its own expert"
+    assert layout["yaxis"]["title"]["text"] == "code"
+
+
 def test_three_objectives_are_lines_one_a_plan(points, tmp_path):
     wider = [Point(p.name, {**p.values, "chat": 0.3}, p.kind) for p in points]
     save_front(wider, "trial 3", "toy", tmp_path)

@@ -60,7 +60,7 @@ def test_no_name_is_obeyed_in_the_report_or_the_card(results, card):
 
 def test_the_metadata_of_a_card_is_read_back(card):
     metadata = yaml.safe_load(card.split("---\n")[1])
-    assert metadata == {"library_name": "transformers", "tags": ["merge", "searchmerge", "ties"]}
+    assert metadata == {"library_name": "transformers", "tags": ["searchmerge"]}
 
 
 def test_a_page_shows_names_and_runs_none(results, tmp_path):

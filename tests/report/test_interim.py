@@ -54,6 +54,8 @@ def test_each_objective_has_its_column(make_report, tmp_path):
     rows = [InterimRow("trial 3", {"math": 0.75, "code": 0.5}, (1.1, 0.8))]
     text = make_report(rows=rows, objectives=("math", "code")).markdown(tmp_path)
     assert "|  | math | code | math, normalised | code, normalised |" in text
+    text = make_report(rows=rows, objectives=("math", "code"), raw=("code",)).markdown(tmp_path)
+    assert "| math, normalised | code, raw |" in text
     assert "| **trial 3** | **75.0** | **50.0** | **110.0** | **80.0** |" in text
 
 

@@ -118,6 +118,28 @@ def test_a_constraint_that_is_broken_on_held_out_examples_is_marked(make_results
     assert "| code at least 0.4 of the base's | 0.500 | 0.450 |" in report
 
 
+def test_plans_that_cannot_be_saved_and_references_that_cannot_be_scored_are_named(
+    make_results, bounds
+):
+    results = make_results(
+        bounds=bounds, breaking=("TIES",), missing={"DARE": "example 3 has NaN logits"}
+    )
+    text = results.markdown()
+    assert "Not to be saved, as they break one on select examples: TIES." in text
+    assert "Not in the table:\n\n- DARE: example 3 has NaN logits\n" in text
+    assert "Not " not in make_results(bounds=bounds).markdown()
+
+
+def test_what_was_searched_says_that_references_are_counted(make_results):
+    text = make_results(searched=[Searched("ties, one coefficient", 4, 3, 0.5)]).markdown()
+    assert "| ties, one coefficient | 4 | 3 | 50.0 |\n\nReferences that lie in the space" in text
+
+
+def test_tasks_without_an_expert_are_named_where_scores_are_over_experts(make_results):
+    assert "Not over an expert's score but as it is: code." in make_results(raw=("code",)).legend
+    assert "as it is" not in make_results().legend
+
+
 def test_the_front_is_a_table_in_the_order_of_its_first_objective(make_results, points):
     report = make_results(points=points).markdown()
     third, first = (report.index(f"| {name} | 0.") for name in ("trial 3", "trial 1"))

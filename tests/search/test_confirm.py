@@ -174,3 +174,34 @@ def test_an_interval_of_a_lead_is_narrower_than_those_of_the_plans():
     lead, alone = told.lead["expert a"], told.objective["trial 1"]
     assert lead.low > 0
     assert lead.high - lead.low < 0.6 * (alone.high - alone.low)
+
+
+def test_a_saved_plan_that_breaks_a_constraint_is_called_that():
+    data = values(0, 0.3)
+    broken = dict.fromkeys(data, ("a at least 1",))
+    contest = Contest(["trial 1", "trial 2"], by_mean(data), broken)
+    told = confirm(data, contest, MEANS, Objective("mean", GOALS), {}, Bootstrap(0.95, 100, 0))
+    assert told.verdict.startswith(
+        "Saved is trial 1, though it breaks a at least 1: no plan keeps every constraint. "
+    )
+    assert told.breaking == ()
+
+
+def test_a_merge_that_breaks_a_constraint_lacks_no_evidence():
+    data = values(0, 0.3)
+    ranked = ["expert a", *(name for name in by_mean(data) if name != "expert a")]
+    broken = {name: ["a at least 1"] for name in data if name != "expert a"}
+    contest = Contest(["trial 1", "trial 2"], ranked, broken)
+    told = confirm(data, contest, MEANS, Objective("mean", GOALS), {}, Bootstrap(0.95, 100, 0))
+    assert told.winner == "expert a"
+    assert "The best found merge, trial 1 (which breaks a constraint), is " in told.verdict
+    assert told.verdict.endswith("keeps all constraints; more trials or another space may help.")
+    assert "evidence" not in told.verdict
+    assert set(told.breaking) == set(broken)
+
+
+def test_plans_that_all_score_the_same_are_told_apart_by_nothing():
+    data = {name: dict.fromkeys(GOALS, (1.0,) * 20) for name in values(0, 0.0)}
+    told = run(data).verdict
+    assert "All plans score the same on held-out examples" in told
+    assert "enough evidence" not in told

@@ -38,8 +38,26 @@ def test_what_is_hard_for_all_plans_is_no_noise():
     hard = (rng.random(40) < 0.5).astype(float)
     data = {name: {"a": hard + shift} for name, shift in (("p", 0.0), ("q", 0.1))}
     told = Measured.of(data, {"a": 1.0})
-    assert told.variances == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert told.variances == pytest.approx([0.05**2 / 40**2] * 2)
     assert told.values[1] - told.values[0] == pytest.approx(0.1)
+
+
+def test_a_single_example_does_not_decide_against_many():
+    rng = np.random.default_rng(2)
+    many = observed(rng, {"p": 0.4, "q": 0.4, "r": 0.9}, n=60)
+    before = Evidence.shrunken(Measured.of(many, UNITS), list(many))
+    right = {"p": 1.0, "q": 0.0, "r": 0.0}
+    single = {name: dict.fromkeys(UNITS, np.array([value])) for name, value in right.items()}
+    assert before.and_measured(Measured.of(single, UNITS)).best == "r"
+
+
+def test_examples_that_tell_no_plans_apart_change_nothing():
+    before = Evidence(("p", "q"), np.array([0.0, 0.02]), np.array([0.001, 0.001]))
+    alike = {name: {"a": np.ones(4)} for name in ("p", "q")}
+    told = before.and_measured(Measured.of(alike, {"a": 1.0}))
+    assert told.best == "q"
+    assert told.values == pytest.approx(before.values)
+    assert told.variances == pytest.approx(before.variances)
 
 
 def test_a_value_is_drawn_to_the_usual_by_its_noise():

@@ -64,6 +64,17 @@ def test_a_task_that_tells_little_is_read_as_the_others_are():
     assert beside > alone
 
 
+def test_grades_that_contradict_the_metric_are_not_read_because_others_do_well():
+    rng = np.random.default_rng(5)
+    telling, _ = plans(rng, n_plans=40, n_examples=120)
+    table, quality = plans(rng, n_plans=40)
+    little = table.values[:, :16]
+    confident = -3 * quality[:, None] + rng.normal(0.0, 0.5, little.shape)
+    reading = learn({"a": telling, "b": Table(little, confident)}, 0).reading("b")
+    assert reading.contradicts
+    assert reading.weight == 0
+
+
 @pytest.mark.parametrize(
     "table",
     [

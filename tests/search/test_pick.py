@@ -7,7 +7,7 @@ from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.score_kind import Whole
 from searchmerge.execution.blocks import Block, BlockScores
 from searchmerge.search.objective import Constraint, Goal, Objective
-from searchmerge.search.pick import confirmed, evidence_on_select
+from searchmerge.search.pick import broken, confirmed, evidence_on_select, ranking
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.scores import ScoreStore
@@ -76,6 +76,17 @@ def test_a_plan_that_breaks_a_constraint_is_not_saved_where_another_keeps_it(boa
     scored(board, select, {"TIES": 60, "average": 62, "trial 3": 60, "trial 4": 60})
     limited = Objective("mean", GOALS, constraints=(Constraint("a", "score", 61 / N),))
     assert winner(board, limited) == "average"
+
+
+def test_plans_that_break_a_constraint_are_ranked_behind_those_that_keep_it(board):
+    select = {"TIES": 60, "average": 62, "trial 3": 30, "trial 4": 31}
+    scored(board, select, {"TIES": 60, "average": 50, "trial 3": 60, "trial 4": 60})
+    limited = Objective("mean", GOALS, constraints=(Constraint("a", "score", 61 / N),))
+    before = evidence_on_select(board, PLANS, limited, list(PLANS))
+    assert ranking(board, before, PLANS, limited) == ["average", "TIES", "trial 4", "trial 3"]
+    assert broken(board, PLANS, limited) == dict.fromkeys(
+        ("TIES", "trial 3", "trial 4"), (limited.constraints[0].name,)
+    )
 
 
 def test_where_chance_is_not_known_select_and_held_out_count_alike(board):

@@ -86,6 +86,14 @@ def test_patience_ends_a_study_on_a_plateau(toy):
     assert len(trials) == values.index(max(values)) + 1 + 6
 
 
+def test_references_use_up_no_patience(toy):
+    study = toy()
+    study.run(None, patience=1)
+    kinds = [record.kind for record in study.directory.records()]
+    assert kinds[:2] == ["base", "expert math"]
+    assert kinds[-1] == ""
+
+
 def test_timeout_is_over_all_runs_of_the_study(toy):
     first = toy()
     first.directory.searching.set_elapsed(100.0)

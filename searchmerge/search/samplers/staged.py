@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,9 @@ _SCALE = 0.35  # of the logarithm of a coefficient: as much makes some differenc
 _DENSITY = 0.15
 _SHARE = 0.5  # of the logarithm of an expert's coefficient over their geometric mean
 _SLOPE = 0.6
-_FLOOR = 0.06  # how far below the best values are told apart
-_ERROR = 0.01  # of a value whose error is not known
-_LEAST_ERROR = 0.002
+_FLOOR = 0.06  # how far below the best values are told apart, in the unit of values
+_ERROR = 0.01  # of a value whose error is not known, in that unit
+_LEAST_ERROR = 0.002  # in that unit
 _COARSE_FIRST = 6  # trials of a method before it gets a coefficient for each expert
 _FINE_TRIED = 6  # trials after which finer ones have to have paid
 _N_AROUND = 48  # candidates of each kind that are weighed up
@@ -48,7 +48,7 @@ class Point:
     Attributes:
         x: Where it is: log scale, density, each expert's log share, slope, in units that matter.
         value: The objective; ``None`` while it is not known.
-        error: Standard error of the value.
+        error: Standard error of the value; 0 where that is not known.
     """
 
     x: Vector
@@ -175,22 +175,24 @@ class StagedSampler(BaseSampler):
             points.setdefault(method, []).append(point)
             if point.value is not None:
                 self._told[trial.number] = placed
-        return {
-            method: _most_telling(its)
-            for method, its in points.items()
-            if any(p.value is not None for p in its)
-        }
+        return _in_units(
+            {
+                method: _most_telling(its)
+                for method, its in points.items()
+                if any(p.value is not None for p in its)
+            }
+        )
 
     def _placed(self, trial: FrozenTrial) -> tuple[str, Point] | None:
         """Return a trial's method and its point; ``None`` while it has no plan."""
         plan = self._plan(trial.params)
         if plan is None:
             return None
-        value, error = None, _ERROR
+        value, error = None, 0.0
         if trial.state == TrialState.COMPLETE:
             standing = standing_of(trial)
-            value, error = standing.kept + standing.value, error_of(trial) or _ERROR
-        return plan.method, Point(self._place(plan), value, max(error, _LEAST_ERROR))
+            value, error = standing.kept + standing.value, error_of(trial) or 0.0
+        return plan.method, Point(self._place(plan), value, error)
 
     def _plan(self, params: Mapping[str, SettingValue]) -> MergePlan | None:
         """Return the plan of a trial's parameters; ``None`` while some are not drawn."""
@@ -290,6 +292,26 @@ def _most_telling(points: Sequence[Point]) -> list[Point]:
     latest = [i for _, i in values if i not in best][-_MOST // 2 :]
     kept = best.union(latest)
     return [p for i, p in enumerate(points) if i in kept or p.value is None]
+
+
+def _in_units(points: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
+    """Return points whose best value is 1 at most, so that scores in per cent are searched alike.
+
+    Values of which the best is smaller stay what they are.
+    """
+    values = [p.value for its in points.values() for p in its if p.value is not None]
+    unit = max(1.0, abs(max(values, default=1.0)))
+    return {
+        method: [
+            replace(
+                p,
+                value=None if p.value is None else p.value / unit,
+                error=max(p.error / unit or _ERROR, _LEAST_ERROR),
+            )
+            for p in its
+        ]
+        for method, its in points.items()
+    }
 
 
 def _fine_pays(process: Process, number: int) -> bool:

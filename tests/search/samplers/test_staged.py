@@ -34,7 +34,7 @@ def truth(plan, gain=0.0):
     return value
 
 
-def search(space, sampler, n_trials, seed, *, noise=0.008, gain=0.0):
+def search(space, sampler, n_trials, seed, *, noise=0.008, gain=0.0, unit=1.0):
     """Run a search in noise; return every trial's plan, noisy value and true one."""
     rng = np.random.default_rng(seed)
     study = optuna.create_study(
@@ -49,8 +49,8 @@ def search(space, sampler, n_trials, seed, *, noise=0.008, gain=0.0):
         plan = space.suggest(trial)
         exact = truth(plan, gain)
         told = exact + noise * rng.normal()
-        trial.set_user_attr("result", {"se": noise})
-        study.tell(trial, told)
+        trial.set_user_attr("result", {"se": unit * noise})
+        study.tell(trial, unit * told)
         found.append((plan, told, exact))
     return study, found
 
@@ -103,6 +103,12 @@ def test_what_is_picked_is_as_good_as_by_other_searches_of_right_or_wrong_exampl
     assert means["auto"] > means["tsv each, gp"] - error  # which was told the best method
     error = (found["auto"] - found["auto, random"]).std(ddof=1) / math.sqrt(20)
     assert means["auto"] > means["auto, random"] - error
+
+
+def test_scores_in_per_cent_are_searched_as_parts_of_one_are(space):
+    found = {unit: search(space, "auto", 24, seed=0, unit=unit)[1] for unit in (1.0, 100.0)}
+    worth = {unit: np.mean([exact for *_, exact in its[5:]]) for unit, its in found.items()}
+    assert worth[100.0] > worth[1.0] - 0.02
 
 
 def test_most_trials_go_to_methods_that_may_win(space):
