@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from searchmerge.config import RunConfig
@@ -201,6 +202,9 @@ def test_a_study_that_is_killed_as_it_refines_keeps_what_it_was_told(folder, ran
     proposed, nothing = outcomes(run_dir)
     expected, expected_nothing = outcomes(folder / "run")
     assert [its["refines"] for its in proposed] == [its["refines"] for its in expected]
+    for its, other in zip(proposed, expected, strict=True):
+        rows = [MergePlan.from_dict(one["plan"]).values["coefficient"] for one in (its, other)]
+        np.testing.assert_allclose(*rows, atol=1e-3)
     assert nothing == expected_nothing
     assert n_told(run_dir) == 0
 

@@ -137,7 +137,8 @@ def refinements(run_dir):
         refined = {t.user_attrs["refines"]: t.user_attrs for t in stored.trials if is_refined(t)}
         nothing = {k: v for k, v in stored.user_attrs.items() if k.startswith("unrefined:")}
     plans = {name: MergePlan.from_dict(its["plan"]) for name, its in refined.items()}
-    how = {name: (p.method, p.groups, refined[name]["refining"]) for name, p in plans.items()}
+    ways = {name: dict(its["refining"]) for name, its in refined.items()}
+    how = {n: (p.method, p.groups, ways[n].pop("key"), ways[n]) for n, p in plans.items()}
     return {n: np.array(p.values["coefficient"]) for n, p in plans.items()}, how, nothing
 
 
@@ -159,8 +160,7 @@ def test_two_ray_workers_refine_two_plans_as_one_process_does(cluster, searchmer
     assert how
     assert ray[2] == nothing
     assert ray[1].keys() == how.keys()
-    for name, (method, groups, refining) in how.items():
-        other = ray[1][name]
-        assert other[:2] == (method, groups)
-        assert other[2] == pytest.approx(refining, rel=1e-3)
+    for name, (*same, way) in how.items():
+        assert list(ray[1][name][:-1]) == same
+        assert ray[1][name][-1] == pytest.approx(way, rel=1e-3)
         np.testing.assert_allclose(ray[0][name], local[name], atol=2e-3)
