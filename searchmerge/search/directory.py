@@ -20,6 +20,7 @@ from searchmerge.interrupts import held_back
 from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.crashes import Crashes
 from searchmerge.search.loss_store import LossStore
+from searchmerge.search.references import expert_name
 from searchmerge.search.scores import ScoreStore
 from searchmerge.search.storage import (
     claim_study,
@@ -353,8 +354,13 @@ def stored_study(run_dir: Path, storage: str | None = None) -> Iterator[optuna.S
 
 
 def plan_file(run_dir: Path, name: str) -> Path:
-    """Return where the plan is that is called ``name`` in tables: always a file of one folder."""
-    safe = _UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", name.replace(" ", "-"))
+    """Return where the plan is that is called ``name`` in tables: always a file of one folder.
+
+    Experts may be called alike but for a space and a dash: of their names only the first space,
+    which is not their own, becomes a dash.
+    """
+    n_dashes = 1 if name.startswith(expert_name("")) else -1
+    safe = _UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", name.replace(" ", "-", n_dashes))
     return run_dir / PLANS_DIR / f"{safe}.yaml"
 
 

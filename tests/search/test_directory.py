@@ -118,6 +118,9 @@ def test_a_study_whose_score_cache_was_emptied_is_refused(toy, tmp_path):
         ("expert Qwen2.5-math_é", "expert-Qwen2.5-math_é.yaml"),
         ("expert ../org/math", "expert-..%2Forg%2Fmath.yaml"),
         ("expert a:b\\c%2F", "expert-a%3Ab%5Cc%252F.yaml"),
+        ("expert a b", "expert-a%20b.yaml"),
+        ("expert a-b", "expert-a-b.yaml"),
+        ("refined trial 7", "refined-trial-7.yaml"),
     ],
 )
 def test_a_plan_has_a_file_of_one_folder_whatever_its_experts_are_called(tmp_path, name, file):
