@@ -198,7 +198,7 @@ class Engine:
 
     @torch.no_grad()
     def merged_of_chunks(self, function: ChunkFunction, operands: Operands, out: Tensor) -> None:
-        """Write into ``out``, ``(m,)`` float32, what is merged, chunk by chunk.
+        """Write into ``out``, ``(m,)``, any float dtype, what is merged, chunk by chunk.
 
         Args:
             function: The method's arithmetic.

@@ -42,8 +42,9 @@ class Directions:
         operands: Returns what a pass reads of a parameter, where that is merged.
         engine: Runs arithmetic.
         budget: What may be kept in memory.
-        kept: Parameter name to its directions, ``(n_experts, n_entries)`` float32, where there
-            was room for them and to compute them anew takes long, as it does on a CPU.
+        kept: Parameter name to its directions, ``(n_experts, n_entries)``, where there was room
+            for them and to compute them anew takes long, as it does on a CPU; float32, but as
+            exact as the gradient where that is bfloat16.
     """
 
     passes: tuple[Pass, ...]
@@ -71,7 +72,7 @@ class Directions:
             for start in range(0, len(flat), CHUNK):
                 numbers = flat[start : start + CHUNK].float()
                 parts = rows[:, start : start + CHUNK]
-                total += torch.stack([torch.dot(part, numbers) for part in parts])
+                total += torch.stack([torch.dot(part.float(), numbers) for part in parts])
             return total * self.scales[name]
         products = []
         # a method may answer the same question in another way when it is asked again
@@ -87,12 +88,14 @@ class Directions:
         """Return a parameter's directions, ``(n_experts, n_entries)``, if they are kept."""
         if name in self.kept:
             return self.kept[name]
-        size_bytes = 4 * len(self.passes) * len(like)
+        # float16 has not the range of what fine-tuning changed
+        dtype = like.dtype if like.dtype == torch.bfloat16 else torch.float32
+        size_bytes = dtype.itemsize * len(self.passes) * len(like)
         if not size_bytes or self.engine.is_compiled(like.device):
             return None
         if not self.budget.take(size_bytes):
             return None
-        rows = torch.empty(len(self.passes), len(like), device=like.device)
+        rows = torch.empty(len(self.passes), len(like), dtype=dtype, device=like.device)
         for row, work in zip(rows, self.passes, strict=True):
             given = self.operands(name, work).with_scalars(work.scalars(name))
             self.engine.merged_of_chunks(work.function, given, row)

@@ -184,6 +184,23 @@ def test_directions_give_back_their_memory_to_those_of_the_next_plan():
     assert directions.budget.left_bytes == before
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "tolerance"),
+    [(torch.bfloat16, 2, 0.01), (torch.float16, 4, 1e-5), (torch.float32, 4, 1e-5)],
+)
+def test_directions_are_kept_as_exact_as_the_gradient_is(dtype, size, tolerance):
+    merger = made(net(), memory=Memory(keep_bytes=1 << 20))
+    anew = made(net(), memory=Memory(keep_bytes=0))
+    plan = random_plan("ties", Groups(depth=2))
+    numbers = torch.linspace(-1, 1, 96, dtype=dtype).reshape(12, 8)
+    directions = merger.directions(plan)
+    before = directions.budget.left_bytes
+    kept = directions.products("embed.weight", numbers)
+    assert before - directions.budget.left_bytes == size * len(EXPERTS) * 12 * 8
+    wanted = anew.directions(plan).products("embed.weight", numbers)
+    torch.testing.assert_close(kept, wanted, rtol=tolerance, atol=tolerance * float(wanted.max()))
+
+
 def test_rows_are_in_the_plans_own_order_of_experts():
     model = net()
     merger = made(model)
