@@ -189,7 +189,7 @@ def driver(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_answers", [1, 9, 20])
+@pytest.mark.parametrize("n_answers", [1, 9, 15])
 def test_a_study_that_is_killed_as_it_refines_keeps_what_it_was_told(folder, ran, n_answers):
     """Not to a bit: a method may round otherwise when it is asked for the second time."""
     run_dir = folder / f"killed-{n_answers}" / folder.name
