@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-class _Thread(threading.local):
+class _State(threading.local):
     """What a thread was asked, which may be the main one alone, and whether it waits with it."""
 
     received: int | None = None  # the first signal since :func:`stopped_by_signals` began
@@ -29,7 +29,7 @@ class _Thread(threading.local):
     is_held: bool = False
 
 
-_thread = _Thread()
+_state = _State()
 
 
 @contextlib.contextmanager
@@ -40,11 +40,11 @@ def stopped_by_signals() -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        _thread.received = number
+        _state.received = number
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-        if _thread.is_held:
-            _thread.is_due = True
+        if _state.is_held:
+            _state.is_due = True
         else:
             raise KeyboardInterrupt
 
@@ -52,9 +52,9 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # what waits in C++ raises one of its own in place of ours
-        raise Stopped(_thread.received or signal.SIGINT) from None
+        raise Stopped(_state.received or signal.SIGINT) from None
     finally:
-        _thread.received, _thread.is_due = None, False
+        _state.received, _state.is_due = None, False
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -66,13 +66,13 @@ def held_back() -> Iterator[None]:
     A write to a database that is broken off where it stands may keep the database locked, or be
     swallowed by what it is done in.
     """
-    was_held, _thread.is_held = _thread.is_held, True
+    was_held, _state.is_held = _state.is_held, True
     try:
         yield
     finally:
-        _thread.is_held = was_held
-    if _thread.is_due and not was_held:
-        _thread.is_due = False
+        _state.is_held = was_held
+    if _state.is_due and not was_held:
+        _state.is_due = False
         raise KeyboardInterrupt
 
 
@@ -83,11 +83,11 @@ def let_through() -> Iterator[None]:
     One that came before stops the run here at the latest: what Python raises for it is lost
     where it comes while an object is being deleted.
     """
-    was_held, _thread.is_held = _thread.is_held, False
+    was_held, _state.is_held = _state.is_held, False
     try:
-        if _thread.received is not None:
-            _thread.is_due = False
+        if _state.received is not None:
+            _state.is_due = False
             raise KeyboardInterrupt
         yield
     finally:
-        _thread.is_held = was_held
+        _state.is_held = was_held
