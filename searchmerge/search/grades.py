@@ -25,6 +25,7 @@ _OF_STEPS = ((0.0, 1.0), *_STEPS)
 _LEAST_WEIGHT = 0.01  # less is none
 _LEAST_PLANS = 5  # of fewer nothing is learnt
 _CONTRADICTS = -0.2  # below this correlation with the metric grades say the opposite of it
+_BEYOND_CHANCE = 3.0  # standard errors of a correlation by which that is certain
 
 
 class Step(NamedTuple):
@@ -65,7 +66,7 @@ class Reading(NamedTuple):
 
     @property
     def contradicts(self) -> bool:
-        """Whether grades say the opposite of the metric; then they count nothing."""
+        """Whether grades say the opposite of the metric, be it by chance."""
         return self.agreement is not None and self.agreement < _CONTRADICTS
 
     def __call__(self, values: Vector, grades: Vector) -> Vector:
@@ -130,7 +131,7 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
     :math:`\ell = -\frac P2 \log(1 - r^2)`. Readings count by how far they are ahead of the metric:
     it counts 1, they count :math:`e^{\ell - \ell_0} - 1`, and nothing where that is negative.
     For a task :math:`\ell` is half its own and half the sum of all tasks'; but grades that
-    contradict its metric count nothing, however well they do elsewhere.
+    contradict its metric beyond chance count nothing, however well they do elsewhere.
 
     Args:
         tables: Task to what plans scored on the examples that select, those of no other part.
@@ -152,8 +153,9 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
         logs = (likelihoods[task] + of_all) / 2
         parts = np.expm1(np.maximum(0.0, logs - logs[0]))  # 0 of what is not ahead of the metric
         parts[0] = 1.0
-        reading = Reading((), float(r[_OF_STEPS.index((1.0, 2.0))]))
-        if not reading.contradicts:
+        agreement = float(r[_OF_STEPS.index((1.0, 2.0))])
+        reading = Reading((), agreement)
+        if agreement > -_BEYOND_CHANCE / np.sqrt(len(table.values)):
             reading = reading._replace(steps=_steps(parts / parts.sum(), table))
         readings[task] = reading
     return Grader(readings)
