@@ -343,7 +343,7 @@ class StudyRun:
         rows = make_rows(board, plans, best.keys(), confirmation)
         [winner] = [row for row in rows if row.name == confirmation.winner]
         detailed = [row.name for row in rows if row is winner or not row.is_candidate]
-        held_out = held_out_objective(objective, rows, self._study.task_experts)
+        held_out, undivided = held_out_objective(objective, rows, self._study.task_experts)
         return Results(
             study=self._study.name,
             tasks={task: board.schedule.tasks[task].metric for task in self._study.spec.tasks},
@@ -362,6 +362,7 @@ class StudyRun:
             drawn_from=told_sources(board.schedule, self._study.folder),
             breaking=confirmation.breaking,
             raw=objective.raw,
+            undivided=undivided,
             missing=self._missing(plans),
             points=make_points(candidates(records, objective), rows, objective),
         )

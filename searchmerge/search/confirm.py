@@ -178,23 +178,25 @@ def confirm(
     """Compare candidates with references by a paired bootstrap over held-out examples.
 
     Every resample draws each task's examples anew, the same for all plans, and recomputes the
-    own experts' scores that normalise the objective. Intervals are percentile intervals.
+    own experts' scores that normalise the objective: one of 0 stays what it is on all held-out
+    examples, or on what trials see where it is 0 there too. Intervals are percentile intervals.
 
     Args:
         values: Plan name to its values; the plans that are no candidates are the references.
         contest: What is known of the plans before.
         kinds: Task name to how its score comes from values.
-        objective: What to compare by.
-        experts: Task name to the plan name of its own expert.
+        objective: What to compare by, relative to what trials see.
+        experts: Task name to the plan name of its own expert, which may be none of them.
         bootstrap: How examples are resampled.
     """
     scores = {
         name: {task: kinds[task].score(task_values) for task, task_values in plan.items()}
         for name, plan in values.items()
     }
-    point = _objectives(scores, objective, experts)
+    held_out = _relative_to(scores, objective, experts)
+    point = _objectives(scores, held_out)
     resamples = [
-        _objectives(drawn, objective, experts)
+        _objectives(drawn, _relative_to(drawn, held_out, experts))
         for drawn in _resampled(values, kinds, objective, bootstrap)
     ]
     resampled = {name: np.array([drawn[name] for drawn in resamples]) for name in values}
@@ -225,13 +227,17 @@ def confirm(
 
 
 def _objectives(
-    scores: Mapping[str, Mapping[str, float]], objective: Objective, experts: Mapping[str, str]
+    scores: Mapping[str, Mapping[str, float]], objective: Objective
 ) -> dict[str, float]:
-    expert_scores = {task: scores[name][task] for task, name in experts.items()}
-    if objective.needs_experts and not all(expert_scores.values()):
-        expert_scores = {task: score or 1.0 for task, score in expert_scores.items()}
-    drawn = replace(objective, expert_scores=expert_scores, constraints=())
-    return {name: drawn.scalar(plan_scores) for name, plan_scores in scores.items()}
+    return {name: objective.scalar(plan_scores) for name, plan_scores in scores.items()}
+
+
+def _relative_to(
+    scores: Mapping[str, Mapping[str, float]], objective: Objective, experts: Mapping[str, str]
+) -> Objective:
+    """Return the objective relative to what the own experts score, without constraints."""
+    known = {task: scores[name][task] for task, name in experts.items() if name in scores}
+    return replace(objective.on_other_examples(known, {}), constraints=())
 
 
 def _resampled(
