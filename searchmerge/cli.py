@@ -316,6 +316,15 @@ def _print_stopped(run_dir: Path, storage: str | None) -> None:
         _print_status(run_dir, storage)
     if (report := run_dir / "report.md").exists():
         _err.print(f"Report so far: {report}", soft_wrap=True)
+    from searchmerge.search.directory import BEST_SO_FAR, plan_file
+
+    if not plan_file(run_dir, BEST_SO_FAR).exists():
+        _err.print(
+            "The same command goes on from here; no merge has been scored yet, so that there is "
+            "nothing to save.",
+            soft_wrap=True,
+        )
+        return
     _err.print(
         f"The same command goes on from here; searchmerge finish {shlex.quote(str(run_dir))} "
         "confirms and saves the best plan that there is.",

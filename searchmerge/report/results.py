@@ -131,6 +131,7 @@ class Results:
         undivided: What scores 0 held out, or is not scored there, so that held-out scores are
             relative to its score on what trials saw, in words.
         missing: References that are not in the table to why.
+        ended: Where the search ended, if before its budget was used up.
     """
 
     study: str
@@ -153,6 +154,7 @@ class Results:
     raw: Sequence[str] = ()
     undivided: Sequence[str] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    ended: str = ""
 
     @property
     def merge_plan(self) -> MergePlan:
@@ -265,6 +267,7 @@ class Results:
             f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
         )
         parts = (
+            self.ended,
             self._missing_text(),
             self.drawn_from_text(),
             self._bounds_text(),

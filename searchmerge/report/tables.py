@@ -214,7 +214,8 @@ def make_counts(
     }
     if n_refined := sum(bool(record.refines) for record in records):
         counts["of these refined"] = n_refined
-    parts: dict[str, Part] = {"select": "select", "hold-out": "hold_out"}
+    seen: Part = "select" if "select" in schedule.blocks else "pilot"  # among the references
+    parts: dict[str, Part] = {"select": seen, "hold-out": "hold_out"}
     counts |= {f"{label} examples": schedule.n_examples(part) for label, part in parts.items()}
     counts["search seconds"] = round(search_s)
     return counts | ({"refining seconds": round(refining_s)} if refining_s else {})

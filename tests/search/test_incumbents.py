@@ -95,7 +95,7 @@ def test_a_candidate_is_stopped_where_it_cannot_win_and_its_scores_are_estimated
 def test_a_refined_plan_is_stopped_by_a_collapse_alone(board):
     objective = Objective("mean", GOALS)
     base = score(board, 0, right(0.5), right(0.5))
-    incumbents = Incumbents(board, objective, Racing(), base=base)
+    incumbents = Incumbents(board, objective, Racing(), references={"base": base})
     enter(incumbents, objective, board, 1, right(0.8), right(0.8))
     enter(incumbents, objective, board, 2, right(0.7), right(0.7))
     worse = score(board, 3, right(0.55), right(0.55), n_rounds=6)
@@ -140,7 +140,7 @@ def test_blocks_on_which_plans_differ_are_scored_first(board):
 def test_a_plan_is_paired_with_the_base_while_there_is_nothing_better(board):
     base = score(board, 0, right(0.5), right(0.5))
     stopped = score(board, 1, right(0.1), right(0.1), n_rounds=4)
-    paired = Incumbents(board, Objective("mean", GOALS), Racing(), base=base)
+    paired = Incumbents(board, Objective("mean", GOALS), Racing(), references={"base": base})
     assert not paired.may_win(stopped)
     assert paired.outcome(stopped).stopped_after == 8
     alone = Incumbents(board, Objective("mean", GOALS), Racing())
@@ -175,9 +175,9 @@ def graded(board, number, quality, seed):
 
 def test_plans_are_compared_by_how_clearly_they_answer_once_that_is_learnt(board):
     objective = Objective("mean", GOALS)
-    pool = [graded(board, n, 0.15 * n, seed=n) for n in range(8)]
-    read = Incumbents(board, objective, Racing(), pool=pool, seed=0)
-    plain = Incumbents(board, objective, Racing(), pool=pool)
+    pool = {f"setting {n}": graded(board, n, 0.15 * n, seed=n) for n in range(8)}
+    read = Incumbents(board, objective, Racing(), references=pool, seed=0)
+    plain = Incumbents(board, objective, Racing(), references=pool)
     candidate = graded(board, 20, 0.6, seed=20)
     by_metric = board.scores(candidate, "select")
     assert plain.outcome(candidate).estimates == by_metric

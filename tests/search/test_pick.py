@@ -55,7 +55,7 @@ OBJECTIVE = Objective("mean", GOALS)
 
 
 def winner(board, objective=OBJECTIVE):
-    before = evidence_on_select(board, PLANS, objective, list(PLANS))
+    before = evidence_on_select(board, PLANS, objective)
     return confirmed(board, before, PLANS, objective).best
 
 
@@ -82,7 +82,7 @@ def test_plans_that_break_a_constraint_are_ranked_behind_those_that_keep_it(boar
     select = {"TIES": 60, "average": 62, "trial 3": 30, "trial 4": 31}
     scored(board, select, {"TIES": 60, "average": 50, "trial 3": 60, "trial 4": 60})
     limited = Objective("mean", GOALS, constraints=(Constraint("a", "score", 61 / N),))
-    before = evidence_on_select(board, PLANS, limited, list(PLANS))
+    before = evidence_on_select(board, PLANS, limited)
     assert ranking(board, before, PLANS, limited) == ["average", "TIES", "trial 4", "trial 3"]
     assert broken(board, PLANS, limited) == dict.fromkeys(
         ("TIES", "trial 3", "trial 4"), (limited.constraints[0].name,)
@@ -99,6 +99,6 @@ def test_evidence_of_scores_that_are_no_means_is_their_value(board):
     scored(board, dict.fromkeys(PLANS, 40) | {"trial 4": 44}, dict.fromkeys(PLANS, 40))
     infos = {**board.schedule.tasks, "b": TaskInfo(N, kind=Whole())}
     assert not isinstance(infos["b"].kind, type(board.schedule.tasks["a"].kind))
-    told = evidence_on_select(board, PLANS, Objective("worst", GOALS), list(PLANS))
+    told = evidence_on_select(board, PLANS, Objective("worst", GOALS))
     assert told.variances.tolist() == [0.0] * 4
     assert told.best == "trial 4"
