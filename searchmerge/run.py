@@ -194,6 +194,7 @@ class StudyRun:
         best, evidence = self._complete_the_best(references, objective)
         plans = self._score_held_out({**references, **best})
         confirmation = self._confirm(plans, best, evidence, objective)
+        self._directory.keep_best(confirmation.winner, plans[confirmation.winner])
         return replace(
             self._results(plans, best, objective, confirmation),
             ended="" if search else self._ended(),
@@ -211,8 +212,9 @@ class StudyRun:
     def _report_so_far(self) -> None:
         """Write the report of a study that is stopped, and the best plan that there is."""
         directory, objective = self._directory, self._objective
-        part: Part = "pilot" if objective is None else "select"
-        if objective is None and directory.is_past_references:
+        is_past = "select" in self._runner.board.schedule.blocks
+        part: Part = "select" if is_past else "pilot"
+        if not is_past and directory.is_past_references:
             return  # an earlier run came further, and wrote what there is
         if not (scored := self._scored_references(part)):
             return

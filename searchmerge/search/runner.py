@@ -66,8 +66,8 @@ class StudyRunner:
         """Score the references and let them decide the order in which trials see examples.
 
         Args:
-            goes_on: Whether the search goes on, or was ended. Where it was ended among them,
-                those merges are left out that no earlier run has scored.
+            goes_on: Whether the search goes on, or was ended. Where it was ended before its
+                first trial, those merges are left out that no earlier run has scored.
 
         Returns:
             Name to plan of those that can be scored.
@@ -76,7 +76,7 @@ class StudyRunner:
             StudyError: If the search was ended before a merge was scored.
         """
         wanted = self._references
-        if not (goes_on or self._directory.is_past_references):
+        if not (goes_on or self._directory.is_begun):
             wanted = self._scored_before()
         names = self.score_plans("references", wanted, "pilot")
         scored = {name: plan for name, plan in self._references.items() if name in names}
