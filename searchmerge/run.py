@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from optuna.trial import TrialState
+
 from searchmerge import assemble
 from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.classifier import SavedHead, head_files
@@ -274,10 +276,15 @@ class StudyRun:
         clock = StudyClock(directory.searching)
         said = []
         if not Spending(assemble.make_budget(self._study), clock, n_trials).is_over:
-            said.append(f"The search was ended after {counted(n_trials, 'trial')}")
+            said.append(f"the search was stopped after {counted(n_trials, 'trial')}")
         if refine != "off" and (n_refined := len(directory.refined_keys())) < refine.starts:
             said.append(f"{n_refined} of {refine.starts} best plans were refined")
-        return f"{', and '.join(said)}; more may be found." if said else ""
+        unscored = directory.trials(TrialState.WAITING, TrialState.RUNNING)
+        if n_unscored := sum(map(is_refined, unscored)):
+            said.append(f"refined plans that were not scored: {n_unscored}")
+        if not said:
+            return ""
+        return f"Ended early: {'; '.join(said)}. The same `searchmerge run` goes on from here."
 
     def _tasks(self) -> dict[str, TaskInfo]:
         """Return what is known of the tasks, in the study's order."""

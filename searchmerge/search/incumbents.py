@@ -89,6 +89,7 @@ class Incumbents:
             name: Contender.of(self._board, plan, self._objective)
             for name, plan in self._published.items()
         }
+        self._leader: str | None = None
         self._digests = {plan.digest for plan in self._published.values()}
         self._base = self._contenders[BASE].scored if BASE in self._contenders else None
         self._references = [its.scored for name, its in self._contenders.items() if is_merge(name)]
@@ -115,7 +116,10 @@ class Incumbents:
         That is what would be saved if the search ended now and nothing were held out. ``None``
         while no plan is known.
         """
-        name = best_on_select(self._contenders, self._board.schedule.tasks, self._objective)
+        if self._leader is None:  # else nothing was scored in full since
+            tasks = self._board.schedule.tasks
+            self._leader = best_on_select(self._contenders, tasks, self._objective)
+        name = self._leader
         return None if name is None else (name, self._contenders[name].plan)
 
     @property
@@ -138,6 +142,7 @@ class Incumbents:
             self._digests.add(record.plan.digest)
             contender = Contender(record.plan, scores, record.standing.kept)
             self._contenders[record.name] = contender
+            self._leader = None
         before = [self._best] if self._best else []
         self._front = front_with(self._front, record)
         [self._best] = best_of(self._front or [*before, record], 1)

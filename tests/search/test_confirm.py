@@ -205,6 +205,20 @@ def test_an_interval_of_a_lead_is_narrower_than_those_of_the_plans():
     assert lead.high - lead.low < 0.6 * (alone.high - alone.low)
 
 
+def test_where_nothing_was_found_it_is_said_why_and_how_it_goes_on():
+    data = {name: its for name, its in values(0, 0.3).items() if not name.startswith("trial")}
+    contest = Contest([], by_mean(data), absent="it ended among the references")
+    told = confirm(data, contest, MEANS, Objective("mean", GOALS), {}, Bootstrap(0.95, 100, 0))
+    assert (told.best_found, told.gain, told.n_candidates) == ("", None, 0)
+    assert told.winner == told.best_reference == by_mean(data)[0]
+    assert set(told.lead) == data.keys() - {told.winner}
+    assert told.verdict == (
+        f"Saved is {told.winner}. Nothing that the search found is compared with it: it ended "
+        "among the references. The same `searchmerge run` goes on from here; raise "
+        "search.n_trials or search.timeout where they are used up."
+    )
+
+
 def test_a_saved_plan_that_breaks_a_constraint_is_called_that():
     data = values(0, 0.3)
     broken = dict.fromkeys(data, ("a at least 1",))
