@@ -434,9 +434,10 @@ class StudyRun:
         return "none of its trials could be scored in full"
 
     def _missing(self, plans: Plans) -> dict[str, str]:
-        """Return the references that are not compared with, and why."""
+        """Return the references and the best candidates that are not compared, and why."""
         failures = self._runner.failures
-        failed = {name: failures.get(name, "") for name in self._references if name not in plans}
+        names = dict.fromkeys([*self._references, *failures])
+        failed = {name: failures.get(name, "") for name in names if name not in plans}
         return failed | assemble.left_out(self._study, self._models)
 
     def _results(

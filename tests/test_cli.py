@@ -565,6 +565,25 @@ def test_a_function_that_leaves_does_not_end_a_run_as_if_all_were_well(
     assert "leaves:score called sys.exit(0)" in err
 
 
+def test_a_run_that_is_stopped_before_a_merge_is_scored_has_nothing_to_save(
+    study, searchmerge, tmp_path
+):
+    (tmp_path / "stops.py").write_text(
+        "import signal\n"
+        "def score(model, task, examples):\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    return [0.5] * len(examples)\n"
+    )
+    task = {"evaluator": "function", "function": "stops:score", "n_examples": 40}
+    code, _, err = searchmerge("run", study(name="stops", tasks={"own": task}))
+    assert code == 128 + signal.SIGINT
+    assert "goes on from here; no merge has been scored yet, so that there is nothing to" in err
+    assert "searchmerge finish" not in err
+    code, _, err = searchmerge("finish", tmp_path / "runs" / "stops")
+    assert code == 2
+    assert "before a merge was scored (nothing is), so that there is nothing to save" in err
+
+
 def test_an_expert_that_is_given_twice_is_refused(searchmerge, tmp_path):
     (tmp_path / "plan.yaml").write_text(
         "method: linear\nexperts: [a]\nvalues: {coefficient: [[1.0]]}\n"

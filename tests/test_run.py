@@ -225,6 +225,8 @@ def test_where_no_merge_that_was_found_can_be_confirmed_the_best_reference_is_sa
     (tmp_path / "far_fails").touch()
     results = run(changes={"space": FAR})
     assert saved(tmp_path) == reference_plans(EXPERTS)[results.winner]
+    assert [name[:5] for name in results.missing] == ["trial"] * 2
+    assert all("no such row" in why for why in results.missing.values())
     assert re.search(
         r"trial \d, trial \d could not be scored on held-out examples: .*no such row",
         results.verdict,

@@ -130,7 +130,7 @@ class Results:
         raw: Tasks that count as they are scored though the objective is relative to experts.
         undivided: What scores 0 held out, or is not scored there, so that held-out scores are
             relative to its score on what trials saw, in words.
-        missing: References that are not in the table to why.
+        missing: References and best candidates that are not in the table to why.
         ended: Where the search ended, if before its budget was used up.
     """
 
