@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,8 +32,15 @@ class Merges(Protocol):
 class Gradients(Protocol):
     """Collects the gradients of the resident model's parameters by a plan's coefficients."""
 
-    def collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
-        """Collect them; what is yielded returns those of all passes since its last call."""
+    def collecting(
+        self, plan: MergePlan, *, several: bool = False
+    ) -> AbstractContextManager[Callable[[], Rows]]:
+        """Collect them; what is yielded returns those of all passes since its last call.
+
+        Args:
+            plan: The plan.
+            several: Whether several backward passes are to come.
+        """
         ...
 
 
@@ -46,26 +53,14 @@ class LossRequest:
         kind: Which loss.
         teachers: Task name to the plan of its own expert, for ``agreement``.
         gradient: Whether the gradient is asked for too.
+        weights: Task name to the factor on its loss in what is differentiated; 1 for others.
     """
 
     batches: Mapping[str, tuple[Batch, ...]]
     kind: LossKind = "labels"
     teachers: Mapping[str, MergePlan] = field(default_factory=dict)
     gradient: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class TaskLoss:
-    """The loss of a task.
-
-    Attributes:
-        values: The mean over each batch's examples.
-        rows: The gradient of the mean over all examples by the plan's coefficients: a row per
-            group, a number per expert; none where it was not asked for.
-    """
-
-    values: tuple[float, ...]
-    rows: Rows = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +68,15 @@ class LossResult:
     """What a request came to.
 
     Attributes:
-        tasks: Task name to its loss.
+        losses: Task name to the mean loss over each batch's examples.
+        rows: The gradient of the weighted sum of the tasks' mean losses by the plan's
+            coefficients: a row per group, a number per expert; none where it was not asked for.
         merge_s: Seconds spent merging.
         loss_s: Seconds spent on the losses and their gradient.
     """
 
-    tasks: Mapping[str, TaskLoss]
+    losses: Mapping[str, tuple[float, ...]]
+    rows: Rows
     merge_s: float
     loss_s: float
 
@@ -115,14 +113,14 @@ def _finite(loss: Tensor, task: str, examples: Sequence[int]) -> float:
     return value
 
 
-def _unscaled(rows: Rows, scale: float, task: str) -> Rows:
-    """Return the gradient of a loss that was multiplied by ``scale``.
+def _unscaled(rows: Rows, scale: float, tasks: Iterable[str]) -> Rows:
+    """Return the gradient of losses that were multiplied by ``scale``.
 
     Raises:
         EvaluationError: If it is not finite.
     """
     if not all(math.isfinite(number) for row in rows for number in row):
-        raise EvaluationError(f"task {task!r}: the gradient of its loss is not finite")
+        raise EvaluationError(f"the gradient of the loss of {', '.join(tasks)} is not finite")
     return tuple(tuple(number / scale for number in row) for row in rows)
 
 
@@ -170,11 +168,11 @@ class Losses:
         self._merger.apply(plan)
         merged = time.perf_counter()
         try:
-            tasks = self._fitting.run(lambda part: self._tasks(plan, request, part))
+            losses, rows = self._fitting.run(lambda part: self._losses(plan, request, part))
         except torch.OutOfMemoryError as error:  # scores take less, and go on
             what = "its loss and gradient do not" if request.gradient else "its loss does not"
             raise EvaluationError(f"{what} fit into the device's memory: {error}") from error
-        return LossResult(tasks, merged - start, time.perf_counter() - merged)
+        return LossResult(losses, rows, merged - start, time.perf_counter() - merged)
 
     def _check(self, task: str, request: LossRequest) -> None:
         losses = self._evaluators[task].tasks[task].losses
@@ -211,21 +209,22 @@ class Losses:
         self._taught_room -= answer.nbytes if fits else 0
         (self._taught if fits else self._now_taught)[key] = answer.clone()
 
-    def _tasks(self, plan: MergePlan, request: LossRequest, part: float) -> dict[str, TaskLoss]:
-        """Return all losses, computed on a part of each batch at once."""
+    def _losses(
+        self, plan: MergePlan, request: LossRequest, part: float
+    ) -> tuple[dict[str, tuple[float, ...]], Rows]:
+        """Return all losses and their gradient, computed on a part of each batch at once."""
         with ExitStack() as stack:
             rows: Callable[[], Rows] = tuple
             if request.gradient:
                 if part < 1:
                     stack.enter_context(recomputed_activations(self._model))
-                rows = stack.enter_context(self._collecting(plan))
+                n_passes = sum(map(len, request.batches.values()))
+                several = n_passes > 1 and part == 1
+                rows = stack.enter_context(self._collecting(plan, several=several))
             else:
                 stack.enter_context(torch.no_grad())
-            tasks = {}
-            for task in request.batches:
-                values = tuple(self._values(task, request, part))
-                tasks[task] = TaskLoss(values, _unscaled(rows(), self._scale, task))
-            return tasks
+            losses = {task: tuple(self._values(task, request, part)) for task in request.batches}
+            return losses, _unscaled(rows(), self._scale, request.batches)
 
     @property
     def _scale(self) -> float:
@@ -233,17 +232,19 @@ class Losses:
         dtypes = {p.dtype for p in self._model.parameters()}
         return _HALF_SCALE if torch.float16 in dtypes else 1.0
 
-    def _collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
+    def _collecting(
+        self, plan: MergePlan, *, several: bool
+    ) -> AbstractContextManager[Callable[[], Rows]]:
         if self._gradients is None:
             raise SpecError("gradient: this worker's merger has none")
-        return self._gradients.collecting(plan)
+        return self._gradients.collecting(plan, several=several)
 
     def _values(self, task: str, request: LossRequest, part: float) -> list[float]:
         """Return the mean loss of each batch, differentiated on the way where that is asked."""
         batches = request.batches[task]
         if not request.gradient and (together := self._together(task, request, part)) is not None:
             return together
-        n_examples = sum(map(len, batches))
+        factor = self._scale * request.weights.get(task, 1.0) / sum(map(len, batches))
         values = []
         for batch in batches:
             step = max(1, math.ceil(part * len(batch)))
@@ -253,8 +254,7 @@ class Losses:
                 loss = self._loss(task, request, examples).mean()
                 total += _finite(loss.detach(), task, examples) * len(examples)
                 if request.gradient:
-                    part_of_all = self._scale * len(examples) / n_examples
-                    (loss * part_of_all).backward()  # type: ignore[no-untyped-call]
+                    (loss * factor * len(examples)).backward()  # type: ignore[no-untyped-call]
             values.append(total / len(batch))
         return values
 
