@@ -266,7 +266,7 @@ class StudyRun:
             return None
         board = self._learnt_board(plans) if part == "select" else self._runner.board
         known = {n: Contender.of(board, plan, objective, part) for n, plan in plans.items()}
-        name = best_on_select(known, board.schedule.tasks, objective)
+        name = best_on_select(known, references, board.schedule.tasks, objective)
         return None if name is None else (name, plans[name])
 
     def _ended(self) -> str:

@@ -118,7 +118,9 @@ class Incumbents:
         """
         if self._leader is None:  # else nothing was scored in full since
             tasks = self._board.schedule.tasks
-            self._leader = best_on_select(self._contenders, tasks, self._objective)
+            self._leader = best_on_select(
+                self._contenders, self._published, tasks, self._objective
+            )
         name = self._leader
         return None if name is None else (name, self._contenders[name].plan)
 

@@ -9,6 +9,7 @@ from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import Part
 from searchmerge.plan import MergePlan
+from searchmerge.search.distinct import are_near
 from searchmerge.search.evidence import Evidence, Measured
 from searchmerge.search.objective import Objective
 from searchmerge.search.racing import PlanScores
@@ -97,13 +98,16 @@ def _believed(measured: Measured) -> Evidence:
 
 
 def best_on_select(
-    known: Mapping[str, Contender], tasks: Tasks, objective: Objective
+    known: Mapping[str, Contender], references: Plans, tasks: Tasks, objective: Objective
 ) -> str | None:
     """Return the plan that would be saved by what trials see alone; ``None`` if none is known.
+
+    A trial that is nearly a reference is none that would be, as the reference stands for it.
 
     Args:
         known: Name to what is known of the references and the trials. Refined plans, which were
             learnt from what trials see, are to be left out: of them held-out examples tell.
+        references: Which of them are references, and their plans.
         tasks: What is known of the tasks.
         objective: What to compare by.
     """
@@ -112,7 +116,10 @@ def best_on_select(
     scored = {name: contender.scored for name, contender in known.items()}
     evidence = _believed(_compared(scored, tasks, objective))
     kept = {name: contender.kept for name, contender in known.items()}
-    return _ranked(kept, lambda names: evidence.of(names).ranked())[0]
+    ranked = _ranked(kept, lambda names: evidence.of(names).ranked())
+    plans = references.values()
+    apart = (n for n in ranked if n in references or not are_near(known[n].plan, plans))
+    return next(apart, None)
 
 
 def confirmed(board: Scoreboard, before: Evidence, plans: Plans, objective: Objective) -> Evidence:

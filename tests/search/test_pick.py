@@ -25,6 +25,7 @@ from tests.search.test_trials import plan
 GOALS = {"a": Goal(), "b": Goal()}
 N = 64
 PLANS = {"TIES": plan(1), "average": plan(2), "trial 3": plan(3), "trial 4": plan(4)}
+REFERENCES = {name: PLANS[name] for name in ("TIES", "average")}
 
 
 def blocks(part):
@@ -106,17 +107,29 @@ def test_by_what_trials_see_the_same_plan_is_best_as_if_nothing_were_told_by_hel
     select = {"TIES": 58, "average": 40, "trial 3": 51, "trial 4": 41}
     scored(board, select, dict.fromkeys(PLANS, 40))  # all alike
     tasks = board.schedule.tasks
-    assert best_on_select(known(board), tasks, OBJECTIVE) == winner(board) == "TIES"
+    assert best_on_select(known(board), REFERENCES, tasks, OBJECTIVE) == winner(board) == "TIES"
     limited = Objective("mean", GOALS, constraints=(Constraint("a", "score", 60 / N),))
-    assert best_on_select(known(board, limited), tasks, limited) == winner(board, limited)
-    assert best_on_select({}, tasks, OBJECTIVE) is None
+    best = best_on_select(known(board, limited), REFERENCES, tasks, limited)
+    assert best == winner(board, limited)
+    assert best_on_select({}, {}, tasks, OBJECTIVE) is None
 
 
 def test_a_plan_that_keeps_the_constraints_is_best_whatever_its_evidence(board):
     select = {"TIES": 60, "average": 62, "trial 3": 30, "trial 4": 31}
     scored(board, select, select)
     limited = Objective("mean", GOALS, constraints=(Constraint("a", "score", 61 / N),))
-    assert best_on_select(known(board, limited), board.schedule.tasks, limited) == "average"
+    tasks = board.schedule.tasks
+    assert best_on_select(known(board, limited), REFERENCES, tasks, limited) == "average"
+
+
+def test_a_trial_that_is_nearly_a_reference_leaves_it_the_first_place(board):
+    scored(
+        board, {"TIES": 50, "average": 40, "trial 3": 60, "trial 4": 55}, dict.fromkeys(PLANS, 40)
+    )
+    tasks = board.schedule.tasks
+    assert best_on_select(known(board), REFERENCES, tasks, OBJECTIVE) == "trial 3"
+    near = {**REFERENCES, "TIES": plan(3.03)}
+    assert best_on_select(known(board), near, tasks, OBJECTIVE) == "trial 4"
 
 
 def test_a_trial_that_is_a_reference_contends_under_the_name_of_that():
