@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.generation import GenerationOptions, Generator
 from searchmerge.evaluators.causal.model import device_of
 from searchmerge.evaluators.causal.sampling import seed_of
 from searchmerge.evaluators.causal.scoring import CausalScorer
+from searchmerge.evaluators.causal.stopping import NonFiniteLogits
 from searchmerge.evaluators.causal.tuning import GpuProbe, Way, fastest
 from searchmerge.evaluators.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.causal.decoding import NonFiniteLogits
+from searchmerge.evaluators.causal.stopping import NonFiniteLogits
 from searchmerge.evaluators.evaluator import Answer, Origin, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
