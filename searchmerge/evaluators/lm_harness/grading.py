@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from searchmerge.evaluators.lm_harness.asking import log_likelihood_of
 from searchmerge.evaluators.lm_harness.loading import task_errors
 from searchmerge.evaluators.lm_harness.losses import TaskLosses
 
@@ -109,8 +110,7 @@ class TaskGrades:
         rights = self._losses.right(requests[0].doc, choices)
         values: dict[bool, list[float]] = {True: [], False: []}
         for i, (choice, request) in enumerate(zip(choices, requests, strict=False)):
-            given = request.resps[0]
-            likelihood = float(given[0] if isinstance(given, tuple) else given)
+            likelihood = log_likelihood_of(request.resps[0])
             values[i in rights].append(likelihood / divide(choice))
         if not (values[True] and values[False]):
             return None
