@@ -13,9 +13,9 @@ from searchmerge.check import check_study
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.tuning import Way
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans

@@ -7,8 +7,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
+from searchmerge.evaluators.lm_harness.language_model import make_lm
 from tests.evaluators.lm_harness.tasks import (
     TASKS,
     documents,
