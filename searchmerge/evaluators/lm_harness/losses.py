@@ -11,15 +11,16 @@ from searchmerge.evaluators.evaluator import LossKind
 from searchmerge.evaluators.lm_harness.loading import task_errors
 from searchmerge.wording import counted
 
-_LENGTHS: Mapping[str, Callable[[str], float]] = {
+LENGTHS: Mapping[str, Callable[[str], float]] = {
     "acc_norm": lambda choice: float(len(choice) or 1),
     "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
 }
 """Metrics of choices to what they divide a choice's log-likelihood by; others by nothing."""
 
 
-def _nothing(choice: str) -> float:
-    return 1.0
+def length_by(metric: str) -> Callable[[str], float]:
+    """Return what a metric divides a choice's log-likelihood by: a function of the choice."""
+    return LENGTHS.get(metric, lambda choice: 1.0)
 
 
 def _document(request: Any) -> str:
@@ -48,7 +49,7 @@ class TaskLosses:
 
     def __init__(self, task: Any, metric: str, *, is_chat: bool) -> None:
         self._task = task
-        self._divide = _LENGTHS.get(metric, _nothing)
+        self._length = length_by(metric)
         self._is_chat = is_chat
         self.kinds: tuple[LossKind, ...] = self._kinds()
 
@@ -131,7 +132,7 @@ class TaskLosses:
         for group in requests:
             choices = self._task.doc_to_choice(group[0].doc)
             texts += [request.args[:2] for request in group[: len(choices)]]
-            lengths += [self._divide(choice) for choice in choices]
+            lengths += [self._length(choice) for choice in choices]
             counts.append(len(choices))
         totals, _ = lm.log_likelihoods(texts)
         normalised = totals / totals.new_tensor(lengths)

@@ -14,7 +14,7 @@ from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
 from searchmerge.evaluators.lm_harness.grading import TaskGrades
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, split_of, task_errors
-from searchmerge.evaluators.lm_harness.losses import TaskLosses
+from searchmerge.evaluators.lm_harness.losses import TaskLosses, length_by
 from searchmerge.evaluators.lm_harness.metrics import TaskMetrics
 from searchmerge.evaluators.lm_harness.requests import TaskRequests
 from searchmerge.evaluators.score_kind import Mean, Whole
@@ -200,7 +200,7 @@ class PreparedTask:
         else:
             likelihoods = self._likelihoods(requests)
             said = [f"{text} ({likelihood:.3f})" for text, likelihood in likelihoods]
-            read = [max(likelihoods, key=lambda pair: pair[1])[0]] if len(likelihoods) > 1 else []
+            read = self._likeliest(requests[0].doc, likelihoods)
         return Answer(
             example,
             {m.label: m.sign * float(metrics.value(requests, m)) for m in metrics.others},
@@ -223,6 +223,17 @@ class PreparedTask:
             for request in requests
             if of_choices or request.args[:-1] == requests[0].args[:-1]
         ]
+
+    def _likeliest(self, doc: Any, likelihoods: Sequence[tuple[str, float]]) -> list[str]:
+        """Return the choice that the metric takes for the answer; none where nothing is chosen."""
+        if len(likelihoods) < 2:
+            return []
+        length, choices = length_by(self.metrics.decides.name), [text for text, _ in likelihoods]
+        if self._task.OUTPUT_TYPE == "multiple_choice":
+            choices = self._task.doc_to_choice(doc)
+        pairs = zip(likelihoods, choices, strict=False)
+        [text, _], _ = max(pairs, key=lambda pair: pair[0][1] / length(pair[1]))
+        return [text]
 
     def _asked(self, doc: Any) -> tuple[str, str]:
         """Return a document's question and right answer; nothing where a task cannot tell."""
