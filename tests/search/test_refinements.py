@@ -183,7 +183,7 @@ def test_a_study_that_was_stopped_as_it_refined_ends_as_it_would_have(folder, ra
 
 def driver(folder, name):
     """Return a process that runs the study."""
-    command = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
+    command = [sys.executable, "-W", "ignore", "-m", "searchmerge"]
     command += ["run", "study.yaml", "--runs-dir", name]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
 
