@@ -38,6 +38,11 @@ def ask(lm: Any, requests: Sequence[Any], name: str) -> None:
             request.resps.append(given)
 
 
+def document_of(request: Any) -> str:
+    """Return which document of which task of lm-eval's a request is of, for messages."""
+    return f"document {request.doc_id} of {request.task_name!r}"
+
+
 def log_likelihood_of(given: Any) -> float:
     """Return the log-likelihood of an answer, which may say beside it whether it is greedy."""
     return float(given[0] if isinstance(given, tuple) else given)
@@ -53,4 +58,4 @@ def _check_finite(name: str, requests: Sequence[Any], answers: Sequence[Any]) ->
 
 
 def _not_finite(name: str, request: Any, what: str) -> EvaluationError:
-    return EvaluationError(f"task {name!r}, example {request.doc_id}: the model gave {what}")
+    return EvaluationError(f"task {name!r}, {document_of(request)}: the model gave {what}")

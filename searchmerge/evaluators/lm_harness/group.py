@@ -162,7 +162,7 @@ class PreparedGroup:
         ask(lm, asked, self._name)
         scores: dict[tuple[int, int], float] = {}
         for member, wanted in by_member.items():
-            given = self._members[member].scores(requests[member], wanted)
+            given = self._members[member].scores(requests[member])
             scores |= {(member, p): score for p, score in zip(wanted, given, strict=True)}
         return tuple(scores[place] for place in places)
 

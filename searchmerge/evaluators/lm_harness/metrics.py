@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.evaluators.lm_harness.asking import document_of
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained
 
@@ -96,14 +97,11 @@ class TaskMetrics:
             )
         return metrics[metric.name]
 
-    def scores(
-        self, requests: Sequence[Sequence[Any]], examples: Sequence[int]
-    ) -> tuple[float, ...]:
+    def scores(self, requests: Sequence[Sequence[Any]]) -> tuple[float, ...]:
         """Return the scores of requests that are answered, higher is better.
 
         Args:
             requests: Of each example.
-            examples: Which they are, for messages.
 
         Raises:
             EvaluationError: If a score is not finite.
@@ -114,7 +112,7 @@ class TaskMetrics:
             scores = self.aggregated([self.value(group, decides) for group in requests])
         for place, score in enumerate(scores):
             if not math.isfinite(score):
-                which = f"example {examples[place]}" if decides.is_mean else "all examples"
+                which = document_of(requests[place][0]) if decides.is_mean else "all examples"
                 raise EvaluationError(
                     f"task {self._name!r}, {which}: {decides.name} is {score}, not a finite number"
                 )

@@ -156,20 +156,13 @@ class PreparedTask:
         """Return one score per example, or one in all, higher is better."""
         requests = self.requests.of(examples)
         ask(lm, [request for group in requests for request in group], self._name)
-        return self.scores(requests, examples)
+        return self.scores(requests)
 
-    def scores(
-        self, requests: Sequence[Sequence[Any]], examples: Sequence[int]
-    ) -> tuple[float, ...]:
-        """Return the scores of requests that are answered.
-
-        Args:
-            requests: Of each example.
-            examples: Which they are, for messages.
-        """
+    def scores(self, requests: Sequence[Sequence[Any]]) -> tuple[float, ...]:
+        """Return the scores of requests that are answered, those of each example."""
         if self.metrics.decides.is_mean:  # grades count beside no other score
             self._grades.note(requests)
-        return self.metrics.scores(requests, examples)
+        return self.metrics.scores(requests)
 
     def loss(self, lm: Any, examples: Sequence[int]) -> Tensor:
         """Return the loss of each example; see :class:`TaskLosses`."""

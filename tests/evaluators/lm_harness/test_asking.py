@@ -51,7 +51,7 @@ def test_all_requests_of_a_type_are_asked_at_once_as_often_as_each_is_repeated()
 def test_a_log_likelihood_that_is_not_finite_names_its_example(kind):
     requests = instances(kind, [("a", " b")])
     requests[0].doc_id = 5
-    told = "task 'mine', example 5: the model gave a log-likelihood of nan, which is not finite"
+    told = "task 'mine', document 5 of 't': the model gave a log-likelihood of nan, which is"
     with pytest.raises(EvaluationError, match=told):
         ask(Answers(float("nan")), requests, "mine")
 
@@ -59,7 +59,7 @@ def test_a_log_likelihood_that_is_not_finite_names_its_example(kind):
 def test_a_prompt_whose_logits_are_not_finite_names_its_example_and_a_wrong_request_its_task():
     requests = instances("generate_until", [("a", {}), ("b", {})])
     requests[0].repeats = 2
-    with pytest.raises(EvaluationError, match=f"example {requests[1].doc_id}: .* not finite"):
+    with pytest.raises(EvaluationError, match=f"document {requests[1].doc_id} of .* not finite"):
         ask(Answers(fails=NonFiniteLogits(2)), requests, "mine")
     with pytest.raises(SpecError, match=r"^tasks\.mine: too long$"):
         ask(Answers(fails=SpecError("too long")), requests, "mine")
@@ -70,6 +70,7 @@ def test_logits_that_are_not_finite_fail_the_candidate_by_name(folder, task):
     broken = tiny_model("llama")
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
-    evaluator = harness(folder, LmTask(task, "test"))
-    with pytest.raises(EvaluationError, match=r"task 'mine', example 4: .*not finite"):
-        evaluator.score(broken, "mine", [4])
+    evaluator = harness(folder, LmTask(task, "test", samples=(5, 1, 4)))
+    told = rf"task 'mine', document 4 of '{task}': .*not finite"
+    with pytest.raises(EvaluationError, match=told):
+        evaluator.score(broken, "mine", [2])

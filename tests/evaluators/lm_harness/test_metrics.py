@@ -63,8 +63,9 @@ def test_a_score_that_is_not_finite_fails_the_candidate(folder, model, tmp_path)
         f"include: {folder}/mc.yaml\ntask: endless\nprocess_results: !function helpers.nothing\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    with pytest.raises(EvaluationError, match="'mine', example 2: acc is inf"):
-        harness(tmp_path, LmTask("endless", "test")).score(model, "mine", [2])
+    evaluator = harness(tmp_path, LmTask("endless", "test", samples=(5, 1, 4)))
+    with pytest.raises(EvaluationError, match="'mine', document 5 of 'endless': acc is inf"):
+        evaluator.score(model, "mine", [0])
 
 
 def test_other_metrics_and_filters_are_told_beside_the_one_that_decides(folder, model):
