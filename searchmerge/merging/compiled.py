@@ -54,7 +54,7 @@ class Compiled:
     """Runs functions compiled; each is compiled when it is first run.
 
     Attributes:
-        is_broken: Whether compiling has failed, as without a C++ compiler, which is said once.
+        is_broken: Whether compiling has failed, as without a C++ compiler; why, is logged.
     """
 
     def __init__(self) -> None:
