@@ -6,7 +6,7 @@ from pathlib import Path
 
 from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.companions import companions
-from searchmerge.checkpoints.lora import ADAPTER_CONFIG
+from searchmerge.checkpoints.lora_config import ADAPTER_CONFIG
 from searchmerge.checkpoints.stamps import Stamp, stamp
 from searchmerge.errors import CheckpointError
 from searchmerge.models import Models

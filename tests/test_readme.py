@@ -50,6 +50,7 @@ CHECKED_BY = {
     ],
     "LoftQ": [
         "checkpoints/test_lora.py::test_what_is_not_a_plain_lora_is_refused",
+        "checkpoints/test_lora_config.py::test_what_is_not_a_plain_lora_or_is_garbage_is_refused",
         "checkpoints/test_lora.py::"
         "test_trained_tokens_of_an_output_with_a_bias_are_two_models_in_peft_and_refused",
     ],

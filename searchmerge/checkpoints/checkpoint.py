@@ -18,12 +18,12 @@ from searchmerge.checkpoints.files import (
 from searchmerge.checkpoints.fingerprint import fingerprint
 from searchmerge.checkpoints.hub import fetch, is_hub_id
 from searchmerge.checkpoints.lora import (
-    ADAPTER_CONFIG,
     Adapter,
     materialise,
     read_adapter,
     touches_embeddings,
 )
+from searchmerge.checkpoints.lora_config import ADAPTER_CONFIG
 from searchmerge.checkpoints.renames import aligned, tied_names
 from searchmerge.checkpoints.tensor_files import MappedTensors, TensorHeader
 from searchmerge.checkpoints.weight_files import read_model

@@ -8,7 +8,7 @@ from searchmerge.checkpoints.checkpoint import Checkpoint
 from searchmerge.checkpoints.embeddings import aliases
 from searchmerge.checkpoints.files import CONFIG_FILE, read_json
 from searchmerge.checkpoints.layout import Layout, ignored_when_loaded, is_buffer, layout
-from searchmerge.checkpoints.lora import ADAPTER_CONFIG
+from searchmerge.checkpoints.lora_config import ADAPTER_CONFIG
 from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.errors import CheckpointError
 

@@ -7,34 +7,28 @@ import hashlib
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from searchmerge.checkpoints.embeddings import is_vocabulary
-from searchmerge.checkpoints.files import (
-    COUNT,
-    NUMBER,
-    PATTERNS,
-    SWITCH,
-    TEXT,
-    TEXTS_BY_NAME,
-    read_json,
-)
 from searchmerge.checkpoints.fingerprint import fingerprint
-from searchmerge.checkpoints.lora_experts import (
-    AdaptedParameter,
-    Scale,
-)
-from searchmerge.checkpoints.lora_fit import SUPPORTED, changed_header, check_parts, orient
+from searchmerge.checkpoints.lora_config import ADAPTER_CONFIG, SUPPORTED, AdapterConfig
+from searchmerge.checkpoints.lora_experts import AdaptedParameter
+from searchmerge.checkpoints.lora_fit import changed_header, check_parts, orient
 from searchmerge.checkpoints.lora_layers import Layers, find_name
-from searchmerge.checkpoints.lora_targets import NAMES, TARGET_KEYS, selects
-from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS, Update, updated
+from searchmerge.checkpoints.lora_names import (
+    factor_of,
+    is_inside,
+    is_saved_twice,
+    part_of_module,
+    plain_name,
+)
+from searchmerge.checkpoints.lora_targets import selects
+from searchmerge.checkpoints.lora_update import Update, updated
 from searchmerge.checkpoints.made_once import made_once
 from searchmerge.checkpoints.tensor_files import (
     MappedTensors,
@@ -43,52 +37,9 @@ from searchmerge.checkpoints.tensor_files import (
 )
 from searchmerge.errors import CheckpointError
 
-ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which PEFT looks for them."""
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
-_PARTS = {
-    "magnitude": re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(\.weight)?$"),
-    "addend": re.compile(r"^(?P<module>.+)\.lora_B\.bias$"),
-    "rows": re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$"),
-}
-"""What an adapter may hold of a module beside its two factors."""
-_WRAPPERS = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save)\.")
-"""Parts of names that PEFT puts around the base's modules and what takes their place."""
-_UNUSED = ".original_module."
-"""Part of the names of what ``modules_to_save`` stands in for, saved where tokens were added."""
-_NAMED = re.compile(r"\.modules_to_save\.[^.]+\.")
-"""What PEFT puts around the biases of such modules, where it saves all biases once more."""
-_NEEDED = {
-    "use_qalora": (False,),
-    "use_bdlora": (False,),
-    "layer_replication": ([],),
-    "alora_invocation_tokens": ([],),
-    "kasa_config": ({},),
-    "monteclora_config": ({},),
-    "velora_config": ({},),
-    "arrow_config": ({},),
-}
-"""Settings under which an adapter is something else."""
-_KEYS = {
-    "peft_type": TEXT,
-    "r": COUNT,
-    "lora_alpha": NUMBER,
-    "rank_pattern": PATTERNS,
-    "alpha_pattern": PATTERNS,
-    "use_rslora": SWITCH,
-    "use_dora": SWITCH,
-    "lora_bias": SWITCH,
-    "target_parameters": NAMES,
-    "fan_in_fan_out": SWITCH,
-    "auto_mapping": TEXTS_BY_NAME,
-    **TARGET_KEYS,
-}
 _logger = logging.getLogger(__name__)
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Initialisations whose adapters are trained on a base that they have changed."""
-
 
 _Find = Callable[[str], str | None]
 
@@ -131,13 +82,9 @@ def touches_embeddings(directory: Path, tied: Collection[str]) -> bool:
         tied: What the base ties, by the names in its checkpoint.
     """
     names = dict.fromkeys(tied)
-    plain = (
-        _plain(key)
-        for key in read_headers(_adapter_file(directory))
-        if "trainable_tokens" not in key
-    )
-    matches = ((name, _FACTOR.match(name)) for name in plain)
-    changed = (f"{match['module']}.weight" if match else name for name, match in matches)
+    keys = (key for key in read_headers(_adapter_file(directory)) if "trainable_tokens" not in key)
+    factors = ((key, factor_of(key)) for key in keys)
+    changed = (f"{module}.weight" if module else plain_name(key) for key, module in factors)
     return any(is_vocabulary(name) or find_name(name, names) is not None for name in changed)
 
 
@@ -161,10 +108,9 @@ def read_adapter(
         CheckpointError: If the adapter cannot be read, is of an unsupported kind, or does not
             fit the base.
     """
-    config = read_json(directory / ADAPTER_CONFIG, _KEYS)
-    _check_supported(directory, config)
+    config = AdapterConfig.read(directory)
     file = _adapter_file(directory)
-    layers = Layers(directory / ADAPTER_CONFIG, config, base_dir, trust_remote_code)
+    layers = Layers(config, base_dir, trust_remote_code)
     stored = read_headers(file)
     if not stored:
         raise CheckpointError(f"{file}: holds no tensor")
@@ -173,18 +119,16 @@ def read_adapter(
     plain = {key: header for key, header in stored.items() if key not in factors}
     headers = _selected(file, config, plain)
     find = _finder(headers, base_headers, layers)
-    updates = _plan(file, config, headers, find, layers)
-    for module in (
-        part[0] for key in headers if (part := _part(_plain(key))) and part[1] == "rows"
-    ):
-        layers.refuse_output_with_bias(file, module)
+    updates = _plan(file, headers, find, layers)
+    for module, part in filter(None, map(part_of_module, headers)):
+        if part == "rows":
+            layers.refuse_output_with_bias(file, module)
     updates = orient(file, updates, headers, base_headers, layers.are_transposed)
     updates |= _of_parameters(file, config, of_parameters, stored, base_headers)
     for name, update in updates.items():
         check_parts(file, name, update, stored, base_headers)
     results = {name: changed_header(name, updates[name], stored, base_headers) for name in updates}
-    base_name = str(config.get("base_model_name_or_path") or "")
-    return Adapter(file, base_name, updates, results)
+    return Adapter(file, config.base_name, updates, results)
 
 
 def materialise(
@@ -215,24 +159,6 @@ def materialise(
     )
 
 
-def _check_supported(directory: Path, config: Mapping[str, Any]) -> None:
-    file = directory / ADAPTER_CONFIG
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {kind!r}; {SUPPORTED}")
-    for key, allowed in _NEEDED.items():
-        found = config.get(key)
-        if found is not None and found not in allowed:
-            raise CheckpointError(f"{file}: {key} is {found!r}; {SUPPORTED}")
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_BASE) and start not in REPEATABLE_STARTS:
-        raise CheckpointError(
-            f"{file}: init_lora_weights is {start!r}, so the adapter belongs to a base that its "
-            "training has changed, in a way that cannot be repeated; convert it to a plain LoRA "
-            "when saving it with PEFT (path_initial_model_for_weight_conversion)"
-        )
-
-
 def _adapter_file(directory: Path) -> Path:
     for name in _ADAPTER_FILES:
         if (file := directory / name).exists():
@@ -241,22 +167,21 @@ def _adapter_file(directory: Path) -> Path:
 
 
 def _selected(
-    file: Path, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]
+    file: Path, config: AdapterConfig, headers: Mapping[str, TensorHeader]
 ) -> Mapping[str, TensorHeader]:
     """Return the tensors of a file without those of layers that the adapter is not put on.
 
     PEFT leaves them out without a word. A bias that it saved from inside of such a layer is one.
     """
-    names = {key: _plain(key) for key in headers}
-    modules = {key: match["module"] for key in names if (match := _FACTOR.match(names[key]))}
+    modules = set(filter(None, map(factor_of, headers)))
     if not modules:
         return headers
-    if config.get("target_modules") is None:
+    if config.settings.get("target_modules") is None:
         raise CheckpointError(
-            f"{file.parent / ADAPTER_CONFIG}: target_modules is missing; name the layers that the "
-            f"adapter is put on, e.g. {_last_part(min(modules.values()))!r}"
+            f"{config.file}: target_modules is missing; name the layers that the "
+            f"adapter is put on, e.g. {min(modules).rpartition('.')[2]!r}"
         )
-    foreign = sorted({name for name in modules.values() if not selects(config, name)})
+    foreign = sorted(name for name in modules if not selects(config.settings, name))
     if not foreign:
         return headers
     more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -264,24 +189,14 @@ def _selected(
         f"{file}: holds layers that {ADAPTER_CONFIG} does not select (target_modules, "
         f"layers_to_transform, exclude_modules, ...): {foreign[0]!r}{more}"
     )
-    if len(foreign) == len(set(modules.values())):
+    if len(foreign) == len(modules):
         raise CheckpointError(f"{told}; it selects none of those that it holds")
     _logger.warning("%s; they are left out, as PEFT does", told)
-    inside = tuple(f"{name}.{part}" for name in foreign for part in ("lora_", "base_layer."))
-    return {
-        key: header
-        for key, header in headers.items()
-        if not key.removeprefix(_PREFIX).startswith(inside)
-    }
-
-
-def _last_part(module: str) -> str:
-    return module.rpartition(".")[2]
+    return {key: header for key, header in headers.items() if not is_inside(key, foreign)}
 
 
 def _plan(
     file: Path,
-    config: Mapping[str, Any],
     headers: Mapping[str, TensorHeader],
     find: _Find,
     layers: Layers,
@@ -289,16 +204,16 @@ def _plan(
     """Return, by name in the base, what the adapter does to each tensor it changes."""
     updates: dict[str, Update] = {}
     modules: dict[str, dict[str, str]] = {}
-    for key in (key for key in headers if not _is_once_more(key, headers)):
-        name = _plain(key)
-        if (part := _part(name)) is not None:
+    for key in (key for key in headers if not is_saved_twice(key, headers)):
+        name = plain_name(key)
+        if (part := part_of_module(key)) is not None:
             modules.setdefault(part[0], {})[part[1]] = key
         elif ".lora_" in name or "trainable_tokens" in name:
             raise CheckpointError(f"{file}: {key!r} is not understood; {SUPPORTED}")
         else:
             updates[find(name) or name] = Update(replacement=key)
     for module, parts in modules.items():
-        for suffix, update in _of_module(file, config, module, parts).items():
+        for suffix, update in _of_module(file, layers.config, module, parts).items():
             changed = find(f"{module}.{suffix}")
             if changed is None:
                 is_new = update.addend and find(f"{module}.weight")
@@ -320,49 +235,27 @@ def _told_biases(fields: Sequence[str]) -> str:
     return f"{told}, and its config.json no field for; train the adapter without lora_bias"
 
 
-def _is_once_more(key: str, headers: Mapping[str, TensorHeader]) -> bool:
-    """Return whether a tensor is the base's, or stored under the model's name for it too."""
-    plain = _NAMED.sub(".", key)
-    return _UNUSED in key or (plain != key and plain in headers)
-
-
-def _plain(key: str) -> str:
-    """Return the name of a tensor as it is without PEFT's layers around the model's."""
-    return _WRAPPERS.sub(".", key.removeprefix(_PREFIX))
-
-
-def _part(name: str) -> tuple[str, str] | None:
-    """Return the module that a tensor of an adapter belongs to, and what it is of it."""
-    if match := _FACTOR.match(name):
-        return match["module"], match["side"]
-    for part, pattern in _PARTS.items():
-        if found := pattern.match(name):
-            return found["module"], part
-    return None
-
-
 def _of_module(
-    file: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, str]
+    file: Path, config: AdapterConfig, module: str, parts: Mapping[str, str]
 ) -> dict[str, Update]:
     """Return what is done to the weight and the bias of a module, shapes not yet checked."""
     if "rows" in parts:
-        tokens = _tokens(file, config, module)
-        return {"weight": Update(rows=parts["rows"], tokens=tokens)}
+        return {"weight": Update(rows=parts["rows"], tokens=config.tokens(module))}
     if missing := sorted({"A", "B"} - parts.keys()):
         raise CheckpointError(f"{file}: lora_{missing[0]} of {module!r} is missing")
-    if bool(config.get("use_dora")) != ("magnitude" in parts):
+    uses_dora = config.settings.get("use_dora")
+    if bool(uses_dora) != ("magnitude" in parts):
         there = "holds a" if "magnitude" in parts else "has no"
         raise CheckpointError(
             f"{file}: {there} lora_magnitude_vector of {module!r}; use_dora is "
-            f"{config.get('use_dora')!r} in {ADAPTER_CONFIG}"
+            f"{uses_dora!r} in {ADAPTER_CONFIG}"
         )
-    rank, scaling = _scale(file, config, module)
-    start = str(config.get("init_lora_weights")).lower()
+    rank, scaling = config.scale(module)
     weight = Update(
         factors=(parts["A"], parts["B"]),
         scaling=scaling,
         magnitude=parts.get("magnitude"),
-        start=start if start in REPEATABLE_STARTS else None,
+        start=config.start,
         rank=rank,
     )
     if "addend" not in parts:
@@ -370,18 +263,9 @@ def _of_module(
     return {"weight": weight, "bias": Update(addend=parts["addend"], scaling=scaling)}
 
 
-def _scale(file: Path, config: Mapping[str, Any], module: str) -> Scale:
-    """Return the rank of a module's factors, and what their product is multiplied by."""
-    rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not rank or alpha is None:
-        raise CheckpointError(f"{file.parent / ADAPTER_CONFIG}: r or lora_alpha is missing")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def _of_parameters(
     file: Path,
-    config: Mapping[str, Any],
+    config: AdapterConfig,
     adapted: Sequence[tuple[AdaptedParameter, tuple[str, str]]],
     headers: Mapping[str, TensorHeader],
     base: Mapping[str, TensorHeader],
@@ -389,7 +273,7 @@ def _of_parameters(
     """Return, by name in the base, what the factors of parameters do to its tensors."""
     updates: dict[str, Update] = {}
     for parameter, factors in adapted:
-        scale = _scale(file, config, parameter.full_name)
+        scale = config.scale(parameter.full_name)
         try:
             parts = parameter.updates(factors, scale, headers)
         except CheckpointError as error:
@@ -405,18 +289,6 @@ def _of_parameters(
     return updates
 
 
-def _tokens(file: Path, config: Mapping[str, Any], module: str) -> tuple[int, ...]:
-    """Return the tokens whose rows of a module's weight were trained."""
-    said = config.get("trainable_token_indices")
-    tokens = _pattern(said, module, None) if isinstance(said, Mapping) else said
-    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-        raise CheckpointError(
-            f"{file.parent / ADAPTER_CONFIG}: trainable_token_indices does not name the tokens of "
-            f"{module!r}, whose rows the adapter holds"
-        )
-    return tuple(tokens)
-
-
 def _finder(
     headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], layers: Layers
 ) -> _Find:
@@ -424,8 +296,7 @@ def _finder(
 
     Transformers is asked for other names only where an adapter needs them.
     """
-    parts = (_part(_plain(key)) for key in headers)
-    wanted = {f"{part[0]}.weight" for part in parts if part is not None}
+    wanted = {f"{module}.weight" for module, _ in filter(None, map(part_of_module, headers))}
     renames: Mapping[str, str] = {}
     if any(find_name(name, base) is None for name in wanted):
         known = layers.names()
@@ -437,14 +308,6 @@ def _finder(
         return found
 
     return find
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that ends the module's name, as PEFT matches it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _results(adapter: Adapter, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import torch
 
+from searchmerge.checkpoints.lora_config import SUPPORTED
 from searchmerge.checkpoints.lora_update import Update
 from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.errors import CheckpointError
-
-SUPPORTED = (
-    "supported are LoRA and DoRA adapters of linear and embedding layers, and LoRA of parameters"
-)
 
 
 def orient(

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
+from searchmerge.checkpoints.lora_config import SUPPORTED, AdapterConfig
 from searchmerge.checkpoints.lora_experts import (
     AdaptedParameter,
     adapted_parameters,
     pairs_of_factors,
 )
-from searchmerge.checkpoints.lora_fit import SUPPORTED
-from searchmerge.checkpoints.lora_update import REPEATABLE_STARTS
 from searchmerge.checkpoints.renames import resident_names, transposed_weights, without_data
 from searchmerge.checkpoints.tensor_files import TensorHeader
 from searchmerge.errors import CheckpointError
@@ -40,14 +39,12 @@ class Layers:
     """The layers of an adapter's base.
 
     Attributes:
-        config_file: The adapter's configuration, for messages.
-        config: What it holds.
+        config: The adapter's.
         base_dir: The base.
         trust_remote_code: Whether Python files of the base may run.
     """
 
-    config_file: Path
-    config: Mapping[str, Any]
+    config: AdapterConfig
     base_dir: Path
     trust_remote_code: bool
 
@@ -60,18 +57,18 @@ class Layers:
             CheckpointError: If the model cannot be made that has them, or the adapter lacks a
                 factor, or has settings that PEFT does not have of parameters.
         """
-        targets = self.config.get("target_parameters") or []
+        settings = self.config.settings
+        targets = settings.get("target_parameters") or []
         if not targets:
             return []
-        start = str(self.config.get("init_lora_weights")).lower()
-        odd = [key for key in ("use_dora", "lora_bias", "fan_in_fan_out") if self.config.get(key)]
-        if start in REPEATABLE_STARTS:
+        odd = [key for key in ("use_dora", "lora_bias", "fan_in_fan_out") if settings.get(key)]
+        if self.config.start is not None:
             odd.append("init_lora_weights")
         model = without_data(self.base_dir, trust_remote_code=self.trust_remote_code)
         if odd or model is None:
             why = f"with {odd[0]}" if odd else "of a model that transformers cannot make"
             raise CheckpointError(
-                f"{self.config_file}: target_parameters is {targets!r}, {why}; {SUPPORTED}"
+                f"{self.config.file}: target_parameters is {targets!r}, {why}; {SUPPORTED}"
             )
         return pairs_of_factors(file, list(headers), adapted_parameters(model, targets))
 
@@ -101,7 +98,7 @@ class Layers:
         """
         transposed = transposed_weights(self.base_dir, trust_remote_code=self.trust_remote_code)
         if transposed is None:
-            return bool(self.config.get("fan_in_fan_out"))
+            return bool(self.config.settings.get("fan_in_fan_out"))
         return find_name(name, dict.fromkeys(transposed)) is not None
 
     def refuse_output_with_bias(self, file: Path, module: str) -> None:
@@ -113,7 +110,7 @@ class Layers:
         Raises:
             CheckpointError: If the layer is one.
         """
-        mapping = self.config.get("auto_mapping") or {}
+        mapping = self.config.settings.get("auto_mapping") or {}
         model = without_data(
             self.base_dir,
             mapping.get("base_model_class"),
@@ -122,7 +119,7 @@ class Layers:
         output: Any = None if model is None else model.get_output_embeddings()
         if (
             getattr(output, "bias", None) is None
-            or self.config.get("task_type") in _WITHOUT_OUTPUT
+            or self.config.settings.get("task_type") in _WITHOUT_OUTPUT
         ):
             return
         modules = dict(model.named_modules())

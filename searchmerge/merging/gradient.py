@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.engine import CHUNK, Engine, Operands
+from searchmerge.merging.chunks import CHUNK
+from searchmerge.merging.engine import Engine
 from searchmerge.merging.groups import assign_groups
 from searchmerge.merging.measure import MemoryBudget
 from searchmerge.merging.method import Pass, linear_hyperparameter
+from searchmerge.merging.operands import Operands
 from searchmerge.plan import MergePlan, Rows
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ class Directions:
         rows = torch.empty(len(self.passes), len(like), dtype=dtype, device=like.device)
         for row, work in zip(rows, self.passes, strict=True):
             given = self.operands(name, work).with_scalars(work.scalars(name))
-            self.engine.merged_of_chunks(work.function, given, row)
+            self.engine.chunks.write_merged(work.function, given, row)
         self.kept[name] = rows
         return rows
 

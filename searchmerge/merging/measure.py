@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from searchmerge.merging.chunks import CHUNK
+from searchmerge.merging.compiled import MOST_AT_ONCE
 from searchmerge.merging.counting import count_magnitudes, count_numbers
-from searchmerge.merging.engine import CHUNK, MOST_AT_ONCE, Engine, Operands
+from searchmerge.merging.engine import Engine
 from searchmerge.merging.kernels import GRID, Chunk, ChunkFunction
+from searchmerge.merging.operands import Operands
 from searchmerge.merging.residency import free_bytes
 from searchmerge.merging.statistics import Block, OrderStatistics
 from searchmerge.merging.task_vectors import TaskVectors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.merging.engine import Engine, EngineKind, Operands
+from searchmerge.merging.engine import Engine, EngineKind
 from searchmerge.merging.gradient import Directions
 from searchmerge.merging.groups import depth_positions
 from searchmerge.merging.measure import Measure, MemoryBudget
@@ -22,6 +22,7 @@ from searchmerge.merging.method import (
     setting,
     validate_plan,
 )
+from searchmerge.merging.operands import Operands
 from searchmerge.merging.replay import Parameter, ResidentPass, resident_passes
 from searchmerge.merging.residency import Memory, place, streamed
 from searchmerge.merging.task_vectors import TaskVectors

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from searchmerge.merging.engine import Engine, Operands, count_tallies, rows_of, total_of
+from searchmerge.merging.engine import Engine
 from searchmerge.merging.method import Pass
+from searchmerge.merging.operands import Operands, count_tallies
 from searchmerge.merging.rows import (
     ROW,
     Rows,
@@ -23,7 +24,9 @@ from searchmerge.merging.rows import (
     merge_rows,
     n_number_rows,
     new_tallies,
+    rows_of,
     spans,
+    total_of,
 )
 
 _logger = logging.getLogger(__name__)
@@ -208,7 +211,7 @@ class ResidentPass:
         for parameter, whole in self._rests:
             rest = _operands(parameter, work).part(whole, len(parameter.target))
             scale, out = scales[parameter.name], parameter.target[whole:]
-            tally = self._engine.merge_chunks(self._function, rest, scale, out)
+            tally = self._engine.chunks.merge(self._function, rest, scale, out)
             tallies += [tally.double()] if tally is not None else []
         return True, torch.stack(tallies).sum(0) if tallies else None
 
@@ -238,7 +241,8 @@ class ResidentPass:
         """Launch every kernel; return whether all could be compiled."""
 
         def launch(piece: _Piece) -> bool:
-            return self._engine.run_rows(merge_rows, self._function, piece.rows, piece.outs)
+            run = self._engine.compiled.run_rows
+            return run(merge_rows, self._function, piece.rows, piece.outs)
 
         if not self._branches.launch(partial(launch, piece) for piece in self._pieces):
             return False

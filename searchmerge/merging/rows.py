@@ -5,13 +5,14 @@ several lie in a row. Where the last dimension is fixed it reads 16 bytes at onc
 each row is formed beside what is written, in the same pass over memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from searchmerge.merging.kernels import Chunk, ChunkFunction
+from searchmerge.merging.operands import Operands
 
 ROW = 32
 """Entries of a row: so few that little of a small parameter is left over."""
@@ -38,6 +39,25 @@ class Rows(NamedTuple):
     kept: tuple[Tensor, ...]
     numbers: Tensor
     keys: Tensor | None
+
+
+def rows_of(part: Operands, numbers: Tensor, keys: Tensor | None = None) -> Rows:
+    """Return what a kernel reads of some entries, a whole number of rows, without copying.
+
+    Args:
+        part: The entries.
+        numbers: What ``numbers_of`` returns of its scalars, on its device.
+        keys: What ``keys_of`` returns of its keys, there; ``None`` to have it made.
+    """
+    if keys is None and part.keys is not None:
+        keys = keys_of(part.keys, part.start).to(part.base.device)
+    return Rows(
+        part.base.view(-1, ROW),
+        tuple(tensor.view(-1, ROW) for tensor in part.experts),
+        tuple(tensor.view(-1, ROW) for tensor in part.kept),
+        numbers,
+        keys,
+    )
 
 
 def in_rows(n_entries: int) -> int:
@@ -83,6 +103,11 @@ def keys_of(keys: Tensor, start: int) -> Tensor:
 def new_tallies(n_tallies: int, n_rows: int, device: torch.device) -> tuple[Tensor, ...]:
     """Return where a kernel writes each tally's sum over every row, ``(n_rows,)`` each."""
     return tuple(torch.empty(n_rows, dtype=_TALLY, device=device) for _ in range(n_tallies))
+
+
+def total_of(tallies: Sequence[Tensor]) -> Tensor:
+    """Return the sum of each tally over all rows, ``(n_tallies,)`` float64, exactly."""
+    return torch.stack([tally.sum(dtype=torch.float64) for tally in tallies])
 
 
 def merge_rows(function: ChunkFunction, rows: Rows, out: Tensor, *tallies: Tensor) -> None:

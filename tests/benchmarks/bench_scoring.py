@@ -35,9 +35,10 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searchmerge.evaluators.causal.tuning import Way
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
+from searchmerge.evaluators.lm_harness.language_model import make_lm
 
 STUDY = Path(__file__).parents[2] / "studies" / "quickstart"
 BATCH_SIZES = (8, 16, 32, 64)  # of HFLM, from small to large

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from searchmerge.merging.election import Majority, merge_elected, positive_bound
-from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.engine import Engine
 from searchmerge.merging.kernels import Chunk, pack, unpack
 from searchmerge.merging.method import Pass
+from searchmerge.merging.operands import Operands
 
 ODD = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 0.3, -0.3, 1.0, -1.0, 1.5, -(2.0**24), 1e30, -1e30]
 

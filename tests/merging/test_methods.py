@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from searchmerge.errors import SpecError
-from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.engine import Engine
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.merger import Merger, merge_weights
 from searchmerge.merging.method import (
@@ -19,6 +19,7 @@ from searchmerge.merging.method import (
     hyperparameter,
     validate_plan,
 )
+from searchmerge.merging.operands import Operands
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import Groups, MergePlan
 

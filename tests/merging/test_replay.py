@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from searchmerge.merging.engine import Engine, Operands
+from searchmerge.merging.compiled import Compiled
+from searchmerge.merging.engine import Engine
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.method import METHODS, default_plan
+from searchmerge.merging.operands import Operands
 from searchmerge.merging.replay import Parameter, ResidentPass
 from searchmerge.merging.task_vectors import TaskVectors
 
@@ -16,11 +18,11 @@ EXPERTS = ("math", "code", "law")
 SIZES = {"embed": (40, 8), "layers.0.w": (96,), "layers.1.w": (65,), "norm": (7,), "scale": ()}
 
 
-class Uncompiled(Engine):
-    """Runs kernels of rows as they are, on a CPU."""
+class Uncompiled(Compiled):
+    """Runs kernels of rows as they are, on a CPU; as many as it is told, or all."""
 
     def __init__(self, n_kernels=None):
-        super().__init__("eager")
+        super().__init__()
         self.n_launched, self.n_kernels = 0, n_kernels
 
     def run_rows(self, kernel, function, rows, outs):
@@ -29,6 +31,12 @@ class Uncompiled(Engine):
         self.n_launched += 1
         kernel(function, rows, *outs)
         return True
+
+
+def uncompiled(n_kernels=None):
+    engine = Engine("eager")
+    engine.compiled = Uncompiled(n_kernels)
+    return engine
 
 
 class Recorder:
@@ -90,7 +98,7 @@ def test_every_run_gives_what_each_parameter_gives_by_itself(method):
     own = vectors()
     bound = METHODS[method](Measure(own, Engine("eager"), MemoryBudget(2**20)))
     targets = {name: torch.empty(size) for name, size in SIZES.items()}
-    recorder, engine, passes = Recorder(), Uncompiled(), None
+    recorder, engine, passes = Recorder(), uncompiled(), None
     for i, coefficient in enumerate([0.5, 1.0, 1.5]):
         plan = default_plan(method, EXPERTS, coefficient=coefficient, **settings(method))
         work = bound.bind(plan)
@@ -115,7 +123,7 @@ def ties_pass(engine, recorder):
 
 def test_it_is_launched_once_recorded_once_and_then_played():
     recorder = Recorder()
-    passes, work = ties_pass(Uncompiled(), recorder)
+    passes, work = ties_pass(uncompiled(), recorder)
     played = []
     for _ in range(4):
         passes.run(work, dict.fromkeys(SIZES, 1.0))
@@ -125,12 +133,12 @@ def test_it_is_launched_once_recorded_once_and_then_played():
 
 
 def test_where_recording_fails_each_kernel_is_launched_and_it_is_said_once(caplog):
-    recorder, engine = Recorder(fails=True), Uncompiled()
+    recorder, engine = Recorder(fails=True), uncompiled()
     passes, work = ties_pass(engine, recorder)
     with caplog.at_level(logging.INFO, logger="searchmerge"):
         tallies = [passes.run(work, dict.fromkeys(SIZES, 1.0))[1].tolist() for _ in range(4)]
     assert tallies == [tallies[0]] * 4
-    assert engine.n_launched == 4 * 3  # three parameters have two rows or more
+    assert engine.compiled.n_launched == 4 * 3  # three parameters have two rows or more
     assert [record.message for record in caplog.records] == [
         "each kernel is launched by itself, as recording failed: operation not permitted when "
         "stream is capturing"
@@ -138,7 +146,7 @@ def test_where_recording_fails_each_kernel_is_launched_and_it_is_said_once(caplo
 
 
 def test_what_cannot_be_compiled_is_told():
-    passes, work = ties_pass(Uncompiled(n_kernels=1), Recorder())
+    passes, work = ties_pass(uncompiled(n_kernels=1), Recorder())
     assert passes.run(work, dict.fromkeys(SIZES, 1.0)) == (False, None)
 
 
@@ -151,7 +159,7 @@ def test_a_pass_serves_every_plan_where_nothing_is_kept(method):
     first, second = (bound.bind(plan) for plan in plans)
     targets = {name: tensor.clone() for name, tensor in own.base.items()}
     read = list(parameters(own, targets, first))
-    made = ResidentPass(Uncompiled(), first, read, record=Recorder())
+    made = ResidentPass(uncompiled(), first, read, record=Recorder())
     assert first.function is second.function
     assert not first.kept
     assert made.serves(second)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from searchmerge.merging.engine import Engine, Operands, count_tallies, rows_of, total_of
+from searchmerge.merging.chunks import Chunks
 from searchmerge.merging.kernels import pack
 from searchmerge.merging.methods.dare import merge_drawn_elected
 from searchmerge.merging.methods.linear import weighted_kept
 from searchmerge.merging.methods.ties import TiesScalars, merge_ties
+from searchmerge.merging.operands import Operands, count_tallies
 from searchmerge.merging.randomness import random_keys
 from searchmerge.merging.rows import (
     AT_ONCE,
@@ -16,7 +17,9 @@ from searchmerge.merging.rows import (
     merge_rows,
     new_tallies,
     numbers_of,
+    rows_of,
     spans,
+    total_of,
     write_rows,
 )
 
@@ -46,24 +49,9 @@ def test_rows_give_what_chunks_give_with_the_same_tally(dtype):
     operands = ties_operands(40 * ROW)
     merged, tally = in_rows_of(merge_mean, operands, 0.5, dtype)
     out = torch.empty_like(merged)
-    wanted = Engine("eager").merge(merge_mean, operands, 0.5, out)
+    wanted = Chunks().merge(merge_mean, operands, 0.5, out)
     assert torch.equal(merged, out)
     assert torch.equal(tally, wanted.double())
-
-
-@pytest.mark.slow
-def test_kernels_are_compiled_once_for_every_number_of_rows():
-    engine = Engine("compiled")
-    for n_rows in (40, 3, 1000):
-        operands = ties_operands(n_rows * ROW)
-        wanted, tally = in_rows_of(merge_mean, operands, 0.5)
-        out = torch.empty(n_rows, ROW)
-        tallies = new_tallies(2, n_rows, out.device)
-        rows = rows_of(operands, numbers_of(operands.scalars, 0.5))
-        with torch.compiler.set_stance("default" if n_rows == 40 else "fail_on_recompile"):
-            assert engine.run_rows(merge_rows, merge_mean, rows, (out, *tallies))
-        torch.testing.assert_close(out.view(-1), wanted)
-        assert torch.equal(total_of(tallies), tally)
 
 
 def test_zero_sums_of_entries_that_are_not_zero_are_tallied():
@@ -85,9 +73,7 @@ def test_draws_go_by_the_place_in_the_parameter(start):
     operands = Operands(base, tuple(experts), scalars, keys=keys, start=start)
     merged, tally = in_rows_of(merge_drawn_elected, operands, 1.0)
     out = torch.empty_like(merged)
-    assert torch.equal(
-        Engine("eager").merge(merge_drawn_elected, operands, 1.0, out), tally.float()
-    )
+    assert torch.equal(Chunks().merge(merge_drawn_elected, operands, 1.0, out), tally.float())
     assert torch.equal(merged, out)
 
 
@@ -99,7 +85,7 @@ def test_what_was_kept_in_few_bits_is_summed_in_float32():
     out = torch.empty(2 * ROW)
     write_rows(weighted_kept, rows_of(operands, numbers_of(scalars, 1.0)), out.view(-1, ROW))
     torch.testing.assert_close(out, wanted)
-    assert Engine("eager").merge(weighted_kept, operands, 1.0, out) is None
+    assert Chunks().merge(weighted_kept, operands, 1.0, out) is None
     torch.testing.assert_close(out, wanted)
 
 

@@ -16,17 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from searchmerge.evaluators.causal.decoding import (
-    Decoder,
-    NonFiniteLogits,
-    StopSequences,
-    padded,
-)
+from searchmerge.evaluators.causal.decoding import Decoder, padded
 from searchmerge.evaluators.causal.documents import Tokens
 from searchmerge.evaluators.causal.fitting import Fitting
 from searchmerge.evaluators.causal.model import device_of, encodes, run_prefix
 from searchmerge.evaluators.causal.sampling import Draws, setting, warpers
 from searchmerge.evaluators.causal.scoring import honours_packing, packed_window
+from searchmerge.evaluators.causal.stopping import NonFiniteLogits, StopSequences
 
 _MAX_ROWS = {"cpu": 64, "cuda": 256}
 """Prompts that are generated together at most, by kind of device: on a CPU more would hardly be
@@ -141,10 +137,10 @@ class Generator:
         results: list[list[int]] = [[]] * len(prompts)
         n_shared = _n_shared(prompts)
         prefix = run_prefix(model, prompts[0][:n_shared])
-        ending = tokenizer, StopSequences(tokenizer, options.stop, 0)
+        stops = StopSequences(tokenizer, options.stop, 0)
         for rows in batches:
             batch = {i: prompts[i][n_shared:] for i in rows}
-            new = self._decoder.decode(model, batch, prefix, ending, options.max_new_tokens)
+            new = self._decoder.decode(model, batch, prefix, stops, options.max_new_tokens)
             for i, tokens in zip(rows, new, strict=True):
                 results[i] = tokens
         return results

@@ -18,14 +18,11 @@ from searchmerge.evaluators.evaluator import (
     TaskInfo,
     evaluating,
 )
+from searchmerge.evaluators.lm_harness.backend import Backend, TransformersBackend
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Catalogue, Leaf
 from searchmerge.evaluators.lm_harness.group import PreparedGroup
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
-from searchmerge.evaluators.lm_harness.language_model import (
-    Backend,
-    TransformersBackend,
-    make_lm,
-)
+from searchmerge.evaluators.lm_harness.language_model import make_lm
 from searchmerge.evaluators.lm_harness.loading import load_task, split_of
 from searchmerge.evaluators.lm_harness.parts import Prepared, PreparedParts
 from searchmerge.evaluators.lm_harness.prompting import prompted, request_arguments

@@ -1,18 +1,15 @@
 """How clearly examples of lm-eval's tasks were answered, beside what the metric says of them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from searchmerge.evaluators.lm_harness.asking import log_likelihood_of
 from searchmerge.evaluators.lm_harness.loading import task_errors
-from searchmerge.evaluators.lm_harness.losses import TaskLosses
+from searchmerge.evaluators.lm_harness.losses import LENGTHS, TaskLosses, length_by
 
-_OF_LIKELIEST: Mapping[str, Callable[[str], float]] = {
-    "acc": lambda choice: 1.0,
-    "acc_norm": lambda choice: float(len(choice) or 1),
-    "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
-}
-"""Metrics that are 1 where the right choice is the likeliest: what a choice is divided by."""
+_OF_LIKELIEST = ("acc", *LENGTHS)
+"""Metrics that are 1 where the right choice is the likeliest."""
 
 _MOST_TOKENS = 64
 """A target of more tokens is one of many ways to be right, and says little of the others."""
@@ -37,7 +34,6 @@ class TaskGrades:
 
     def __init__(self, task: Any, metric: str, losses: TaskLosses) -> None:
         self._task = task
-        self._divide = _OF_LIKELIEST.get(metric)
         self._metric = metric
         self._losses = losses
         self._waiting: dict[int, Sequence[Any]] = {}
@@ -59,8 +55,8 @@ class TaskGrades:
         """
         kind = self._task.OUTPUT_TYPE
         graded: list[float | None] = []
-        if kind == "multiple_choice" and self._divide is not None:
-            graded = [self._margin(group, self._divide) for group in requests]
+        if kind == "multiple_choice" and self._metric in _OF_LIKELIEST:
+            graded = [self._margin(group) for group in requests]
         elif kind == "loglikelihood" and self._metric == "acc":
             graded = [log_odds(group[0].resps[0][0]) for group in requests]
         elif kind == "generate_until":
@@ -103,15 +99,14 @@ class TaskGrades:
             return None
         return Instance("loglikelihood", request.doc, (context, target), 0)
 
-    def _margin(self, requests: Sequence[Any], divide: Callable[[str], float]) -> float | None:
+    def _margin(self, requests: Sequence[Any]) -> float | None:
         """Return an example's grade; ``None`` where there is no right choice, or no other."""
         choices = self._task.doc_to_choice(requests[0].doc)
-        rights = self._losses.right(requests[0].doc, choices)
+        rights, length = self._losses.right(requests[0].doc, choices), length_by(self._metric)
         values: dict[bool, list[float]] = {True: [], False: []}
         for i, (choice, request) in enumerate(zip(choices, requests, strict=False)):
-            given = request.resps[0]
-            likelihood = float(given[0] if isinstance(given, tuple) else given)
-            values[i in rights].append(likelihood / divide(choice))
+            likelihood = log_likelihood_of(request.resps[0])
+            values[i in rights].append(likelihood / length(choice))
         if not (values[True] and values[False]):
             return None
         return max(values[True]) - max(values[False])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
+from searchmerge.evaluators.lm_harness.asking import ask
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
-from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart, answer
+from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
 from searchmerge.evaluators.score_kind import Mean
 
 
@@ -156,12 +157,12 @@ class PreparedGroup:
     def score(self, lm: Any, examples: Sequence[int]) -> tuple[float, ...]:
         """Return one score per example, higher is better."""
         places, by_member = map(self._place, examples), self._by_member(examples)
-        requests = {m: self._members[m].requests(wanted) for m, wanted in by_member.items()}
+        requests = {m: self._members[m].requests.of(wanted) for m, wanted in by_member.items()}
         asked = [r for groups in requests.values() for group in groups for r in group]
-        answer(lm, asked, self._name)
+        ask(lm, asked, self._name)
         scores: dict[tuple[int, int], float] = {}
         for member, wanted in by_member.items():
-            given = self._members[member].scores(requests[member], wanted)
+            given = self._members[member].scores(requests[member])
             scores |= {(member, p): score for p, score in zip(wanted, given, strict=True)}
         return tuple(scores[place] for place in places)
 

@@ -1,140 +1,30 @@
 """The resident model as lm-eval sees a language model."""
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.causal.documents import Tokens
-from searchmerge.evaluators.causal.generation import GenerationOptions, Generator
-from searchmerge.evaluators.causal.model import device_of
-from searchmerge.evaluators.causal.sampling import seed_of
-from searchmerge.evaluators.causal.scoring import CausalScorer
-from searchmerge.evaluators.causal.tuning import GpuProbe, Way, fastest
+from searchmerge.evaluators.causal.generation import GenerationOptions
+from searchmerge.evaluators.causal.stopping import NonFiniteLogits
+from searchmerge.evaluators.lm_harness.backend import Backend
+from searchmerge.evaluators.lm_harness.generating import (
+    by_options,
+    options_of,
+    room_for_prompt,
+    seeds_of,
+)
 from searchmerge.evaluators.tokenizer import load_tokenizer
 
 _logger = logging.getLogger(__name__)
-
-_MAX_GEN_TOKENS = 256
-"""Tokens to generate where a task does not say, as in lm-eval."""
-
-
-class Backend(Protocol):
-    """Runs the model: scores continuations, and generates them.
-
-    Attributes:
-        spare: Tokens of the model's window that it cannot use for a prompt.
-    """
-
-    spare: int
-
-    @property
-    def reads(self) -> Literal["causal", "seq2seq"]:
-        """Return the kind of model, as lm-eval calls it."""
-        ...
-
-    def score(
-        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
-    ) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether it is the greedy one."""
-        ...
-
-    def log_likelihoods(
-        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
-    ) -> Tensor:
-        """Return each continuation's log-likelihood, ``(n_pairs,)``, with its gradient."""
-        ...
-
-    def log_probabilities(
-        self, model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]], max_length: int
-    ) -> list[Tensor]:
-        """Return what comes next at every token of each continuation, with its gradient.
-
-        Returns:
-            Each continuation's log-probabilities, ``(n_tokens, vocabulary)`` float32.
-        """
-        ...
-
-    def generate(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        prompts: Sequence[Tokens],
-        options: GenerationOptions,
-    ) -> list[list[int]]:
-        """Return the new tokens of every prompt; what follows a stop sequence is ignored."""
-        ...
-
-    def tune(
-        self, model: nn.Module, score: Callable[[], object], *, may_grow: bool
-    ) -> dict[Way, float]:
-        """Return the seconds that scoring takes in each way that was tried, the best first.
-
-        There is none where nothing is measured.
-        """
-        ...
-
-    def use(self, way: Way) -> None:
-        """Score in a way from now on."""
-        ...
-
-    def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Take over the weights that a merge has left in the model, by checkpoint names."""
-        ...
-
-
-class TransformersBackend:
-    """Runs the resident model itself, which is a causal language model.
-
-    Args:
-        batch_tokens: Tokens of one forward pass, 1 or more.
-    """
-
-    reads: Literal["causal"] = "causal"
-    spare = 0
-
-    def __init__(self, batch_tokens: int) -> None:
-        scorer = self._scorer = CausalScorer(batch_tokens)
-        self.score = scorer.score
-        self.log_likelihoods = scorer.log_likelihoods
-        self.log_probabilities = scorer.log_probabilities
-        self.generate = Generator(batch_tokens).generate
-
-    def tune(
-        self, model: nn.Module, score: Callable[[], object], *, may_grow: bool
-    ) -> dict[Way, float]:
-        """Return the seconds that scoring takes in each way that was tried, the best first.
-
-        Nothing is measured on a CPU, where the rule is no slower.
-        """
-        device = device_of(model)
-        if device.type != "cuda":
-            return {}
-
-        def run(way: Way) -> None:
-            self.use(way)
-            score()
-
-        try:
-            return fastest(run, GpuProbe(device), may_grow=may_grow)
-        finally:
-            self.use(Way())
-
-    def use(self, way: Way) -> None:
-        """Score in a way from now on."""
-        self._scorer.way = way
-
-    def follow(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Do nothing: the weights are those of the model that is run."""
 
 
 class ResidentLM:
@@ -382,9 +272,9 @@ class ResidentLM:
         """
         from lm_eval.models.utils import postprocess_generated_text
 
-        seeds = self._seeds(requests)
+        seeds = seeds_of(requests, self._seed)
         texts = [""] * len(requests)
-        for options, members in self._by_options(requests):
+        for options, members in by_options(requests, self.tokenizer):
             prompts = [self._prompt(requests[i].args[0], options) for i in members]
             options = replace(options, seeds=tuple(seeds[i] for i in members))
             try:
@@ -399,18 +289,9 @@ class ResidentLM:
     def _prompt(self, text: str, options: GenerationOptions) -> Tokens:
         """Return the tokens of a prompt: its last, for which there is room."""
         is_causal = self._runs.reads == "causal"
-        room = _room(options.max_new_tokens, self.max_length) if is_causal else self.max_length
+        whole = self.max_length
+        room = room_for_prompt(options.max_new_tokens, whole) if is_causal else whole
         return self._read(text)[-room:] or (self.prefix_token_id,)
-
-    def _seeds(self, requests: Sequence[Any]) -> list[int]:
-        """Return each request's seed."""
-        times: Counter[tuple[object, ...]] = Counter()
-        seeds = []
-        for request in requests:
-            key = request.task_name, request.doc_id, request.idx
-            seeds.append(seed_of(self._seed, *key, times[key]))
-            times[key] += 1
-        return seeds
 
     def check_generation(self, arguments: Mapping[str, Any], config: Any) -> None:
         """Check, before there is a model, that what is to be generated fits its window.
@@ -423,44 +304,14 @@ class ResidentLM:
             SpecError: If not.
         """
         if self._runs.reads == "causal":
-            _room(self._options(dict(arguments)).max_new_tokens, self._window(config))
+            options = options_of(arguments, self.tokenizer)
+            room_for_prompt(options.max_new_tokens, self._window(config))
 
     def _window(self, config: Any) -> int:
         from lm_eval.models.utils import resolve_max_length
 
         whole = self._max_length or int(resolve_max_length(config, self.tokenizer))
         return whole - self._runs.spare
-
-    def _by_options(
-        self, requests: Sequence[Any]
-    ) -> Iterator[tuple[GenerationOptions, list[int]]]:
-        """Yield the different ways of generating among the requests, and which ask for each."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            groups[repr(request.args[1])].append(i)
-        for members in groups.values():
-            yield self._options(requests[members[0]].args[1]), members
-
-    def _options(self, arguments: dict[str, Any]) -> GenerationOptions:
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
-        rest: dict[str, Any] = dict(normalize_gen_kwargs(arguments, _MAX_GEN_TOKENS))
-        end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-        stop = handle_stop_sequences(rest.pop("until", None), eos=end)
-        max_new_tokens = rest.pop("max_gen_toks")
-        if not rest.get("do_sample") and not rest.get("temperature"):
-            rest.pop("temperature", None)
-        return GenerationOptions(tuple(stop), max_new_tokens, rest)
-
-
-def _room(max_new_tokens: int, window: int) -> int:
-    """Return how many tokens of a prompt are left by those that are to be generated."""
-    if max_new_tokens >= window:
-        raise SpecError(
-            f"generation.max_gen_toks: {max_new_tokens} tokens are to be generated; allowed are "
-            f"up to {window - 1}, the model's window less one token of the prompt"
-        )
-    return window - max_new_tokens
 
 
 def make_lm(

@@ -8,22 +8,20 @@ from torch import Tensor
 
 from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import LossKind
+from searchmerge.evaluators.lm_harness.asking import document_of
 from searchmerge.evaluators.lm_harness.loading import task_errors
 from searchmerge.wording import counted
 
-_LENGTHS: Mapping[str, Callable[[str], float]] = {
+LENGTHS: Mapping[str, Callable[[str], float]] = {
     "acc_norm": lambda choice: float(len(choice) or 1),
     "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
 }
 """Metrics of choices to what they divide a choice's log-likelihood by; others by nothing."""
 
 
-def _nothing(choice: str) -> float:
-    return 1.0
-
-
-def _document(request: Any) -> str:
-    return f"document {request.doc_id} of {request.task_name!r}"
+def length_by(metric: str) -> Callable[[str], float]:
+    """Return what a metric divides a choice's log-likelihood by: a function of the choice."""
+    return LENGTHS.get(metric, lambda choice: 1.0)
 
 
 class TaskLosses:
@@ -48,7 +46,7 @@ class TaskLosses:
 
     def __init__(self, task: Any, metric: str, *, is_chat: bool) -> None:
         self._task = task
-        self._divide = _LENGTHS.get(metric, _nothing)
+        self._length = length_by(metric)
         self._is_chat = is_chat
         self.kinds: tuple[LossKind, ...] = self._kinds()
 
@@ -109,11 +107,11 @@ class TaskLosses:
             target = self.target(request.doc)
         except task_errors() as error:
             reason = f"{type(error).__name__}: {error}"
-            raise EvaluationError(f"{_document(request)} has no target: {reason}") from error
+            raise EvaluationError(f"{document_of(request)} has no target: {reason}") from error
         n_tokens = lm.n_tokens(request.args[0], target) if target else 0
         if not 0 < n_tokens <= lm.max_length:
             raise EvaluationError(
-                f"{_document(request)} has a target of {counted(n_tokens, 'token')}, "
+                f"{document_of(request)} has a target of {counted(n_tokens, 'token')}, "
                 f"{target[:80]!r}; to learn from it takes 1 to {lm.max_length}, the model's window"
             )
         return target
@@ -131,7 +129,7 @@ class TaskLosses:
         for group in requests:
             choices = self._task.doc_to_choice(group[0].doc)
             texts += [request.args[:2] for request in group[: len(choices)]]
-            lengths += [self._divide(choice) for choice in choices]
+            lengths += [self._length(choice) for choice in choices]
             counts.append(len(choices))
         totals, _ = lm.log_likelihoods(texts)
         normalised = totals / totals.new_tensor(lengths)
@@ -146,7 +144,7 @@ class TaskLosses:
             right = self.right(doc, self._task.doc_to_choice(doc))
             if not right:
                 raise EvaluationError(
-                    f"{_document(group[0])} has no right answer among its choices to learn from"
+                    f"{document_of(group[0])} has no right answer among its choices to learn from"
                 )
             losses.append(-of_example[right].logsumexp(0))
         return torch.stack(losses)

@@ -129,7 +129,7 @@ class OwnHarness:
             by_place |= dict(zip(part.places, self._score_part(task, part), strict=True))
             notes |= dict.fromkeys(self._notes(part.task))
         values = [by_place[place] for place in range(len(examples))]
-        return TheirScores(parts[0].task.aggregated(values), tuple(notes))
+        return TheirScores(parts[0].task.metrics.aggregated(values), tuple(notes))
 
     def _notes(self, prepared: PreparedTask) -> Iterator[str]:
         name, spec, config = prepared.lm_name, prepared.spec, prepared.leaf.config
@@ -157,7 +157,7 @@ class OwnHarness:
             shown_itself=True,
         )
         task.set_fewshot_seed(section.fewshot_seed)
-        documents = prepared.prompted_with(part.documents)
+        documents = prepared.requests.prompted_with(part.documents)
         lm, lm_name = self._lm, prepared.lm_name
         wanted = set(part.documents)
         lm.wanted = frozenset(i for i, document in enumerate(documents) if document in wanted)
@@ -171,10 +171,11 @@ class OwnHarness:
                 confirm_run_unsafe_code=section.confirm_run_unsafe_code,
                 **self._prompting(prepared),
             )
+        decides = prepared.metrics.decides
         values = {
-            sample["doc_id"]: sample[prepared.metric]
+            sample["doc_id"]: sample[decides.name]
             for sample in results["samples"][lm_name]
-            if sample["filter"] == prepared.filter
+            if sample["filter"] == decides.filter
         }
         return [values[document] for document in part.documents]
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from searchmerge.execution.ray.cluster import RaySettings, amounts
+from searchmerge.errors import StudyError
+from searchmerge.execution.ray.cluster import RaySettings, amounts, place
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +88,33 @@ class Nodes:
     def _room(self, node: Node) -> int:
         room = node.room(self._settings)
         return min(room, self._most.get(node.id, room))
+
+    @property
+    def n_wanted(self) -> int:
+        """How many workers there are to be: as many as are asked for, or as there can be."""
+        return self._settings.workers or max(1, self.room)
+
+    def check_room(self) -> None:
+        """Refuse nodes without room for a worker, and a single machine without room for all.
+
+        Raises:
+            StudyError: If there is too little.
+        """
+        room, wanted = self.room, self._settings.workers or 1
+        if room >= wanted:
+            return
+        there: Counter[str] = Counter()
+        for node in self._alive.values():
+            there.update(node.resources)
+        shortage = (
+            f"{wanted} workers of {self._settings.needs} each were asked for; "
+            f"{place(self._settings.address)} has {amounts(there)}, room for {room}"
+        )
+        if room == 0 or self._settings.address == "local":
+            raise StudyError(
+                f"{shortage}; lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker"
+            )
+        _logger.warning("%s; the others start when nodes join", shortage)
 
     def full(self, n_workers: Mapping[str, int]) -> list[str]:
         """Return the nodes where no further worker may be put, since some do not load there.

@@ -1,12 +1,8 @@
 """The executor that runs jobs on a pool of Ray actors, each with one resident model."""
 
 import logging
-import os
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import ray
 from ray.exceptions import (
@@ -29,7 +25,7 @@ from searchmerge.execution.executor import (
     event_of,
 )
 from searchmerge.execution.gradient import LossRequest, LossResult
-from searchmerge.execution.ray.actor import Begun, Loaded, Placed, RayWorker
+from searchmerge.execution.ray.actor import Begun, Loaded, Placed
 from searchmerge.execution.ray.cluster import (
     Head,
     RaySettings,
@@ -39,6 +35,7 @@ from searchmerge.execution.ray.cluster import (
     short,
 )
 from searchmerge.execution.ray.nodes import MAX_LOAD_DEATHS, Nodes
+from searchmerge.execution.ray.slots import Slot, Slots
 from searchmerge.execution.worker import RoundResult, Tuning, Worker, is_device_fault
 from searchmerge.plan import MergePlan
 
@@ -47,65 +44,6 @@ _logger = logging.getLogger(__name__)
 _TEND_S = 5.0  # how often the pool is compared with the cluster
 _QUIET_S = 60.0  # how long nothing may be ready before a line says so
 _LONGEST_PAUSE_S = 60.0  # after a worker that died as it loaded
-_PASSED_ON = (
-    "HF_HUB_OFFLINE",
-    "HF_DATASETS_OFFLINE",
-    "TRANSFORMERS_OFFLINE",
-    "TOKENIZERS_PARALLELISM",
-    "TQDM_DISABLE",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS",
-)
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One actor of the pool.
-
-    Attributes:
-        number: Its number among all that there were.
-        actor: Ray's handle.
-        call: What is waited for: the stream of loading, or of a job; ``None`` when idle.
-        since: When it was last heard from, or asked for something.
-        node: Where it runs; empty until Ray has put it there.
-        host: What that node's machine is called.
-        device: Where its model lies; empty until it has loaded.
-        job: What it works on.
-        has_begun: Whether it took that job up.
-        work: What that job is made of.
-    """
-
-    number: int
-    actor: Any
-    call: Any
-    since: float
-    node: str = ""
-    host: str = ""
-    device: str = ""
-    job: int | None = None
-    has_begun: bool = False
-    work: Work = "round"
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        return f"worker {self.number}"
-
-    @property
-    def at(self) -> str:
-        """What it is called in messages: with its node."""
-        return f"{self.name} on {self.host}" if self.host else self.name
-
-    @property
-    def doing(self) -> Literal["waiting", "loading", "idle", "working"]:
-        """What it is at."""
-        if self.device:
-            return "idle" if self.call is None else "working"
-        return "loading" if self.node else "waiting"
-
-    @property
-    def is_free(self) -> bool:
-        """Whether nothing is waited for."""
-        return self.call is None
 
 
 class RayExecutor:
@@ -128,30 +66,21 @@ class RayExecutor:
     """
 
     def __init__(self, make_worker: Callable[[], Worker], settings: RaySettings) -> None:
-        self._make_worker = make_worker
         self._settings = settings
         self._deadlines = Deadlines(settings.deadline_s)
-        self._actor_class: Any = ray.remote(
-            num_cpus=settings.cpus,
-            num_gpus=settings.gpus,
-            max_restarts=0,  # a restart is seen a second later, and as two errors
-            scheduling_strategy="SPREAD",
-        )(RayWorker)
-        self._slots: list[Slot] = []
-        self._ready: deque[tuple[Slot, Any]] = deque()
         self._tasks: dict[str, TaskInfo] | None = None
         self._tuning: Tuning = {}
-        self._n_asked = 0
         self._not_before = 0.0
         self._tended = -_TEND_S
         self._is_up = True
         self._heard = time.monotonic()
         self._nodes = Nodes(settings)
+        self._slots = Slots(make_worker, settings)
         self._owns_ray = connect(settings.address)
         self._head = Head(ray.get_runtime_context().gcs_address, place(settings.address))
         try:
             self._nodes.update(ray.nodes())
-            self._check_room()
+            self._nodes.check_room()
             self._tend()
         except BaseException:
             self.close()
@@ -197,7 +126,7 @@ class RayExecutor:
         except RayError as error:
             told = "%s could not measure how scoring is fastest; the usual way is taken: %s"
             _logger.warning(told, slot.at, short(error))
-            self._drop(slot)
+            self._slots.drop(slot)
             return {}
         return tuning
 
@@ -245,10 +174,8 @@ class RayExecutor:
             self._tend()
             if (late := self._kill_late()) is not None:
                 return late
-            if self._ready or self._wait(until - time.monotonic()):
-                slot, call = self._ready.popleft()
-                if slot.call is not call:  # given up in the meantime
-                    continue
+            timeout_s = max(0.0, min(until - time.monotonic(), _TEND_S))
+            if (slot := self._slots.next_ready(timeout_s)) is not None:
                 was_loading = slot.job is None
                 event = self._advance(slot)
                 if event is not None or (was_loading and slot.is_free):
@@ -258,28 +185,10 @@ class RayExecutor:
 
     def close(self) -> None:
         """Kill all workers, and Ray with them where it was started here."""
-        for slot in self._slots:
-            ray.kill(slot.actor)
-        self._slots.clear()
-        self._ready.clear()
+        self._slots.drop_all()
         if self._owns_ray:
             ray.shutdown()
             self._owns_ray = False
-
-    def _wait(self, timeout_s: float) -> bool:
-        """Wait until some slots have something to say; return whether there are any."""
-        waiting = {slot.call: slot for slot in self._slots if slot.call is not None}
-        timeout_s = max(0.0, min(timeout_s, _TEND_S))
-        if not waiting:
-            time.sleep(min(timeout_s, 0.1))
-            return False
-        if not ray.wait(list(waiting), num_returns=1, timeout=timeout_s, fetch_local=False)[0]:
-            return False
-        # all that are ready, so that none is served twice before another is served once
-        calls = list(waiting)
-        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
-        self._ready.extend((waiting[call], call) for call in ready)
-        return bool(self._ready)
 
     def _advance(self, slot: Slot) -> Event | None:
         """Take what a slot has to say."""
@@ -314,7 +223,7 @@ class RayExecutor:
         except RayTaskError as error:
             is_fault = is_device_fault(error.cause)  # another device may do
             if self._tasks is None and not is_fault:
-                _raise_load_error(error)
+                raise _told(error, "a worker cannot be loaded") from error
             failed = "the device failed" if is_fault else "it cannot be loaded there"
             self._lose_loading(slot, f"{failed}: {short(error.cause)}", blameless=False)
             return
@@ -329,11 +238,11 @@ class RayExecutor:
                 self._nodes.loaded(slot.node)
 
     def _lose_loading(self, slot: Slot, reason: str, blameless: bool) -> None:  # noqa: FBT001
-        self._drop(slot)
+        self._slots.drop(slot)
         _logger.warning("%s was lost as it loaded: %s", slot.at, reason)
         if blameless:
             return
-        n_died = self._nodes.died_loading(slot.node, self._n_at()[slot.node])
+        n_died = self._nodes.died_loading(slot.node, self._slots.n_at()[slot.node])
         pause = min(2.0 ** (n_died - 1), _LONGEST_PAUSE_S)
         self._not_before = time.monotonic() + pause
         is_hopeless = n_died >= MAX_LOAD_DEATHS and not (slot.node and self._nodes.room)
@@ -341,22 +250,12 @@ class RayExecutor:
             told = f"{n_died} workers died as they loaded; the last: {slot.at}: {reason}"
             raise StudyError(told)
 
-    def _n_at(self) -> Counter[str]:
-        """Return how many workers each node has."""
-        return Counter(slot.node for slot in self._slots if slot.node)
-
     def _lose(self, slot: Slot, reason: str, blameless: bool) -> Lost | None:  # noqa: FBT001
         job = slot.job
-        self._drop(slot)
+        self._slots.drop(slot)
         if job is None:
             return None
         return Lost(job, f"{slot.at}: {reason}", blameless, slot.has_begun)
-
-    def _drop(self, slot: Slot) -> None:
-        """Make sure that a worker is dead, and let its place be taken."""
-        slot.call = None
-        self._slots.remove(slot)
-        ray.kill(slot.actor)
 
     def _autopsy(self, slot: Slot, error: RayError) -> tuple[str, bool]:
         """Return what a worker died of, and whether the job cannot have caused it.
@@ -380,7 +279,7 @@ class RayExecutor:
     def _kill_late(self) -> Lost | None:
         """Kill a worker that is past its deadline, however busy the others are."""
         now = time.monotonic()
-        for slot in list(self._slots):
+        for slot in self._slots:
             if slot.doing == "idle" or now - slot.since <= self._allowed_s(slot):
                 continue
             if ray.wait([slot.call], timeout=0, fetch_local=False)[0]:
@@ -391,7 +290,7 @@ class RayExecutor:
                 return self._lose(slot, reason, blameless=not slot.has_begun)
             allowed = f"{self._settings.loading_s:g} s; ray.loading_deadline of the config"
             if slot.doing == "waiting":  # for room, for all that is known: it costs nothing
-                self._drop(slot)
+                self._slots.drop(slot)
                 told = "%s has not begun to load within %s: another is asked for in its place"
                 _logger.warning(told, slot.name, allowed)
                 continue
@@ -413,10 +312,10 @@ class RayExecutor:
                 self._nodes.update(ray.nodes())
         if not self._is_up:
             return
-        while len(self._slots) < self._n_wanted() and now >= self._not_before:
+        while len(self._slots) < self._nodes.n_wanted and now >= self._not_before:
             if not self._head.answers():
                 return
-            self._ask_for_worker(now)
+            self._slots.ask(self._nodes.full(self._slots.n_at()))
         if any(slot.device for slot in self._slots):
             self._heard = max(self._heard, now - _QUIET_S)
         elif now - self._heard > _QUIET_S:
@@ -428,48 +327,16 @@ class RayExecutor:
                 amounts(ray.available_resources()),
             )
 
-    def _ask_for_worker(self, now: float) -> None:
-        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        options: dict[str, Any] = {}
-        if full := self._nodes.full(self._n_at()):
-            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(full)})"}
-        actor = self._actor_class.options(**options).remote(environment)
-        loading = actor.load.options(num_returns="streaming").remote(self._make_worker)
-        self._n_asked += 1
-        self._slots.append(Slot(self._n_asked, actor, loading, now))
-
-    def _n_wanted(self) -> int:
-        return self._settings.workers or max(1, self._nodes.room)
-
-    def _check_room(self) -> None:
-        room = self._nodes.room
-        wanted = self._settings.workers or 1
-        if room >= wanted:
-            return
-        shortage = (
-            f"{wanted} workers of {self._settings.needs} each were asked for; "
-            f"{place(self._settings.address)} has {amounts(ray.cluster_resources())}, "
-            f"room for {room}"
-        )
-        if room == 0 or self._settings.address == "local":
-            raise StudyError(
-                f"{shortage}; lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker"
-            )
-        _logger.warning("%s; the others start when nodes join", shortage)
-
 
 def _judge(job: int, error: RayTaskError) -> Failed:
     """Return that the candidate failed; raise what is not the candidate's fault."""
-    cause = error.cause
-    if isinstance(cause, EvaluationError):
-        return Failed(job, str(cause))
-    if isinstance(cause, SearchMergeError):
-        raise cause from error
-    raise StudyError(f"a worker failed; its traceback:\n{error}") from error
+    if isinstance(error.cause, EvaluationError):
+        return Failed(job, str(error.cause))
+    raise _told(error, "a worker failed") from error
 
 
-def _raise_load_error(error: RayTaskError) -> None:
-    cause = error.cause
-    if isinstance(cause, SearchMergeError):
-        raise cause from error
-    raise StudyError(f"a worker cannot be loaded; its traceback:\n{error}") from error
+def _told(error: RayTaskError, what: str) -> SearchMergeError:
+    """Return the error of a worker in its own words; one that is not ours with its traceback."""
+    if isinstance(error.cause, SearchMergeError):
+        return error.cause
+    return StudyError(f"{what}; its traceback:\n{error}")

@@ -43,8 +43,8 @@ from searchmerge.merging.methods.linear import SumScalars, weighted_kept
 from searchmerge.plan import MergePlan
 
 if TYPE_CHECKING:
-    from searchmerge.merging.engine import Operands
     from searchmerge.merging.measure import Measure
+    from searchmerge.merging.operands import Operands
     from searchmerge.merging.statistics import OrderStatistics
 
 _logger = logging.getLogger(__name__)

@@ -3,12 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from searchmerge.evaluators.causal.decoding import NonFiniteLogits
 from searchmerge.evaluators.causal.generation import (
     GenerationOptions,
     Generator,
     is_greedy,
 )
+from searchmerge.evaluators.causal.stopping import NonFiniteLogits
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 
 PROMPTS = [(5, 9, 30), (7,), (11, 12, 13, 14, 15)]

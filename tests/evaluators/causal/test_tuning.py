@@ -5,7 +5,6 @@ import torch
 
 from searchmerge.evaluators.causal.scoring import CausalScorer
 from searchmerge.evaluators.causal.tuning import Way, fastest
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from tests.evaluators.models import tiny_model
 
 USUAL, PLAIN = Way(), Way(packs=False)
@@ -91,13 +90,6 @@ def test_plain_rows_and_larger_passes_are_what_is_run():
         sizes[way] = list(shapes)
     assert sizes[USUAL] != sizes[PLAIN]
     assert len(sizes[PLAIN._replace(growth=4)]) <= len(sizes[PLAIN])
-
-
-def test_nothing_is_measured_on_a_cpu():
-    def score():
-        raise AssertionError("nothing is to be scored")
-
-    assert TransformersBackend(64).tune(tiny_model("llama"), score, may_grow=True) == {}
 
 
 def test_a_pass_that_does_not_fit_makes_no_other_way_smaller(caplog):

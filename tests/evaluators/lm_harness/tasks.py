@@ -7,9 +7,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from tests.evaluators.models import tiny_tokenizer
 
 WORDS = ["fox", "dog", "cat", "horse", "fog", "word", "the lazy dog", "maybe"]

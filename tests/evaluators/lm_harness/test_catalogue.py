@@ -4,10 +4,10 @@ import pytest
 import yaml
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.catalogue import Catalogue
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from tests.evaluators.lm_harness.tasks import harness
 from tests.evaluators.models import tiny_tokenizer
 

@@ -13,9 +13,9 @@ from searchmerge.check import check_study
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.causal.tuning import Way
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from searchmerge.execution.executor import InProcessExecutor
 from searchmerge.models import open_models
 from searchmerge.search.references import reference_plans
@@ -75,7 +75,7 @@ def test_a_candidate_with_logits_that_are_not_finite_fails_alone(tmp_path, monke
     kinds = [type(event).__name__ for event in events]
     assert kinds == ["Scored", "Finished", "Failed", "Scored", "Finished"]
     first = rounds[0][0]
-    assert f"task '{first.task}', example {first.examples[0]}: " in events[2].reason
+    assert f"task '{first.task}', document {first.examples[0]} of " in events[2].reason
     assert "not finite" in events[2].reason
     assert events[0].result.scores == events[3].result.scores
 

@@ -5,8 +5,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from searchmerge.errors import SpecError
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.keys import LmTask
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
+from searchmerge.evaluators.lm_harness.language_model import make_lm
 from tests.evaluators.lm_harness.tasks import TASKS, harness, instances, lm_eval_samples
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 from tests.tiny import make_models
@@ -114,12 +115,6 @@ def test_a_continuation_longer_than_the_window_is_refused(folder, model):
     evaluator = harness(folder, LmTask("mc", "test"), max_length=2)
     with pytest.raises(SpecError, match="tokens; allowed are 1 to 2"):
         evaluator.score(model, "mine", range(7))
-
-
-def test_a_generation_longer_than_the_window_is_refused(folder, model):
-    evaluator = harness(folder, LmTask("generate", "test"), max_length=8)
-    with pytest.raises(SpecError, match="8 tokens are to be generated; allowed are up to 7"):
-        evaluator.score(model, "mine", [0])
 
 
 @pytest.mark.parametrize("added", [True, False])

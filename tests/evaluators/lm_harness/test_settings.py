@@ -5,9 +5,9 @@ import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
 from searchmerge.evaluators.lm_harness.evaluator import LmHarness
 from searchmerge.evaluators.lm_harness.keys import LmHarnessSection, LmTask
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend
 from searchmerge.evaluators.lm_harness.settings import may_show_itself
 from tests.evaluators.models import tiny_model, tiny_tokenizer
 

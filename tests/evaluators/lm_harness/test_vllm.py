@@ -13,7 +13,8 @@ from searchmerge import assemble
 from searchmerge.config import RunConfig
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.generation import GenerationOptions
-from searchmerge.evaluators.lm_harness.language_model import TransformersBackend, make_lm
+from searchmerge.evaluators.lm_harness.backend import TransformersBackend
+from searchmerge.evaluators.lm_harness.language_model import make_lm
 from searchmerge.evaluators.lm_harness.vllm import (
     VllmBackend,
     VllmServer,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from searchmerge.errors import StudyError
 from searchmerge.execution.ray.cluster import RaySettings
 from searchmerge.execution.ray.nodes import MAX_LOAD_DEATHS, Nodes
 
@@ -90,3 +91,29 @@ def test_of_workers_that_die_before_they_have_a_node_none_is_named(caplog):
     assert [cluster.died_loading("", 0) for _ in range(4)] == [1, 2, 3, 4]
     assert cluster.room == 4
     assert caplog.text == ""
+
+
+def test_there_are_as_many_workers_as_are_asked_for_or_as_there_is_room_for_and_one_at_least():
+    rows = row("a", CPU=4.0), row("b", CPU=2.0)
+    assert nodes(*rows).n_wanted == 3
+    assert nodes(*rows, settings=RaySettings(workers=8, cpus=2.0)).n_wanted == 8
+    assert nodes().n_wanted == 1  # one that waits for a node
+
+
+def test_a_machine_without_room_for_all_workers_is_refused_and_a_cluster_may_grow(caplog):
+    rows = row("a", CPU=4.0), row("b", CPU=2.0, GPU=1.0), row("c", is_alive=False, CPU=9.0)
+    told = (
+        r"^5 workers of 2 CPUs each were asked for; this machine has 6 CPUs and 1 GPUs, room for 3"
+        r"; lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker$"
+    )
+    with pytest.raises(StudyError, match=told):
+        nodes(*rows, settings=RaySettings("local", workers=5, cpus=2.0)).check_room()
+    nodes(*rows, settings=RaySettings("local", workers=3, cpus=2.0)).check_room()
+    assert caplog.text == ""
+    nodes(*rows, settings=RaySettings("auto", workers=5, cpus=2.0)).check_room()
+    assert "room for 3; the others start when nodes join" in caplog.text
+
+
+def test_a_cluster_without_room_for_a_single_worker_is_refused():
+    with pytest.raises(StudyError, match=r"the cluster \(auto\) has 1 CPUs, room for 0; lower"):
+        nodes(row("a", CPU=1.0), settings=RaySettings("auto", cpus=2.0)).check_room()
