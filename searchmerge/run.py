@@ -2,35 +2,27 @@
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from optuna.trial import TrialState
 
 from searchmerge import assemble
-from searchmerge.checkpoints.writer import PLAN_FILE
-from searchmerge.classifier import SavedHead, head_files
 from searchmerge.config import RunConfig
-from searchmerge.errors import SearchMergeError, SpecError, StudyError
+from searchmerge.errors import SearchMergeError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Part
 from searchmerge.execution.executor import Executor
 from searchmerge.fingerprint import versions
-from searchmerge.heads import saved_heads
 from searchmerge.models import (
     Models,
     check_groups,
-    load_task_vectors,
     open_models,
-    save_merge,
     warn_of_doubts,
 )
 from searchmerge.plan import MergePlan
 from searchmerge.report.answers import explained_zero
-from searchmerge.report.card import model_card
-from searchmerge.report.front import save_front
 from searchmerge.report.interim import InterimReport, InterimRow
 from searchmerge.report.results import Results
 from searchmerge.report.tables import (
@@ -44,6 +36,7 @@ from searchmerge.report.tables import (
     told_readings,
     told_sources,
 )
+from searchmerge.saving import save_results
 from searchmerge.search.budget import Spending, StudyClock
 from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
@@ -68,13 +61,10 @@ from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
 from searchmerge.search.trials import FINISHED, TrialRecord, best_of, by_completion, is_refined
-from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
 from searchmerge.watch import Watch
 from searchmerge.wording import counted
-from searchmerge.yaml_text import yaml_in_one_line
 
-MODEL_DIR = "model"
 _logger = logging.getLogger(__name__)
 _N_SHOWN = 5  # trials in the report of a study that was stopped
 
@@ -115,7 +105,7 @@ def run_study(
         )
         results = StudyRun(study, models, directory, executor, observer).run(search=search)
         watch.check()
-        _save(results, study, models, run_dir, observer, watch.check)
+        save_results(results, study, models, run_dir, observer, watch.check)
         return results
 
 
@@ -477,55 +467,3 @@ def _described(models: Models) -> dict[str, str]:
     """Return each model's name as the user wrote it, and its fingerprint."""
     sources = {"base": models.base.name, **models.sources}
     return {name: f"{sources[name]}, {mark}" for name, mark in models.fingerprints().items()}
-
-
-def _save(
-    results: Results,
-    study: Study,
-    models: Models,
-    run_dir: Path,
-    observer: Observer,
-    check: Callable[[], None],
-) -> None:
-    """Write the report, and the winner's model unless it is there already."""
-    results.save(run_dir)
-    if results.points:
-        save_front(results.points, results.winner, results.front_title, run_dir, results.raw)
-    out, plan = run_dir / MODEL_DIR, results.merge_plan
-    heads = saved_heads(study, models)
-    card = _card(results, study, models, out, heads)
-    if _is_saved(out, plan, heads):
-        (out / "README.md").write_text(card, encoding="utf-8")
-        return
-    observer.phase("saving the model", None)
-    vectors = load_task_vectors(study, models)
-    files = {**head_files(heads, models.dtype), "README.md": card}
-    save_merge(models, vectors, plan, out, files=files, check=check)
-
-
-def _card(
-    results: Results, study: Study, models: Models, out: Path, heads: Mapping[str, SavedHead]
-) -> str:
-    """Return the card of the model in ``out``, whose paths are from there on."""
-    classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
-    experts = {name: _seen_from(out, source) for name, source in models.sources.items()}
-    overrides = merge_overrides(study.spec)
-    template = study.spec.chat_template
-    if template is not None and template not in (BASE, *experts):
-        overrides["chat_template"] = yaml_in_one_line(_seen_from(out, study.resolve(template)))
-    return model_card(results, _seen_from(out, models.base.name), experts, classes, overrides)
-
-
-def _seen_from(folder: Path, source: str) -> str:
-    """Return how a file or directory is named from ``folder`` on; a hub id as it is."""
-    path = Path(source).expanduser()
-    return os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else source
-
-
-def _is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead]) -> bool:
-    if not all((out / file).is_file() for file in head_files(heads)):
-        return False
-    try:
-        return MergePlan.from_yaml(out / PLAN_FILE) == plan
-    except SpecError:
-        return False

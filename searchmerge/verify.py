@@ -16,7 +16,7 @@ from searchmerge.execution.blocks import Part
 from searchmerge.models import open_models
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results
-from searchmerge.run import MODEL_DIR
+from searchmerge.saving import MODEL_DIR
 from searchmerge.search.directory import SCORES_FILE
 from searchmerge.search.scores import ScoreStore
 from searchmerge.study import Study, kept_study

@@ -25,7 +25,7 @@ LAYERS = [
     {"models"},
     {"heads", "watch"},
     {"fingerprint"},
-    {"assemble"},
+    {"assemble", "saving"},
     {"run", "check", "progress"},
     {"verify", "answers"},
     {"cli"},

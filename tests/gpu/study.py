@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 
 from searchmerge.config import RunConfig
 from searchmerge.merging.engine import EngineKind
-from searchmerge.run import MODEL_DIR, run_study
+from searchmerge.run import run_study
+from searchmerge.saving import MODEL_DIR
 from searchmerge.search.trials import TrialRecord
 from searchmerge.study import read_study
 from tests.benchmarks.bench_merging import SHAPES, synchronize

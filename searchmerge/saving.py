@@ -1,0 +1,74 @@
+"""What a run leaves: its report, and the winner's model with its card."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from searchmerge.checkpoints.writer import PLAN_FILE
+from searchmerge.classifier import SavedHead, head_files
+from searchmerge.errors import SpecError
+from searchmerge.heads import saved_heads
+from searchmerge.models import Models, load_task_vectors, save_merge
+from searchmerge.plan import MergePlan
+from searchmerge.report.card import model_card
+from searchmerge.report.front import save_front
+from searchmerge.report.results import Results
+from searchmerge.search.observer import Observer
+from searchmerge.search.references import BASE
+from searchmerge.spec import merge_overrides
+from searchmerge.study import Study
+from searchmerge.yaml_text import yaml_in_one_line
+
+MODEL_DIR = "model"
+
+
+def save_results(
+    results: Results,
+    study: Study,
+    models: Models,
+    run_dir: Path,
+    observer: Observer,
+    check: Callable[[], None],
+) -> None:
+    """Write the report, and the winner's model unless it is there already."""
+    results.save(run_dir)
+    if results.points:
+        save_front(results.points, results.winner, results.front_title, run_dir, results.raw)
+    out, plan = run_dir / MODEL_DIR, results.merge_plan
+    heads = saved_heads(study, models)
+    card = _card(results, study, models, out, heads)
+    if _is_saved(out, plan, heads):
+        (out / "README.md").write_text(card, encoding="utf-8")
+        return
+    observer.phase("saving the model", None)
+    vectors = load_task_vectors(study, models)
+    files = {**head_files(heads, models.dtype), "README.md": card}
+    save_merge(models, vectors, plan, out, files=files, check=check)
+
+
+def _card(
+    results: Results, study: Study, models: Models, out: Path, heads: Mapping[str, SavedHead]
+) -> str:
+    """Return the card of the model in ``out``, whose paths are from there on."""
+    classes = {expert: head.labels for expert, head in heads.items() if head.model_class}
+    experts = {name: _seen_from(out, source) for name, source in models.sources.items()}
+    overrides = merge_overrides(study.spec)
+    template = study.spec.chat_template
+    if template is not None and template not in (BASE, *experts):
+        overrides["chat_template"] = yaml_in_one_line(_seen_from(out, study.resolve(template)))
+    return model_card(results, _seen_from(out, models.base.name), experts, classes, overrides)
+
+
+def _seen_from(folder: Path, source: str) -> str:
+    """Return how a file or directory is named from ``folder`` on; a hub id as it is."""
+    path = Path(source).expanduser()
+    return os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else source
+
+
+def _is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead]) -> bool:
+    if not all((out / file).is_file() for file in head_files(heads)):
+        return False
+    try:
+        return MergePlan.from_yaml(out / PLAN_FILE) == plan
+    except SpecError:
+        return False
