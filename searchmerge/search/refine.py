@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import LossKind
 from searchmerge.execution.gradient import Batch, LossRequest, LossResult
 from searchmerge.plan import Groups, MergePlan
@@ -106,17 +107,22 @@ class Refined:
 
 
 Refinement = Generator[Ask, LossResult, Refined | None]
-"""Yields what it asks, and returns what it proposes, or ``None`` where that does not pay."""
+"""Yields what it asks, and returns what it proposes, or ``None`` where that does not pay.
 
-Report = Callable[[int, float], None]
-"""Told the number of steps taken, and the loss of the watched examples then."""
+What cannot be computed is thrown into it as an ``EvaluationError``. That ends its steps; it comes
+out again where nothing better than the start was seen before.
+"""
+
+Report = Callable[[int, float | str], None]
+"""Told the number of steps taken, and the loss of the watched examples then; or, in words, why
+there are no more steps."""
 
 
 def refinement(
     start: MergePlan,
     recipe: Recipe,
     material: Material,
-    report: Report = lambda n_steps, loss: None,
+    report: Report = lambda n_steps, told: None,
 ) -> Refinement:
     """Return the refinement of a plan whose groups are the recipe's already."""
     parts = _divided(material, recipe.seed)
@@ -187,16 +193,25 @@ class _Course:
         return Refined(plan, gain, standard_error, best.n_steps, best.shrink)
 
     def _descend(self, start: _Seen) -> Generator[Ask, LossResult, _Seen]:
-        """Take the steps; return where the loss of the watched examples was lowest."""
+        """Take the steps; return where the loss of the watched examples was lowest.
+
+        They end early where that falls no more, and where it cannot be computed any more.
+        """
         recipe, best, n_stale = self.recipe, start, 0
         descent = Adam(self.path.first, recipe.rate * self.path.size, recipe.n_steps)
         batches = self._batches()
         for n_steps in range(1, recipe.n_steps + 1):
-            result = yield self.path.plan(descent.at), self._request(next(batches))
-            descent.step(self._gradient(result))
-            if n_steps not in recipe.checks:
-                continue
-            here = yield from self._look(descent.at, n_steps)
+            try:
+                result = yield self.path.plan(descent.at), self._request(next(batches))
+                descent.step(self._gradient(result))
+                if n_steps not in recipe.checks:
+                    continue
+                here = yield from self._look(descent.at, n_steps)
+            except EvaluationError as error:
+                if best is start:
+                    raise
+                self.report(n_steps, f"goes no further: {error}")
+                break
             n_stale = n_stale + 1
             if self._gain(here, best)[0] > 0:
                 best, n_stale = here, 0
@@ -225,7 +240,11 @@ class _Course:
             return (yield from self._part(best, self.recipe.shrink))
         chosen = best
         for shrink in _SHRINKS:
-            part = yield from self._part(best, shrink)
+            try:
+                part = yield from self._part(best, shrink)
+            except EvaluationError as error:
+                self.report(best.n_steps, f"{shrink:g} of the way is not looked at: {error}")
+                break
             if self._gain(part, chosen)[0] <= 0:
                 break
             chosen = part

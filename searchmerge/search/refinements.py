@@ -254,8 +254,12 @@ class Refinements:
         """Return what shows how far the refinement of the plan called ``name`` is."""
         n_steps = self._refining.recipe.n_steps
 
-        def tell(step: int, loss: float) -> None:
-            self._observer.step(f"{name}, step {step} of {n_steps}", {"loss": loss})
+        def tell(step: int, told: float | str) -> None:
+            here = f"{name}, step {step} of {n_steps}"
+            if isinstance(told, str):
+                self._observer.step(f"{here}: {told}", {})
+            else:
+                self._observer.step(here, {"loss": told})
 
         return tell
 

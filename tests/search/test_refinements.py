@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -332,13 +333,21 @@ def loss(model, task, examples):
 
 def other(model, task, examples):
     return 2 * cross_entropy(*_logits(model, examples))
+
+n_steps = 0
+
+def late(model, task, examples):
+    global n_steps
+    n_steps += torch.is_grad_enabled()
+    return cross_entropy(*_logits(model, examples)) * (1.0 if n_steps < 9 else float("nan"))
 """
 
 
-def study_of_functions(folder, loss):
+def study_of_functions(folder, loss, **refine):
     """Return a study of one task that a user's functions score and give a loss of."""
     task = {"evaluator": "function", "function": "losses_of_a_user:score", "n_examples": 48}
-    search = {"sampler": "random", "n_trials": 3, "refine": {"steps": 2, "batch": 8, "starts": 1}}
+    refine = {"steps": 2, "batch": 8, "starts": 1, **refine}
+    search = {"sampler": "random", "n_trials": 3, "refine": refine}
     return read_study(
         make_study(folder, tasks={"told": {**task, "loss": loss}}, search=search, lm_harness={})
     )
@@ -365,6 +374,23 @@ def test_a_refinement_that_failed_is_begun_anew_and_so_is_one_of_another_loss(
     for _ in range(2):
         run_study(other, CONFIG, run_dir, Recorder())
         assert sum(len(outcome) for outcome in outcomes(run_dir)) == 2
+
+
+def test_a_loss_that_is_no_number_any_more_ends_the_steps_and_what_was_best_is_scored(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "losses_of_a_user", raising=False)
+    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
+    make_models(tmp_path)
+    told = Recorder()
+    asked = study_of_functions(tmp_path, "losses_of_a_user:late", steps=20, rate=0.2)
+    run_study(asked, CONFIG, tmp_path / "run", told)
+    [ended] = [step for step in told.steps if "goes no further" in step]
+    assert re.search(r"step 9 of 20: goes no further: .*:late returned tensor\(nan", ended)
+    [refined], _ = outcomes(tmp_path / "run")
+    assert refined["refining"]["n_steps"] == 8
+    assert [record.is_full for record in records(tmp_path / "run") if record.refines] == [True]
 
 
 def test_groups_that_the_model_does_not_have_are_refused(folder, tmp_path):
