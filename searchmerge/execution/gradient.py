@@ -89,8 +89,11 @@ class LossResult:
 
 
 _HALF_SCALE = 1024.0
-"""In float16 most gradients are below what it can tell from 0."""
+"""The factor on losses of a model in float16, where most gradients are below what that can tell
+from 0. Where a gradient is above what it can hold the factor is made smaller; a power of two, it
+changes nothing else."""
 
+_SMALLER = 4.0  # what the factor is divided by then, until it is 1
 
 _AT_ONCE: Mapping[LossKind, int] = {"labels": 64, "entropy": 16, "agreement": 16}
 """Examples whose losses are computed together where no gradient is asked for. Without labels all
@@ -115,15 +118,8 @@ def _finite(loss: Tensor, task: str, examples: Sequence[int]) -> float:
     return value
 
 
-def _unscaled(rows: Rows, scale: float, task: str) -> Rows:
-    """Return the gradient of a loss that was multiplied by ``scale``.
-
-    Raises:
-        EvaluationError: If it is not finite.
-    """
-    if not all(math.isfinite(number) for row in rows for number in row):
-        raise EvaluationError(f"task {task!r}: the gradient of its loss is not finite")
-    return tuple(tuple(number / scale for number in row) for row in rows)
+def _is_finite(rows: Rows) -> bool:
+    return all(math.isfinite(number) for row in rows for number in row)
 
 
 class Losses:
@@ -151,6 +147,9 @@ class Losses:
         self._gradients = gradients
         self._fitting = Fitting()
         self._means_alone: set[str] = set()  # tasks without a loss for each example
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        self._first_scale = _HALF_SCALE if torch.float16 in dtypes else 1.0
+        self._scales: dict[str, float] = {}  # task to the one that worked last
         self._taught: dict[tuple[str, str, int], Tensor] = {}
         self._now_taught: dict[tuple[str, str, int], Tensor] = {}
         self._taught_room = most_taught
@@ -221,25 +220,37 @@ class Losses:
                 rows = stack.enter_context(self._collecting(plan))
             else:
                 stack.enter_context(torch.no_grad())
-            tasks = {}
-            for task in request.batches:
-                values = tuple(self._values(task, request, part))
-                tasks[task] = TaskLoss(values, _unscaled(rows(), self._scale, task))
-            return tasks
+            return {task: self._task(task, request, part, rows) for task in request.batches}
 
-    @property
-    def _scale(self) -> float:
-        """The factor on losses, so that gradients stay within the range of the model's dtype."""
-        dtypes = {p.dtype for p in self._model.parameters()}
-        return _HALF_SCALE if torch.float16 in dtypes else 1.0
+    def _task(
+        self, task: str, request: LossRequest, part: float, rows: Callable[[], Rows]
+    ) -> TaskLoss:
+        """Return the loss of a task, multiplied on the way by what its gradient has room for.
+
+        Raises:
+            EvaluationError: If it or its gradient is not finite.
+        """
+        scale = self._scales.get(task, self._first_scale)
+        while True:
+            values = tuple(self._values(task, request, part, scale))
+            if _is_finite(scaled := rows()):
+                break
+            if scale <= 1:
+                raise EvaluationError(f"task {task!r}: the gradient of its loss is not finite")
+            scale /= _SMALLER
+        self._scales[task] = scale
+        return TaskLoss(values, tuple(tuple(n / scale for n in row) for row in scaled))
 
     def _collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
         if self._gradients is None:
             raise SpecError("gradient: this worker's merger has none")
         return self._gradients.collecting(plan)
 
-    def _values(self, task: str, request: LossRequest, part: float) -> list[float]:
-        """Return the mean loss of each batch, differentiated on the way where that is asked."""
+    def _values(self, task: str, request: LossRequest, part: float, scale: float) -> list[float]:
+        """Return the mean loss of each batch, differentiated on the way where that is asked.
+
+        What is differentiated is the loss times ``scale``.
+        """
         batches = request.batches[task]
         if not request.gradient and (together := self._together(task, request, part)) is not None:
             return together
@@ -253,7 +264,7 @@ class Losses:
                 loss = self._loss(task, request, examples).mean()
                 total += _finite(loss.detach(), task, examples) * len(examples)
                 if request.gradient:
-                    part_of_all = self._scale * len(examples) / n_examples
+                    part_of_all = scale * len(examples) / n_examples
                     (loss * part_of_all).backward()  # type: ignore[no-untyped-call]
             values.append(total / len(batch))
         return values

@@ -197,9 +197,37 @@ def test_small_gradients_survive_float16():
         torch.testing.assert_close(rows, torch.tensor(wide.tasks[task].rows), rtol=5e-2, atol=1e-7)
 
 
-def test_a_gradient_that_is_not_finite_is_the_candidates_failure():
+@pytest.mark.parametrize(("loss_scale", "n_passes"), [(1.0, 1), (1500.0, 3), (75000.0, 6)])
+def test_large_gradients_survive_float16_and_the_scale_that_they_need_is_kept(
+    loss_scale, n_passes
+):
+    asked, large = [], {"loss_scale": loss_scale}
+    wide, narrow = worker(**large), worker(dtype=torch.float16, asked=asked, **large)
+    for n_before, n_more in [(0, n_passes), (n_passes, 1)]:
+        rows = torch.tensor(ask(narrow, batches={"math": ((0, 1, 2),)}).tasks["math"].rows)
+        expected = torch.tensor(ask(wide, batches={"math": ((0, 1, 2),)}).tasks["math"].rows)
+        torch.testing.assert_close(rows, expected, rtol=5e-2, atol=5e-3 * loss_scale)
+        assert len(asked) == n_before + n_more
+
+
+def test_a_task_with_large_gradients_leaves_the_others_scale_alone():
+    class Apart(Classes):
+        def loss(self, model, task, examples):
+            return super().loss(model, task, examples) * (3e3 if task == "math" else 1e-5)
+
+    model, merger = made(torch.float16)
+    gradients = CoefficientGradients(model, merger)
+    both = Worker(model, merger, dict.fromkeys(BATCHES, Apart()), gradients)
+    alone = worker(dtype=torch.float16, loss_scale=1e-5)
+    for _ in range(2):
+        rows = ask(both).tasks["code"].rows
+        assert rows == ask(alone, batches={"code": BATCHES["code"]}).tasks["code"].rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_is_not_finite_is_the_candidates_failure(dtype):
     with pytest.raises(EvaluationError, match="task 'math': the gradient of its loss is not fini"):
-        ask(worker(steep=True))
+        ask(worker(steep=True, dtype=dtype))
 
 
 def test_scores_stay_what_they_are_and_parameters_need_no_gradient_afterwards():
