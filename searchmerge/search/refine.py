@@ -80,11 +80,20 @@ class Material:
         examples: Task name to those of its examples that trials see.
         weights: Task name to what its loss counts for.
         teachers: Task name to the plan of its own expert.
+        left_out: Task name to which of its examples are not learnt from for want of a loss, in
+            words; only of tasks that have such.
     """
 
     examples: Mapping[str, Sequence[int]]
     weights: Mapping[str, float]
     teachers: Mapping[str, MergePlan] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def told(self) -> str:
+        """Return what is left out, in one line; nothing where nothing is."""
+        parts = ", ".join(f"{its} of {task}" for task, its in self.left_out.items())
+        return f"not learnt from, for want of a loss: {parts}" if parts else ""
 
 
 @dataclass(frozen=True, slots=True)

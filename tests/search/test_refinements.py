@@ -281,6 +281,42 @@ def test_examples_without_labels_are_learnt_from_where_the_loss_needs_none(toy, 
     assert learnt.examples["math"][n_select:] == list(range(40, 40 + n_more))
 
 
+def test_examples_without_a_loss_are_left_out_and_tasks_of_which_too_few_are_left(toy):
+    schedule = with_losses({"math": ("labels",), "code": ("labels",), "chat": ()})
+    pilot = {
+        task: [e for block in blocks for e in block.examples]
+        for task, blocks in schedule.blocks["pilot"].items()
+    }
+    n_select = len(pilot["math"])
+    without = {"math": pilot["math"][3:5], "code": pilot["code"][7:], "chat": range(40)}
+    infos = {
+        name: replace(info, without_loss=tuple(without[name]))
+        for name, info in schedule.tasks.items()
+    }
+    study = toy(schedule=replace(schedule, tasks=infos))
+    learnt = material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1), {})
+    assert learnt.examples == {"math": pilot["math"][:3] + pilot["math"][5:]}
+    assert learnt.weights == {"math": 1.0}
+    assert learnt.told == (
+        f"not learnt from, for want of a loss: 2 of {n_select} examples of math, "
+        f"{n_select - 7} of {n_select} examples (and the others, fewer than 8) of code, "
+        f"all {n_select} examples of chat"
+    )
+
+
+def test_where_no_example_has_a_loss_it_is_said_whose_have_none(toy):
+    schedule = with_losses(dict.fromkeys(TOYS, ("labels",)))
+    infos = {
+        name: replace(info, without_loss=tuple(range(40)), losses=())
+        for name, info in schedule.tasks.items()
+    }
+    study = toy(schedule=replace(schedule, tasks=infos))
+    with pytest.raises(
+        SpecError, match=r"no task has the loss 'labels'; math: all \d+ examples h"
+    ):
+        material(study.board.schedule, study.objective, Recipe(Groups(), 1, 1), {})
+
+
 def with_losses(losses):
     schedule = pilot_schedule()
     infos = {name: replace(info, losses=losses[name]) for name, info in schedule.tasks.items()}

@@ -3,15 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.causal.decoding import NonFiniteLogits
-from searchmerge.evaluators.evaluator import Answer, Origin, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, LossKind, Origin, TaskInfo
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
 from searchmerge.evaluators.lm_harness.grading import TaskGrades
@@ -78,6 +78,26 @@ class PreparedTask:
         self._is_rendered = False
         with explained(name, "set the seed of its few-shot examples"):
             task.set_fewshot_seed(fewshot_seed)
+
+    def find_without_loss(self, kind: LossKind, lm: Any, config: Any) -> None:
+        """Note which examples lack a loss, and that there is none where all of them do.
+
+        Args:
+            kind: Which loss.
+            lm: Knows how texts are tokenised.
+            config: The model's configuration, which tells its window; ``None`` if not known.
+        """
+        docs = self._task.eval_docs
+        without = tuple(
+            example
+            for example, document in enumerate(self._documents)
+            if not self._losses.has_loss(kind, docs[document], lm, config)
+        )
+        kinds = {*self._losses.kinds, kind}
+        if len(without) == len(self._documents):
+            kinds.remove(kind)
+        losses = tuple(each for each in get_args(LossKind) if each in kinds)
+        self.info = replace(self.info, losses=losses, without_loss=without)
 
     def _data(self) -> str:
         """Return which data its documents are: other tasks may have the same."""
