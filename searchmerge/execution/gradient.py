@@ -32,6 +32,10 @@ class Merges(Protocol):
 class Gradients(Protocol):
     """Collects the gradients of the resident model's parameters by a plan's coefficients."""
 
+    def prepare(self, plan: MergePlan) -> None:
+        """Have a plan merged alike, whatever was merged before."""
+        ...
+
     def collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
         """Collect them; what is yielded returns those of all passes since its last call."""
         ...
@@ -166,6 +170,8 @@ class Losses:
             self._check(task, request)
         start = time.perf_counter()
         self._learn(request)
+        if self._gradients is not None:
+            self._gradients.prepare(plan)
         self._merger.apply(plan)
         merged = time.perf_counter()
         try:
