@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from searchmerge.check import check_study
 from searchmerge.config import RunConfig
 from searchmerge.errors import SpecError
 from searchmerge.plan import Groups, MergePlan
@@ -19,8 +21,14 @@ from searchmerge.search.directory import records_of, stored_study
 from searchmerge.search.refine import Recipe
 from searchmerge.search.refinements import material
 from searchmerge.search.status import read_status
-from searchmerge.study import read_study
-from tests.evaluators.classifiers import make_experts, text_tasks, write_study, write_texts
+from searchmerge.study import kept_study, read_study
+from tests.evaluators.classifiers import (
+    CLASSES,
+    make_experts,
+    text_tasks,
+    write_study,
+    write_texts,
+)
 from tests.search.conftest import Recorder, pilot_schedule
 from tests.tiny import make_models, make_study
 from tests.toy import EXPERTS as TOYS
@@ -180,6 +188,21 @@ def test_a_study_that_was_stopped_as_it_refined_ends_as_it_would_have(folder, ra
     assert outcomes(run_dir) == outcomes(folder / "run")
     assert results.winner == ran[1].winner
     assert [row.hold_out for row in results.rows] == [row.hold_out for row in ran[1].rows]
+
+
+@pytest.mark.parametrize(("what", "n"), [("refining", 1), ("refined", 1), ("refined", 3)])
+def test_a_study_may_be_finished_while_it_refines_and_go_on_later(folder, ran, what, n):
+    run_dir = folder / f"finished-{what}-{n}"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(ran[0], CONFIG, run_dir, Interrupts(what, n))
+    told = Recorder()
+    finished = run_study(kept_study(run_dir), CONFIG, run_dir, told, search=False)
+    assert "refining" not in [title for title, *_ in told.phases]
+    scored = {record.name for record in records(run_dir)}
+    assert {row.name for row in finished.rows if row.is_candidate} <= scored
+    results = run_study(ran[0], CONFIG, run_dir, Recorder())
+    assert outcomes(run_dir) == outcomes(folder / "run")
+    assert results.winner == ran[1].winner
 
 
 def driver(folder, name):
@@ -425,6 +448,30 @@ def test_a_loss_that_is_no_number_any_more_ends_the_steps_and_what_was_best_is_s
     [refined], _ = outcomes(tmp_path / "run")
     assert refined["refining"]["n_steps"] == 8
     assert [record.is_full for record in records(tmp_path / "run") if record.refines] == [True]
+
+
+@pytest.mark.parametrize("loss", ["labels", "entropy", "agreement"])
+def test_rows_without_a_label_are_learnt_from_by_losses_that_need_none_alone(
+    folder, tmp_path, loss
+):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    for name in ("base", *CLASSES):
+        (tmp_path / name).symlink_to(folder / name)
+    for name in CLASSES:
+        file = tmp_path / "data" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [row | {"label": None} if i < 24 else row for i, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refine = {**REFINE, "loss": loss, "steps": 1, "starts": 1}
+    asked = study(tmp_path, refine, text_tasks(select=24, hold_out=24))
+    told = list(check_study(asked, CONFIG))
+    counts = "48 examples and 24 without a label, 24 to select, 24 held out"
+    assert [line for line in told if counts in line and line.startswith("task ")] != []
+    assert any(line.endswith(f" groups, loss {loss} of first, second") for line in told)
+    observer = Recorder()
+    run_study(asked, CONFIG, tmp_path / "run", observer)
+    assert not [step for step in observer.steps if "given up" in step]
+    assert sum(map(len, outcomes(tmp_path / "run"))) == 1
 
 
 def test_groups_that_the_model_does_not_have_are_refused(folder, tmp_path):
