@@ -24,7 +24,7 @@ from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
 from tests.waiting import wait_for
 
 SOME = {"low": 0.1, "high": 0.9}
-RUN = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
+RUN = [sys.executable, "-W", "ignore", "-m", "searchmerge"]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ LAYERS = [
     {"run", "check", "progress"},
     {"verify", "answers"},
     {"cli"},
+    {"__main__"},
 ]
 ONLY_HERE = {
     "optuna": {"search", "run.py"},

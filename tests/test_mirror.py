@@ -19,6 +19,7 @@ ELSEWHERE = {
     "merging/method.py": "merging/test_methods.py",
     "merging/methods": "merging/test_methods.py",
     # wiring: a study's whole run, or its check, is what tests it
+    "__main__.py": "test_cli.py",
     "check.py": "test_cli.py",
     "run.py": "test_cli.py",
     "keys.py": "test_one_file.py",

@@ -36,8 +36,15 @@ class Gradients(Protocol):
         """Have a plan merged alike, whatever was merged before."""
         ...
 
-    def collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
-        """Collect them; what is yielded returns those of all passes since its last call."""
+    def collecting(
+        self, plan: MergePlan, *, several: bool = False
+    ) -> AbstractContextManager[Callable[[], Rows]]:
+        """Collect them; what is yielded returns those of all passes since its last call.
+
+        Args:
+            plan: The plan.
+            several: Whether several backward passes are to come.
+        """
         ...
 
 
@@ -50,26 +57,14 @@ class LossRequest:
         kind: Which loss.
         teachers: Task name to the plan of its own expert, for ``agreement``.
         gradient: Whether the gradient is asked for too.
+        weights: Task name to the factor on its loss in what is differentiated; 1 for others.
     """
 
     batches: Mapping[str, tuple[Batch, ...]]
     kind: LossKind = "labels"
     teachers: Mapping[str, MergePlan] = field(default_factory=dict)
     gradient: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class TaskLoss:
-    """The loss of a task.
-
-    Attributes:
-        values: The mean over each batch's examples.
-        rows: The gradient of the mean over all examples by the plan's coefficients: a row per
-            group, a number per expert; none where it was not asked for.
-    """
-
-    values: tuple[float, ...]
-    rows: Rows = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +72,15 @@ class LossResult:
     """What a request came to.
 
     Attributes:
-        tasks: Task name to its loss.
+        losses: Task name to the mean loss over each batch's examples.
+        rows: The gradient of the weighted sum of the tasks' mean losses by the plan's
+            coefficients: a row per group, a number per expert; none where it was not asked for.
         merge_s: Seconds spent merging.
         loss_s: Seconds spent on the losses and their gradient.
     """
 
-    tasks: Mapping[str, TaskLoss]
+    losses: Mapping[str, tuple[float, ...]]
+    rows: Rows
     merge_s: float
     loss_s: float
 
@@ -122,10 +120,6 @@ def _finite(loss: Tensor, task: str, examples: Sequence[int]) -> float:
     return value
 
 
-def _is_finite(rows: Rows) -> bool:
-    return all(math.isfinite(number) for row in rows for number in row)
-
-
 class Losses:
     """Computes losses of the resident model, and their gradients as backward passes go.
 
@@ -152,8 +146,7 @@ class Losses:
         self._fitting = Fitting()
         self._means_alone: set[str] = set()  # tasks without a loss for each example
         dtypes = {parameter.dtype for parameter in model.parameters()}
-        self._first_scale = _HALF_SCALE if torch.float16 in dtypes else 1.0
-        self._scales: dict[str, float] = {}  # task to the one that worked last
+        self._scale = _HALF_SCALE if torch.float16 in dtypes else 1.0
         self._taught: dict[tuple[str, str, int], Tensor] = {}
         self._now_taught: dict[tuple[str, str, int], Tensor] = {}
         self._taught_room = most_taught
@@ -175,11 +168,11 @@ class Losses:
         self._merger.apply(plan)
         merged = time.perf_counter()
         try:
-            tasks = self._fitting.run(lambda part: self._tasks(plan, request, part))
+            losses, rows = self._fitting.run(lambda part: self._losses(plan, request, part))
         except torch.OutOfMemoryError as error:  # scores take less, and go on
             what = "its loss and gradient do not" if request.gradient else "its loss does not"
             raise EvaluationError(f"{what} fit into the device's memory: {error}") from error
-        return LossResult(tasks, merged - start, time.perf_counter() - merged)
+        return LossResult(losses, rows, merged - start, time.perf_counter() - merged)
 
     def _check(self, task: str, request: LossRequest) -> None:
         losses = self._evaluators[task].tasks[task].losses
@@ -216,41 +209,50 @@ class Losses:
         self._taught_room -= answer.nbytes if fits else 0
         (self._taught if fits else self._now_taught)[key] = answer.clone()
 
-    def _tasks(self, plan: MergePlan, request: LossRequest, part: float) -> dict[str, TaskLoss]:
-        """Return all losses, computed on a part of each batch at once."""
+    def _losses(
+        self, plan: MergePlan, request: LossRequest, part: float
+    ) -> tuple[dict[str, tuple[float, ...]], Rows]:
+        """Return all losses and their gradient, computed on a part of each batch at once."""
         with ExitStack() as stack:
             rows: Callable[[], Rows] = tuple
             if request.gradient:
                 if part < 1:
                     stack.enter_context(recomputed_activations(self._model))
-                rows = stack.enter_context(self._collecting(plan))
+                n_passes = sum(map(len, request.batches.values()))
+                several = n_passes > 1 and part == 1
+                rows = stack.enter_context(self._collecting(plan, several=several))
             else:
                 stack.enter_context(torch.no_grad())
-            return {task: self._task(task, request, part, rows) for task in request.batches}
+            return self._scaled(request, part, rows)
 
-    def _task(
-        self, task: str, request: LossRequest, part: float, rows: Callable[[], Rows]
-    ) -> TaskLoss:
-        """Return the loss of a task, multiplied on the way by what its gradient has room for.
+    def _scaled(
+        self, request: LossRequest, part: float, rows: Callable[[], Rows]
+    ) -> tuple[dict[str, tuple[float, ...]], Rows]:
+        """Return losses, and their gradient by way of a multiple that the model's dtype can hold.
 
         Raises:
-            EvaluationError: If it or its gradient is not finite.
+            EvaluationError: If one is not finite, or the gradient is not.
         """
-        scale = self._scales.get(task, self._first_scale)
+        tasks, scale = request.batches, self._scale
         while True:
-            values = tuple(self._values(task, request, part, scale))
-            if _is_finite(scaled := rows()):
+            losses = {task: tuple(self._values(task, request, part, scale)) for task in tasks}
+            scaled = rows()
+            if all(math.isfinite(number) for row in scaled for number in row):
                 break
             if scale <= 1:
-                raise EvaluationError(f"task {task!r}: the gradient of its loss is not finite")
+                raise EvaluationError(
+                    f"the gradient of the loss of {', '.join(tasks)} is not finite"
+                )
             scale /= _SMALLER
-        self._scales[task] = scale
-        return TaskLoss(values, tuple(tuple(n / scale for n in row) for row in scaled))
+        self._scale = scale
+        return losses, tuple(tuple(number / scale for number in row) for row in scaled)
 
-    def _collecting(self, plan: MergePlan) -> AbstractContextManager[Callable[[], Rows]]:
+    def _collecting(
+        self, plan: MergePlan, *, several: bool
+    ) -> AbstractContextManager[Callable[[], Rows]]:
         if self._gradients is None:
             raise SpecError("gradient: this worker's merger has none")
-        return self._gradients.collecting(plan)
+        return self._gradients.collecting(plan, several=several)
 
     def _values(self, task: str, request: LossRequest, part: float, scale: float) -> list[float]:
         """Return the mean loss of each batch, differentiated on the way where that is asked.
@@ -260,7 +262,7 @@ class Losses:
         batches = request.batches[task]
         if not request.gradient and (together := self._together(task, request, part)) is not None:
             return together
-        n_examples = sum(map(len, batches))
+        factor = scale * request.weights.get(task, 1.0) / sum(map(len, batches))
         values = []
         for batch in batches:
             step = max(1, math.ceil(part * len(batch)))
@@ -270,8 +272,7 @@ class Losses:
                 loss = self._loss(task, request, examples).mean()
                 total += _finite(loss.detach(), task, examples) * len(examples)
                 if request.gradient:
-                    part_of_all = scale * len(examples) / n_examples
-                    (loss * part_of_all).backward()  # type: ignore[no-untyped-call]
+                    (loss * factor * len(examples)).backward()  # type: ignore[no-untyped-call]
             values.append(total / len(batch))
         return values
 

@@ -158,7 +158,8 @@ class CoefficientGradients:
     """Reduces the gradients of a resident model's parameters to those of a plan's coefficients.
 
     Each parameter's gradient is reduced to a number per expert as soon as a backward pass has
-    made it, and freed: memory of one tensor's gradient is needed, and not of a model's.
+    made it, and freed: memory of one tensor's gradient is needed, and not of a model's. Where
+    there is room for a model's, gradients of several passes are added first.
 
     Args:
         model: The resident model.
@@ -196,44 +197,64 @@ class CoefficientGradients:
         self._directions_of(plan)
 
     @contextmanager
-    def collecting(self, plan: MergePlan) -> Iterator[Callable[[], Rows]]:
+    def collecting(
+        self, plan: MergePlan, *, several: bool = False
+    ) -> Iterator[Callable[[], Rows]]:
         """Collect the gradients of every backward pass through the model, merged by ``plan``.
 
+        Args:
+            plan: The plan.
+            several: Whether several passes are to come. Their gradients are then added, in the
+                model's dtype, and reduced once, as far as there is room to keep them.
+
         Yields:
-            What returns the gradient by the plan's coefficients of all passes since it was last
-            called: a row per group, a number per expert.
+            What returns, within the context, the gradient by the plan's coefficients of all
+            passes since it was last called: a row per group, a number per expert.
 
         Raises:
             SpecError: If the plan's method is not linear in its coefficients.
         """
         directions, collected = self._directions_of(plan), Collected(plan)
+        room = directions.budget
+        added = {leaf for leaf in self._views if several and room.take(leaf.nbytes)}
 
         def reduce(leaf: Tensor) -> None:
-            made, leaf.grad = leaf.grad, None
-            if made is None:
-                return
-            gradient = _laid_out(made, leaf)
-            for name, view in self._views[leaf]:
-                part = gradient.as_strided(
-                    view.shape, view.stride(), view.storage_offset() - leaf.storage_offset()
-                )
-                collected.add(name, directions.products(name, part))
+            self._reduce(leaf, directions, collected)
+
+        def rows() -> Rows:
+            for leaf in added:
+                reduce(leaf)
+            return collected.rows(self._names)
 
         needed = {leaf: leaf.requires_grad for leaf in self._views}
         handles = []
         try:
             for leaf in needed:
                 leaf.requires_grad_()
-                register: Any = leaf.register_post_accumulate_grad_hook
-                handles.append(register(reduce))
+                if leaf not in added:
+                    register: Any = leaf.register_post_accumulate_grad_hook
+                    handles.append(register(reduce))
             with torch.enable_grad():
-                yield lambda: collected.rows(self._names)
+                yield rows
         finally:
             for handle in handles:
                 handle.remove()
+            room.left_bytes += sum(leaf.nbytes for leaf in added)
             for leaf, was_needed in needed.items():
                 leaf.requires_grad_(was_needed)
                 leaf.grad = None
+
+    def _reduce(self, leaf: Tensor, directions: Directions, collected: Collected) -> None:
+        """Add what a leaf's gradient says of the coefficients, and free it."""
+        made, leaf.grad = leaf.grad, None
+        if made is None:
+            return
+        gradient = _laid_out(made, leaf)
+        for name, view in self._views[leaf]:
+            part = gradient.as_strided(
+                view.shape, view.stride(), view.storage_offset() - leaf.storage_offset()
+            )
+            collected.add(name, directions.products(name, part))
 
     def _directions_of(self, plan: MergePlan) -> Directions:
         """Return the directions of a plan: of the last one, where only coefficients differ."""

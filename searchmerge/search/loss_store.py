@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from searchmerge.errors import EvaluationError, StudyError
-from searchmerge.execution.gradient import LossResult, TaskLoss
+from searchmerge.execution.gradient import LossResult
 from searchmerge.plan import MergePlan
 from searchmerge.search.refine import Refined, Refinement
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS losses (
+CREATE TABLE IF NOT EXISTS loss_answers (
     refinement TEXT NOT NULL, number INTEGER NOT NULL, digest TEXT NOT NULL, result TEXT NOT NULL,
     checksum TEXT NOT NULL, PRIMARY KEY (refinement, number)
 )
@@ -44,7 +44,7 @@ class LossStore:
     def n_kept(self, refinement: str) -> int:
         """Return how many answers of a refinement are kept."""
         with self._errors():
-            query = "SELECT COUNT(*) FROM losses WHERE refinement = ?"
+            query = "SELECT COUNT(*) FROM loss_answers WHERE refinement = ?"
             return int(self._connection.execute(query, (refinement,)).fetchone()[0])
 
     def put(
@@ -55,7 +55,7 @@ class LossStore:
         row = refinement, number, plan.digest, json.dumps(kept)
         with self._errors():
             self._connection.execute(
-                "INSERT OR REPLACE INTO losses VALUES (?,?,?,?,?)", (*row, _checksum(row))
+                "INSERT OR REPLACE INTO loss_answers VALUES (?,?,?,?,?)", (*row, _checksum(row))
             )
 
     def get(
@@ -63,7 +63,7 @@ class LossStore:
     ) -> LossResult | EvaluationError | None:
         """Return the answer of this number; ``None`` if none of this plan is kept."""
         query = (
-            "SELECT refinement, number, digest, result, checksum FROM losses "
+            "SELECT refinement, number, digest, result, checksum FROM loss_answers "
             "WHERE refinement = ? AND number = ?"
         )
         with self._errors():
@@ -82,7 +82,9 @@ class LossStore:
     def forget(self, refinement: str) -> None:
         """Drop the answers of a refinement that has ended."""
         with self._errors():
-            self._connection.execute("DELETE FROM losses WHERE refinement = ?", (refinement,))
+            self._connection.execute(
+                "DELETE FROM loss_answers WHERE refinement = ?", (refinement,)
+            )
 
     def close(self) -> None:
         """Close the file."""
@@ -101,11 +103,8 @@ def _checksum(row: tuple[Any, ...]) -> str:
 
 
 def _result(kept: dict[str, Any]) -> LossResult:
-    tasks = {
-        task: TaskLoss(tuple(loss["values"]), tuple(map(tuple, loss["rows"])))
-        for task, loss in kept["tasks"].items()
-    }
-    return LossResult(tasks, kept["merge_s"], kept["loss_s"])
+    losses = {task: tuple(values) for task, values in kept["losses"].items()}
+    return LossResult(losses, tuple(map(tuple, kept["rows"])), kept["merge_s"], kept["loss_s"])
 
 
 def remembered(course: Refinement, store: LossStore, key: str) -> Refinement:

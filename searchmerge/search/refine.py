@@ -187,6 +187,12 @@ class _Course:
     parts: Mapping[str, _Parts]
     report: Report
 
+    @property
+    def _weights(self) -> dict[str, float]:
+        """Return the part of each task in the loss."""
+        total = sum(self.material.weights[task] for task in self.parts)
+        return {task: self.material.weights[task] / total for task in self.parts}
+
     def run(self) -> Refinement:
         """Descend, look back on the way, and return what it is worth."""
         start = yield from self._look(self.path.first, 0)
@@ -212,7 +218,7 @@ class _Course:
         for n_steps in range(1, recipe.n_steps + 1):
             try:
                 result = yield self.path.plan(descent.at), self._request(next(batches))
-                descent.step(self._gradient(result))
+                descent.step(np.array(result.rows))
                 if n_steps not in recipe.checks:
                     continue
                 here = yield from self._look(descent.at, n_steps)
@@ -231,13 +237,9 @@ class _Course:
     def _look(self, at: Array, n_steps: int) -> Generator[Ask, LossResult, _Seen]:
         """Return and report what the watched examples say of coefficients on the way."""
         seen = _Seen(at, (yield from self._watch(at)), n_steps)
-        weights, parts = self.material.weights, self.parts
-        means = {
-            task: np.average(seen.losses[task], weights=[len(b) for b in parts[task].watched])
-            for task in parts
-        }
-        total = sum(weights[task] for task in parts)
-        self.report(n_steps, float(sum(weights[t] / total * means[t] for t in parts)))
+        sizes = {task: [len(b) for b in parts.watched] for task, parts in self.parts.items()}
+        means = {t: np.average(losses, weights=sizes[t]) for t, losses in seen.losses.items()}
+        self.report(n_steps, float(sum(self._weights[t] * means[t] for t in means)))
         return seen
 
     def _shrunken(self, best: _Seen) -> Generator[Ask, LossResult, _Seen]:
@@ -267,12 +269,13 @@ class _Course:
         """Return the loss of each watched block."""
         blocks = {task: parts.watched for task, parts in self.parts.items()}
         result = yield self.path.plan(at), self._request(blocks, gradient=False)
-        return {task: loss.values for task, loss in result.tasks.items()}
+        return result.losses
 
     def _request(
         self, batches: Mapping[str, tuple[Batch, ...]], *, gradient: bool = True
     ) -> LossRequest:
-        return LossRequest(batches, self.recipe.loss, self.material.teachers, gradient)
+        teachers = self.material.teachers
+        return LossRequest(batches, self.recipe.loss, teachers, gradient, self._weights)
 
     def _batches(self) -> Iterator[Mapping[str, tuple[Batch, ...]]]:
         """Yield each step's examples, as many of each task; all are seen as often."""
@@ -288,24 +291,15 @@ class _Course:
                 del left[task][:size]
             yield step
 
-    def _gradient(self, result: LossResult) -> Array:
-        weights = self.material.weights
-        total = sum(weights[task] for task in result.tasks)
-        rows = [weights[t] / total * np.array(loss.rows) for t, loss in result.tasks.items()]
-        gradient: Array = np.sum(rows, axis=0)
-        return gradient
-
     def _gain(self, seen: _Seen, before: _Seen) -> tuple[float, float]:
         """Return by how much the watched loss is lower than before, and its standard error."""
-        weights = self.material.weights
-        total = sum(weights[task] for task in self.parts)
         gain, variance = 0.0, 0.0
         for task, parts in self.parts.items():
             sizes = np.array([len(block) for block in parts.watched])
             falls = np.array(before.losses[task]) - np.array(seen.losses[task])
             mean = float(np.average(falls, weights=sizes))
-            gain += weights[task] / total * mean
+            gain += self._weights[task] * mean
             if len(falls) > 1:
                 spread = float(np.average((falls - mean) ** 2, weights=sizes))
-                variance += (weights[task] / total) ** 2 * spread / (len(falls) - 1)
+                variance += self._weights[task] ** 2 * spread / (len(falls) - 1)
         return gain, float(np.sqrt(variance))

@@ -110,7 +110,7 @@ def record(args: argparse.Namespace, study: Study, worker: Worker) -> None:
     drawn = drawn_plans(study.experts, args.seed)
     plans |= {f"drawn {i}": next(drawn) for i in range(args.plans)}
     blocks = [task_block(t, i, args.examples, spec.search.seed) for t, i in worker.tasks().items()]
-    kept = _load(args.out)
+    kept = _load(args.out, args.examples)
     for name, plan in plans.items():
         if name in kept:
             continue
@@ -142,12 +142,14 @@ def _save(out: Path, meta: dict[str, Any], kept: dict[str, Any]) -> None:
     temporary.replace(out)
 
 
-def _load(out: Path) -> dict[str, Any]:
+def _load(out: Path, n_examples: int) -> dict[str, Any]:
     if not out.exists():
         return {}
     with np.load(out) as data:
         meta = json.loads(str(data["meta"]))
         tasks = list(meta["goals"])
+        if (n_kept := data[f"{tasks[0]}/values"].shape[1]) != n_examples:
+            raise SystemExit(f"{out}: holds {n_kept} examples of each task, not {n_examples}")
         tables = {t: (data[f"{t}/values"], data[f"{t}/grades"]) for t in tasks}
     return {
         name: (

@@ -522,7 +522,7 @@ def test_rows_without_a_label_come_last_and_are_never_scored(write, tmp_path):
     [given] = worker.gradient(plan, request)
     own = [alone[place].softmax(0) for place in places]
     expected = [float(-(p * p.log()).sum()) for p in own]
-    assert given.tasks["second"].values == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert given.losses["second"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_a_task_without_any_label_is_refused_with_what_rows_without_one_are_for(write, tmp_path):
@@ -654,17 +654,16 @@ def test_the_loss_is_the_cross_entropy_and_has_a_gradient_by_coefficients(write,
     def result(plan, **changes):
         request = LossRequest({expert: (tuple(range(8)),)}, **changes)
         [given] = worker.gradient(plan, request)
-        return given.tasks[expert]
+        return given
 
     labels = torch.tensor(text_labels(expert)[:8])
     expected = torch.nn.functional.cross_entropy(own, labels).item()
-    assert result(plan).values[0] == pytest.approx(expected, rel=1e-4)
+    assert result(plan).losses[expert] == pytest.approx([expected], rel=1e-4)
     entropy = -(own.softmax(1) * own.log_softmax(1)).sum(1).mean().item()
-    assert result(plan, kind="entropy").values[0] == pytest.approx(entropy, rel=1e-4)
+    assert result(plan, kind="entropy").losses[expert] == pytest.approx([entropy], rel=1e-4)
     teachers = {expert: plan}
-    assert result(plan, kind="agreement", teachers=teachers).values[0] == pytest.approx(
-        0, abs=1e-5
-    )
+    agreement = result(plan, kind="agreement", teachers=teachers).losses[expert]
+    assert agreement == pytest.approx([0], abs=1e-5)
     for i in range(len(study.experts)):
         row = list(plan.values["coefficient"][0])
         ends = []
@@ -673,6 +672,6 @@ def test_the_loss_is_the_cross_entropy_and_has_a_gradient_by_coefficients(write,
                 plan,
                 values={"coefficient": (tuple(n + by * (j == i) for j, n in enumerate(row)),)},
             )
-            ends.append(result(moved, gradient=False).values[0])
+            ends += result(moved, gradient=False).losses[expert]
         slope = (ends[0] - ends[1]) / 0.004
         assert result(plan).rows[0][i] == pytest.approx(slope, rel=2e-2, abs=2e-3)

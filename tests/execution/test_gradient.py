@@ -53,18 +53,26 @@ def differences(plan, loss, step=1e-2):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_losses_are_those_of_each_batch_and_gradients_of_all_of_a_tasks_examples():
-    result = ask(worker())
+def total(model, factors):
+    """Return the weighted sum of the tasks' mean losses."""
+    every = {t: [e for batch in batches for e in batch] for t, batches in BATCHES.items()}
+    return sum(factors[task] * losses(model, task, every[task]) for task in BATCHES)
+
+
+def test_losses_are_those_of_each_batch_and_the_gradient_that_of_the_weighted_tasks():
+    weights = {"math": 0.25, "code": 3.0}
+    result, weighed = ask(worker()), ask(worker(), weights=weights)
     model, merger = made()
     merger.apply(PLAN)
     for task, batches in BATCHES.items():
         expected = [losses(model, task, batch).item() for batch in batches]
-        assert result.tasks[task].values == pytest.approx(expected, rel=1e-5)
-        every = [e for batch in batches for e in batch]
-        rows = torch.tensor(result.tasks[task].rows, dtype=torch.float64)
+        assert result.losses[task] == pytest.approx(expected, rel=1e-5)
+    for given, factors in ((result, dict.fromkeys(BATCHES, 1.0)), (weighed, weights)):
+        rows = torch.tensor(given.rows, dtype=torch.float64)
         assert rows.shape == (len(PLAN.groups), len(EXPERTS))
-        wanted = differences(PLAN, lambda model, t=task, x=every: losses(model, t, x))
+        wanted = differences(PLAN, lambda model, by=factors: total(model, by))
         torch.testing.assert_close(rows, wanted, rtol=1e-2, atol=1e-3)
+    assert weighed.losses == result.losses
     assert result.merge_s > 0
     assert result.loss_s > 0
 
@@ -75,7 +83,6 @@ def test_losses_without_labels(kind):
         task: default_plan("task_arithmetic", EXPERTS, coefficient=[i == 0, i == 1])
         for i, task in enumerate(BATCHES)
     }
-    result = ask(worker(), kind=kind, teachers=teachers)
     for task, batches in BATCHES.items():
         model, merger = made()
         every = [e for batch in batches for e in batch]
@@ -85,7 +92,8 @@ def test_losses_without_labels(kind):
         wanted = differences(
             PLAN, lambda model, t=task, x=every, y=teacher: losses(model, t, x, kind, y)
         )
-        rows = torch.tensor(result.tasks[task].rows, dtype=torch.float64)
+        alone = ask(worker(), kind=kind, teachers=teachers, batches={task: batches})
+        rows = torch.tensor(alone.rows, dtype=torch.float64)
         torch.testing.assert_close(rows, wanted, rtol=1e-2, atol=1e-3)
 
 
@@ -110,10 +118,10 @@ def test_what_teachers_say_is_asked_anew_where_there_is_no_room_to_keep_it():
         evaluators = dict.fromkeys(BATCHES, Classes())
         gradients = CoefficientGradients(model, merger)
         asked = Losses(model, counted, evaluators, gradients, most_taught)
-        results += [asked.compute(PLAN, request).tasks for _ in range(2)]
+        results += [asked.compute(PLAN, request) for _ in range(2)]
         assert applied.count(teacher) == len(BATCHES) * (1 if most_taught > 40 else 2)
     for task in BATCHES:
-        values = [result[task].values for result in results]
+        values = [result.losses[task] for result in results]
         assert all(given == pytest.approx(values[0]) for given in values)
 
 
@@ -131,27 +139,25 @@ def test_examples_that_are_looked_at_together_count_in_their_own_batches():
         (model, merger) = made()
         asked = Losses(model, merger, dict.fromkeys(BATCHES, evaluator), None)
         request = LossRequest(BATCHES, gradient=False)
-        given.append({t: r.values for t, r in asked.compute(PLAN, request).tasks.items()})
+        given.append(asked.compute(PLAN, request).losses)
     for task in BATCHES:
         assert given[0][task] == pytest.approx(given[1][task])
 
 
 def test_without_a_gradient_there_are_losses_alone():
     result = ask(worker(), gradient=False)
-    assert all(task.rows == () for task in result.tasks.values())
+    assert result.rows == ()
     expected = ask(worker())
     for task in BATCHES:
-        assert result.tasks[task].values == pytest.approx(expected.tasks[task].values)
+        assert result.losses[task] == pytest.approx(expected.losses[task])
 
 
 def test_what_does_not_fit_is_computed_in_parts_to_the_same_end(caplog):
     expected = ask(worker())
     given = ask(worker(most_at_once=1))
     for task in BATCHES:
-        assert given.tasks[task].values == pytest.approx(expected.tasks[task].values)
-        torch.testing.assert_close(
-            torch.tensor(given.tasks[task].rows), torch.tensor(expected.tasks[task].rows)
-        )
+        assert given.losses[task] == pytest.approx(expected.losses[task])
+    torch.testing.assert_close(torch.tensor(given.rows), torch.tensor(expected.rows))
     assert "going on with 1/" in caplog.text
 
 
@@ -178,7 +184,7 @@ def test_what_has_no_gradient_says_so(changes, plan, message):
 def test_a_worker_may_have_no_gradients():
     model, merger = made()
     bare = Worker(model, merger, dict.fromkeys(BATCHES, Classes()))
-    assert ask(bare, gradient=False).tasks.keys() == BATCHES.keys()
+    assert ask(bare, gradient=False).losses.keys() == BATCHES.keys()
     with pytest.raises(SpecError, match="this worker's merger has none"):
         ask(bare)
 
@@ -191,10 +197,9 @@ def test_a_loss_that_is_not_finite_is_the_candidates_failure():
 def test_small_gradients_survive_float16():
     small = {"loss_scale": 1e-5}
     wide, narrow = ask(worker(**small)), ask(worker(dtype=torch.float16, **small))
-    for task in BATCHES:
-        rows = torch.tensor(narrow.tasks[task].rows)
-        assert rows.abs().min() > 0
-        torch.testing.assert_close(rows, torch.tensor(wide.tasks[task].rows), rtol=5e-2, atol=1e-7)
+    rows = torch.tensor(narrow.rows)
+    assert rows.abs().min() > 0
+    torch.testing.assert_close(rows, torch.tensor(wide.rows), rtol=5e-2, atol=1e-7)
 
 
 @pytest.mark.parametrize(("loss_scale", "n_passes"), [(1.0, 1), (1500.0, 3), (75000.0, 6)])
@@ -204,29 +209,17 @@ def test_large_gradients_survive_float16_and_the_scale_that_they_need_is_kept(
     asked, large = [], {"loss_scale": loss_scale}
     wide, narrow = worker(**large), worker(dtype=torch.float16, asked=asked, **large)
     for n_before, n_more in [(0, n_passes), (n_passes, 1)]:
-        rows = torch.tensor(ask(narrow, batches={"math": ((0, 1, 2),)}).tasks["math"].rows)
-        expected = torch.tensor(ask(wide, batches={"math": ((0, 1, 2),)}).tasks["math"].rows)
+        rows = torch.tensor(ask(narrow, batches={"math": ((0, 1, 2),)}).rows)
+        expected = torch.tensor(ask(wide, batches={"math": ((0, 1, 2),)}).rows)
         torch.testing.assert_close(rows, expected, rtol=5e-2, atol=5e-3 * loss_scale)
         assert len(asked) == n_before + n_more
 
 
-def test_a_task_with_large_gradients_leaves_the_others_scale_alone():
-    class Apart(Classes):
-        def loss(self, model, task, examples):
-            return super().loss(model, task, examples) * (3e3 if task == "math" else 1e-5)
-
-    model, merger = made(torch.float16)
-    gradients = CoefficientGradients(model, merger)
-    both = Worker(model, merger, dict.fromkeys(BATCHES, Apart()), gradients)
-    alone = worker(dtype=torch.float16, loss_scale=1e-5)
-    for _ in range(2):
-        rows = ask(both).tasks["code"].rows
-        assert rows == ask(alone, batches={"code": BATCHES["code"]}).tasks["code"].rows
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gradient_that_is_not_finite_is_the_candidates_failure(dtype):
-    with pytest.raises(EvaluationError, match="task 'math': the gradient of its loss is not fini"):
+    with pytest.raises(
+        EvaluationError, match="the gradient of the loss of math, code is not fini"
+    ):
         ask(worker(steep=True, dtype=dtype))
 
 

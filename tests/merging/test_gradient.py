@@ -211,18 +211,31 @@ def test_rows_are_in_the_plans_own_order_of_experts():
     )
 
 
-def test_every_pass_counts_until_the_rows_are_asked_for():
+@pytest.mark.parametrize("room", [0, 100, 1 << 20], ids=["none", "for some", "for all"])
+@pytest.mark.parametrize("several", [False, True], ids=["at once", "added first"])
+def test_every_pass_counts_until_the_rows_are_asked_for(several, room):
     model = net()
     merger = made(model)
     plan = random_plan("ties", Groups(depth=2))
     once = gradient(model, merger, plan)
-    with CoefficientGradients(model, merger).collecting(plan) as rows:
+    gradients = CoefficientGradients(model, merger)
+    budget = merger.directions(plan).budget
+    budget.left_bytes = room
+    with gradients.collecting(plan, several=several) as rows:
         loss_of(model).backward()
+        kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        assert kept == 0 if not several else kept <= room
+        assert bool(kept) == (several and room > 0)
         loss_of(model).backward()
         twice = torch.tensor(rows(), dtype=torch.float64)
         torch.testing.assert_close(twice, 2 * once)
         loss_of(model).backward()
         torch.testing.assert_close(torch.tensor(rows(), dtype=torch.float64), once)
+        loss_of(model).backward()  # of which nobody asks
+    assert all(p.grad is None for p in model.parameters())
+    if room == 1 << 20:
+        n_entries = sum(copies[0].numel() for copies in merger.targets.values())
+        assert room - budget.left_bytes == 4 * len(EXPERTS) * n_entries  # the directions alone
 
 
 def test_no_gradient_stays_and_none_is_asked_for_afterwards():
@@ -309,10 +322,9 @@ def test_a_plan_of_another_density_has_another_gradient():
         merger.apply(plan)
         with gradients.collecting(plan) as rows:
             loss_of(model).backward()
+            given = torch.tensor(rows(), dtype=torch.float64)
         expected = differences(model, merger, plan)
-        torch.testing.assert_close(
-            torch.tensor(rows(), dtype=torch.float64), expected, rtol=2e-3, atol=2e-4
-        )
+        torch.testing.assert_close(given, expected, rtol=2e-3, atol=2e-4)
 
 
 def test_all_is_compiled_before_a_backward_pass_begins(monkeypatch):

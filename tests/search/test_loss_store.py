@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from searchmerge.errors import EvaluationError, StudyError
-from searchmerge.execution.gradient import LossResult, TaskLoss
+from searchmerge.execution.gradient import LossResult
 from searchmerge.search.loss_store import LossStore, remembered
 from searchmerge.search.refine import refinement
 from tests.search.test_refine import MATERIAL, N_BEFORE, RECIPE, START, Cliff, run
 
-RESULT = LossResult({"math": TaskLoss((0.1, 1 / 3), ((1e-300, -0.7), (2.0, 1e17)))}, 0.25, 1.5)
+RESULT = LossResult({"math": (0.1, 1 / 3)}, ((1e-300, -0.7), (2.0, 1e17)), 0.25, 1.5)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_what_has_ended_is_forgotten(store):
 def test_a_row_that_was_changed_is_told_from_one_that_was_not(store, tmp_path):
     store.put("a", 0, START, RESULT)
     with sqlite3.connect(tmp_path / "scores.db") as connection:
-        connection.execute("UPDATE losses SET result = replace(result, '0.25', '0.26')")
+        connection.execute("UPDATE loss_answers SET result = replace(result, '0.25', '0.26')")
     with pytest.raises(StudyError, match="answer 0 of refinement a is not as it was written"):
         store.get("a", 0, START)
 

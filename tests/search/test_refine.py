@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from searchmerge.errors import EvaluationError
-from searchmerge.execution.gradient import LossResult, TaskLoss
+from searchmerge.execution.gradient import LossResult
 from searchmerge.merging.method import default_plan
 from searchmerge.plan import Groups
 from searchmerge.search.refine import Material, Recipe, refinement
@@ -30,15 +30,15 @@ class Bowl:
     def answer(self, plan, request):
         self.asked.append((plan, request))
         at = np.array(plan.values["coefficient"])
-        tasks = {}
+        losses, gradient = {}, np.zeros_like(at)
         for task, batches in request.batches.items():
             targets = [np.mean([self._of(task, e) for e in batch], axis=0) for batch in batches]
-            values = tuple(float(((at - target) ** 2).sum()) for target in targets)
+            losses[task] = tuple(float(((at - target) ** 2).sum()) for target in targets)
             sizes = [len(batch) for batch in batches]
             mean = np.average(targets, axis=0, weights=sizes)
-            rows = tuple(map(tuple, (2 * (at - mean)).tolist())) if request.gradient else ()
-            tasks[task] = TaskLoss(values, rows)
-        return LossResult(tasks, 0.1, 0.1)
+            gradient += request.weights[task] * 2 * (at - mean)
+        rows = tuple(map(tuple, gradient.tolist())) if request.gradient else ()
+        return LossResult(losses, rows, 0.1, 0.1)
 
     def _of(self, task, example):
         draw = np.random.default_rng((example, len(task)))

@@ -207,7 +207,7 @@ def test_a_study_may_be_finished_while_it_refines_and_go_on_later(folder, ran, w
 
 def driver(folder, name):
     """Return a process that runs the study."""
-    command = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()"]
+    command = [sys.executable, "-W", "ignore", "-m", "searchmerge"]
     command += ["run", "study.yaml", "--runs-dir", name]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
 
@@ -237,7 +237,7 @@ def n_told(run_dir):
         contextlib.suppress(sqlite3.OperationalError),
         contextlib.closing(sqlite3.connect(run_dir / "scores.db", timeout=30)) as connection,
     ):
-        return connection.execute("SELECT COUNT(*) FROM losses").fetchone()[0]
+        return connection.execute("SELECT COUNT(*) FROM loss_answers").fetchone()[0]
     return 0
 
 

@@ -20,7 +20,7 @@ from tests.tiny import make_models, make_study
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
-RUN = [sys.executable, "-W", "ignore", "-c", "from searchmerge.cli import main; main()", "run"]
+RUN = [sys.executable, "-W", "ignore", "-m", "searchmerge", "run"]
 CONFIGS = {
     "local": {"threads": 1},
     "ray": {"executor": "ray", "threads": 1, "ray": {"workers": 2, "cpus_per_worker": 0.5}},
