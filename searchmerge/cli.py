@@ -311,11 +311,22 @@ def _print_table(header: list[str], cells: list[list[str]], bold: str = "") -> N
 
 
 def _print_stopped(run_dir: Path, storage: str | None) -> None:
+    from searchmerge.search.directory import BEST_SO_FAR, plan_file
+
     _err.print(f"Stopped. All scores are kept in {run_dir}.", soft_wrap=True)
     with contextlib.suppress(StudyError):  # it may have been stopped before it was begun
         _print_status(run_dir, storage)
     if (report := run_dir / "report.md").exists():
-        _err.print(f"Report so far: {report}", soft_wrap=True)
+        is_confirmed = (run_dir / "results.json").exists()
+        what = "Report of the last time that it was confirmed" if is_confirmed else "Report so far"
+        _err.print(f"{what}: {report}", soft_wrap=True)
+    if not plan_file(run_dir, BEST_SO_FAR).exists():
+        _err.print(
+            "The same command goes on from here; no merge has been scored yet, so that there is "
+            "nothing to save.",
+            soft_wrap=True,
+        )
+        return
     _err.print(
         f"The same command goes on from here; searchmerge finish {shlex.quote(str(run_dir))} "
         "confirms and saves the best plan that there is.",

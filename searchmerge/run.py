@@ -3,15 +3,19 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from optuna.trial import TrialState
 
 from searchmerge import assemble
 from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.classifier import SavedHead, head_files
 from searchmerge.config import RunConfig
 from searchmerge.errors import SearchMergeError, SpecError, StudyError
+from searchmerge.evaluators.evaluator import TaskInfo
+from searchmerge.execution.blocks import Part
 from searchmerge.execution.executor import Executor
 from searchmerge.fingerprint import versions
 from searchmerge.heads import saved_heads
@@ -40,24 +44,34 @@ from searchmerge.report.tables import (
     told_readings,
     told_sources,
 )
+from searchmerge.search.budget import Spending, StudyClock
 from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
 from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
+from searchmerge.search.distinct import are_near
 from searchmerge.search.evidence import Evidence
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
-from searchmerge.search.pick import broken, evidence_on_select, ranking
-from searchmerge.search.references import BASE, merges
+from searchmerge.search.pick import (
+    Contender,
+    best_on_select,
+    broken,
+    contenders,
+    evidence_on_select,
+    ranking,
+)
+from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.refine import Material
 from searchmerge.search.refinements import Refinements, Refining
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
-from searchmerge.search.trials import TrialRecord, best_of, by_completion
+from searchmerge.search.trials import FINISHED, TrialRecord, best_of, by_completion, is_refined
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
 from searchmerge.watch import Watch
+from searchmerge.wording import counted
 from searchmerge.yaml_text import yaml_in_one_line
 
 MODEL_DIR = "model"
@@ -133,6 +147,7 @@ class StudyRun:
         self._observer = observer
         self._references = assemble.references(study, models)
         self._objective: Objective | None = None  # until the references are scored
+        self._stage = "among the references"
         schedule = assemble.make_schedule(study, executor.tasks())
         executor.use(directory.keep_tuning(lambda: executor.tune(schedule.rounds["pilot"][0])))
         self._runner = StudyRunner(
@@ -147,7 +162,7 @@ class StudyRun:
     def run(self, *, search: bool) -> Results:
         """Score the references, search, confirm the best, and return what came of it.
 
-        A run that is stopped by a signal leaves a report of what there is.
+        A run that does not come to its end leaves a report of what there is.
 
         Args:
             search: Whether trials are run, or those that there are decide.
@@ -157,7 +172,7 @@ class StudyRun:
         """
         try:
             return self._to_the_end(search=search)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SearchMergeError):
             try:
                 self._report_so_far()
             except SearchMergeError as error:
@@ -168,61 +183,135 @@ class StudyRun:
         refining = assemble.make_refining(self._study, self._models) if search else None
         if refining is not None:  # what cannot be learnt from is refused before all is scored
             self._learnt(refining, self._references)
-        references = self._runner.score_references()
-        objective = self._objective = self._relative_objective(references)
+        references = self._runner.score_references(goes_on=search)
+        scores = self._scored_references("select")
+        objective = self._objective = self._relative_objective(scores)
         if search:
+            self._stage = "during the search"
             self._search(objective)
         if refining is not None:
+            self._stage = "while its best plans were refined"
             self._refine(refining, references, objective)
+        self._stage = "while its best plans were confirmed"
         best, evidence = self._complete_the_best(references, objective)
         plans = self._score_held_out({**references, **best})
         confirmation = self._confirm(plans, best, evidence, objective)
-        return self._results(plans, best, objective, confirmation)
+        self._directory.keep_best(confirmation.winner, plans[confirmation.winner])
+        return replace(
+            self._results(plans, best, objective, confirmation),
+            ended="" if search else self._ended(),
+        )
+
+    def _scored_references(self, part: Part) -> dict[str, dict[str, float]]:
+        """Return what those references score that were scored on all of ``part``."""
+        board = self._runner.board
+        return {
+            name: board.scores(plan, part)
+            for name, plan in self._references.items()
+            if board.is_full(plan, part)
+        }
 
     def _report_so_far(self) -> None:
-        """Write the report of a study that is stopped, once its references are scored."""
-        if (objective := self._objective) is None:
+        """Write the report of a study that is stopped, and the best plan that there is."""
+        directory, objective = self._directory, self._objective
+        is_past = "select" in self._runner.board.schedule.blocks
+        part: Part = "select" if is_past else "pilot"
+        if not is_past and directory.is_past_references:
+            return  # an earlier run came further, and wrote what there is
+        if not (scored := self._scored_references(part)):
             return
-        board, records = self._runner.board, self._directory.records()
-        scored = {
-            name: board.scores(plan, "select")
-            for name, plan in self._references.items()
-            if board.is_full(plan, "select")
-        }
-        full = [record for record in candidates(records, objective) if record.is_full]
-        best = best_of(by_completion(full), _N_SHOWN)
-        rows = list(scored.items())
-        names = [", ".join(filter(None, (record.name, record.kind))) for record in best]
-        rows += [(name, dict(r.scores)) for name, r in zip(names, best, strict=True)]
+        if objective is None:  # which is relative to experts that may not be scored yet
+            with contextlib.suppress(StudyError):
+                objective = self._relative_objective(scored)
+        records = directory.records()
+        full: list[TrialRecord] = []
+        if objective is not None:
+            full = [record for record in candidates(records, objective) if record.is_full]
+        leader = self._leader(objective, scored, full, part)
+        if leader is not None:
+            directory.keep_best(*leader)
+        shown = best_of(by_completion(full), _N_SHOWN)
+        shown += [r for r in full if leader and r.name == leader[0] and r not in shown]
+        labels = {r.name: ", ".join(filter(None, (r.name, r.kind))) for r in shown}
+        rows = scored | {labels[record.name]: dict(record.scores) for record in shown}
         InterimReport(
             study=self._study.name,
-            tasks={task: board.schedule.tasks[task].metric for task in self._study.spec.tasks},
-            objectives=objective.names,
-            rows=[InterimRow(name, scores, objective.values(scores)) for name, scores in rows],
-            best=names[0] if best else "",
-            plan=best[0].plan if best else None,
+            stage=self._stage,
+            tasks={task: info.metric for task, info in self._tasks().items()},
+            objectives=objective.names if objective else (),
+            rows=[
+                InterimRow(name, its, objective.values(its) if objective else ())
+                for name, its in rows.items()
+            ],
+            best=labels.get(leader[0], leader[0]) if leader else "",
+            plan=leader[1] if leader else None,
             counts=self._counts(records),
-            raw=objective.raw,
-        ).save(self._directory.run_dir)
+            raw=objective.raw if objective else (),
+        ).save(directory.run_dir)
+
+    def _leader(
+        self,
+        objective: Objective | None,
+        scored: Collection[str],
+        full: Iterable[TrialRecord],
+        part: Part,
+    ) -> tuple[str, MergePlan] | None:
+        """Return the name and the plan with the best evidence; ``None`` before a merge is scored.
+
+        Refined plans are not among them: of those held-out examples tell.
+        """
+        references = {name: plan for name, plan in self._references.items() if name in scored}
+        plans = contenders(references, (record for record in full if not record.refines))
+        if objective is None or not any(map(is_merge, plans)):
+            return None
+        board = self._learnt_board(plans) if part == "select" else self._runner.board
+        known = {n: Contender.of(board, plan, objective, part) for n, plan in plans.items()}
+        name = best_on_select(known, references, board.schedule.tasks, objective)
+        return None if name is None else (name, plans[name])
+
+    def _ended(self) -> str:
+        """Return where the search ended, if before its budget was used up."""
+        directory, refine = self._directory, self._study.spec.search.refine
+        n_trials = sum(not is_refined(trial) for trial in directory.trials(*FINISHED))
+        clock = StudyClock(directory.searching)
+        said = []
+        if not Spending(assemble.make_budget(self._study), clock, n_trials).is_over:
+            said.append(f"the search was stopped after {counted(n_trials, 'trial')}")
+        if refine != "off" and (n_refined := len(directory.refined_keys())) < refine.starts:
+            said.append(f"{n_refined} of {refine.starts} best plans were refined")
+        unscored = directory.trials(TrialState.WAITING, TrialState.RUNNING)
+        if n_unscored := sum(map(is_refined, unscored)):
+            said.append(f"refined plans that were not scored: {n_unscored}")
+        if not said:
+            return ""
+        return f"Ended early: {'; '.join(said)}. The same `searchmerge run` goes on from here."
+
+    def _tasks(self) -> dict[str, TaskInfo]:
+        """Return what is known of the tasks, in the study's order."""
+        tasks = self._runner.board.schedule.tasks
+        return {task: tasks[task] for task in self._study.spec.tasks}
 
     def _counts(self, records: Sequence[TrialRecord]) -> dict[str, float]:
         directory = self._directory
         times = directory.searching.elapsed_s, directory.refining.elapsed_s
         return make_counts(records, self._runner.board.schedule, *times)
 
-    def _relative_objective(self, references: Plans) -> Objective:
-        """Return the objective, relative to what the experts and the base score."""
+    def _relative_objective(self, scores: Mapping[str, Mapping[str, float]]) -> Objective:
+        """Return the objective, relative to what the experts and the base score.
+
+        Args:
+            scores: Of the references, by name.
+        """
         objective, experts = self._study.objective, self._study.task_experts
         if objective.needs_experts:
-            assemble.check_own_experts(self._study, set(references), experts)
+            assemble.check_own_experts(self._study, set(scores), experts)
         board = self._runner.board
-        scores = {name: board.scores(plan, "select") for name, plan in references.items()}
         expert_scores = {
             task: scores[name][task] for task, name in experts.items() if name in scores
         }
 
         def explain(task: str) -> str:
-            plan, info = references[experts[task]], board.schedule.tasks[task]
+            plan, info = self._references[experts[task]], board.schedule.tasks[task]
             return explained_zero(board.store.answers(plan, task, "pilot"), info)
 
         return objective.relative_to(expert_scores, scores.get(BASE, {}), explain)
@@ -275,7 +364,8 @@ class StudyRun:
                 self._directory.keep_completed(stopped[name].judged(objective, scores))
             scored = candidates(self._directory.records(), objective)
         full = [record for record in scored if record.is_full]
-        evidence = self._evidence(references, full, objective)
+        plans = contenders(references, full)
+        evidence = evidence_on_select(self._learnt_board(plans), plans, objective)
         evidence = evidence.flattered([record.name for record in full if record.refines])
         believed = dict(zip(evidence.names, evidence.values.tolist(), strict=True))
         full = [replace(r, value=believed[r.name]) for r in full if r.name in believed]
@@ -285,22 +375,13 @@ class StudyRun:
             self._directory.write_plan(name, plan)
         return best_plans, evidence
 
-    def _evidence(
-        self, references: Plans, full: Iterable[TrialRecord], objective: Objective
-    ) -> Evidence:
-        """Return what is believed of the references and of trials that were scored in full."""
-        known = {plan.digest for plan in references.values()}
-        plans = dict(references)
-        for record in full:
-            if record.plan.digest not in known:
-                known.add(record.plan.digest)
-                plans[record.name] = record.plan
-        published = merges(references)
-        merged = {n: p for n, p in plans.items() if n not in references or p in published}
+    def _learnt_board(self, plans: Plans) -> Scoreboard:
+        """Return the scoreboard, from here on with grades read as plans tell to read them."""
         if self._grading_seed is not None:
-            learnt = self._runner.board.learn(merged.values(), self._grading_seed)
+            merged = [plan for name, plan in plans.items() if is_merge(name)]
+            learnt = self._runner.board.learn(merged, self._grading_seed)
             self._runner.board = self._runner.board.read_by(learnt)
-        return evidence_on_select(self._runner.board, plans, objective, merged)
+        return self._runner.board
 
     def _score_held_out(self, plans: Plans) -> Plans:
         """Score plans on held-out examples; return those that can be."""
@@ -310,18 +391,26 @@ class StudyRun:
     def _confirm(
         self, plans: Plans, best: Plans, evidence: Evidence, objective: Objective
     ) -> Confirmation:
-        """Compare the best candidates with the references on held-out examples."""
-        if not plans.keys() & best.keys():
+        """Compare the best candidates with the references on held-out examples.
+
+        Raises:
+            StudyError: If no reference, or no merge, was scored on them.
+        """
+        found = [name for name in plans if name in best]
+        if len(found) == len(plans) or not any(map(is_merge, plans)):
+            what = "reference" if found else "merge"
             raise StudyError(
-                f"{self._directory.run_dir}: none of the best candidates could be confirmed"
+                f"{self._directory.run_dir}: no {what} could be scored on held-out examples, so "
+                "that nothing is confirmed; see the warnings above, and run the study again"
             )
         board, spec = self._runner.board, self._study.spec
         return confirm(
             {name: board.values(plan, "hold_out") for name, plan in plans.items()},
             Contest(
-                [name for name in plans if name in best],
+                found,
                 ranking(board, evidence, plans, objective),
                 broken(board, plans, objective),
+                "" if found else self._absent(best),
             ),
             {name: info.kind for name, info in board.schedule.tasks.items()},
             objective,
@@ -329,10 +418,26 @@ class StudyRun:
             Bootstrap(spec.confirm.level, spec.confirm.n_resamples, spec.search.seed),
         )
 
-    def _missing(self, plans: Plans) -> dict[str, str]:
-        """Return the references that are not compared with, and why."""
+    def _absent(self, best: Plans) -> str:
+        """Return why nothing that the search found could be confirmed."""
         failures = self._runner.failures
-        failed = {name: failures.get(name, "") for name in self._references if name not in plans}
+        if best:
+            name = next(iter(best))
+            return f"{', '.join(best)} could not be scored on held-out examples: {failures[name]}"
+        references = list(self._references.values())
+        others = [r for r in self._directory.records() if not are_near(r.plan, references)]
+        if not others:
+            return "it ended among the references, before another merge was scored"
+        if all(record.value is None for record in others):
+            n_failed = counted(len(others), "trial")
+            return f"{n_failed} beside the references failed, the first as {others[0].failure}"
+        return "none of its trials could be scored in full"
+
+    def _missing(self, plans: Plans) -> dict[str, str]:
+        """Return the references and the best candidates that are not compared, and why."""
+        failures = self._runner.failures
+        names = dict.fromkeys([*self._references, *failures])
+        failed = {name: failures.get(name, "") for name in names if name not in plans}
         return failed | assemble.left_out(self._study, self._models)
 
     def _results(
@@ -343,10 +448,10 @@ class StudyRun:
         rows = make_rows(board, plans, best.keys(), confirmation)
         [winner] = [row for row in rows if row.name == confirmation.winner]
         detailed = [row.name for row in rows if row is winner or not row.is_candidate]
-        held_out = held_out_objective(objective, rows, self._study.task_experts)
+        held_out, undivided = held_out_objective(objective, rows, self._study.task_experts)
         return Results(
             study=self._study.name,
-            tasks={task: board.schedule.tasks[task].metric for task in self._study.spec.tasks},
+            tasks={task: info.metric for task, info in self._tasks().items()},
             objective=objective.label,
             rows=rows,
             winner=winner.name,
@@ -362,6 +467,7 @@ class StudyRun:
             drawn_from=told_sources(board.schedule, self._study.folder),
             breaking=confirmation.breaking,
             raw=objective.raw,
+            undivided=undivided,
             missing=self._missing(plans),
             points=make_points(candidates(records, objective), rows, objective),
         )

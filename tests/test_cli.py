@@ -99,7 +99,7 @@ def test_a_run_that_a_signal_stops_leaves_a_report(study, killed, searchmerge, n
     assert f"searchmerge finish {Path('runs', 'cut')} confirms" in err
     report = (run_dir / "report.md").read_text()
     assert "# cut: stopped, not confirmed" in report
-    assert "| expert first | " in report and "| **trial " in report
+    assert "| expert first | " in report and "| **" in report
     best_so_far = (run_dir / "plans" / "best-so-far.yaml").read_text()
     assert best_so_far.rstrip() in report
     (command,) = re.findall("`(searchmerge finish .*?)`", report)
@@ -599,6 +599,25 @@ def test_a_function_that_leaves_does_not_end_a_run_as_if_all_were_well(
     code, _, err = searchmerge("run", study(name="leaves", tasks={"own": task}))
     assert code == 2
     assert "leaves:score called sys.exit(0)" in err
+
+
+def test_a_run_that_is_stopped_before_a_merge_is_scored_has_nothing_to_save(
+    study, searchmerge, tmp_path
+):
+    (tmp_path / "stops.py").write_text(
+        "import signal\n"
+        "def score(model, task, examples):\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    return [0.5] * len(examples)\n"
+    )
+    task = {"evaluator": "function", "function": "stops:score", "n_examples": 40}
+    code, _, err = searchmerge("run", study(name="stops", tasks={"own": task}))
+    assert code == 128 + signal.SIGINT
+    assert "goes on from here; no merge has been scored yet, so that there is nothing to" in err
+    assert "searchmerge finish" not in err
+    code, _, err = searchmerge("finish", tmp_path / "runs" / "stops")
+    assert code == 2
+    assert "before a merge was scored (nothing is), so that there is nothing to save" in err
 
 
 def test_an_expert_that_is_given_twice_is_refused(searchmerge, tmp_path):

@@ -21,7 +21,6 @@ ELSEWHERE = {
     # wiring: a study's whole run, or its check, is what tests it
     "__main__.py": "test_cli.py",
     "check.py": "test_cli.py",
-    "run.py": "test_cli.py",
     "keys.py": "test_one_file.py",
     "evaluators/lm_harness/verification.py": "test_verify.py",
     # parts of a checkpoint, which is opened and told apart as a whole

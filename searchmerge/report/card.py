@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from searchmerge.checkpoints.hub import is_hub_id
 from searchmerge.report.escape import code, code_block, markdown
 from searchmerge.report.results import Results, markdown_table
-from searchmerge.search.references import unmerged_names
+from searchmerge.search.references import is_merge
 from searchmerge.search.trials import REFINED
 from searchmerge.wording import counted
 from searchmerge.yaml_text import dump_yaml
@@ -29,13 +29,12 @@ def model_card(
         overrides: What ``searchmerge merge`` has to be told beside plan and models.
     """
     hub_ids = [name for name in (base, *experts.values()) if is_hub_id(name)]
-    is_merge = results.winner not in unmerged_names(results.merge_plan.experts)
-    relation = {"base_model_relation": "merge"} if is_merge else {}
+    relation = {"base_model_relation": "merge"} if is_merge(results.winner) else {}
     made_by = ["merge", "searchmerge", results.merge_plan.method]
     metadata = {
         **({"base_model": hub_ids, **relation} if hub_ids else {}),
         "library_name": "transformers",
-        "tags": made_by if is_merge else ["searchmerge"],
+        "tags": made_by if is_merge(results.winner) else ["searchmerge"],
     }
     models = "\n".join(f"- {markdown(name)}: {code(source)}" for name, source in experts.items())
     verdict = markdown(results.verdict)
@@ -48,7 +47,7 @@ def model_card(
 
 # {markdown(results.study)}
 
-{_what(results, base, is_merge=is_merge)}:
+{_what(results, base)}:
 
 {models}
 
@@ -63,10 +62,10 @@ which the command is run:
 """
 
 
-def _what(results: Results, base: str, *, is_merge: bool) -> str:
+def _what(results: Results, base: str) -> str:
     """Return what the model is, up to the list of experts."""
     [winner] = [row for row in results.rows if row.name == results.winner]
-    if not is_merge:
+    if not is_merge(winner.name):
         kept = "keeps the study's constraints and " if results.bounds else ""
         return (
             f"This is no merge but {markdown(winner.name)} as it is: no merge of these experts on "

@@ -33,16 +33,18 @@ class InterimReport:
 
     Attributes:
         study: Name of the study.
+        stage: Where it was stopped, in words.
         tasks: Task name to the name of its metric.
-        objectives: The name of each objective.
+        objectives: The name of each objective; none where their values are not known yet.
         rows: References first, then the best trials, best first.
-        best: Name of the best trial; empty where no trial was scored in full.
+        best: Name of the row with the best evidence; empty where no merge was scored in full.
         plan: Its plan; ``None`` where there is none.
         counts: Numbers of trials by what became of them, examples, seconds.
         raw: Tasks that count as they are scored, for want of an own expert.
     """
 
     study: str
+    stage: str
     tasks: Mapping[str, str]
     objectives: Sequence[str]
     rows: Sequence[InterimRow]
@@ -77,14 +79,12 @@ class InterimReport:
             for row in self.rows
         ]
         table = markdown_table(["", *self.tasks, *self._value_names()], cells, bold=self.best)
-        finish = code(f"searchmerge finish {shlex.quote(str(run_dir))}")
         return f"""# {markdown(self.study)}: stopped, not confirmed
 
-**The study was stopped before its end. {self._best_so_far()}**
+**The study was stopped {self.stage}. {self._best_so_far()}**
 
-The same {code("searchmerge run")} goes on from here and scores nothing again. {finish} searches no
-more: it confirms the best that there is on held-out examples, saves the model, and writes the
-report in place of this one.
+The same {code("searchmerge run")} goes on from here and scores nothing again.
+{self._finish_text(run_dir)}
 
 Scores times 100, on the select examples, which chose the best: they flatter it. With
 {code("scores: graded")} how clearly examples were answered counts in that choice too, and is not
@@ -102,8 +102,18 @@ Counts: {counts}.
 
     def _best_so_far(self) -> str:
         if not self.best:
-            return "No trial has been scored in full yet."
+            return "No merge has been scored in full yet."
         return f"The best plan so far is that of {markdown(self.best)}; it is not confirmed."
+
+    def _finish_text(self, run_dir: Path) -> str:
+        """Return what is done where the search does not go on."""
+        if not self.best:
+            return "Until a merge is scored in full there is nothing to confirm and to save."
+        return (
+            f"{code(f'searchmerge finish {shlex.quote(str(run_dir))}')} searches no more: it "
+            "confirms the best\nthat was scored on held-out examples, saves the model, and writes "
+            "the report in place of this one."
+        )
 
     def _plan_text(self) -> str:
         if self.plan is None:

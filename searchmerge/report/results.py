@@ -128,7 +128,10 @@ class Results:
             of tasks whose parts are drawn from different data.
         breaking: Plans that break a constraint on what trials saw, which what is saved keeps.
         raw: Tasks that count as they are scored though the objective is relative to experts.
-        missing: References that are not in the table to why.
+        undivided: What scores 0 held out, or is not scored there, so that held-out scores are
+            relative to its score on what trials saw, in words.
+        missing: References and best candidates that are not in the table to why.
+        ended: Where the search ended, if before its budget was used up.
     """
 
     study: str
@@ -149,7 +152,9 @@ class Results:
     drawn_from: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     breaking: Sequence[str] = ()
     raw: Sequence[str] = ()
+    undivided: Sequence[str] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    ended: str = ""
 
     @property
     def merge_plan(self) -> MergePlan:
@@ -208,7 +213,7 @@ class Results:
         data["points"] = [Point(**point) for point in data.get("points", ())]
         data["details"] = [Detail(**detail) for detail in data.get("details", ())]
         data["searched"] = [Searched(**searched) for searched in data.get("searched", ())]
-        for names in ("breaking", "raw"):
+        for names in ("breaking", "raw", "undivided"):
             data[names] = tuple(data.get(names, ()))
         return cls(**data)
 
@@ -243,6 +248,11 @@ class Results:
             legend += "The last column is what is saved minus the plan of that row, in points. "
         if self.raw:
             legend += f"Not over an expert's score but as it is: {', '.join(self.raw)}. "
+        if self.undivided:
+            legend += (
+                "Held out nothing can be divided by what these score there, 0 or unknown, and "
+                f"their select scores stand in: {', '.join(self.undivided)}. "
+            )
         return (
             f"{legend}These are single comparisons: only the verdict's interval is corrected for "
             "having chosen the best of the candidates."
@@ -257,6 +267,7 @@ class Results:
             f"| {markdown(n)} | {code_cell(of)} |" for n, of in self.made_of.items()
         )
         parts = (
+            self.ended,
             self._missing_text(),
             self.drawn_from_text(),
             self._bounds_text(),

@@ -1,7 +1,6 @@
 """From what a study has scored to what its report shows: rows, constraints, points, counts."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -54,20 +53,21 @@ def _told_lead(lead: Interval, *, is_known: bool) -> tuple[float, ...]:
 
 def held_out_objective(
     objective: Objective, rows: Iterable[Row], experts: Mapping[str, str]
-) -> Objective:
+) -> tuple[Objective, tuple[str, ...]]:
     """Return the objective relative to what the experts and the base score on held-out examples.
 
     Args:
         objective: Relative to what they score on what trials see.
         rows: All rows; those of experts and base may be missing.
         experts: Task name to the row name of its own expert.
+
+    Returns:
+        It, and what cannot be divided by there, in words.
     """
     hold_out = {row.name: row.hold_out for row in rows}
-    return replace(
-        objective,
-        expert_scores={t: hold_out[name][t] for t, name in experts.items() if name in hold_out},
-        base_scores=hold_out.get(BASE, {}),
-    )
+    known = {t: hold_out[name][t] for t, name in experts.items() if name in hold_out}
+    base = hold_out.get(BASE, {})
+    return objective.on_other_examples(known, base), objective.undivided(known, base)
 
 
 def make_bounds(winner: Row, objective: Objective, held_out: Objective) -> list[Bound]:
@@ -214,7 +214,8 @@ def make_counts(
     }
     if n_refined := sum(bool(record.refines) for record in records):
         counts["of these refined"] = n_refined
-    parts: dict[str, Part] = {"select": "select", "hold-out": "hold_out"}
+    seen: Part = "select" if "select" in schedule.blocks else "pilot"  # among the references
+    parts: dict[str, Part] = {"select": seen, "hold-out": "hold_out"}
     counts |= {f"{label} examples": schedule.n_examples(part) for label, part in parts.items()}
     counts["search seconds"] = round(search_s)
     return counts | ({"refining seconds": round(refining_s)} if refining_s else {})

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from searchmerge.errors import StudyError
 from searchmerge.execution.blocks import BlockValues
 from searchmerge.plan import MergePlan
-from searchmerge.search.distinct import distinct
+from searchmerge.search.distinct import are_near, distinct
 from searchmerge.search.objective import Objective
 from searchmerge.search.trials import TrialRecord, best_of
 
@@ -25,21 +24,14 @@ def best_candidates(
     references: Iterable[MergePlan],
     observed: Callable[[MergePlan], BlockValues],
 ) -> list[TrialRecord]:
-    """Return the best candidates but the references, best first, whose plans differ.
+    """Return the best candidates, best first, whose plans differ, also from the references.
 
     Args:
         scored: From :func:`candidates`.
         n_best: How many to return, at most.
         references: Plans that are scored whatever the search finds.
         observed: Returns what a plan scored.
-
-    Raises:
-        StudyError: If there is none.
     """
-    best = distinct(best_of(scored, len(scored), references), n_best, observed)
-    if not best:
-        raise StudyError(
-            "no trial but the references was scored, so there is nothing to confirm; "
-            "give the search more trials or time"
-        )
-    return best
+    references = list(references)
+    found = [record for record in scored if not are_near(record.plan, references)]
+    return distinct(best_of(found, len(found)), n_best, observed, references)

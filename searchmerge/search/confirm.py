@@ -33,10 +33,11 @@ class Confirmation:
     Attributes:
         objective: Plan name to the objective on held-out examples, with its interval.
         winner: The plan with the best evidence, found or published: the one that is saved.
-        best_found: The candidate with the best evidence.
+        best_found: The candidate with the best evidence; empty where there is none.
         best_reference: The reference with the best evidence.
         gain: The best candidate's objective minus that reference's. Its interval has the level
             asked for together over all candidates (Bonferroni), since one was chosen of them.
+            ``None`` where there is none.
         lead: Every other plan's name to the winner's objective minus that plan's. An interval is
             that of one comparison, at the level asked for.
         level: The intervals' level, in (0, 1).
@@ -44,19 +45,21 @@ class Confirmation:
         n_examples: Held-out examples of each task, on average.
         single: Tasks of which one number is known, so that it cannot be resampled.
         broken: Plan name to the constraints that it breaks on what trials see.
+        absent: Why there is no candidate, where there is none.
     """
 
     objective: Mapping[str, Interval]
     winner: str
     best_found: str
     best_reference: str
-    gain: Interval
+    gain: Interval | None
     lead: Mapping[str, Interval]
     level: float
     n_candidates: int
     n_examples: int
     single: tuple[str, ...] = ()
     broken: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    absent: str = ""
 
     @property
     def verdict(self) -> str:
@@ -64,7 +67,17 @@ class Confirmation:
         breaks = ""
         if broken := self.broken.get(self.winner):
             breaks = f", though it breaks {', '.join(broken)}: no plan keeps every constraint"
-        return f"Saved is {self.winner}{breaks}. {self._comparison}{self._advice}"
+        return f"Saved is {self.winner}{breaks}. {self._found(self.gain)}"
+
+    def _found(self, gain: Interval | None) -> str:
+        """Return what the search found beside the best reference, and what may help."""
+        if gain is None:
+            return (
+                f"Nothing that the search found is compared with it: {self.absent}. The same "
+                "`searchmerge run` goes on from here; raise search.n_trials or search.timeout "
+                "where they are used up."
+            )
+        return f"{self._comparison(gain)}{self._advice(gain)}"
 
     @property
     def breaking(self) -> tuple[str, ...]:
@@ -79,11 +92,9 @@ class Confirmation:
         """Return what a plan is called, and that it cannot be saved where that is so."""
         return f"{name} (which breaks a constraint)" if self._breaks_more(name) else name
 
-    @property
-    def _comparison(self) -> str:
+    def _comparison(self, gain: Interval) -> str:
         """Return whether the best found merge is better than the best reference."""
         found, reference = self._called(self.best_found), self._called(self.best_reference)
-        gain = self.gain
         points = f"{100 * gain.value:+.1f} points"
         if self.single:
             return (
@@ -102,8 +113,7 @@ class Confirmation:
             f"examples: {points}."
         )
 
-    @property
-    def _advice(self) -> str:
+    def _advice(self, gain: Interval) -> str:
         """Return what may lead to a better merge, where none was found."""
         if not self.single and all(lead.low == lead.high == 0 for lead in self.lead.values()):
             return (
@@ -116,13 +126,12 @@ class Confirmation:
             return " Nothing found keeps all constraints; more trials or another space may help."
         return (
             " What the search found has not enough evidence to be saved in its place: give it "
-            f"more examples (select), more trials, or another space{self._examples_needed}."
+            f"more examples (select), more trials, or another space{self._examples_needed(gain)}."
         )
 
-    @property
-    def _examples_needed(self) -> str:
+    def _examples_needed(self, gain: Interval) -> str:
         """Return how many examples tell close merges apart; nothing where these do."""
-        half = (self.gain.high - self.gain.low) / 2
+        half = (gain.high - gain.low) / 2
         if self.single or half <= _TOLD_APART:
             return ""
         n_needed = math.ceil(self.n_examples * (half / _TOLD_APART) ** 2 / 10) * 10
@@ -157,14 +166,16 @@ class Contest:
     """What is known of plans before they are compared.
 
     Attributes:
-        candidates: Those that the search found, one or more; the others are the references.
+        candidates: Those that the search found; the others, one or more, are the references.
         ranked: All, by what they break of constraints and by their evidence, best first.
         broken: Plan name to the constraints that it breaks on what trials see.
+        absent: Why there is no candidate, where there is none.
     """
 
     candidates: Sequence[str]
     ranked: Sequence[str]
     broken: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    absent: str = ""
 
 
 def confirm(
@@ -178,60 +189,67 @@ def confirm(
     """Compare candidates with references by a paired bootstrap over held-out examples.
 
     Every resample draws each task's examples anew, the same for all plans, and recomputes the
-    own experts' scores that normalise the objective. Intervals are percentile intervals.
+    own experts' scores that normalise the objective: one of 0 stays what it is on all held-out
+    examples, or on what trials see where it is 0 there too. Intervals are percentile intervals.
 
     Args:
         values: Plan name to its values; the plans that are no candidates are the references.
         contest: What is known of the plans before.
         kinds: Task name to how its score comes from values.
-        objective: What to compare by.
-        experts: Task name to the plan name of its own expert.
+        objective: What to compare by, relative to what trials see.
+        experts: Task name to the plan name of its own expert, which may be none of them.
         bootstrap: How examples are resampled.
     """
     scores = {
         name: {task: kinds[task].score(task_values) for task, task_values in plan.items()}
         for name, plan in values.items()
     }
-    point = _objectives(scores, objective, experts)
+    held_out = _relative_to(scores, objective, experts)
+    point = _objectives(scores, held_out)
     resamples = [
-        _objectives(drawn, objective, experts)
+        _objectives(drawn, _relative_to(drawn, held_out, experts))
         for drawn in _resampled(values, kinds, objective, bootstrap)
     ]
     resampled = {name: np.array([drawn[name] for drawn in resamples]) for name in values}
     candidates = contest.candidates
     ranked = [*contest.ranked, *(name for name in values if name not in contest.ranked)]
-    best_found = next(name for name in ranked if name in candidates)
+    best_found = next((name for name in ranked if name in candidates), "")
     best_reference = next(name for name in ranked if name not in candidates)
-    corrected = 1 - (1 - bootstrap.level) / len(candidates)
+    corrected = 1 - (1 - bootstrap.level) / max(1, len(candidates))
     winner = ranked[0]
 
     def ahead(name: str, other: str, level: float) -> Interval:
         return _interval(point[name] - point[other], resampled[name] - resampled[other], level)
 
-    n_values = [len(task_values) for task_values in values[best_found].values()]
+    n_values = {task: len(task_values) for task, task_values in values[winner].items()}
     return Confirmation(
         {name: _interval(point[name], resampled[name], bootstrap.level) for name in values},
         winner,
         best_found,
         best_reference,
-        ahead(best_found, best_reference, corrected),
+        ahead(best_found, best_reference, corrected) if best_found else None,
         {name: ahead(winner, name, bootstrap.level) for name in values if name != winner},
         bootstrap.level,
         len(candidates),
-        round(sum(n_values) / len(n_values)),
-        tuple(task for task, task_values in values[best_found].items() if len(task_values) < 2),
+        round(sum(n_values.values()) / len(n_values)),
+        tuple(task for task, n in n_values.items() if n < 2),
         contest.broken,
+        contest.absent,
     )
 
 
 def _objectives(
-    scores: Mapping[str, Mapping[str, float]], objective: Objective, experts: Mapping[str, str]
+    scores: Mapping[str, Mapping[str, float]], objective: Objective
 ) -> dict[str, float]:
-    expert_scores = {task: scores[name][task] for task, name in experts.items()}
-    if objective.needs_experts and not all(expert_scores.values()):
-        expert_scores = {task: score or 1.0 for task, score in expert_scores.items()}
-    drawn = replace(objective, expert_scores=expert_scores, constraints=())
-    return {name: drawn.scalar(plan_scores) for name, plan_scores in scores.items()}
+    return {name: objective.scalar(plan_scores) for name, plan_scores in scores.items()}
+
+
+def _relative_to(
+    scores: Mapping[str, Mapping[str, float]], objective: Objective, experts: Mapping[str, str]
+) -> Objective:
+    """Return the objective relative to what the own experts score, without constraints."""
+    known = {task: scores[name][task] for task, name in experts.items() if name in scores}
+    return replace(objective.on_other_examples(known, {}), constraints=())
 
 
 def _resampled(

@@ -55,6 +55,7 @@ _SPEC = "spec"  # the canonical study, as it was begun
 _AT_WORK = "at_work"  # whether a run is at work, or was when it ended
 _ELAPSED = "elapsed_s"
 _DECIDING = "deciding"  # references that decide the blocks' order
+_BEST = "best"  # what the plan is called that has the best evidence
 _TUNING = "tuning"  # task to how it is scored
 _REFINING_S = "refining_s"
 _UNREFINED = "unrefined:"  # begins the name of a refinement that proposed nothing
@@ -195,6 +196,11 @@ class StudyDirectory:
             self._note(_TUNING, kept)
         return kept
 
+    @property
+    def is_past_references(self) -> bool:
+        """Whether a run has come to the end of the references, and more may be there."""
+        return _DECIDING in self.study.user_attrs
+
     def keep_deciding(self, names: Sequence[str]) -> list[str]:
         """Return the references that decide the blocks' order: ``names``, or the first kept."""
         kept: list[str] | None = self.study.user_attrs.get(_DECIDING)
@@ -259,6 +265,16 @@ class StudyDirectory:
             plan.to_yaml(file)
         except OSError as error:
             raise StudyError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+    def keep_best(self, name: str, plan: MergePlan) -> None:
+        """Write the plan that is best while the study runs, and keep what it is called.
+
+        Raises:
+            StudyError: If it cannot be written.
+        """
+        self.write_plan(BEST_SO_FAR, plan)
+        if self.study.user_attrs.get(_BEST) != name:
+            self._note(_BEST, name)
 
     def keep_completed(self, record: TrialRecord) -> None:
         """Keep the scores of a trial that was stopped early and is scored in full since."""
@@ -415,6 +431,11 @@ class KeptTime:
     def set_elapsed(self, seconds: float) -> None:
         """Keep the seconds so far."""
         self.study.set_user_attr(self.attribute, seconds)
+
+
+def best_so_far_of(study: optuna.Study) -> str:
+    """Return what the plan is called that is written as the best so far; empty if none is."""
+    return str(study.user_attrs.get(_BEST, ""))
 
 
 def elapsed_of(study: optuna.Study) -> float:

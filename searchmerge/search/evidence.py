@@ -104,6 +104,11 @@ class Evidence:
         values = usual.mean() + part * (measured.values - usual.mean())
         return cls(measured.names, values, part * measured.variances)
 
+    def of(self, names: Collection[str]) -> "Evidence":
+        """Return what is believed of some of the plans, in the order that they stand in here."""
+        at = [i for i, name in enumerate(self.names) if name in names]
+        return Evidence(tuple(self.names[i] for i in at), self.values[at], self.variances[at])
+
     def flattered(self, names: Collection[str]) -> "Evidence":
         """Return the same where what was measured flatters some plans: further examples decide.
 

@@ -1,7 +1,7 @@
 """The incumbents of a study: what its candidates are compared with while they are scored."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from searchmerge.errors import StudyError
 from searchmerge.execution.blocks import Round
 from searchmerge.plan import MergePlan
 from searchmerge.search.objective import Objective
+from searchmerge.search.pick import Contender, best_on_select, plan_scores
 from searchmerge.search.racing import (
     Incumbent,
     PlanScores,
@@ -18,6 +19,7 @@ from searchmerge.search.racing import (
     n_seen,
     predict,
 )
+from searchmerge.search.references import BASE, is_merge, merges
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, best_of, front_with
 
@@ -48,8 +50,8 @@ class Incumbents:
         board: What plans score; candidates are compared on its ``select`` part.
         objective: What to maximise.
         racing: Stops candidates that will not win; ``None`` scores all in full.
-        base: The base model's plan.
-        pool: Plans that tell how plans differ, until enough candidates do.
+        references: Name to plan of what competes with the candidates; the merges of them tell
+            how plans differ, until enough candidates do.
         seed: Of the halves of the examples by which it is learnt what grades tell; ``None``
             goes by the metric alone.
     """
@@ -60,8 +62,7 @@ class Incumbents:
         objective: Objective,
         racing: Racing | None = None,
         *,
-        base: MergePlan | None = None,
-        pool: Iterable[MergePlan] = (),
+        references: Mapping[str, MergePlan] | None = None,
         seed: int | None = None,
     ) -> None:
         self._board = board
@@ -69,8 +70,12 @@ class Incumbents:
         self._racing = racing
         self._seed = seed
         self._places = board.schedule.places("select")
-        self._base_plan = base
-        self._pool = [plan for plan in pool if board.is_full(plan, "select")]
+        self._published = {
+            name: plan
+            for name, plan in (references or {}).items()
+            if board.is_full(plan, "select")
+        }
+        self._pool = merges(self._published)
         self._full: list[TrialRecord] = []  # all trials that were scored in full, as last read
         self._read: tuple[TrialRecord, ...] = ()
         self._read_anew()
@@ -80,15 +85,21 @@ class Incumbents:
         if self._seed is not None:
             plans = [*self._pool, *(record.plan for record in self._full)]
             self._board = self._board.read_by(self._board.learn(plans, self._seed))
-        self._base = next(iter(self._in_full([self._base_plan] if self._base_plan else [])), None)
-        self._references = self._in_full(self._pool)
+        self._contenders = {
+            name: Contender.of(self._board, plan, self._objective)
+            for name, plan in self._published.items()
+        }
+        self._leader: str | None = None
+        self._digests = {plan.digest for plan in self._published.values()}
+        self._base = self._contenders[BASE].scored if BASE in self._contenders else None
+        self._references = [its.scored for name, its in self._contenders.items() if is_merge(name)]
         self._latest: list[PlanScores] = []
         self._best: TrialRecord | None = None
         self._front: list[TrialRecord] = []
         self._scores: dict[int, PlanScores] = {}  # of the best and the front, by trial number
         self._paired: dict[int, Incumbent] = {}  # by the identity of their scores
         for i, record in enumerate(self._full):
-            scores = self._plan_scores(record.plan)
+            scores = plan_scores(self._board, record.plan, "select")
             self._full[i] = record.judged(self._objective, record.scores, scores.scores)
             self._compare(self._full[i], scores)
         self._read = tuple(self._full)
@@ -99,6 +110,21 @@ class Incumbents:
         return self._best
 
     @property
+    def leader(self) -> tuple[str, MergePlan] | None:
+        """The name and the plan with the best evidence, published or found.
+
+        That is what would be saved if the search ended now and nothing were held out. ``None``
+        while no plan is known.
+        """
+        if self._leader is None:  # else nothing was scored in full since
+            tasks = self._board.schedule.tasks
+            self._leader = best_on_select(
+                self._contenders, self._published, tasks, self._objective
+            )
+        name = self._leader
+        return None if name is None else (name, self._contenders[name].plan)
+
+    @property
     def read(self) -> tuple[TrialRecord, ...]:
         """The trials that were read anew when it was last learnt how to, as they are read now."""
         return self._read
@@ -106,7 +132,7 @@ class Incumbents:
     def enter(self, record: TrialRecord) -> bool:
         """Take in a trial that was scored in full; return whether it is the best so far."""
         self._full.append(record)
-        is_best = self._compare(record, self._plan_scores(record.plan))
+        is_best = self._compare(record, plan_scores(self._board, record.plan, "select"))
         if self._seed is not None and len(self._full) in _LEARNT_AT:
             self._read_anew()
         return is_best
@@ -114,6 +140,11 @@ class Incumbents:
     def _compare(self, record: TrialRecord, scores: PlanScores) -> bool:
         """Let a trial be the best or on the front, if it is; return whether it is the best."""
         self._latest = [*self._latest[-_POOL:], scores]
+        if record.plan.digest not in self._digests:
+            self._digests.add(record.plan.digest)
+            contender = Contender(record.plan, scores, record.standing.kept)
+            self._contenders[record.name] = contender
+            self._leader = None
         before = [self._best] if self._best else []
         self._front = front_with(self._front, record)
         [self._best] = best_of(self._front or [*before, record], 1)
@@ -164,7 +195,7 @@ class Incumbents:
         """
         best = self._scores[self._best.number] if self._best else self._base
         if self._board.is_full(plan, "select"):
-            estimates = self._plan_scores(plan)
+            estimates = plan_scores(self._board, plan, "select")
             return Outcome(
                 self._board.scores(plan, "select"),
                 dict(estimates.scores),
@@ -208,10 +239,3 @@ class Incumbents:
             pool = [*self._references, *self._latest]
             self._paired[id(scores)] = incumbent_of(scores, pool)
         return self._paired[id(scores)]
-
-    def _in_full(self, plans: Iterable[MergePlan]) -> list[PlanScores]:
-        return [self._plan_scores(p) for p in plans if self._board.is_full(p, "select")]
-
-    def _plan_scores(self, plan: MergePlan) -> PlanScores:
-        values = self._board.observations(plan, "select")
-        return PlanScores(self._board.estimates(plan, "select"), values)

@@ -133,6 +133,34 @@ class Objective:
                 )
         return replace(self, expert_scores=dict(expert_scores), base_scores=dict(base_scores))
 
+    def on_other_examples(
+        self, expert_scores: Mapping[str, float], base_scores: Mapping[str, float]
+    ) -> "Objective":
+        """Return the same objective relative to what experts and base score on other examples.
+
+        What scores 0 there, or is not scored, nothing can be divided by: it stays what it was.
+        """
+        experts = {task: score for task, score in expert_scores.items() if score}
+        base = {task: score for task, score in base_scores.items() if score}
+        return replace(
+            self,
+            expert_scores={**self.expert_scores, **experts},
+            base_scores={**self.base_scores, **base},
+        )
+
+    def undivided(
+        self, expert_scores: Mapping[str, float], base_scores: Mapping[str, float]
+    ) -> tuple[str, ...]:
+        """Return what cannot be divided by on other examples, and stays what it was, in words."""
+        bounds = {(c.task, c.against) for c in self.constraints}
+        relative = set(self.goals) if self.kind != "mean" else set()
+        experts = [t for t in self.expert_scores if t in relative or (t, "expert") in bounds]
+        base = [task for task in self.base_scores if (task, "base") in bounds]
+        return (
+            *(f"its own expert on {task}" for task in experts if not expert_scores.get(task)),
+            *(f"the base on {task}" for task in base if not base_scores.get(task)),
+        )
+
     def violation(self, constraint: Constraint, scores: Mapping[str, float]) -> float:
         """Return by how much ``scores`` break a constraint; 0 or less where they keep it."""
         score = scores[constraint.task]

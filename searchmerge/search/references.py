@@ -58,14 +58,14 @@ def expert_name(expert: str) -> str:
     return f"expert {expert}"
 
 
-def unmerged_names(experts: Iterable[str]) -> set[str]:
-    """Return what the references are called that merge nothing: the base, each expert alone."""
-    return {BASE, *map(expert_name, experts)}
+def is_merge(name: str) -> bool:
+    """Return whether what is called so in tables merges: not the base, and no expert alone."""
+    return name != BASE and not name.startswith(expert_name(""))
 
 
 def merges(references: Mapping[str, MergePlan]) -> list[MergePlan]:
-    """Return those references that merge: not the base, and no expert alone."""
-    return [plan for name, plan in references.items() if name not in unmerged_names(plan.experts)]
+    """Return those references that merge."""
+    return [plan for name, plan in references.items() if is_merge(name)]
 
 
 def _alone(expert: str, experts: Sequence[str]) -> MergePlan:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from searchmerge.errors import StudyError
 from searchmerge.execution.blocks import Part
 from searchmerge.interrupts import held_back
 from searchmerge.plan import MergePlan
@@ -12,7 +13,7 @@ from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.racing import Racing
-from searchmerge.search.references import BASE, merges
+from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.trial_source import TrialSource
@@ -61,13 +62,23 @@ class StudyRunner:
         self.failures |= source.failures
         return {job.name for job in source.done}
 
-    def score_references(self) -> dict[str, MergePlan]:
+    def score_references(self, *, goes_on: bool = True) -> dict[str, MergePlan]:
         """Score the references and let them decide the order in which trials see examples.
+
+        Args:
+            goes_on: Whether the search goes on, or was ended. Where it was ended before its
+                first trial, those merges are left out that no earlier run has scored.
 
         Returns:
             Name to plan of those that can be scored.
+
+        Raises:
+            StudyError: If the search was ended before a merge was scored.
         """
-        names = self.score_plans("references", self._references, "pilot")
+        wanted = self._references
+        if not (goes_on or self._directory.is_begun):
+            wanted = self._scored_before()
+        names = self.score_plans("references", wanted, "pilot")
         scored = {name: plan for name, plan in self._references.items() if name in names}
         for name, plan in scored.items():
             self._directory.write_plan(name, plan)
@@ -75,6 +86,19 @@ class StudyRunner:
         deciding = self._directory.keep_deciding([name for name in scored if name != BASE])
         self.board = self.board.informed(scored.values(), [scored[name] for name in deciding])
         return scored
+
+    def _scored_before(self) -> dict[str, MergePlan]:
+        """Return the references but the merges that were not scored, in full, by earlier runs."""
+        scored = [n for n, plan in self._references.items() if self.board.is_full(plan, "pilot")]
+        if not any(map(is_merge, scored)):
+            raise StudyError(
+                f"{self._directory.run_dir}: the search ended among the references before a merge "
+                f"was scored ({', '.join(scored) or 'nothing'} is), so that there is nothing to "
+                "save; the same `searchmerge run` goes on from there"
+            )
+        left_out = [n for n in self._references if is_merge(n) and n not in scored]
+        self.failures |= dict.fromkeys(left_out, "not scored before the search ended")
+        return {name: plan for name, plan in self._references.items() if name not in left_out}
 
     def run(
         self,
@@ -124,8 +148,7 @@ class StudyRunner:
             self.board,
             objective,
             racing,
-            base=self._references.get(BASE),
-            pool=merges(self._references),
+            references=self._references,
             seed=seed,
         )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from searchmerge.search.directory import elapsed_of, records_of, stored_study
+from searchmerge.search.directory import best_so_far_of, elapsed_of, records_of, stored_study
 from searchmerge.search.roster import read_roster
 from searchmerge.search.trials import best_of, by_completion
 from searchmerge.wording import counted
@@ -14,10 +14,11 @@ _N_BEST = 5
 
 
 def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
-    """Return counts of trials by state, seconds so far, the workers, and the best trials.
+    """Return counts of trials by state, seconds so far, the workers, and what is best.
 
-    The best are ranked as the study ranks them, by how it last read their scores: of those that
-    were scored in full, plans that keep the constraints alone, where there is one.
+    The plan that has the best evidence is a reference or a trial. The best trials are ranked as
+    the study ranks them, by how it last read their scores: of those that were scored in full,
+    plans that keep the constraints alone, where there is one.
 
     Args:
         run_dir: The study's run directory.
@@ -28,6 +29,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """
     with stored_study(run_dir, storage) as study:
         records, elapsed_s = records_of(study), elapsed_of(study)
+        best_so_far = best_so_far_of(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     workers, workers_age_s = read_roster(run_dir)
     n_failed = sum(record.value is None for record in records)
@@ -43,6 +45,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
         "elapsed_s": elapsed_s,
         "workers": workers,
         "workers_age_s": workers_age_s,
+        "best_so_far": best_so_far,
         "best": [
             {
                 "name": record.name,
@@ -80,6 +83,8 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
         marks = ["breaks a constraint"] * (not best["feasible"]) + [best["kind"]]
         line = f"  {best['name']:<{width}}  {values}  {scores}  {', '.join(filter(None, marks))}"
         lines.append(line.rstrip())
+    if status["best_so_far"]:
+        lines.append(f"best evidence so far, of references and trials: {status['best_so_far']}")
     if status["workers"]:
         lines.append(f"workers, as they were {status['workers_age_s']:.0f} s ago:")
     for worker in status["workers"]:

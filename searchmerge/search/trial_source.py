@@ -11,7 +11,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Spending
 from searchmerge.search.candidates import candidates
 from searchmerge.search.crashes import MAX_CUT_OFF
-from searchmerge.search.directory import BEST_SO_FAR, StudyDirectory
+from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Job
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
@@ -67,7 +67,7 @@ class TrialSource:
         self._left_running = directory.left_running()
         for record in by_completion(candidates(directory.records(as_told=True), objective)):
             self._enter(record)
-        self._written: MergePlan | None = None
+        self._written: tuple[str, MergePlan] | None = None
         self._read = incumbents.read
         directory.keep_read(self._read)
         self._write_best()  # a run that was killed may have left an earlier one's
@@ -157,14 +157,14 @@ class TrialSource:
         return is_best
 
     def _write_best(self) -> None:
-        """Write the plan of the best trial so far, and what ranks it first, unless they are."""
+        """Write the plan with the best evidence so far, and how trials are read, unless it is."""
         if self._incumbents.read is not self._read:
             self._read = self._incumbents.read
             self._directory.keep_read(self._read)
-        best = self._incumbents.best
-        if best is not None and best.plan != self._written:
-            self._written = best.plan
-            self._directory.write_plan(BEST_SO_FAR, best.plan)
+        leader = self._incumbents.leader
+        if leader is not None and leader != self._written:
+            self._written = leader
+            self._directory.keep_best(*leader)
 
     def _end(self, record: TrialRecord, *, is_best: bool) -> None:
         self._write_best()

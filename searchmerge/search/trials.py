@@ -227,9 +227,7 @@ CompletedScores = dict[str, Any]
 # --- Ranking ------------------------------------------------------------------------------------
 
 
-def best_of(
-    records: Iterable[TrialRecord], n_best: int, but: Iterable[MergePlan] = ()
-) -> list[TrialRecord]:
+def best_of(records: Iterable[TrialRecord], n_best: int) -> list[TrialRecord]:
     """Return the best trials that have a score, best first, each plan once.
 
     Plans that break a constraint are left out where there is one that keeps them all. With
@@ -238,9 +236,9 @@ def best_of(
     Args:
         records: What to rank; of equal ones the first stays first.
         n_best: How many to return, at most.
-        but: Plans that do not count, e.g. the references.
     """
-    best, seen = [], {plan.digest for plan in but}
+    best: list[TrialRecord] = []
+    seen: set[str] = set()
     for record in ranked(records):
         if record.plan.digest not in seen:
             seen.add(record.plan.digest)

@@ -363,8 +363,7 @@ class Run:
             board,
             self._goal,
             rule.racing,
-            base=self._references[self._recording.rows.index(BASE)],
-            pool=self._merges(),
+            references={self._recording.rows[row.index]: row for row in self._references},
             seed=self._seed if rule.graded else None,
         )
         n_scored, expected, full = 0, {}, []
@@ -446,8 +445,7 @@ class Run:
         board = self._read(board, full, rule)
         names = {self._recording.rows[row.index]: row for row in [*self._references, *full]}
         found = {self._recording.rows[row.index] for row in full}
-        merges = {self._recording.rows[row.index] for row in self._merges()} | found
-        evidence = evidence_on_select(board, names, self._goal, merges)
+        evidence = evidence_on_select(board, names, self._goal)
         top_names = [name for name in evidence.ranked() if name in found][:TOP_K]
         contest = {n: row for n, row in names.items() if n not in found or n in top_names}
         ranked = confirmed(board, evidence, contest, self._goal).ranked()

@@ -8,10 +8,8 @@ own, all of it in some minutes. What is there already is left alone.
 import gzip
 import io
 import os
-import shutil
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # before installed packages of these names
 from glyphs import SYMBOL_FONTS, SYMBOLS, TYPEFACES, distort, draw  # noqa: E402
+from training import fit, save  # noqa: E402
 from wheel import fetch_wheel  # noqa: E402
 
 MODELS = HERE / "models"
@@ -178,7 +177,7 @@ def make_base() -> None:
             yield distort(drawings[chosen], generator), labels[chosen]
 
     train(model, batches(), BASE_STEPS, BASE_RATE, "base model")
-    save(model.vit, BASE)
+    save_with_processor(model.vit, BASE)
 
 
 def symbols() -> tuple[Tensor, Tensor]:
@@ -215,7 +214,7 @@ def make_expert(task: str, read: Callable[[], Labelled]) -> None:
             yield images[chosen], labels[chosen]
 
     train(model, batches(), EXPERT_STEPS, EXPERT_RATE, f"expert {task}")
-    save(model, out)
+    save_with_processor(model, out)
 
 
 def parts(n: int) -> tuple[Tensor, Tensor]:
@@ -228,38 +227,21 @@ def parts(n: int) -> tuple[Tensor, Tensor]:
 def train(
     model: Any, batches: Iterator[tuple[Tensor, Tensor]], n_steps: int, rate: float, what: str
 ) -> None:
-    """Fit all weights to the labels, at a rate that rises for 50 steps and then falls to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=n_steps, pct_start=50 / n_steps, anneal_strategy="linear"
-    )
-    start = time.monotonic()
-    model.train()
-    for step, (images, labels) in enumerate(batches):
+    """Fit all weights to the labels of images."""
+
+    def loss() -> Tensor:
+        images, labels = next(batches)
         logits = model(pixel_values=images[:, None] / 127.5 - 1).logits
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            right = (logits.argmax(1) == labels).float().mean()
-            seconds = time.monotonic() - start
-            said = f"loss {loss:.3f}, {right:.0%} right, {seconds:.0f} s"
-            print(f"{what}: batch {step} of {n_steps}, {said}", flush=True)
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    fit(model, loss, n_steps, rate, what)
 
 
-def save(model: Any, out: Path) -> None:
-    """Save a model with its image processor, whole or not at all."""
+def save_with_processor(model: Any, out: Path) -> None:
+    """Save a model with its image processor."""
     from transformers import ViTImageProcessor
 
-    unfinished = out.with_name(f".{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    ViTImageProcessor(size={"height": 28, "width": 28}, **PROCESSOR).save_pretrained(unfinished)
-    shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
+    save(model, ViTImageProcessor(size={"height": 28, "width": 28}, **PROCESSOR), out)
 
 
 if __name__ == "__main__":

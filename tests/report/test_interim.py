@@ -13,6 +13,7 @@ def make_report():
     def make(**changes):
         fields = {
             "study": "<toy>",
+            "stage": "during the search",
             "tasks": {"math": "acc", "code": "macro_f1"},
             "objectives": ("normalised",),
             "rows": [
@@ -44,10 +45,20 @@ def test_it_says_what_there_is_that_it_is_not_confirmed_and_how_it_goes_on(make_
     assert "Counts: trials in full 3, search seconds 12." in text
 
 
-def test_without_a_trial_there_is_no_best(make_report, tmp_path):
-    text = make_report(rows=[], best="", plan=None).markdown(tmp_path)
-    assert "No trial has been scored in full yet." in text
+def test_without_a_merge_there_is_no_best(make_report, tmp_path):
+    text = make_report(rows=[], best="", plan=None, stage="among the references").markdown(
+        tmp_path
+    )
+    assert "stopped among the references. No merge has been scored in full yet." in text
+    assert "there is nothing to confirm and to save" in text
+    assert "searchmerge finish" not in text
     assert "The best plan so far" not in text
+
+
+def test_before_the_experts_are_scored_there_are_scores_and_no_objective(make_report, tmp_path):
+    rows = [InterimRow("base", {"math": 0.75, "code": 0.5}, ())]
+    text = make_report(rows=rows, objectives=(), best="", plan=None).markdown(tmp_path)
+    assert "|  | math | code |\n|---|---|---|\n| base | 75.0 | 50.0 |" in text
 
 
 def test_each_objective_has_its_column(make_report, tmp_path):

@@ -140,6 +140,14 @@ def test_tasks_without_an_expert_are_named_where_scores_are_over_experts(make_re
     assert "as it is" not in make_results().legend
 
 
+def test_what_nothing_can_be_divided_by_held_out_is_named(make_results, tmp_path):
+    results = make_results(undivided=("its own expert on code",))
+    assert "their select scores stand in: its own expert on code. " in results.legend
+    assert "stand in" not in make_results().legend
+    results.save(tmp_path)
+    assert Results.load(tmp_path).undivided == results.undivided
+
+
 def test_the_front_is_a_table_in_the_order_of_its_first_objective(make_results, points):
     report = make_results(points=points).markdown()
     third, first = (report.index(f"| {name} | 0.") for name in ("trial 3", "trial 1"))

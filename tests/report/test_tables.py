@@ -108,9 +108,24 @@ def test_held_out_scores_are_relative_to_what_experts_and_base_score_there():
         row("base", 0.1, 0.1, {"math": 0.2, "code": 0.3}),
         row("expert math", 0.9, 0.1, {"math": 0.8, "code": 0.0}),
     ]
-    held_out = held_out_objective(objective, rows, {"math": "expert math", "code": "expert code"})
+    experts = {"math": "expert math", "code": "expert code"}
+    held_out, undivided = held_out_objective(objective, rows, experts)
+    assert undivided == ()
     assert held_out.expert_scores == {"math": 0.8}
     assert held_out.base_scores == {"math": 0.2, "code": 0.3}
+
+
+def test_no_bound_is_infinite_where_an_expert_or_the_base_scores_0_held_out():
+    constraints = (Constraint("math", "expert", 0.9), Constraint("math", "base", 1.0))
+    objective = Objective("normalised", GOALS, constraints=constraints)
+    objective = objective.relative_to({"math": 0.8}, {"math": 0.2})
+    nothing = {"math": 0.0, "code": 0.0}
+    rows = [row("base", 0.2, 0.1, nothing), row("expert math", 0.8, 0.1, nothing)]
+    winner = row("trial 3", 0.72, 0.6, {"math": 0.6, "code": 0.4})
+    held_out, undivided = held_out_objective(objective, rows, {"math": "expert math"})
+    assert undivided == ("its own expert on math", "the base on math")
+    bounds = make_bounds(winner, objective, held_out)
+    assert [b.hold_out for b in bounds] == pytest.approx([0.6 / 0.8, 0.6 / 0.2])
 
 
 def test_bounds_show_the_value_that_each_constraint_is_held_against():

@@ -115,6 +115,35 @@ def test_of_a_score_that_is_one_number_no_interval_is_given():
     assert told.objective["base"].low < told.objective["base"].high  # of a alone
 
 
+@pytest.mark.parametrize("is_scored", [True, False])
+def test_an_own_expert_that_scores_0_held_out_counts_by_what_trials_see(is_scored):
+    data = values(0, 0.3)
+    data["expert b"]["b"] = (0.0,) * 200
+    if not is_scored:
+        del data["expert b"]
+    objective = Objective("normalised", GOALS, {"a": 0.9, "b": 0.5})
+    contest = Contest(["trial 1", "trial 2"], by_mean(data))
+    told = confirm(data, contest, MEANS, objective, OWN, Bootstrap(0.95, 400, 0))
+    held_out = {name: {t: np.mean(v) for t, v in plan.items()} for name, plan in data.items()}
+    a, b = (held_out["trial 1"][t] for t in GOALS)
+    expected = (a / held_out["expert a"]["a"] + 3 * b / 0.5) / 4
+    interval = told.objective["trial 1"]
+    assert interval.value == pytest.approx(expected)
+    assert interval.low < expected < interval.high < 1.2 * expected
+
+
+def test_a_resample_in_which_an_own_expert_scores_0_keeps_the_score_of_all():
+    """It answers one of 40 rightly, so that 0.975 ** 40 = 36 % of the resamples draw it never."""
+    data = values(0, 0.3)
+    for plan in data.values():
+        plan.update({task: v[:40] for task, v in plan.items()})
+    data["expert a"]["a"] = (1.0,) + (0.0,) * 39
+    told = run(data)
+    rate = np.mean(data["trial 1"]["a"])
+    assert told.objective["trial 1"].high < (1.3 * rate / 0.025 + 3 * 3) / 4
+    assert told.objective["trial 1"].low > 0.2 * rate / 0.025 / 4
+
+
 def test_equal_plans_differ_by_exactly_nothing():
     data = values(1, 0.0)
     data["trial 1"] = data["expert b"]
@@ -174,6 +203,20 @@ def test_an_interval_of_a_lead_is_narrower_than_those_of_the_plans():
     lead, alone = told.lead["expert a"], told.objective["trial 1"]
     assert lead.low > 0
     assert lead.high - lead.low < 0.6 * (alone.high - alone.low)
+
+
+def test_where_nothing_was_found_it_is_said_why_and_how_it_goes_on():
+    data = {name: its for name, its in values(0, 0.3).items() if not name.startswith("trial")}
+    contest = Contest([], by_mean(data), absent="it ended among the references")
+    told = confirm(data, contest, MEANS, Objective("mean", GOALS), {}, Bootstrap(0.95, 100, 0))
+    assert (told.best_found, told.gain, told.n_candidates) == ("", None, 0)
+    assert told.winner == told.best_reference == by_mean(data)[0]
+    assert set(told.lead) == data.keys() - {told.winner}
+    assert told.verdict == (
+        f"Saved is {told.winner}. Nothing that the search found is compared with it: it ended "
+        "among the references. The same `searchmerge run` goes on from here; raise "
+        "search.n_trials or search.timeout where they are used up."
+    )
 
 
 def test_a_saved_plan_that_breaks_a_constraint_is_called_that():

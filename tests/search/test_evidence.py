@@ -110,3 +110,12 @@ def test_of_a_plan_that_was_fitted_to_its_examples_only_further_ones_tell():
     assert told.best == "p"
     moved = np.mean([0.0 - 0.02, 0.01 - 0.0])  # p and q agree on what is common
     assert told.values[2] == pytest.approx(0.01 + moved, abs=1e-5)
+
+
+def test_what_is_believed_of_some_plans_is_what_was_believed_of_them_among_all():
+    told = Evidence(("r", "s", "t"), np.array([0.1, 0.3, 0.2]), np.array([1.0, 2.0, 3.0]))
+    some = told.of(["t", "r"])
+    assert some.names == ("r", "t")
+    assert some.values.tolist() == [0.1, 0.2]
+    assert some.variances.tolist() == [1.0, 3.0]
+    assert some.best == "t"

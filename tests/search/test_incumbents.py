@@ -8,6 +8,7 @@ from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import BlockScores, make_blocks
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Constraint, Goal, Objective
+from searchmerge.search.pick import evidence_on_select
 from searchmerge.search.racing import Racing
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
@@ -71,6 +72,45 @@ def test_a_plan_that_breaks_a_constraint_is_not_the_best_beside_one_that_keeps_i
     assert incumbents.best.number == 2
 
 
+def published(board, **shares):
+    """Score plans that are right as often as it says, and return them by name."""
+    plans = enumerate(shares.items(), 20)
+    return {name: score(board, n, right(share), right(share)) for n, (name, share) in plans}
+
+
+def test_the_leader_is_the_plan_that_is_saved_where_nothing_is_held_out(board):
+    """By evidence and not by value, published or found, and by constraints before all."""
+    objective = Objective("mean", GOALS)
+    references = published(board, base=0.3, TIES=0.6, average=0.55)
+    incumbents = Incumbents(board, objective, references=references)
+    assert incumbents.leader == ("TIES", references["TIES"])
+    plans = dict(references)
+    for number, share in ((1, 0.5), (2, 0.7), (3, 0.65)):
+        enter(incumbents, objective, board, number, right(share), right(share))
+        plans[f"trial {number}"] = plan(number)
+        evidence = evidence_on_select(board, plans, objective)
+        assert incumbents.leader == (evidence.best, plans[evidence.best])
+    assert incumbents.leader == ("trial 2", plan(2))
+    limited = Objective("mean", GOALS, constraints=(Constraint("b", "score", 0.5),))
+    incumbents = Incumbents(board, limited, references=references)
+    enter(incumbents, limited, board, 4, right(0.9), right(0.4))
+    assert incumbents.leader == ("TIES", references["TIES"])
+
+
+def test_a_trial_that_is_a_reference_leads_under_the_name_of_that(board):
+    objective = Objective("mean", GOALS)
+    references = published(board, base=0.3, TIES=0.6)
+    incumbents = Incumbents(board, objective, references=references)
+    enter(incumbents, objective, board, 21, right(0.6), right(0.6))
+    assert references["TIES"] == plan(21)
+    assert incumbents.leader == ("TIES", plan(21))
+
+
+def test_before_anything_is_scored_in_full_nothing_leads(board):
+    references = {"TIES": score(board, 1, right(0.6), right(0.6), n_rounds=3)}
+    assert Incumbents(board, Objective("mean", GOALS), references=references).leader is None
+
+
 def test_a_candidate_is_stopped_where_it_cannot_win_and_its_scores_are_estimated(board):
     objective = Objective("mean", GOALS)
     incumbents = Incumbents(board, objective, Racing())
@@ -95,7 +135,7 @@ def test_a_candidate_is_stopped_where_it_cannot_win_and_its_scores_are_estimated
 def test_a_refined_plan_is_stopped_by_a_collapse_alone(board):
     objective = Objective("mean", GOALS)
     base = score(board, 0, right(0.5), right(0.5))
-    incumbents = Incumbents(board, objective, Racing(), base=base)
+    incumbents = Incumbents(board, objective, Racing(), references={"base": base})
     enter(incumbents, objective, board, 1, right(0.8), right(0.8))
     enter(incumbents, objective, board, 2, right(0.7), right(0.7))
     worse = score(board, 3, right(0.55), right(0.55), n_rounds=6)
@@ -140,7 +180,7 @@ def test_blocks_on_which_plans_differ_are_scored_first(board):
 def test_a_plan_is_paired_with_the_base_while_there_is_nothing_better(board):
     base = score(board, 0, right(0.5), right(0.5))
     stopped = score(board, 1, right(0.1), right(0.1), n_rounds=4)
-    paired = Incumbents(board, Objective("mean", GOALS), Racing(), base=base)
+    paired = Incumbents(board, Objective("mean", GOALS), Racing(), references={"base": base})
     assert not paired.may_win(stopped)
     assert paired.outcome(stopped).stopped_after == 8
     alone = Incumbents(board, Objective("mean", GOALS), Racing())
@@ -175,9 +215,9 @@ def graded(board, number, quality, seed):
 
 def test_plans_are_compared_by_how_clearly_they_answer_once_that_is_learnt(board):
     objective = Objective("mean", GOALS)
-    pool = [graded(board, n, 0.15 * n, seed=n) for n in range(8)]
-    read = Incumbents(board, objective, Racing(), pool=pool, seed=0)
-    plain = Incumbents(board, objective, Racing(), pool=pool)
+    pool = {f"setting {n}": graded(board, n, 0.15 * n, seed=n) for n in range(8)}
+    read = Incumbents(board, objective, Racing(), references=pool, seed=0)
+    plain = Incumbents(board, objective, Racing(), references=pool)
     candidate = graded(board, 20, 0.6, seed=20)
     by_metric = board.scores(candidate, "select")
     assert plain.outcome(candidate).estimates == by_metric

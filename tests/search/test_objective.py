@@ -1,5 +1,7 @@
 """From tasks' scores to what is maximised, and to what constraints are broken by."""
 
+from dataclasses import replace
+
 import pytest
 
 from searchmerge.errors import StudyError
@@ -70,3 +72,17 @@ def test_the_unit_of_a_task_is_what_one_more_point_there_adds(kind):
     before, after = {"a": 0.3, "b": 0.4}, {"a": 0.3, "b": 0.5}
     gain = objective.scalar(after) - objective.scalar(before)
     assert objective.unit("b") * 0.1 == pytest.approx(gain)
+
+
+def test_what_scores_0_on_other_examples_stays_what_it_was_and_is_named():
+    constraints = (Constraint("a", "base", 1.0), Constraint("b", "score", 0.1))
+    select = Objective(
+        "normalised", GOALS, {"a": 0.5, "b": 0.8}, {"a": 0.2, "b": 0.3}, constraints
+    )
+    told = {"a": 0.0, "b": 0.4}, {"a": 0.0, "b": 0.0}
+    held_out = select.on_other_examples(*told)
+    assert held_out.expert_scores == {"a": 0.5, "b": 0.4}
+    assert held_out.base_scores == {"a": 0.2, "b": 0.3}
+    assert select.undivided(*told) == ("its own expert on a", "the base on a")
+    assert select.undivided({}, {"a": 0.1}) == ("its own expert on a", "its own expert on b")
+    assert replace(select, kind="mean").undivided(*told) == ("the base on a",)

@@ -136,10 +136,13 @@ def test_the_best_shown_is_the_plan_that_is_written_as_the_best_so_far(toy):
     assert [r.scores for r in read] == [r.scores for r in told]
     assert [r.values for r in read[:8]] != [r.values for r in told[:8]]  # learnt at the eighth
     assert [r.values for r in read[8:]] == [r.values for r in told[8:]]
-    first = read_status(run_dir)["best"][0]
+    status = read_status(run_dir)
     written = MergePlan.from_yaml(run_dir / "plans" / "best-so-far.yaml")
-    assert written == next(r.plan for r in read if r.number == first["trial"])
-    assert first["values"] == [max(r.value for r in read)]
+    assert written == next(r.plan for r in read if r.name == status["best_so_far"])
+    assert status["best"][0]["values"] == [max(r.value for r in read)]
+    assert f"best evidence so far, of references and trials: {status['best_so_far']}" in (
+        describe_status(run_dir)
+    )
 
 
 def test_a_study_that_goes_on_reads_what_it_kept_as_it_did_before(toy):

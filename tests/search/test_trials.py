@@ -121,7 +121,6 @@ def test_each_plan_is_ranked_once_and_references_need_not_count():
     again = record(5, 0.9, 0.9, plan_number=1)
     records = [record(1, 0.9, 0.9), record(2, 0.8, 0.8), record(3, 0.7, 0.7), again]
     assert [r.number for r in best_of(records, 9)] == [1, 2, 3]
-    assert [r.number for r in best_of(records, 1, but=[plan(1)])] == [2]
     assert best_of([TrialRecord(0, plan(0), failure="NaN")], 3) == []
 
 
