@@ -114,6 +114,7 @@ def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Eval
     Raises:
         SpecError: If a task, split, metric or function does not exist.
     """
+    refine = study.spec.search.refine
     context = EvaluationContext(
         folder=study.folder,
         resolve=study.resolve,
@@ -125,6 +126,7 @@ def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Eval
         base_dir=None if models.base.extension else models.base.path,
         seed=study.spec.search.seed,
         is_graded=study.spec.scores == "graded",
+        learns=None if refine == "off" else refine.loss,
     )
     evaluators: dict[str, Evaluator] = {}
     for name, kind in study.spec.kinds.items():

@@ -84,6 +84,7 @@ def _refinement(study: Study, models: Models, schedule: Schedule) -> Iterator[st
     yield (
         f"refine: {counted(len(recipe.groups), 'group')}, loss {recipe.loss} of "
         f"{', '.join(learnt.examples)}{f'; left to the search: {left}' if left else ''}"
+        f"{f'; {learnt.told}' if learnt.told else ''}"
     )
 
 

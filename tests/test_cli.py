@@ -275,6 +275,42 @@ def test_check_says_what_is_learnt_from_where_plans_are_refined(study, searchmer
     assert "search.refine: groups: depth is 9; the model has 2 layers: 1 to 2" in err
 
 
+def without_answers(folder, name, n):
+    """Leave so many of a task's first documents without an answer."""
+    file = folder / "tasks" / f"{name}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"answer": -1} if i < n else row for i, row in enumerate(rows)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_documents_without_an_answer_are_left_out_of_refinements_with_a_line(
+    study, searchmerge, tmp_path, caplog
+):
+    refine = {"steps": 2, "batch": 8, "starts": 1}
+    asked = study(search={"sampler": "random", "n_trials": 2, "refine": refine})
+    without_answers(tmp_path, "first", 9)
+    without_answers(tmp_path, "second", 48)
+    code, out, err = searchmerge("check", asked)
+    assert code == 0, err
+    [told] = re.findall(r"^refine: .*$", out, re.MULTILINE)
+    assert re.search(
+        r"groups, loss labels of first; left to the search: second; not learnt from, for want of "
+        r"a loss: \d of 24 examples of first, all 24 examples of second$",
+        told,
+    )
+    code, _, err = searchmerge("run", asked)
+    assert code == 0, err
+    assert caplog.messages.count(told.partition("search: second; ")[2]) == 1
+    assert "given up" not in err
+    without_answers(tmp_path, "first", 48)
+    code, _, err = searchmerge("check", asked)
+    assert code == 2
+    assert (
+        "search.refine: no task has the loss 'labels'; first: all 24 examples have none; "
+        "second: all 24 examples have none" in err
+    )
+
+
 def test_check_goes_by_an_earlier_run_of_the_same_study(study, searchmerge, tmp_path):
     asked = study(search={"sampler": "random", "n_trials": 6, "racing": "off"})
     code, _, err = searchmerge("run", asked)

@@ -82,6 +82,8 @@ class TaskInfo:
             other metrics come of it.
         reading_keys: The keys that decide how the model is asked and its answers are read.
         losses: The losses that there are of it; see :class:`Differentiable`.
+        without_loss: The examples that lack the loss which plans are refined by, though they are
+            scored: those without a target, where it goes by targets.
         n_unlabelled: How many more examples follow these that have no label: they are never
             scored, and are for losses that need none.
         parts: What ``select`` and ``hold_out`` are each drawn from where that differs: the first
@@ -98,6 +100,7 @@ class TaskInfo:
     keeps_answers: bool = False
     reading_keys: tuple[str, ...] = ()
     losses: tuple[LossKind, ...] = ()
+    without_loss: tuple[int, ...] = ()
     n_unlabelled: int = 0
     parts: Mapping[str, PartInfo] = field(default_factory=dict)
     origins: tuple[Origin, ...] = field(default=(), compare=False)  # nodes keep data elsewhere
@@ -296,6 +299,7 @@ class EvaluationContext:
             tokens that they do not have.
         seed: The study's, for what is drawn at random.
         is_graded: Whether the study goes by how clearly examples are answered.
+        learns: The loss that plans are refined by; ``None`` where none are.
     """
 
     folder: Path
@@ -308,6 +312,7 @@ class EvaluationContext:
     base_dir: Path | None = None
     seed: int = 0
     is_graded: bool = True
+    learns: LossKind | None = None
 
     def sized(self, asked: int | None, sizes: Mapping[str, int]) -> int:
         """Return the size asked for, or that for the kind of device; a CPU's for others."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -31,6 +31,10 @@ class Merges(Protocol):
 
 class Gradients(Protocol):
     """Collects the gradients of the resident model's parameters by a plan's coefficients."""
+
+    def prepare(self, plan: MergePlan) -> None:
+        """Have a plan merged alike, whatever was merged before."""
+        ...
 
     def collecting(
         self, plan: MergePlan, *, several: bool = False
@@ -87,8 +91,11 @@ class LossResult:
 
 
 _HALF_SCALE = 1024.0
-"""In float16 most gradients are below what it can tell from 0."""
+"""The factor on losses of a model in float16, where most gradients are below what that can tell
+from 0. Where a gradient is above what it can hold the factor is made smaller; a power of two, it
+changes nothing else."""
 
+_SMALLER = 4.0  # what the factor is divided by then, until it is 1
 
 _AT_ONCE: Mapping[LossKind, int] = {"labels": 64, "entropy": 16, "agreement": 16}
 """Examples whose losses are computed together where no gradient is asked for. Without labels all
@@ -111,17 +118,6 @@ def _finite(loss: Tensor, task: str, examples: Sequence[int]) -> float:
             "finite number"
         )
     return value
-
-
-def _unscaled(rows: Rows, scale: float, tasks: Iterable[str]) -> Rows:
-    """Return the gradient of losses that were multiplied by ``scale``.
-
-    Raises:
-        EvaluationError: If it is not finite.
-    """
-    if not all(math.isfinite(number) for row in rows for number in row):
-        raise EvaluationError(f"the gradient of the loss of {', '.join(tasks)} is not finite")
-    return tuple(tuple(number / scale for number in row) for row in rows)
 
 
 class Losses:
@@ -149,6 +145,8 @@ class Losses:
         self._gradients = gradients
         self._fitting = Fitting()
         self._means_alone: set[str] = set()  # tasks without a loss for each example
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        self._scale = _HALF_SCALE if torch.float16 in dtypes else 1.0
         self._taught: dict[tuple[str, str, int], Tensor] = {}
         self._now_taught: dict[tuple[str, str, int], Tensor] = {}
         self._taught_room = most_taught
@@ -165,6 +163,8 @@ class Losses:
             self._check(task, request)
         start = time.perf_counter()
         self._learn(request)
+        if self._gradients is not None:
+            self._gradients.prepare(plan)
         self._merger.apply(plan)
         merged = time.perf_counter()
         try:
@@ -223,14 +223,29 @@ class Losses:
                 rows = stack.enter_context(self._collecting(plan, several=several))
             else:
                 stack.enter_context(torch.no_grad())
-            losses = {task: tuple(self._values(task, request, part)) for task in request.batches}
-            return losses, _unscaled(rows(), self._scale, request.batches)
+            return self._scaled(request, part, rows)
 
-    @property
-    def _scale(self) -> float:
-        """The factor on losses, so that gradients stay within the range of the model's dtype."""
-        dtypes = {p.dtype for p in self._model.parameters()}
-        return _HALF_SCALE if torch.float16 in dtypes else 1.0
+    def _scaled(
+        self, request: LossRequest, part: float, rows: Callable[[], Rows]
+    ) -> tuple[dict[str, tuple[float, ...]], Rows]:
+        """Return losses, and their gradient by way of a multiple that the model's dtype can hold.
+
+        Raises:
+            EvaluationError: If one is not finite, or the gradient is not.
+        """
+        tasks, scale = request.batches, self._scale
+        while True:
+            losses = {task: tuple(self._values(task, request, part, scale)) for task in tasks}
+            scaled = rows()
+            if all(math.isfinite(number) for row in scaled for number in row):
+                break
+            if scale <= 1:
+                raise EvaluationError(
+                    f"the gradient of the loss of {', '.join(tasks)} is not finite"
+                )
+            scale /= _SMALLER
+        self._scale = scale
+        return losses, tuple(tuple(number / scale for number in row) for row in scaled)
 
     def _collecting(
         self, plan: MergePlan, *, several: bool
@@ -239,12 +254,15 @@ class Losses:
             raise SpecError("gradient: this worker's merger has none")
         return self._gradients.collecting(plan, several=several)
 
-    def _values(self, task: str, request: LossRequest, part: float) -> list[float]:
-        """Return the mean loss of each batch, differentiated on the way where that is asked."""
+    def _values(self, task: str, request: LossRequest, part: float, scale: float) -> list[float]:
+        """Return the mean loss of each batch, differentiated on the way where that is asked.
+
+        What is differentiated is the loss times ``scale``.
+        """
         batches = request.batches[task]
         if not request.gradient and (together := self._together(task, request, part)) is not None:
             return together
-        factor = self._scale * request.weights.get(task, 1.0) / sum(map(len, batches))
+        factor = scale * request.weights.get(task, 1.0) / sum(map(len, batches))
         values = []
         for batch in batches:
             step = max(1, math.ceil(part * len(batch)))

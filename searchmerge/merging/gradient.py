@@ -187,6 +187,17 @@ class CoefficientGradients:
                     raise SpecError(f"gradient: tensor {name!r} is no part of the model")
                 self._views.setdefault(holding[0], []).append((name, view))
 
+    def prepare(self, plan: MergePlan) -> None:
+        """Have a plan merged from now on as it is whenever only coefficients change.
+
+        A method may keep what repeats, and then rounds otherwise: without this a plan's weights
+        would depend on what was merged before.
+
+        Raises:
+            SpecError: If the plan's method is not linear in its coefficients.
+        """
+        self._directions_of(plan)
+
     @contextmanager
     def collecting(
         self, plan: MergePlan, *, several: bool = False

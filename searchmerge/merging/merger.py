@@ -164,7 +164,7 @@ class Merger:
     def directions(self, plan: MergePlan) -> Directions:
         """Return how the merged parameters move with each coefficient of ``plan``.
 
-        They do not depend on the coefficients that the plan has.
+        They do not depend on the coefficients that the plan has, nor on what was merged before.
 
         Raises:
             SpecError: If the plan is not legal, names an expert that is not loaded, or its
@@ -172,11 +172,11 @@ class Merger:
         """
         linear, n_experts = linear_hyperparameter(plan.method).name, len(plan.experts)
         passes: list[Pass] = []
-        scales: dict[str, float] = {}
+        vectors, _, scales = self._bind(plan)  # what a method keeps of a repeated plan, it has now
         for i in range(n_experts):
             row = tuple(float(j == i) for j in range(n_experts))
             rows = (row,) * len(plan.groups)
-            vectors, work, scales = self._bind(replace(plan, values={**plan.values, linear: rows}))
+            _, work, _ = self._bind(replace(plan, values={**plan.values, linear: rows}))
             passes.append(self._settled(vectors, work, scales))
 
         def operands(name: str, work: Pass) -> Operands:

@@ -7,6 +7,8 @@ from searchmerge.checkpoints.hub import is_hub_id
 from searchmerge.report.escape import code, code_block, markdown
 from searchmerge.report.results import Results, markdown_table
 from searchmerge.search.references import is_merge
+from searchmerge.search.trials import REFINED
+from searchmerge.wording import counted
 from searchmerge.yaml_text import dump_yaml
 
 
@@ -71,7 +73,10 @@ def _what(results: Results, base: str) -> str:
         )
     merge = f"A merge of these experts on the base {code(base)}"
     if winner.is_candidate:
-        return f"{merge}, found by searchmerge"
+        n_groups = counted(len(results.merge_plan.groups), "group")
+        is_refined = winner.name.startswith(f"{REFINED} ")
+        how = f" and refined by gradient in {n_groups} of parameters" if is_refined else ""
+        return f"{merge}, found by searchmerge{how}"
     return f"{merge} as published ({markdown(winner.name)}), chosen by searchmerge"
 
 

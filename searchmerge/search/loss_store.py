@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from searchmerge.errors import StudyError
+from searchmerge.errors import EvaluationError, StudyError
 from searchmerge.execution.gradient import LossResult
 from searchmerge.plan import MergePlan
 from searchmerge.search.refine import Refined, Refinement
@@ -20,6 +20,8 @@ CREATE TABLE IF NOT EXISTS loss_answers (
     checksum TEXT NOT NULL, PRIMARY KEY (refinement, number)
 )
 """
+
+_FAILURE = "failure"  # the key of why there is no answer
 
 
 class LossStore:
@@ -45,15 +47,20 @@ class LossStore:
             query = "SELECT COUNT(*) FROM loss_answers WHERE refinement = ?"
             return int(self._connection.execute(query, (refinement,)).fetchone()[0])
 
-    def put(self, refinement: str, number: int, plan: MergePlan, result: LossResult) -> None:
+    def put(
+        self, refinement: str, number: int, plan: MergePlan, answer: LossResult | EvaluationError
+    ) -> None:
         """Keep what a refinement was told of a plan as its answer of this number."""
-        row = refinement, number, plan.digest, json.dumps(asdict(result))
+        kept = {_FAILURE: str(answer)} if isinstance(answer, EvaluationError) else asdict(answer)
+        row = refinement, number, plan.digest, json.dumps(kept)
         with self._errors():
             self._connection.execute(
                 "INSERT OR REPLACE INTO loss_answers VALUES (?,?,?,?,?)", (*row, _checksum(row))
             )
 
-    def get(self, refinement: str, number: int, plan: MergePlan) -> LossResult | None:
+    def get(
+        self, refinement: str, number: int, plan: MergePlan
+    ) -> LossResult | EvaluationError | None:
         """Return the answer of this number; ``None`` if none of this plan is kept."""
         query = (
             "SELECT refinement, number, digest, result, checksum FROM loss_answers "
@@ -69,7 +76,8 @@ class LossStore:
                 "was written; put back a copy of the file, or begin the study anew under another "
                 "name"
             )
-        return _result(json.loads(row[3]))
+        kept = json.loads(row[3])
+        return EvaluationError(kept[_FAILURE]) if _FAILURE in kept else _result(kept)
 
     def forget(self, refinement: str) -> None:
         """Drop the answers of a refinement that has ended."""
@@ -111,12 +119,18 @@ def remembered(course: Refinement, store: LossStore, key: str) -> Refinement:
     try:
         ask = next(course)
         while True:
-            result = store.get(key, number, ask[0])
-            if result is None:
-                result = yield ask
-                store.put(key, number, ask[0], result)
+            answer = store.get(key, number, ask[0])
+            if answer is None:
+                try:
+                    answer = yield ask
+                except EvaluationError as error:
+                    answer = error
+                store.put(key, number, ask[0], answer)
             number += 1
-            ask = course.send(result)
+            if isinstance(answer, EvaluationError):
+                ask = course.throw(answer)
+            else:
+                ask = course.send(answer)
     except StopIteration as ended:
         refined: Refined | None = ended.value
         return refined

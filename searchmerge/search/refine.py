@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import LossKind
 from searchmerge.execution.gradient import Batch, LossRequest, LossResult
 from searchmerge.plan import Groups, MergePlan
@@ -79,11 +80,20 @@ class Material:
         examples: Task name to those of its examples that trials see.
         weights: Task name to what its loss counts for.
         teachers: Task name to the plan of its own expert.
+        left_out: Task name to which of its examples are not learnt from for want of a loss, in
+            words; only of tasks that have such.
     """
 
     examples: Mapping[str, Sequence[int]]
     weights: Mapping[str, float]
     teachers: Mapping[str, MergePlan] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def told(self) -> str:
+        """Return what is left out, in one line; nothing where nothing is."""
+        parts = ", ".join(f"{its} of {task}" for task, its in self.left_out.items())
+        return f"not learnt from, for want of a loss: {parts}" if parts else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +116,22 @@ class Refined:
 
 
 Refinement = Generator[Ask, LossResult, Refined | None]
-"""Yields what it asks, and returns what it proposes, or ``None`` where that does not pay."""
+"""Yields what it asks, and returns what it proposes, or ``None`` where that does not pay.
 
-Report = Callable[[int, float], None]
-"""Told the number of steps taken, and the loss of the watched examples then."""
+What cannot be computed is thrown into it as an ``EvaluationError``. That ends its steps; it comes
+out again where nothing better than the start was seen before.
+"""
+
+Report = Callable[[int, float | str], None]
+"""Told the number of steps taken, and the loss of the watched examples then; or, in words, why
+there are no more steps."""
 
 
 def refinement(
     start: MergePlan,
     recipe: Recipe,
     material: Material,
-    report: Report = lambda n_steps, loss: None,
+    report: Report = lambda n_steps, told: None,
 ) -> Refinement:
     """Return the refinement of a plan whose groups are the recipe's already."""
     parts = _divided(material, recipe.seed)
@@ -193,16 +208,25 @@ class _Course:
         return Refined(plan, gain, standard_error, best.n_steps, best.shrink)
 
     def _descend(self, start: _Seen) -> Generator[Ask, LossResult, _Seen]:
-        """Take the steps; return where the loss of the watched examples was lowest."""
+        """Take the steps; return where the loss of the watched examples was lowest.
+
+        They end early where that falls no more, and where it cannot be computed any more.
+        """
         recipe, best, n_stale = self.recipe, start, 0
         descent = Adam(self.path.first, recipe.rate * self.path.size, recipe.n_steps)
         batches = self._batches()
         for n_steps in range(1, recipe.n_steps + 1):
-            result = yield self.path.plan(descent.at), self._request(next(batches))
-            descent.step(np.array(result.rows))
-            if n_steps not in recipe.checks:
-                continue
-            here = yield from self._look(descent.at, n_steps)
+            try:
+                result = yield self.path.plan(descent.at), self._request(next(batches))
+                descent.step(np.array(result.rows))
+                if n_steps not in recipe.checks:
+                    continue
+                here = yield from self._look(descent.at, n_steps)
+            except EvaluationError as error:
+                if best is start:
+                    raise
+                self.report(n_steps, f"goes no further: {error}")
+                break
             n_stale = n_stale + 1
             if self._gain(here, best)[0] > 0:
                 best, n_stale = here, 0
@@ -227,7 +251,11 @@ class _Course:
             return (yield from self._part(best, self.recipe.shrink))
         chosen = best
         for shrink in _SHRINKS:
-            part = yield from self._part(best, shrink)
+            try:
+                part = yield from self._part(best, shrink)
+            except EvaluationError as error:
+                self.report(best.n_steps, f"{shrink:g} of the way is not looked at: {error}")
+                break
             if self._gain(part, chosen)[0] <= 0:
                 break
             chosen = part

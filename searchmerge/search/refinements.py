@@ -94,35 +94,44 @@ def material(
     Raises:
         SpecError: If no task has it, or one has too few examples.
     """
-    having = [
-        task
-        for task, info in schedule.tasks.items()
-        if recipe.loss in info.losses and (recipe.loss != "agreement" or task in teachers)
-    ]
-    if not having:
-        raise SpecError(
-            f"search.refine: no task has the loss {recipe.loss!r}"
-            + (" and an expert of its own" if recipe.loss == "agreement" else "")
-        )
-    examples = {
-        task: [e for block in schedule.blocks["pilot"][task] for e in block.examples]
-        for task in having
-    }
-    if recipe.loss != "labels":
-        for task, its in examples.items():
-            its += schedule.tasks[task].unlabelled
-    for task, its in examples.items():
-        if len(its) < LEAST_EXAMPLES:
+    examples, left_out = {}, {}
+    for task, info in schedule.tasks.items():
+        pilot = [e for block in schedule.blocks["pilot"][task] for e in block.examples]
+        if recipe.loss != "labels":
+            pilot += info.unlabelled
+        without = set(info.without_loss)
+        having = [example for example in pilot if example not in without]
+        n_without, is_enough = len(pilot) - len(having), len(having) >= LEAST_EXAMPLES
+        if n_without:
+            left_out[task] = _left_out(n_without, len(pilot), is_enough=is_enough)
+        if recipe.loss not in info.losses or (recipe.loss == "agreement" and task not in teachers):
+            continue
+        if is_enough:
+            examples[task] = having
+        elif not n_without:
             raise SpecError(
-                f"search.refine: task {task!r} has {counted(len(its), 'example')} to learn from; "
-                f"{LEAST_EXAMPLES} or more are needed, since some of them decide how far to go; "
-                "raise its select"
+                f"search.refine: task {task!r} has {counted(len(having), 'example')} to learn "
+                f"from; {LEAST_EXAMPLES} or more are needed, since some of them decide how far to "
+                "go; raise its select"
             )
+    if not examples:
+        whose = " and an expert of its own" if recipe.loss == "agreement" else ""
+        without_any = "".join(f"; {task}: {its} have none" for task, its in left_out.items())
+        raise SpecError(f"search.refine: no task has the loss {recipe.loss!r}{whose}{without_any}")
     return Material(
         examples,
-        {task: objective.goals[task].weight for task in having},
-        {task: teachers[task] for task in having if task in teachers},
+        {task: objective.goals[task].weight for task in examples},
+        {task: teachers[task] for task in examples if task in teachers},
+        left_out,
     )
+
+
+def _left_out(n_without: int, n_all: int, *, is_enough: bool) -> str:
+    """Return how many of a task's examples are left out for want of a loss."""
+    if n_without == n_all:
+        return f"all {counted(n_all, 'example')}"
+    few = "" if is_enough else f" (and the others, fewer than {LEAST_EXAMPLES})"
+    return f"{n_without} of {counted(n_all, 'example')}{few}"
 
 
 class Refinements:
@@ -217,6 +226,32 @@ class Refinements:
 
     def _refine(self, starts: Plans, material: Material, clock: StudyClock) -> None:
         """Refine plans that were not refined yet, and enqueue what comes of it."""
+        begun, key_of = self._begun(starts, material), self._refining.key
+        self._observer.phase("refining", len(begun) * (2 + len(self._refining.recipe.checks)))
+        if begun and material.told:
+            _logger.warning("%s", material.told)
+
+        def ended(name: str, end: End) -> None:
+            key = key_of(starts[name])
+            match end:
+                case GivenUp():  # the next run begins anew: what it failed of may be mended
+                    self._directory.losses.forget(key)
+                    told = f"{name}, given up"
+                case None:
+                    self._keep(name, key, None)
+                    told = f"{name}, nothing gained"
+                case Refined():
+                    self._keep(name, key, end)
+                    told = f"refined {name}"
+            self._observer.step(told, {})
+
+        self._refiner.run(begun, ended, clock.tick)
+
+    def _begun(self, starts: Plans, material: Material) -> dict[str, Refinement]:
+        """Return the refinements of plans that were not refined yet, by what the plans are called.
+
+        One over which runs ended abruptly is kept as one that proposes nothing.
+        """
         refining, done = self._refining, self._directory.refined_keys()
         begun: dict[str, Refinement] = {}
         for name, plan in starts.items():
@@ -232,30 +267,18 @@ class Refinements:
                 continue
             course = refinement(start, refining.recipe, material, self._teller(name))
             begun[name] = remembered(course, self._directory.losses, key)
-        self._observer.phase("refining", len(begun) * (2 + len(refining.recipe.checks)))
-
-        def ended(name: str, end: End) -> None:
-            key = refining.key(starts[name])
-            match end:
-                case GivenUp():  # the next run begins anew: what it failed of may be mended
-                    self._directory.losses.forget(key)
-                    told = f"{name}, given up"
-                case None:
-                    self._keep(name, key, None)
-                    told = f"{name}, nothing gained"
-                case Refined():
-                    self._keep(name, key, end)
-                    told = f"refined {name}"
-            self._observer.step(told, {})
-
-        self._refiner.run(begun, ended, clock.tick)
+        return begun
 
     def _teller(self, name: str) -> Report:
         """Return what shows how far the refinement of the plan called ``name`` is."""
         n_steps = self._refining.recipe.n_steps
 
-        def tell(step: int, loss: float) -> None:
-            self._observer.step(f"{name}, step {step} of {n_steps}", {"loss": loss})
+        def tell(step: int, told: float | str) -> None:
+            here = f"{name}, step {step} of {n_steps}"
+            if isinstance(told, str):
+                self._observer.step(f"{here}: {told}", {})
+            else:
+                self._observer.step(here, {"loss": told})
 
         return tell
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from searchmerge.errors import EvaluationError
 from searchmerge.execution.executor import Differentiated, Event, Executor, Failed, Finished, Lost
 from searchmerge.execution.gradient import LossResult
 from searchmerge.interrupts import held_back, let_through
@@ -53,8 +54,8 @@ End = Refined | GivenUp | None
 class Refiner:
     """Runs refinements on an executor, each of them as far as it goes.
 
-    What a lost worker was asked goes to another. A refinement whose model has no finite loss,
-    or whose plan kills its workers, is given up.
+    What a lost worker was asked goes to another. A refinement is told of a plan that has no
+    finite loss, or kills its workers, and is given up where it cannot go on.
 
     Args:
         executor: Computes losses and gradients.
@@ -106,6 +107,9 @@ class Refiner:
             ask = go_on()
         except StopIteration as ended:
             self._end(name, ended.value)
+        except EvaluationError as error:
+            _logger.warning("%s cannot be refined: %s", name, error)
+            self._end(name, GivenUp(str(error)))
         else:  # first, as the worker that is free now holds what this plan's gradient needs
             self._waiting.appendleft(_Going(name, refinement, ask))
 
@@ -129,7 +133,7 @@ class Refiner:
             case Finished(number) if number in self._live:
                 self._go_on(self._live.pop(number))
             case Failed(number, reason) if number in self._live:
-                self._give_up(self._live.pop(number), reason)
+                self._fail(self._live.pop(number), reason)
             case Lost(number) as lost if number in self._live:
                 self._retry(self._live.pop(number), lost)
 
@@ -145,12 +149,12 @@ class Refiner:
         plan, _ = going.ask
         n_lost = self._lost.lose(plan.digest, 0, blameless=lost.blameless)
         if self._lost.is_hopeless(plan.digest):
-            self._give_up(going, f"{lost.reason} ({n_lost} workers in a row)")
+            self._fail(going, f"{lost.reason} ({n_lost} workers in a row)")
             return
         _logger.warning("refining %s lost its worker, and goes on: %s", going.name, lost.reason)
         self._waiting.append(going)
 
-    def _give_up(self, going: _Going, reason: str) -> None:
-        _logger.warning("%s cannot be refined: %s", going.name, reason)
-        going.refinement.close()
-        self._end(going.name, GivenUp(reason))
+    def _fail(self, going: _Going, reason: str) -> None:
+        """Tell a refinement that it gets no answer; it may know how to go on."""
+        error = EvaluationError(reason)
+        self._ask(going.name, going.refinement, partial(going.refinement.throw, error))

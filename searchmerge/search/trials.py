@@ -28,6 +28,9 @@ _REFINING = "refining"
 
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 
+REFINED = "refined"
+"""How the names of trials begin whose plans were refined."""
+
 
 class Standing(NamedTuple):
     """What trials are ranked by, larger is better: constraints first, then the value.
@@ -100,7 +103,7 @@ class TrialRecord:
     @property
     def name(self) -> str:
         """Return what it is called in tables."""
-        return f"refined {self.refines}" if self.refines else f"trial {self.number}"
+        return f"{REFINED} {self.refines}" if self.refines else f"trial {self.number}"
 
     @property
     def seconds(self) -> float:

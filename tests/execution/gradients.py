@@ -21,12 +21,13 @@ class Classes:
 
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
 
-    def __init__(self, most_at_once=100, broken=False, steep=False, loss_scale=1.0):
+    def __init__(self, most_at_once=100, broken=False, steep=False, loss_scale=1.0, asked=None):
         all_losses = ("labels", "entropy", "agreement")
         self.tasks = {name: TaskInfo(40, losses=all_losses) for name in EXPERTS}
         self.tasks["law"] = TaskInfo(40)
         self._most_at_once = most_at_once
         self._broken, self._steep, self._loss_scale = broken, steep, loss_scale
+        self._asked = [] if asked is None else asked
 
     @staticmethod
     def label(task, example):
@@ -48,6 +49,7 @@ class Classes:
         return tuple((logits.argmax(1) == labels).float().tolist())
 
     def loss(self, model, task, examples):
+        self._asked.append((task, tuple(examples)))
         labels = torch.tensor([self.label(task, e) for e in examples])
         loss = nn.functional.cross_entropy(self._logits(model, examples), labels)
         return loss * self._loss_scale

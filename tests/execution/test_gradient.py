@@ -202,11 +202,25 @@ def test_small_gradients_survive_float16():
     torch.testing.assert_close(rows, torch.tensor(wide.rows), rtol=5e-2, atol=1e-7)
 
 
-def test_a_gradient_that_is_not_finite_is_the_candidates_failure():
+@pytest.mark.parametrize(("loss_scale", "n_passes"), [(1.0, 1), (1500.0, 3), (75000.0, 6)])
+def test_large_gradients_survive_float16_and_the_scale_that_they_need_is_kept(
+    loss_scale, n_passes
+):
+    asked, large = [], {"loss_scale": loss_scale}
+    wide, narrow = worker(**large), worker(dtype=torch.float16, asked=asked, **large)
+    for n_before, n_more in [(0, n_passes), (n_passes, 1)]:
+        rows = torch.tensor(ask(narrow, batches={"math": ((0, 1, 2),)}).rows)
+        expected = torch.tensor(ask(wide, batches={"math": ((0, 1, 2),)}).rows)
+        torch.testing.assert_close(rows, expected, rtol=5e-2, atol=5e-3 * loss_scale)
+        assert len(asked) == n_before + n_more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_is_not_finite_is_the_candidates_failure(dtype):
     with pytest.raises(
         EvaluationError, match="the gradient of the loss of math, code is not fini"
     ):
-        ask(worker(steep=True))
+        ask(worker(steep=True, dtype=dtype))
 
 
 def test_scores_stay_what_they_are_and_parameters_need_no_gradient_afterwards():

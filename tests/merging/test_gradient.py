@@ -342,3 +342,30 @@ def test_all_is_compiled_before_a_backward_pass_begins(monkeypatch):
     for _ in range(2):  # once for all passes of a refinement
         with gradients.collecting(plan):
             assert asked == [(name, copies[0].shape) for name, copies in merger.targets.items()]
+
+
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_what_was_merged_before_changes_no_bit_of_weights_and_gradient(method, settings):
+    plan = random_plan(method, Groups(depth=2), settings)
+    histories = [
+        [],
+        [plan],
+        [moved(plan, 0, 1, 0.5), plan, default_plan(method, EXPERTS)],
+    ]
+    given = []
+    for before in histories:
+        model = net()
+        merger = made(model)
+        for other in before:
+            merger.apply(other)
+        gradients = CoefficientGradients(model, merger)
+        for _ in range(2):
+            gradients.prepare(plan)
+            merger.apply(plan)
+            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+            with gradients.collecting(plan) as rows:
+                loss_of(model).backward()
+                given.append((weights, rows()))
+    for weights, rows in given[1:]:
+        assert rows == given[0][1]
+        assert all(torch.equal(w, given[0][0][name]) for name, w in weights.items())

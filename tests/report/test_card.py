@@ -45,6 +45,19 @@ def test_the_card_says_what_the_report_says(make_results):
     assert results.legend in text
 
 
+def test_the_card_says_that_a_winner_was_refined(make_results):
+    results = make_results()
+    [winner] = [row for row in results.rows if row.name == results.winner]
+    _, text = parts(model_card(results, "base", EXPERTS, {}, {}))
+    assert "found by searchmerge:" in text
+    others = [row for row in results.rows if row is not winner]
+    refined = replace(winner, name="refined TIES", is_candidate=True)
+    results = replace(results, rows=[*others, refined], winner=refined.name)
+    _, text = parts(model_card(results, "base", EXPERTS, {}, {}))
+    n_groups = len(results.merge_plan.groups)
+    assert f"found by searchmerge and refined by gradient in {n_groups} group" in text
+
+
 def test_the_card_of_an_expert_alone_calls_it_no_merge(make_results, bounds):
     results = make_results()
     row = replace(results.rows[0], name="base", lead=())

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from searchmerge.errors import EvaluationError
 from searchmerge.execution.gradient import LossResult
 from searchmerge.merging.method import default_plan
 from searchmerge.plan import Groups
@@ -44,13 +45,32 @@ class Bowl:
         return self._target + self._noise * draw.normal(size=self._target.shape)
 
 
-def run(recipe=RECIPE, material=MATERIAL, start=START, bowl=None):
+class Cliff(Bowl):
+    """A bowl that breaks off: from some question on, some kinds of them get no answer."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self._fails = fails
+
+    def answer(self, plan, request):
+        if self._fails(len(self.asked), request):
+            self.asked.append((plan, request))
+            raise EvaluationError("the loss is nan")
+        return super().answer(plan, request)
+
+
+def run(recipe=RECIPE, material=MATERIAL, start=START, bowl=None, told=None):
     bowl = bowl or Bowl()
-    course = refinement(start, recipe, material)
+    course = refinement(start, recipe, material, lambda *what: (told or []).append(what))
     ask = next(course)
     while True:
         try:
-            ask = course.send(bowl.answer(*ask))
+            try:
+                result = bowl.answer(*ask)
+            except EvaluationError as error:
+                ask = course.throw(error)
+            else:
+                ask = course.send(result)
         except StopIteration as ended:
             return ended.value, bowl
 
@@ -150,3 +170,36 @@ def test_teachers_and_the_kind_of_loss_are_passed_on():
     _, bowl = run(replace(RECIPE, loss="agreement"), material)
     assert {request.kind for _, request in bowl.asked} == {"agreement"}
     assert all(request.teachers == teachers for _, request in bowl.asked)
+
+
+N_BEFORE = 1 + 12 + 1 + 12 + 1
+"""Questions up to the second look on the way: the start, and twice some steps and a look."""
+
+
+@pytest.mark.parametrize("n_more", [0, 5, 12])
+def test_where_there_is_no_finite_loss_any_more_the_steps_end_and_the_best_is_kept(n_more):
+    n_answers, told = N_BEFORE + n_more, [None]
+    cliff = Cliff(lambda n_asked, request: n_asked == n_answers)
+    refined, bowl = run(bowl=cliff, told=told)
+    assert refined.n_steps == 24
+    assert refined.gain > 0
+    assert told[-1] == (25 + n_more if n_more < 12 else 36, "goes no further: the loss is nan")
+    assert [what for _, what in told[1:-1]] == sorted((w for _, w in told[1:-1]), reverse=True)
+    assert not any(request.gradient for _, request in bowl.asked[n_answers + 1 :])
+
+
+@pytest.mark.parametrize("n_answers", [0, 1, 7, 13])
+def test_where_nothing_better_was_seen_before_the_reason_comes_out(n_answers):
+    with pytest.raises(EvaluationError, match="the loss is nan"):
+        run(bowl=Cliff(lambda n_asked, request: n_asked == n_answers))
+
+
+def test_a_part_of_the_way_that_has_no_finite_loss_is_not_taken():
+    far = replace(RECIPE, rate=0.5, n_steps=2)  # of which a part would be kept
+    told = [None]
+    whole, bowl = run(far, bowl=Cliff(lambda n_asked, request: n_asked == 5), told=told)
+    assert whole.shrink == 1.0
+    assert told[-1] == (whole.n_steps, "0.75 of the way is not looked at: the loss is nan")
+    assert len(bowl.asked) == 6
+    with pytest.raises(EvaluationError):
+        run(replace(far, shrink=0.5), bowl=Cliff(lambda n_asked, request: n_asked == 5))

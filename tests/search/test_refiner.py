@@ -8,7 +8,17 @@ from searchmerge.execution.executor import Differentiated, Failed, Finished, Los
 from searchmerge.merging.method import default_plan
 from searchmerge.search.refine import refinement
 from searchmerge.search.refiner import GivenUp, Refiner
-from tests.search.test_refine import EXPERTS, GROUPS, MATERIAL, RECIPE, START, Bowl, run
+from tests.search.test_refine import (
+    EXPERTS,
+    GROUPS,
+    MATERIAL,
+    N_BEFORE,
+    RECIPE,
+    START,
+    Bowl,
+    Cliff,
+    run,
+)
 
 OTHER = default_plan("task_arithmetic", EXPERTS, groups=GROUPS, coefficient=0.5)
 
@@ -95,6 +105,14 @@ def test_one_that_fails_leaves_the_others_alone():
     workers = Workers(1, [lambda job: Failed(job, "the loss is nan")])
     proposed = Refiner(workers).run(both())
     assert proposed == {"trial 3": GivenUp("the loss is nan"), "TIES": alone()["TIES"]}
+
+
+def test_one_that_fails_late_ends_where_it_is_best():
+    refined, told = run(bowl=Cliff(lambda n_asked, request: n_asked == N_BEFORE)), []
+    workers = Workers(1, [*[None] * N_BEFORE, lambda job: Failed(job, "the loss is nan")])
+    course = refinement(START, RECIPE, MATERIAL, lambda *what: told.append(what))
+    assert Refiner(workers).run({"trial 3": course}) == {"trial 3": refined[0]}
+    assert told[-1] == (25, "goes no further: the loss is nan")
 
 
 def test_what_is_interrupted_is_stopped():

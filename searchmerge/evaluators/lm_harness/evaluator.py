@@ -15,6 +15,7 @@ from searchmerge.evaluators.evaluator import (
     Answer,
     EvaluationContext,
     EvaluatorKind,
+    LossKind,
     TaskInfo,
     evaluating,
 )
@@ -50,6 +51,7 @@ class LmHarness:
             generate fits its window; that is seen when they are scored if ``None``.
         seed: Of answers that are drawn at random.
         is_graded: Whether it is told how clearly examples were answered.
+        learns: The loss that plans are refined by: it is found out which examples lack it.
 
     Raises:
         SpecError: If there is no such task, split, metric, filter or chat template.
@@ -66,8 +68,10 @@ class LmHarness:
         config: Any = None,
         seed: int = 0,
         is_graded: bool = True,
+        learns: LossKind | None = None,
     ) -> None:
         self._is_graded = is_graded
+        self._learns = learns
         self._ways: dict[str, Way] = {}
         self._backend = backend
         self._lm = make_lm(
@@ -122,6 +126,8 @@ class LmHarness:
         )
         prompting = request_arguments(task, self._lm, f"tasks.{name}")
         prepared = PreparedTask(name, task, leaf, loaded, section.fewshot_seed, prompting)
+        if self._learns is not None:
+            prepared.find_without_loss(self._learns, self._lm, self._config)
         if self._config is not None and prepared.generation is not None:
             try:
                 self._lm.check_generation(prepared.generation, self._config)
@@ -257,6 +263,7 @@ def _build(
         config=config,
         seed=context.seed,
         is_graded=context.is_graded,
+        learns=context.learns,
     )
     return dict.fromkeys(tasks, evaluator)
 

@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import Answer, Member, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, LossKind, Member, TaskInfo
 from searchmerge.evaluators.lm_harness.asking import ask
 from searchmerge.evaluators.lm_harness.catalogue import Branch, Leaf
 from searchmerge.evaluators.lm_harness.task import PreparedTask, TaskPart
@@ -73,8 +73,13 @@ class PreparedGroup:
             reading_keys=members[0].info.reading_keys,
             losses=tuple(
                 kind
-                for kind in members[0].info.losses
-                if all(kind in member.info.losses for member in members)
+                for kind in get_args(LossKind)
+                if any(kind in member.info.losses for member in members)
+            ),
+            without_loss=tuple(
+                start + example
+                for start, member in zip(self._starts, members, strict=False)
+                for example in member.info.without_loss
             ),
             origins=tuple(origin for member in members for origin in member.info.origins),
         )

@@ -231,6 +231,16 @@ class ResidentLM:
         """Return how many tokens a continuation has, which may be none where texts merge."""
         return len(self._encode_request(context, continuation)[1])
 
+    def fits(self, text: str, config: Any) -> bool:
+        """Return whether a text has tokens, and no more than a model can be asked for.
+
+        Args:
+            text: Any text.
+            config: The model's configuration; without one any number will do.
+        """
+        n_tokens = self.n_tokens("", text)
+        return n_tokens > 0 and (config is None or n_tokens <= self._window(config))
+
     def _encode_request(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         if context:
             first, second = self._encode_pair(context, continuation)  # type: ignore[attr-defined]

@@ -52,18 +52,39 @@ class TaskLosses:
 
     def _kinds(self) -> tuple[LossKind, ...]:
         """Return which losses there are, seen by the first document."""
-        output_type, docs = self._task.OUTPUT_TYPE, self._task.eval_docs
         unlabelled: tuple[LossKind, ...] = ("entropy", "agreement")
+        has_labels = self._is_answered(self._task.eval_docs[0])
+        return ("labels", *unlabelled) if has_labels else unlabelled
+
+    def _is_answered(self, doc: Any) -> bool:
+        """Return whether a document says what is right."""
+        output_type = self._task.OUTPUT_TYPE
         if output_type in ("loglikelihood", "loglikelihood_rolling"):
-            return ("labels", *unlabelled)
+            return True
         try:
             if output_type == "multiple_choice":
-                has_labels = bool(self.right(docs[0], self._task.doc_to_choice(docs[0])))
-            else:
-                has_labels = bool(self.target(docs[0]))
+                return bool(self.right(doc, self._task.doc_to_choice(doc)))
+            return bool(self.target(doc))
         except task_errors():
-            has_labels = False
-        return ("labels", *unlabelled) if has_labels else unlabelled
+            return False
+
+    def has_loss(self, kind: LossKind, doc: Any, lm: Any, config: Any) -> bool:
+        """Return whether a document has a loss, as far as can be seen without its prompt.
+
+        Args:
+            kind: Which loss.
+            doc: The document.
+            lm: Knows how texts are tokenised.
+            config: The model's configuration, which tells its window; ``None`` if not known.
+        """
+        output_type = self._task.OUTPUT_TYPE
+        if output_type == "loglikelihood_rolling":
+            return bool(lm.fits(self._task.doc_to_target(doc), None))
+        if kind != "labels":
+            return True
+        if not self._is_answered(doc):
+            return False
+        return output_type != "generate_until" or bool(lm.fits(self.target(doc), config))
 
     def loss(self, lm: Any, requests: Sequence[Sequence[Any]]) -> Tensor:
         """Return the loss of each example, given its requests.
@@ -117,12 +138,13 @@ class TaskLosses:
         return target
 
     def _answer(self, lm: Any, request: Any) -> str:
-        """Return the target of a request, empty where there is none that can be read."""
+        """Return the target of a request, empty where there is none that the model can read."""
         try:
             target = self.target(request.doc)
         except task_errors():  # it is not needed
             return ""
-        return target if target and lm.n_tokens(request.args[0], target) > 0 else ""
+        n_tokens = lm.n_tokens(request.args[0], target) if target else 0
+        return target if 0 < n_tokens <= lm.max_length else ""
 
     def _of_choices(self, lm: Any, requests: Sequence[Sequence[Any]]) -> list[Tensor]:
         texts, lengths, counts = [], [], []

@@ -41,6 +41,10 @@ class PreparedParts:
             keeps_answers=select.info.keeps_answers,
             reading_keys=select.info.reading_keys,
             losses=select.info.losses,
+            without_loss=(
+                *select.info.without_loss,
+                *(self._n_select + example for example in hold_out.info.without_loss),
+            ),
             origins=select.info.origins + hold_out.info.origins,
         )
 

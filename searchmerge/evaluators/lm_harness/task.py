@@ -1,13 +1,13 @@
 """One lm-eval task: loaded, prompted and tokenised once, scored again and again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from torch import Tensor
 
 from searchmerge.errors import SpecError
-from searchmerge.evaluators.evaluator import Answer, Origin, TaskInfo
+from searchmerge.evaluators.evaluator import Answer, LossKind, Origin, TaskInfo
 from searchmerge.evaluators.lm_harness.asking import ask, log_likelihood_of
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
 from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
@@ -80,6 +80,26 @@ class PreparedTask:
             losses=self._losses.kinds,
             origins=(Origin(self._data(), self._documents),),
         )
+
+    def find_without_loss(self, kind: LossKind, lm: Any, config: Any) -> None:
+        """Note which examples lack a loss, and that there is none where all of them do.
+
+        Args:
+            kind: Which loss.
+            lm: Knows how texts are tokenised.
+            config: The model's configuration, which tells its window; ``None`` if not known.
+        """
+        docs = self._task.eval_docs
+        without = tuple(
+            example
+            for example, document in enumerate(self._documents)
+            if not self._losses.has_loss(kind, docs[document], lm, config)
+        )
+        kinds = {*self._losses.kinds, kind}
+        if len(without) == len(self._documents):
+            kinds.remove(kind)
+        losses = tuple(each for each in get_args(LossKind) if each in kinds)
+        self.info = replace(self.info, losses=losses, without_loss=without)
 
     def _data(self) -> str:
         """Return which data its documents are: other tasks may have the same."""

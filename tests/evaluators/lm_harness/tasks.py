@@ -133,6 +133,8 @@ def harness(
     backend=None,
     backend_tokens=1024,
     is_graded=True,
+    learns=None,
+    config=None,
     **keys,
 ):
     return LmHarness(
@@ -141,6 +143,8 @@ def harness(
         backend=backend or TransformersBackend(backend_tokens),
         seed=seed,
         is_graded=is_graded,
+        learns=learns,
+        config=config,
         section=LmHarnessSection(include_path=() if folder is None else (".",), **keys),
         folder=folder or Path(),
     )

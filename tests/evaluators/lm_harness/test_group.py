@@ -1,5 +1,7 @@
 """Groups and tags of lm-eval's as one task: its own aggregates, member by member."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -191,3 +193,18 @@ def test_the_loss_of_a_group_is_that_of_each_example(groups, model):
         [middle] = large.log_probabilities(model, "mine", [9])
     for of_group, alone in zip(given, (first, middle, last), strict=True):
         torch.testing.assert_close(of_group, alone)
+
+
+def test_examples_of_members_that_have_no_answer_are_told_by_their_places_in_the_group(
+    groups, tmp_path
+):
+    groups = shutil.copytree(groups, tmp_path / "groups")
+    config = yaml.safe_load((groups / "large.yaml").read_text())
+    config["doc_to_target"] = "{{'none' if question.endswith(' 3?') else answer}}"
+    (groups / "large.yaml").write_text(yaml.safe_dump(config))
+    large = harness(groups, LmTask("large", "test"), learns="labels").tasks["mine"]
+    info = harness(groups, LmTask("by_size", "test"), learns="labels").tasks["mine"]
+    n_small = harness(groups, LmTask("small", "test")).tasks["mine"].n_examples
+    assert large.without_loss == (3,)
+    assert info.without_loss == (n_small + 3,)
+    assert info.losses == ("labels", "entropy", "agreement")

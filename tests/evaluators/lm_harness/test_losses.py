@@ -119,13 +119,56 @@ UNANSWERED = {
 }
 
 
+def changed(folder, kind, **keys):
+    """Return a task like another, with some of its keys changed."""
+    task = yaml.safe_load((folder / f"{kind}.yaml").read_text())
+    name = f"some_{kind}"
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | {"task": name, **keys}))
+    return LmTask(name, "test")
+
+
+@pytest.mark.parametrize("kind", UNANSWERED)
+def test_a_document_without_an_answer_to_learn_from_is_known_before_anything_is_run(
+    folder, model, kind
+):
+    task = changed(folder, kind, doc_to_target=UNANSWERED[kind][0])
+    info = harness(folder, task, learns="labels", config=model.config).tasks["mine"]
+    assert info.losses == ("labels", "entropy", "agreement")
+    assert info.without_loss == tuple(range(2, info.n_examples, 4))
+    for learns in ("entropy", "agreement", None):  # they need no answer
+        evaluator = harness(folder, task, learns=learns)
+        assert evaluator.tasks["mine"].without_loss == ()
+        given = evaluator.log_probabilities(model, "mine", [1, 2])
+        assert all(of_example.isfinite().all() for of_example in given)
+
+
+def test_where_the_first_document_has_no_answer_the_others_are_learnt_from(folder):
+    task = changed(folder, "mc", doc_to_target="{{'none' if answer == 0 else answer}}")
+    assert "labels" not in harness(folder, task).tasks["mine"].losses
+    info = harness(folder, task, learns="labels").tasks["mine"]
+    assert info.losses == ("labels", "entropy", "agreement")
+    assert info.without_loss[0] == 0
+    assert 1 not in info.without_loss
+
+
+def test_where_no_document_has_an_answer_there_is_no_such_loss(folder):
+    task = changed(folder, "mc", doc_to_target="none")
+    info = harness(folder, task, learns="labels").tasks["mine"]
+    assert info.losses == ("entropy", "agreement")
+    assert info.without_loss == tuple(range(info.n_examples))
+
+
+@pytest.mark.parametrize("learns", ["labels", "entropy", "agreement"])
+def test_an_empty_text_has_no_loss_of_any_kind(folder, learns):
+    task = changed(folder, "texts", doc_to_target="{{'' if answer == 1 else question}}")
+    info = harness(folder, task, learns=learns).tasks["mine"]
+    assert info.without_loss == tuple(range(1, info.n_examples, 4))
+
+
 @pytest.mark.parametrize("kind", UNANSWERED)
 def test_a_document_without_an_answer_to_learn_from_fails_the_candidate_alone(folder, model, kind):
     target, message = UNANSWERED[kind]
-    task = yaml.safe_load((folder / f"{kind}.yaml").read_text())
-    task |= {"task": f"some_{kind}", "doc_to_target": target}
-    (folder / f"some_{kind}.yaml").write_text(yaml.safe_dump(task))
-    evaluator = harness(folder, LmTask(f"some_{kind}", "test"))
+    evaluator = harness(folder, changed(folder, kind, doc_to_target=target))
     assert evaluator.tasks["mine"].losses[0] == "labels"
     assert torch.isfinite(evaluator.loss(model, "mine", [0, 1])).all()
     with pytest.raises(EvaluationError, match=message):

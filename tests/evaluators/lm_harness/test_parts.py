@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from searchmerge.errors import SpecError
 from searchmerge.evaluators.lm_harness.keys import LmTask, Samples
@@ -90,3 +91,10 @@ def test_an_example_that_would_be_in_both_parts_is_refused(folder, groups):
     of_one = {"select": {"mc": "test"}, "hold_out": "test"}
     with pytest.raises(SpecError, match=r"share 1 example of 'mc', split 'test'; name another"):
         harness(folder, LmTask("mc", of_one, samples=samples))
+
+
+def test_examples_without_an_answer_are_told_by_their_places_among_those_of_both_parts(folder):
+    task = {**yaml.safe_load((folder / "mc.yaml").read_text()), "task": "some"}
+    task["doc_to_target"] = "{{'none' if question.endswith(' 3?') else answer}}"
+    info = harness(folder, LmTask(task, APART), learns="labels").tasks["mine"]
+    assert info.without_loss == (3, info.n_of("select") + 3)
