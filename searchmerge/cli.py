@@ -281,6 +281,8 @@ def _print_results(results: "Results") -> None:
         _print_table(header, cells, bold=results.winner)
     _out.print(results.legend, soft_wrap=True)
     _out.print(results.verdict, soft_wrap=True)
+    if results.ended:
+        _out.print(results.ended, soft_wrap=True)
 
 
 def _in_parts(

@@ -87,6 +87,7 @@ def test_what_a_stopped_run_has_found_is_confirmed_and_saved(study, searchmerge,
     results = Results.load(run_dir)
     assert MergePlan.from_yaml(run_dir / "model" / "merge_plan.yaml") == results.merge_plan
     assert best_so_far.method == "ties" and results.verdict in out
+    assert f"Ended early: the search was stopped after {before} trials. The same" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -146,7 +146,7 @@ class StudyDirectory:
                     "with their scores, is not here; run it in the directory it was begun in, or "
                     "give the study another name"
                 )
-            self._was_cut_off = bool(self.study.user_attrs.get(_AT_WORK, False))
+            self._was_cut_off = is_at_work(self.study)
             self.scores = ScoreStore(run_dir / SCORES_FILE)
             opened.callback(self.scores.close)
             self.losses = LossStore(run_dir / SCORES_FILE)
@@ -436,6 +436,11 @@ class KeptTime:
 def best_so_far_of(study: optuna.Study) -> str:
     """Return what the plan is called that is written as the best so far; empty if none is."""
     return str(study.user_attrs.get(_BEST, ""))
+
+
+def is_at_work(study: optuna.Study) -> bool:
+    """Return whether a run is at trials or refinements, or was when it ended abruptly."""
+    return bool(study.user_attrs.get(_AT_WORK, False))
 
 
 def elapsed_of(study: optuna.Study) -> float:

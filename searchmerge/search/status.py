@@ -5,7 +5,13 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from searchmerge.search.directory import best_so_far_of, elapsed_of, records_of, stored_study
+from searchmerge.search.directory import (
+    best_so_far_of,
+    elapsed_of,
+    is_at_work,
+    records_of,
+    stored_study,
+)
 from searchmerge.search.roster import read_roster
 from searchmerge.search.trials import best_of, by_completion
 from searchmerge.wording import counted
@@ -15,6 +21,8 @@ _N_BEST = 5
 
 def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """Return counts of trials by state, seconds so far, the workers, and what is best.
+
+    Trials that a stopped run left behind are running as Optuna has it, though none is at work.
 
     The plan that has the best evidence is a reference or a trial. The best trials are ranked as
     the study ranks them, by how it last read their scores: of those that were scored in full,
@@ -29,7 +37,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """
     with stored_study(run_dir, storage) as study:
         records, elapsed_s = records_of(study), elapsed_of(study)
-        best_so_far = best_so_far_of(study)
+        best_so_far, at_work = best_so_far_of(study), is_at_work(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     workers, workers_age_s = read_roster(run_dir)
     n_failed = sum(record.value is None for record in records)
@@ -40,6 +48,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
             "running": len(running),
             "fail": n_failed,
         },
+        "at_work": at_work,
         "refined": sum(bool(record.refines) for record in records),
         "stopped_early": sum(record.stopped_after is not None for record in records),
         "elapsed_s": elapsed_s,
@@ -68,12 +77,15 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
     """
     status = read_status(run_dir, storage)
     trials = status["trials"]
+    n_begun = trials["running"]
+    is_stopped = n_begun and not status["at_work"]
+    begun = f"{n_begun} to be taken up again" if is_stopped else f"{n_begun} running"
     of_these = [f"{status['stopped_early']} stopped early"]
     if status["refined"]:
         of_these.append(f"{status['refined']} refined")
     lines = [
         f"{status['study']}: {counted(trials['complete'], 'trial')} complete "
-        f"({', '.join(of_these)}), {trials['running']} running, "
+        f"({', '.join(of_these)}), {begun}, "
         f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
     ]
     width = max((len(best["name"]) for best in status["best"]), default=0)

@@ -85,15 +85,14 @@ def make(folder=None, delay_s=0.0, load_s=0.0):
 
 
 class Tuned(Misbehaving):
-    """Says how its first task is scored soonest, or dies; notes how it is told to score it."""
+    """Says how its first task is scored soonest, or misbehaves; notes how it is told to score."""
 
-    def __init__(self, folder, *, dies):
+    def __init__(self, folder, kind):
         super().__init__(folder)
-        self._dies = dies
+        self._kind = kind
 
     def tune(self, model, task, examples):
-        if self._dies:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self._misbehave(self._kind)
         return {"growth": 2} if task == "math" else {}
 
     def use(self, task, tuning):
@@ -101,10 +100,10 @@ class Tuned(Misbehaving):
             self._note("used", str(tuning))
 
 
-def make_tuned(folder, dies=False):
-    """Load a toy worker that measures."""
+def make_tuned(folder, kind=FINE):
+    """Load a toy worker that measures, and does what ``kind`` says as it does so."""
     model = ToyModel()
-    evaluator = Tuned(folder, dies=dies)
+    evaluator = Tuned(folder, kind)
     return Worker(model, ToyMerger(model), dict.fromkeys(EXPERTS, evaluator))
 
 

@@ -65,6 +65,34 @@ def test_references_are_named(toy):
     assert kinds.get(5, "") == ""
 
 
+class StopsAtTheSecond(ToyEvaluator):
+    """Is interrupted as it scores its second plan, and never again."""
+
+    def score(self, model, task, examples):
+        is_first = not self.scored or self.scored[0][0] == model.coefficients
+        if not is_first and not self.is_stopped:
+            self.is_stopped = True
+            raise KeyboardInterrupt
+        return super().score(model, task, examples)
+
+    is_stopped = False
+
+
+def test_a_trial_that_a_stopped_run_left_behind_is_not_called_running(toy):
+    study = toy(evaluator=StopsAtTheSecond())
+    with pytest.raises(KeyboardInterrupt):
+        study.run(3, references={})
+    first, *_ = describe_status(study.directory.run_dir)
+    assert first.startswith("toy: 1 trial complete (0 stopped early), 1 to be taken up again, 0 ")
+    status = read_status(study.directory.run_dir)
+    assert (status["trials"]["running"], status["at_work"]) == (1, False)
+    again = toy()
+    again.directory.begin_run()
+    assert ", 1 running, " in describe_status(study.directory.run_dir)[0]
+    again.run(3, references={})
+    assert ", 0 running, " in describe_status(study.directory.run_dir)[0]
+
+
 def test_values_stand_below_one_another_whatever_plans_are_called(toy):
     study = toy()
     study.run(6)

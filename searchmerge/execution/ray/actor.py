@@ -71,9 +71,9 @@ class RayWorker:
             dict(worker.tasks()), f"GPU {numbers} ({worker.device})" if numbers else worker.device
         )
 
-    def tune(self, blocks: Round) -> Tuning:
-        """Return how each task is scored soonest."""
-        return self._loaded().tune(blocks)
+    def tune(self, blocks: Round) -> Iterator[Tuning]:
+        """Yield how each task is scored soonest."""
+        yield self._loaded().tune(blocks)
 
     def score(
         self, plan: MergePlan, rounds: Sequence[Round], tuning: Tuning

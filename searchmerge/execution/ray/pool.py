@@ -70,6 +70,7 @@ class RayExecutor:
         self._deadlines = Deadlines(settings.deadline_s)
         self._tasks: dict[str, TaskInfo] | None = None
         self._tuning: Tuning = {}
+        self._measured: Tuning = {}
         self._not_before = 0.0
         self._tended = -_TEND_S
         self._is_up = True
@@ -119,16 +120,12 @@ class RayExecutor:
         self.tasks()
         while not (free := [slot for slot in self._slots if slot.is_free]):
             self.next_event(_TEND_S)
-        slot = free[0]
-        try:
-            seconds = self._deadlines.at(slot.node).seconds
-            tuning: Tuning = ray.get(slot.actor.tune.remote(blocks), timeout=seconds)
-        except RayError as error:
-            told = "%s could not measure how scoring is fastest; the usual way is taken: %s"
-            _logger.warning(told, slot.at, short(error))
-            self._slots.drop(slot)
-            return {}
-        return tuning
+        slot, self._measured = free[0], {}
+        slot.call = slot.actor.tune.options(num_returns="streaming").remote(blocks)
+        slot.since = time.monotonic()
+        while not slot.is_free:
+            self.next_event(_TEND_S)
+        return self._measured
 
     def use(self, tuning: Tuning) -> None:
         """Let every worker score each task so from its next job on."""
@@ -194,7 +191,10 @@ class RayExecutor:
         """Take what a slot has to say."""
         self._heard = slot.since = time.monotonic()
         if slot.job is None:
-            self._go_on_loading(slot)
+            if slot.device:
+                self._take_measured(slot)
+            else:
+                self._go_on_loading(slot)
             return None
         job = slot.job
         try:
@@ -215,6 +215,16 @@ class RayExecutor:
                 self._deadlines.at(slot.node, slot.work).saw(message.seconds)
                 return event_of(job, message)
         return self._lose(slot, str(message), blameless=False)
+
+    def _take_measured(self, slot: Slot) -> None:
+        """Take how scoring is fastest, as a worker measured; one that failed is given up."""
+        try:
+            self._measured = ray.get(next(slot.call))
+        except RayTaskError as error:
+            self._lose(slot, short(error), blameless=False)
+        except RayError as error:
+            self._lose(slot, *self._autopsy(slot, error))
+        slot.call = None
 
     def _go_on_loading(self, slot: Slot) -> None:
         """Take what a slot says as it loads: where it is, and that it has loaded."""
@@ -253,7 +263,9 @@ class RayExecutor:
     def _lose(self, slot: Slot, reason: str, blameless: bool) -> Lost | None:  # noqa: FBT001
         job = slot.job
         self._slots.drop(slot)
-        if job is None:
+        if job is None:  # it measured
+            told = "%s could not measure how scoring is fastest; the usual way is taken: %s"
+            _logger.warning(told, slot.at, reason)
             return None
         return Lost(job, f"{slot.at}: {reason}", blameless, slot.has_begun)
 

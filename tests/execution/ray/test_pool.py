@@ -101,13 +101,22 @@ def test_the_first_worker_measures_and_all_score_so(pool, notes):
 
 
 def test_a_worker_that_dies_as_it_measures_costs_no_more_than_itself(pool, notes, caplog):
-    executor = pool(functools.partial(workers.make_tuned, notes, dies=True), workers=1)
+    executor = pool(functools.partial(workers.make_tuned, notes, DIES), workers=1)
     assert executor.tune(ROUNDS[0]) == {}
     assert f"worker 1 on {HOST} could not measure how scoring is fastest" in caplog.text
     executor.use({})
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free)
     executor.submit(1, plan(FINE), ROUNDS)
     assert until_it_ends(executor, 1)[-1] == Finished(1)
+
+
+def test_a_worker_that_hangs_as_it_measures_is_killed_and_replaced(pool, notes, caplog):
+    executor = pool(functools.partial(workers.make_tuned, notes, HANGS), workers=1, deadline_s=2.0)
+    assert executor.tune(ROUNDS[0]) == {}
+    told = f"worker 1 on {HOST} could not measure how scoring is fastest; the usual way is taken: "
+    assert f"{told}no round within its deadline (2 s)" in caplog.text
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free)
+    assert [worker.name for worker in executor.workers()] == ["worker 2"]
 
 
 def test_a_plan_that_kills_three_workers_is_not_tried_again_and_the_others_go_on(pool, store):

@@ -4,6 +4,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,34 @@ def test_a_head_that_dies_ends_the_run_in_one_message_and_the_study_goes_on(
     assert process.returncode == 0, err
     assert f"search ({n_before + 3}, {n_before} done before)" in err
     assert command.n_complete() == n_before + 3
+
+
+MEASURES = """
+import functools, pathlib, sys
+from searchmerge.errors import StudyError
+from searchmerge.execution.ray.cluster import RaySettings
+from searchmerge.execution.ray.pool import RayExecutor
+from tests.execution import workers
+
+make = functools.partial(workers.make_tuned, pathlib.Path(sys.argv[2]), workers.HANGS)
+executor = RayExecutor(make, RaySettings(sys.argv[1], workers=1))
+try:
+    executor.tune(workers.ROUNDS[0])
+except StudyError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_while_a_worker_measures_is_an_error_of_ours(start_cluster, notes):
+    cluster = start_cluster()
+    address, root = cluster.address, Path(__file__).parents[3]
+    command = [sys.executable, "-W", "ignore", "-c", MEASURES, address, str(notes)]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: any(notes.glob("hangs-*")), seconds=120)
+    cluster.head_node.kill_gcs_server()
+    out, _ = process.communicate(timeout=120)
+    assert out.startswith(f"the Ray head of the cluster ({address}) died: nothing answers at ")
 
 
 REFINE = {"loss": "agreement", "steps": 12, "batch": 24, "rate": 0.1, "starts": 2}
