@@ -37,7 +37,6 @@ from searchmerge.report.tables import (
     told_sources,
 )
 from searchmerge.saving import save_results
-from searchmerge.search.budget import Spending, StudyClock
 from searchmerge.search.candidates import best_candidates, candidates
 from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
 from searchmerge.search.directory import StudyDirectory, locked
@@ -60,7 +59,7 @@ from searchmerge.search.refinements import Refinements, Refining
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
-from searchmerge.search.trials import FINISHED, TrialRecord, best_of, by_completion, is_refined
+from searchmerge.search.trials import TrialRecord, best_of, by_completion, is_refined
 from searchmerge.study import Study
 from searchmerge.watch import Watch
 from searchmerge.wording import counted
@@ -189,7 +188,7 @@ class StudyRun:
         self._directory.keep_best(confirmation.winner, plans[confirmation.winner])
         return replace(
             self._results(plans, best, objective, confirmation),
-            ended="" if search else self._ended(),
+            ended="" if search else self._ended(references, objective),
         )
 
     def _scored_references(self, part: Part) -> dict[str, dict[str, float]]:
@@ -224,6 +223,8 @@ class StudyRun:
         shown += [r for r in full if leader and r.name == leader[0] and r not in shown]
         labels = {r.name: ", ".join(filter(None, (r.name, r.kind))) for r in shown}
         rows = scored | {labels[record.name]: dict(record.scores) for record in shown}
+        best = labels.get(leader[0], leader[0]) if leader else ""
+        violations = objective.violations(rows[best]) if objective and best else {}
         InterimReport(
             study=self._study.name,
             stage=self._stage,
@@ -233,10 +234,11 @@ class StudyRun:
                 InterimRow(name, its, objective.values(its) if objective else ())
                 for name, its in rows.items()
             ],
-            best=labels.get(leader[0], leader[0]) if leader else "",
+            best=best,
             plan=leader[1] if leader else None,
             counts=self._counts(records),
             raw=objective.raw if objective else (),
+            broken=[name for name, by in violations.items() if by > 0],
         ).save(directory.run_dir)
 
     def _leader(
@@ -252,24 +254,27 @@ class StudyRun:
         """
         references = {name: plan for name, plan in self._references.items() if name in scored}
         plans = contenders(references, (record for record in full if not record.refines))
-        if objective is None or not any(map(is_merge, plans)):
+        if objective is None:
             return None
         board = self._learnt_board(plans) if part == "select" else self._runner.board
         known = {n: Contender.of(board, plan, objective, part) for n, plan in plans.items()}
         name = best_on_select(known, references, board.schedule.tasks, objective)
         return None if name is None else (name, plans[name])
 
-    def _ended(self) -> str:
+    def _ended(self, references: Plans, objective: Objective) -> str:
         """Return where the search ended, if before its budget was used up."""
-        directory, refine = self._directory, self._study.spec.search.refine
-        n_trials = sum(not is_refined(trial) for trial in directory.trials(*FINISHED))
-        clock = StudyClock(directory.searching)
         said = []
-        if not Spending(assemble.make_budget(self._study), clock, n_trials).is_over:
-            said.append(f"the search was stopped after {counted(n_trials, 'trial')}")
-        if refine != "off" and (n_refined := len(directory.refined_keys())) < refine.starts:
-            said.append(f"{n_refined} of {refine.starts} best plans were refined")
-        unscored = directory.trials(TrialState.WAITING, TrialState.RUNNING)
+        spending = self._runner.spending(
+            objective, assemble.make_budget(self._study), self._grading_seed
+        )
+        if not spending.is_over:
+            said.append(f"the search was stopped after {counted(spending.n_finished, 'trial')}")
+        refining = assemble.make_refining(self._study, self._models)
+        if refining is not None:
+            starts = self._refinements(refining).starts(references, objective)
+            if n_left := sum(not is_done for is_done in starts.values()):
+                said.append(f"{len(starts) - n_left} of {len(starts)} best plans were refined")
+        unscored = self._directory.trials(TrialState.WAITING, TrialState.RUNNING)
         if n_unscored := sum(map(is_refined, unscored)):
             said.append(f"refined plans that were not scored: {n_unscored}")
         if not said:
@@ -322,11 +327,11 @@ class StudyRun:
 
     def _refine(self, refining: Refining, references: Plans, objective: Objective) -> None:
         """Refine the best plans by gradient, and score what comes of it."""
-        stage = Refinements(
-            self._directory, self._runner, self._executor, self._observer, refining
-        )
         learnt, racing = self._learnt(refining, references), assemble.make_racing(self._study)
-        stage.run(references, objective, learnt, racing, self._grading_seed)
+        self._refinements(refining).run(references, objective, learnt, racing, self._grading_seed)
+
+    def _refinements(self, refining: Refining) -> Refinements:
+        return Refinements(self._directory, self._runner, self._executor, self._observer, refining)
 
     @property
     def _grading_seed(self) -> int | None:

@@ -175,6 +175,27 @@ def test_what_was_scored_of_the_references_is_saved_where_the_search_ends_there(
     assert [row.name for row in run().rows][: len(PUBLISHED)] == PUBLISHED
 
 
+# --- At its end ---------------------------------------------------------------------------------
+
+
+def test_a_search_that_its_patience_ended_is_not_told_to_have_ended_early(run):
+    budget = {"n_trials": 40, "patience": 1}
+    assert run(**budget).counts["trials in full"] < 40
+    assert run(search=False, **budget).ended == ""
+
+
+def test_a_study_with_fewer_plans_than_are_to_be_refined_has_refined_them_all(run):
+    keys = {"n_trials": 5, "refine": {"steps": 2, "batch": 8, "starts": 20}}
+    run(**keys)
+    assert run(search=False, **keys).ended == ""
+    more = {**keys, "n_trials": 7}
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops("search"), **more)
+    ended = run(search=False, **more).ended
+    n_done, n_starts = re.findall(r"; (\d+) of (\d+) best plans were refined", ended)[0]
+    assert int(n_done) == int(n_starts) - 1
+
+
 # --- The best so far ----------------------------------------------------------------------------
 
 
@@ -190,6 +211,14 @@ def test_the_best_so_far_is_a_reference_outside_the_space_where_that_has_the_bes
     assert line in describe_status(tmp_path / "run")
     assert f"The best plan so far is that of {status['best_so_far']};" in report(tmp_path)
     assert run(search=False, changes={"space": FAR}).winner in PUBLISHED
+
+
+def test_it_is_said_of_the_best_so_far_which_constraints_it_breaks(run, tmp_path):
+    constraint = {"tasks": ["first"], "against": "score", "at_least": 2.0}
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops("search", 2), changes={"constraints": [constraint]})
+    breaks = "though it breaks first at least 2: none keeps every constraint; it is not confirmed"
+    assert breaks in report(tmp_path)
 
 
 # --- Each phase ---------------------------------------------------------------------------------

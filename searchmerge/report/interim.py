@@ -41,6 +41,7 @@ class InterimReport:
         plan: Its plan; ``None`` where there is none.
         counts: Numbers of trials by what became of them, examples, seconds.
         raw: Tasks that count as they are scored, for want of an own expert.
+        broken: Constraints that the best row breaks; then no other row keeps them all.
     """
 
     study: str
@@ -52,6 +53,7 @@ class InterimReport:
     plan: MergePlan | None
     counts: Mapping[str, float]
     raw: Sequence[str] = ()
+    broken: Sequence[str] = ()
 
     def save(self, run_dir: Path) -> None:
         """Write the report into ``run_dir``, unless that of an earlier, confirmed end is there.
@@ -103,7 +105,11 @@ Counts: {counts}.
     def _best_so_far(self) -> str:
         if not self.best:
             return "No merge has been scored in full yet."
-        return f"The best plan so far is that of {markdown(self.best)}; it is not confirmed."
+        broken = markdown(", ".join(self.broken))
+        breaks = f", though it breaks {broken}: none keeps every constraint" if broken else ""
+        return (
+            f"The best plan so far is that of {markdown(self.best)}{breaks}; it is not confirmed."
+        )
 
     def _finish_text(self, run_dir: Path) -> str:
         """Return what is done where the search does not go on."""

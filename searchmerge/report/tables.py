@@ -210,8 +210,10 @@ def make_counts(
     counts: dict[str, float] = {
         "trials in full": len(records) - n_failed - n_stopped,
         "trials stopped early": n_stopped,
-        "trials failed": n_failed,
     }
+    if n_completed := sum(record.is_completed for record in records):
+        counts["of these scored in full since"] = n_completed
+    counts["trials failed"] = n_failed
     if n_refined := sum(bool(record.refines) for record in records):
         counts["of these refined"] = n_refined
     seen: Part = "select" if "select" in schedule.blocks else "pilot"  # among the references

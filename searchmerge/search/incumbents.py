@@ -114,7 +114,7 @@ class Incumbents:
         """The name and the plan with the best evidence, published or found.
 
         That is what would be saved if the search ended now and nothing were held out. ``None``
-        while no plan is known.
+        while no merge is scored.
         """
         if self._leader is None:  # else nothing was scored in full since
             tasks = self._board.schedule.tasks

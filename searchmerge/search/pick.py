@@ -100,7 +100,7 @@ def _believed(measured: Measured) -> Evidence:
 def best_on_select(
     known: Mapping[str, Contender], references: Plans, tasks: Tasks, objective: Objective
 ) -> str | None:
-    """Return the plan that would be saved by what trials see alone; ``None`` if none is known.
+    """Return the plan that would be saved by what trials see alone; ``None`` before a merge is.
 
     A trial that is nearly a reference is none that would be, as the reference stands for it.
 
@@ -111,7 +111,7 @@ def best_on_select(
         tasks: What is known of the tasks.
         objective: What to compare by.
     """
-    if not known:
+    if not any(map(is_merge, known)):
         return None
     scored = {name: contender.scored for name, contender in known.items()}
     evidence = _believed(_compared(scored, tasks, objective))

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from searchmerge.errors import SpecError
@@ -181,15 +181,37 @@ class Refinements:
         clock = StudyClock(self._directory.refining)
         self._directory.begin_run()
         try:
-            self._refine(self._starts(references, objective), material, clock)
+            starts, passed_over = self._starts(references, objective)
+            _warn_of(passed_over)
+            self._refine(starts, material, clock)
         finally:
             with held_back():
                 clock.keep()
                 self._directory.end_run()
         self._runner.run_refined(objective, racing, clock, seed)
 
-    def _starts(self, references: Plans, objective: Objective) -> dict[str, MergePlan]:
-        """Return the best plans that can be refined, by what they are called, best first."""
+    def starts(self, references: Plans, objective: Objective) -> dict[str, bool]:
+        """Return what the best plans that can be refined are called, and whether each was.
+
+        Args:
+            references: As for :meth:`run`.
+            objective: With the experts' scores put in.
+        """
+        starts, _ = self._starts(references, objective)
+        done = self._directory.refined_keys()
+        return {name: self._refining.key(plan) in done for name, plan in starts.items()}
+
+    def _starts(
+        self, references: Plans, objective: Objective
+    ) -> tuple[dict[str, MergePlan], dict[str, list[str]]]:
+        """Return the best plans that can be refined, by what they are called, best first.
+
+        A trial that was stopped early is none of them, though it was completed since: a run that
+        is taken up again refines what it would have refined.
+
+        Returns:
+            Those plans, and why others as good are not among them, with what these are called.
+        """
         scored = [
             self._judged(TrialRecord(-1 - i, plan), objective)
             for i, plan in enumerate(references.values())
@@ -199,7 +221,9 @@ class Refinements:
         trials = [
             record
             for record in candidates(self._directory.records(), objective)
-            if record.is_full and not record.refines and record.plan.digest not in names
+            if record.stopped_after is None
+            and not record.refines
+            and record.plan.digest not in names
         ]
         starts: dict[str, MergePlan] = {}
         passed_over: dict[str, list[str]] = {}
@@ -213,10 +237,7 @@ class Refinements:
                 passed_over.setdefault(str(error), []).append(name)
             else:
                 starts[name] = record.plan
-        for reason, its in passed_over.items():
-            others = f" and {len(its) - _N_NAMED} more" if len(its) > _N_NAMED else ""
-            _logger.warning("not refined: %s%s: %s", ", ".join(its[:_N_NAMED]), others, reason)
-        return starts
+        return starts, passed_over
 
     def _judged(self, record: TrialRecord, objective: Objective) -> TrialRecord:
         """Return a record with what its plan scored on all that trials see."""
@@ -290,3 +311,10 @@ class Refinements:
             how = {k: v for k, v in asdict(refined).items() if k != "plan"}
             self._directory.enqueue_refined(name, refined.plan, {"key": key, **how})
         self._directory.losses.forget(key)
+
+
+def _warn_of(passed_over: Mapping[str, Sequence[str]]) -> None:
+    """Say which plans are not refined, by why they cannot be."""
+    for reason, names in passed_over.items():
+        others = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
+        _logger.warning("not refined: %s%s: %s", ", ".join(names[:_N_NAMED]), others, reason)

@@ -16,7 +16,7 @@ from searchmerge.search.racing import Racing
 from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
-from searchmerge.search.trial_source import TrialSource
+from searchmerge.search.trial_source import TrialSource, enter_all
 from searchmerge.search.trials import FINISHED, is_refined
 
 
@@ -121,11 +121,27 @@ class StudyRunner:
         for name, plan in self._references.items():
             if (params := self._space.params(plan)) is not None:
                 self._directory.enqueue(name, [params])
-        clock = StudyClock(self._directory.searching)
-        finished = self._directory.trials(*FINISHED)
-        spending = Spending(budget, clock, sum(not is_refined(trial) for trial in finished))
+        spending = self._begun(budget)
         self._observer.phase("search", budget.n_trials, spending.n_finished)
         self._run_trials(objective, self._incumbents(objective, racing, seed), spending)
+
+    def spending(self, objective: Objective, budget: Budget, seed: int | None = None) -> Spending:
+        """Return how much of a budget all runs so far have used.
+
+        Args:
+            objective: With the experts' scores put in.
+            budget: When to end.
+            seed: As for :meth:`run`.
+        """
+        spending = self._begun(budget)
+        enter_all(self._directory, objective, self._incumbents(objective, None, seed), spending)
+        return spending
+
+    def _begun(self, budget: Budget) -> Spending:
+        """Return what is spent of a budget, but for the trials that its patience counts."""
+        finished = self._directory.trials(*FINISHED)
+        n_finished = sum(not is_refined(trial) for trial in finished)
+        return Spending(budget, StudyClock(self._directory.searching), n_finished)
 
     def run_refined(
         self, objective: Objective, racing: Racing | None, clock: StudyClock, seed: int | None

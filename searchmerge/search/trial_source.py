@@ -65,8 +65,7 @@ class TrialSource:
         self._spending = spending
         self._observer = observer
         self._left_running = directory.left_running()
-        for record in by_completion(candidates(directory.records(as_told=True), objective)):
-            self._enter(record)
+        enter_all(directory, objective, incumbents, spending)
         self._written: tuple[str, MergePlan] | None = None
         self._read = incumbents.read
         directory.keep_read(self._read)
@@ -104,7 +103,7 @@ class TrialSource:
             score_s=job.score_s,
         )
         record.write(job.subject)
-        is_best = self._enter(record)
+        is_best = _enter(record, self._incumbents, self._spending)
         self._directory.scores.flush()
         self._directory.study.tell(job.subject, record.values)
         _logger.info("%s: %s", record.name, record.value)
@@ -144,18 +143,6 @@ class TrialSource:
         name = TrialRecord.of(trial, plan).name
         return Job(name, plan, self._incumbents.rounds(), trial, is_trial=True)
 
-    def _enter(self, record: TrialRecord) -> bool:
-        """Compare later candidates with this one; return whether it is the best so far.
-
-        What a sampler proposed alone counts towards the patience.
-        """
-        if record.refines:
-            return False
-        is_best = record.is_full and self._incumbents.enter(record)
-        if not record.kind:  # references and warm starts are scored whatever comes of them
-            self._spending.scored(is_best=is_best)
-        return is_best
-
     def _write_best(self) -> None:
         """Write the plan with the best evidence so far, and how trials are read, unless it is."""
         if self._incumbents.read is not self._read:
@@ -172,3 +159,25 @@ class TrialSource:
             self._spending.end()
         self._spending.clock.tick()
         self._observer.trial(record, is_best=is_best)
+
+
+def enter_all(
+    directory: StudyDirectory, objective: Objective, incumbents: Incumbents, spending: Spending
+) -> None:
+    """Compare later candidates with earlier runs' trials, and count these towards the patience."""
+    for record in by_completion(candidates(directory.records(as_told=True), objective)):
+        _enter(record, incumbents, spending)
+
+
+def _enter(record: TrialRecord, incumbents: Incumbents, spending: Spending) -> bool:
+    """Compare later candidates with this one; return whether it is the best so far.
+
+    What a sampler proposed alone counts towards the patience, and as it was told: what was
+    completed after the search lets none go on that had ended.
+    """
+    if record.refines:
+        return False
+    is_best = record.is_full and incumbents.enter(record)
+    if not record.kind:  # references and warm starts are scored whatever comes of them
+        spending.scored(is_best=is_best and not record.is_completed)
+    return is_best

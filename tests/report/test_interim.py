@@ -45,6 +45,14 @@ def test_it_says_what_there_is_that_it_is_not_confirmed_and_how_it_goes_on(make_
     assert "Counts: trials in full 3, search seconds 12." in text
 
 
+def test_constraints_that_the_best_breaks_are_named(make_report, tmp_path):
+    text = make_report(broken=["math at least 0.9", "code at least 1 of base"]).markdown(tmp_path)
+    assert (
+        "The best plan so far is that of trial 3, though it breaks math at least 0.9, code at "
+        "least 1 of base: none keeps every constraint; it is not confirmed."
+    ) in text
+
+
 def test_without_a_merge_there_is_no_best(make_report, tmp_path):
     text = make_report(rows=[], best="", plan=None, stage="among the references").markdown(
         tmp_path

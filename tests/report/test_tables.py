@@ -175,6 +175,7 @@ def test_every_trial_is_counted_once_by_what_became_of_it():
     counts = {
         "trials in full": 1,
         "trials stopped early": 2,
+        "of these scored in full since": 1,
         "trials failed": 1,
         "select examples": 60,
         "hold-out examples": 60,

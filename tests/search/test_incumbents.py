@@ -106,6 +106,18 @@ def test_a_trial_that_is_a_reference_leads_under_the_name_of_that(board):
     assert incumbents.leader == ("TIES", plan(21))
 
 
+def test_before_a_merge_is_scored_nothing_leads(board):
+    objective = Objective("mean", GOALS)
+    references = {
+        name: score(board, n, right(0.6), right(0.6))
+        for n, name in enumerate(("base", "expert a"))
+    }
+    incumbents = Incumbents(board, objective, references=references)
+    assert incumbents.leader is None
+    enter(incumbents, objective, board, 21, right(0.3), right(0.3))
+    assert incumbents.leader == ("base", references["base"])
+
+
 def test_before_anything_is_scored_in_full_nothing_leads(board):
     references = {"TIES": score(board, 1, right(0.6), right(0.6), n_rounds=3)}
     assert Incumbents(board, Objective("mean", GOALS), references=references).leader is None

@@ -18,8 +18,9 @@ from searchmerge.errors import SpecError
 from searchmerge.plan import Groups, MergePlan
 from searchmerge.run import run_study
 from searchmerge.search.directory import records_of, stored_study
+from searchmerge.search.racing import Racing
 from searchmerge.search.refine import Recipe
-from searchmerge.search.refinements import material
+from searchmerge.search.refinements import Refinements, Refining, material
 from searchmerge.search.status import read_status
 from searchmerge.study import kept_study, read_study
 from tests.evaluators.classifiers import (
@@ -472,6 +473,25 @@ def test_rows_without_a_label_are_learnt_from_by_losses_that_need_none_alone(
     run_study(asked, CONFIG, tmp_path / "run", observer)
     assert not [step for step in observer.steps if "given up" in step]
     assert sum(map(len, outcomes(tmp_path / "run"))) == 1
+
+
+def test_a_trial_that_was_completed_after_the_search_is_not_refined_by_a_run_that_goes_on(toy):
+    toy().run(20, racing=Racing())
+    study = toy()
+    stage = Refinements(
+        study.directory,
+        study.runner({}),
+        study.executor,
+        study.observer,
+        Refining(Recipe(Groups(), 1, 1), 3, ("a",)),
+    )
+    before = stage.starts({}, study.objective)
+    stopped = next(r for r in study.directory.records() if r.stopped_after is not None)
+    best = dict.fromkeys(stopped.scores, 2.0)
+    study.directory.keep_completed(stopped.judged(study.objective, best))
+    assert stage.starts({}, study.objective) == before
+    assert list(before.values()) == [False] * 3
+    study.directory.close()
 
 
 def test_groups_that_the_model_does_not_have_are_refused(folder, tmp_path):

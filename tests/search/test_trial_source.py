@@ -162,6 +162,18 @@ def test_a_refined_plan_that_is_better_stops_no_trial_of_the_space(toy, budget):
     assert files[0] == files[1]
 
 
+def test_a_trial_that_was_completed_after_the_search_lets_none_go_on_that_had_ended(toy):
+    budget = {"n_trials": None, "patience": 8, "racing": Racing()}
+    toy().run(**budget)
+    study = toy()
+    *_, stopped = [r for r in study.directory.records() if r.stopped_after is not None]
+    study.runner({}).score_plans("completing", {stopped.name: stopped.plan}, "select")
+    best = dict.fromkeys(stopped.scores, 2.0)
+    study.directory.keep_completed(stopped.judged(study.objective, best))
+    n_before = len(study.directory.trials())
+    assert len(study.run(**budget)) == n_before
+
+
 def test_a_refined_trial_that_has_not_collapsed_is_scored_in_full(toy):
     toy().run(12, racing=Racing())
     study = toy()
