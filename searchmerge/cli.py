@@ -313,6 +313,8 @@ def _print_table(header: list[str], cells: list[list[str]], bold: str = "") -> N
 
 
 def _print_stopped(run_dir: Path, storage: str | None) -> None:
+    from searchmerge.report.results import Results
+    from searchmerge.saving import MODEL_DIR, is_saved
     from searchmerge.search.directory import BEST_SO_FAR, plan_file
 
     _err.print(f"Stopped. All scores are kept in {run_dir}.", soft_wrap=True)
@@ -322,6 +324,9 @@ def _print_stopped(run_dir: Path, storage: str | None) -> None:
         is_confirmed = (run_dir / "results.json").exists()
         what = "Report of the last time that it was confirmed" if is_confirmed else "Report so far"
         _err.print(f"{what}: {report}", soft_wrap=True)
+        if is_confirmed and not is_saved(run_dir / MODEL_DIR, Results.load(run_dir).merge_plan):
+            told = f"The model that it calls saved is not in {run_dir / MODEL_DIR} yet."
+            _err.print(told, soft_wrap=True)
     if not plan_file(run_dir, BEST_SO_FAR).exists():
         _err.print(
             "The same command goes on from here; no merge has been scored yet, so that there is "

@@ -37,7 +37,7 @@ def save_results(
     out, plan = run_dir / MODEL_DIR, results.merge_plan
     heads = saved_heads(study, models)
     card = _card(results, study, models, out, heads)
-    if _is_saved(out, plan, heads):
+    if is_saved(out, plan, heads):
         (out / "README.md").write_text(card, encoding="utf-8")
         return
     observer.phase("saving the model", None)
@@ -65,8 +65,9 @@ def _seen_from(folder: Path, source: str) -> str:
     return os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else source
 
 
-def _is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead]) -> bool:
-    if not all((out / file).is_file() for file in head_files(heads)):
+def is_saved(out: Path, plan: MergePlan, heads: Mapping[str, SavedHead] | None = None) -> bool:
+    """Return whether a plan's model is in ``out``, with these heads."""
+    if not all((out / file).is_file() for file in head_files(heads or {})):
         return False
     try:
         return MergePlan.from_yaml(out / PLAN_FILE) == plan

@@ -16,7 +16,7 @@ from searchmerge.execution.blocks import Part
 from searchmerge.models import open_models
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results
-from searchmerge.saving import MODEL_DIR
+from searchmerge.saving import MODEL_DIR, is_saved
 from searchmerge.search.directory import SCORES_FILE
 from searchmerge.search.scores import ScoreStore
 from searchmerge.study import Study, kept_study
@@ -98,7 +98,7 @@ class Verification:
             )
             for name, ours in harnesses(evaluators).items()
         }
-        _check(run_dir, study, has_tasks=bool(self._theirs))
+        _check(run_dir, study, self._results, has_tasks=bool(self._theirs))
 
     def compare(self, limit: int | None = None) -> Iterator[Comparison]:
         """Yield each task's comparison, on the report's select and held-out examples.
@@ -170,7 +170,7 @@ class Verification:
         return Comparison(task, part, n_examples, ours, theirs, rounding, found.notes)
 
 
-def _check(run_dir: Path, study: Study, *, has_tasks: bool) -> None:
+def _check(run_dir: Path, study: Study, results: Results, *, has_tasks: bool) -> None:
     if not has_tasks:
         raise StudyError(
             f"{run_dir}: no task of the study is lm-eval's; there is nothing to verify"
@@ -182,3 +182,8 @@ def _check(run_dir: Path, study: Study, *, has_tasks: bool) -> None:
         )
     if not (run_dir / MODEL_DIR).is_dir():
         raise StudyError(f"{run_dir}: there is no {MODEL_DIR}/; the study has not saved its model")
+    if not is_saved(run_dir / MODEL_DIR, results.merge_plan):
+        raise StudyError(
+            f"{run_dir / MODEL_DIR}: is not the model of {results.winner}, which the report calls "
+            "saved; a run was stopped before that: the same `searchmerge run` saves it"
+        )

@@ -87,7 +87,8 @@ def test_what_a_stopped_run_has_found_is_confirmed_and_saved(study, searchmerge,
     results = Results.load(run_dir)
     assert MergePlan.from_yaml(run_dir / "model" / "merge_plan.yaml") == results.merge_plan
     assert best_so_far.method == "ties" and results.verdict in out
-    assert f"Ended early: the search was stopped after {before} trials. The same" in out
+    n_complete = sum(state == "COMPLETE" for _, state in trials(run_dir))
+    assert f"Ended early: the search was stopped after {n_complete} trials. The same" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -619,6 +620,29 @@ def test_a_run_that_is_stopped_before_a_merge_is_scored_has_nothing_to_save(
     code, _, err = searchmerge("finish", tmp_path / "runs" / "stops")
     assert code == 2
     assert "before a merge was scored (nothing is), so that there is nothing to save" in err
+
+
+def test_a_run_that_is_stopped_says_that_the_model_of_its_report_is_not_saved(
+    study, searchmerge, tmp_path
+):
+    (tmp_path / "halts.py").write_text(
+        "import pathlib, signal\n"
+        "def score(model, task, examples):\n"
+        "    if pathlib.Path(__file__).with_name('halt').exists():\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    return [float(model.get_parameter('model.norm.weight').mean())] * len(examples)\n"
+    )
+    task = {"evaluator": "function", "function": "halts:score", "n_examples": 40}
+    file, model = study(name="halts", tasks={"own": task}), tmp_path / "runs" / "halts" / "model"
+    assert searchmerge("run", file)[0] == 0
+    (tmp_path / "halt").touch()
+    told = f"The model that it calls saved is not in {Path('runs', 'halts', 'model')} yet."
+    code, _, err = searchmerge("run", file, "--set", "search.n_trials=9")
+    assert code == 128 + signal.SIGINT
+    assert "Report of the last time that it was confirmed" in err and told not in err
+    shutil.rmtree(model)
+    code, _, err = searchmerge("run", file, "--set", "search.n_trials=9")
+    assert told in err
 
 
 def test_an_expert_that_is_given_twice_is_refused(searchmerge, tmp_path):

@@ -11,6 +11,7 @@ from searchmerge.cli import app
 from searchmerge.config import RunConfig
 from searchmerge.errors import StudyError
 from searchmerge.report.results import Results
+from searchmerge.search.references import reference_plans
 from searchmerge.study import kept_study, read_study
 from searchmerge.verify import Comparison, Verification
 from tests.studies_of_tasks import CHAT, run
@@ -148,6 +149,14 @@ def test_what_cannot_be_verified_is_refused(finished, tmp_path):
     with pytest.raises(StudyError, match="no results yet"):
         Verification(tmp_path, RunConfig())
     run_dir = copied(finished, tmp_path)
+    plan = run_dir / "model" / "merge_plan.yaml"
+    plan.write_text(plan.read_text() + "\n# as it was\n")
+    Verification(run_dir, RunConfig())
+    reference_plans(EXPERTS)["DARE"].to_yaml(plan)
+    winner = Results.load(run_dir).winner
+    message = rf"model: is not the model of {winner}, .* the same `searchmerge run` saves it"
+    with pytest.raises(StudyError, match=message):
+        Verification(run_dir, RunConfig())
     shutil.rmtree(run_dir / "model")
     with pytest.raises(StudyError, match="has not saved its model"):
         Verification(run_dir, RunConfig())
