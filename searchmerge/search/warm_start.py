@@ -45,7 +45,10 @@ def warm_start_params(
         except StudyError as error:
             raise StudyError(f"search.warm_start: {error}") from error
         if not plans:
-            raise SpecError(f"search.warm_start: no trial of {run_dir} has a score yet")
+            raise SpecError(
+                f"search.warm_start: no trial of {run_dir} has a score, of which plans are taken; "
+                "run that study on, or name another here"
+            )
         nearest = [space.nearest(plan) for plan in plans]
         fitting = [trial_params for trial_params in nearest if trial_params is not None]
         if not fitting:

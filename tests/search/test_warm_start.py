@@ -53,3 +53,12 @@ def test_plans_that_break_a_constraint_come_after_all_that_keep_it(toy):
     by_violation = sorted(broken, key=lambda r: -r.scores["math"])
     plans = earlier_plans(first.directory.run_dir, 12)
     assert plans == [record.plan for record in by_value + by_violation]
+
+
+def test_a_study_that_ended_among_its_references_has_nothing_to_begin_with(toy):
+    ended = toy()
+    ended.directory.close()
+    run_dir = ended.directory.run_dir
+    message = rf"no trial of {run_dir} has a score, .*; run that study on, or name another here"
+    with pytest.raises(SpecError, match=message):
+        warm_start_params([run_dir], ended.space, 3)
