@@ -8,7 +8,7 @@ other.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from scipy.special import ndtr
 Vector = npt.NDArray[np.float64]
 
 _N_SPLITS = 24
+_N_CLEAR = 32  # plans that tell which examples are answered more clearly than others
 _STEPS = tuple((weight, width) for weight in (0.5, 1.0) for width in (1.0, 2.0))
 _OF_STEPS = ((0.0, 1.0), *_STEPS)
 """Weight and width of each reading that is weighed up; the first is the metric alone."""
@@ -47,7 +48,9 @@ class Reading(NamedTuple):
 
     An example with value c and grade g counts as
     :math:`(1 - \sum w)\,c + \sum w\,(\Phi(g / (h s)) + b)`, where s is the plan's own median of
-    :math:`|g|`: a plan that is twice as sure of everything is read the same.
+    :math:`|g|`: a plan that is twice as sure of everything is read the same. Of a plan that was
+    scored on some of the examples, m being its median there, s is taken for :math:`m / q`, where
+    other plans' medians are there q times those on all examples.
 
     Attributes:
         steps: What grades count; none is the metric alone.
@@ -69,13 +72,19 @@ class Reading(NamedTuple):
         """Whether grades say the opposite of the metric, be it by chance."""
         return self.agreement is not None and self.agreement < _CONTRADICTS
 
-    def __call__(self, values: Vector, grades: Vector) -> Vector:
-        """Return a plan's observations, ``(n,)``, from its values and grades."""
+    def __call__(self, values: Vector, grades: Vector, clarity: float = 1.0) -> Vector:
+        """Return a plan's observations, ``(n,)``, from its values and grades.
+
+        Args:
+            values: Of some examples, ``(n,)``.
+            grades: Of the same; none is the metric alone.
+            clarity: How clearly these are answered beside all examples, above 0: q.
+        """
         if not self.steps or not len(grades):
             return values
         read: Vector = (1 - self.weight) * values
         for weight, width, offset in self.steps:
-            read = read + weight * (soft(grades, width) + offset)
+            read = read + weight * (soft(grades, width / clarity) + offset)
         return read
 
 
@@ -89,18 +98,44 @@ class Grader:
 
     Attributes:
         readings: Task to reading; a task that is left out is read by its metric.
+        sizes: Task to how large some plans' grades are of the examples that select,
+            ``(n_plans, n)``.
     """
 
     readings: Mapping[str, Reading]
+    sizes: Mapping[str, Vector] = field(default_factory=dict)
 
     def reading(self, task: str) -> Reading:
         """Return how a task's examples are read."""
         return self.readings.get(task, METRIC)
 
-    def observations(self, task: str, values: Sequence[float], grades: Sequence[float]) -> Vector:
-        """Return a plan's observations on examples of a task."""
+    def observations(
+        self,
+        task: str,
+        values: Sequence[float],
+        grades: Sequence[float],
+        examples: Sequence[int] | None = None,
+    ) -> Vector:
+        """Return a plan's observations on examples of a task.
+
+        Args:
+            task: The task.
+            values: Of its examples.
+            grades: Of the same.
+            examples: Which of those that select they are, by place; ``None`` for all of a part.
+        """
         read = self.reading(task)
-        return read(np.asarray(values, dtype=float), np.asarray(grades, dtype=float))
+        clarity = 1.0 if examples is None else self.clarity(task, examples)
+        return read(np.asarray(values, dtype=float), np.asarray(grades, dtype=float), clarity)
+
+    def clarity(self, task: str, examples: Sequence[int]) -> float:
+        """Return how large plans' median grade is on some examples, beside that on all."""
+        if task not in self.sizes:
+            return 1.0
+        sizes = self.sizes[task]
+        some, every = np.median(sizes[:, examples], axis=1), np.median(sizes, axis=1)
+        telling = (some > 0) & (every > 0)
+        return float(np.exp(np.log(some[telling] / every[telling]).mean())) if telling.any() else 1
 
 
 class Table(NamedTuple):
@@ -158,7 +193,8 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
         if agreement > -_BEYOND_CHANCE / np.sqrt(len(table.values)):
             reading = reading._replace(steps=_steps(parts / parts.sum(), table))
         readings[task] = reading
-    return Grader(readings)
+    sizes = {task: np.abs(table.grades[-_N_CLEAR:]) for task, table in tables.items()}
+    return Grader(readings, sizes)
 
 
 def _steps(parts: Vector, table: Table) -> tuple[Step, ...]:

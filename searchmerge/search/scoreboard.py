@@ -1,8 +1,8 @@
 """What plans score: the schedule of what there is to know, and the store of what is known."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import accumulate, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -99,13 +99,17 @@ class Scoreboard:
         }
 
     def observed(self, plan: MergePlan) -> BlockValues:
-        """Return the observations on every block that a plan was scored on, grades read."""
+        """Return the observations on every block that a plan was scored on, grades read.
+
+        Blocks are ordered by how much they tell, so that the first are not like the others: what
+        is seen of ``select`` is read as it will be once all of it is.
+        """
         scored, graded = self.store.get(plan), self.store.grades(plan)
         together: dict[tuple[str, Part], list[BlockKey]] = defaultdict(list)
         for task, part, index in scored:
             together[task, part].append((task, part, index))
         observed: dict[BlockKey, tuple[float, ...]] = {}
-        for (task, _), keys in together.items():
+        for (task, part), keys in together.items():
             is_read = self.grader.reading(task).steps and all(graded[key] for key in keys)
             if not is_read:
                 kind = self.schedule.tasks[task].kind
@@ -113,9 +117,22 @@ class Scoreboard:
                 continue
             values = [value for key in keys for value in scored[key]]
             grades = [grade for key in keys for grade in graded[key]]
-            read = iter(self.grader.observations(task, values, grades).tolist())
+            examples = self._places(task, keys) if part == "select" else None
+            read = iter(self.grader.observations(task, values, grades, examples).tolist())
             observed |= {key: tuple(islice(read, len(scored[key]))) for key in keys}
         return observed
+
+    def _places(self, task: str, keys: Collection[BlockKey]) -> list[int] | None:
+        """Return where the examples of blocks stand among all that select; ``None`` if all do."""
+        blocks = self.schedule.blocks["select"][task]
+        if len(keys) == len(blocks):
+            return None
+        ends = accumulate(len(block.examples) for block in blocks)
+        places = {
+            block.key: range(end - len(block.examples), end)
+            for block, end in zip(blocks, ends, strict=True)
+        }
+        return [place for key in keys for place in places[key]]
 
     def observations(self, plan: MergePlan, part: Part) -> dict[str, Vector]:
         """Return each task's observations of a plan that was scored on all of ``part``."""

@@ -105,3 +105,26 @@ def test_tasks_without_a_reading_are_read_by_their_metric():
     assert grader.observations("b", [1.0, 0.0], [5.0, -5.0]).tolist() == [1.0, 0.0]
     assert grader.observations("a", [1.0, 0.0], [5.0, -5.0])[0] == pytest.approx(norm.cdf(0.5))
     assert grader.observations("a", [1.0, 0.0], []).tolist() == [1.0, 0.0]
+
+
+def test_how_clearly_examples_are_answered_is_what_other_plans_say_of_them():
+    sizes = np.array([[1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 4.0, 6.0, 8.0, 10.0], [0.0] * 5])
+    grader = Grader({}, {"math": sizes})
+    assert grader.clarity("math", [0, 1, 2, 3, 4]) == pytest.approx(1.0)
+    assert grader.clarity("math", [0, 1]) == pytest.approx(1.5 / 3)
+    assert grader.clarity("math", [4]) == pytest.approx(5 / 3)
+    assert grader.clarity("law", [4]) == 1.0  # of which nothing is known
+
+
+def test_some_examples_are_read_as_they_will_be_among_all():
+    rng = np.random.default_rng(0)
+    profile, signs = rng.gamma(2.0, size=40), rng.choice([-1.0, 1.0], size=40)
+    grades = 3 * profile * signs  # as other plans, but three times as sure of everything
+    values = (grades > 0).astype(float)
+    reading = Reading((Step(0.7, 1.0, 0.1),), 0.9)
+    grader = Grader({"math": reading}, {"math": profile * np.array([[1.0], [0.5]])})
+    whole = grader.observations("math", values, grades)
+    first = np.argsort(profile)[:8]  # the least clear ones
+    some = grader.observations("math", values[first], grades[first], first.tolist())
+    np.testing.assert_allclose(some, whole[first])
+    assert np.abs(grader.observations("math", values[first], grades[first]) - some).max() > 0.1

@@ -1,10 +1,12 @@
 """What plans score, and what of them is still to be scored."""
 
+import numpy as np
 import pytest
 
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.score_kind import OfRecords, Whole
 from searchmerge.execution.blocks import BlockScores, make_blocks
+from searchmerge.search.grades import Grader, Reading, Step
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.scores import ScoreStore
@@ -105,3 +107,22 @@ def test_the_order_is_that_of_the_deciding_plans_alone(board):
         score(board, scored, board.schedule.rounds["pilot"])
     blocks = board.informed([A, B, C], [A, C]).schedule.blocks["select"]["mean"]
     assert [block.examples for block in blocks] == [(0, 1, 2), (3, 4, 5), (6, 7)]
+
+
+def test_blocks_that_come_first_are_read_as_they_are_among_all(tmp_path):
+    blocks = {"select": {"mean": make_blocks("mean", "select", range(N), TASKS["mean"], 3)}}
+    schedule = Schedule.interleaved({"mean": TASKS["mean"]}, blocks, round_blocks=2, seed=0)
+    store = ScoreStore(tmp_path / "scores.db")
+    grader = Grader(
+        {"mean": Reading((Step(1.0, 1.0, 0.0),), 0.9)}, {"mean": np.arange(1.0, 9)[None]}
+    )
+    board = Scoreboard(schedule, store, grader)
+    seen = []
+    for block in reversed(blocks["select"]["mean"]):  # in another order than they are cut in
+        grades = tuple(10.0 * (example + 1) for example in block.examples)
+        store.put(A, [BlockScores(block, (1.0,) * len(grades), grades=grades)])
+        seen.append(board.observed(A))
+    for some in seen:
+        for key, values in some.items():
+            assert values == pytest.approx(seen[-1][key])
+    store.close()
