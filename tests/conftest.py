@@ -78,3 +78,13 @@ def searchmerge(tmp_path, monkeypatch, capsys):
         return ended.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Make a tiny base and its experts, and return the folder that they lie in."""
+    from tests.tiny import make_models
+
+    root = tmp_path_factory.mktemp("models")
+    make_models(root)
+    return root

@@ -20,18 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results, Row
-from tests.tiny import EXPERTS, WORDS, make_models, make_study, save_tokenizer
+from tests.tiny import EXPERTS, WORDS, make_study, save_tokenizer
 from tests.waiting import wait_for
 
 SOME = {"low": 0.1, "high": 0.9}
 RUN = [sys.executable, "-W", "ignore", "-m", "searchmerge"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    make_models(root)
-    return root
 
 
 @pytest.fixture

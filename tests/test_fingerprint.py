@@ -12,14 +12,7 @@ from searchmerge.merging.method import METHODS
 from searchmerge.models import open_models
 from searchmerge.study import read_study
 from searchmerge.watch import content_of
-from tests.tiny import make_models, make_study
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    make_models(root)
-    return root
+from tests.tiny import make_study
 
 
 @pytest.fixture

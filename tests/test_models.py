@@ -18,16 +18,9 @@ from searchmerge.models import (
 from searchmerge.plan import Groups, MergePlan
 from searchmerge.study import read_study
 from searchmerge.watch import Watch
-from tests.tiny import EXPERTS, make_models, make_study
+from tests.tiny import EXPERTS, make_study
 
 SOME = {"low": 0.1, "high": 0.9}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    make_models(root)
-    return root
 
 
 @pytest.fixture

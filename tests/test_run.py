@@ -14,7 +14,7 @@ from searchmerge.search.references import reference_plans
 from searchmerge.search.status import describe_status, read_status
 from searchmerge.study import read_study
 from tests.search.conftest import Recorder
-from tests.tiny import EXPERTS, make_models, make_study
+from tests.tiny import EXPERTS, make_study
 
 SCORES = """
 from pathlib import Path
@@ -62,13 +62,6 @@ class Stops(Recorder):
         super().trial(record, is_best=is_best)
         if self.phases[-1][0] == self._at[0] and self._at[1] in (None, record.number):
             raise KeyboardInterrupt
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    make_models(root)
-    return root
 
 
 @pytest.fixture

@@ -16,16 +16,9 @@ from searchmerge.search.status import read_status
 from searchmerge.study import read_study
 from searchmerge.watch import Watch
 from tests.search.conftest import Recorder
-from tests.tiny import make_models, make_study
+from tests.tiny import make_study
 
 CONFIG = RunConfig(engine="eager", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    make_models(root)
-    return root
 
 
 @pytest.fixture

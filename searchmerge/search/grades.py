@@ -129,13 +129,18 @@ class Grader:
         return read(np.asarray(values, dtype=float), np.asarray(grades, dtype=float), clarity)
 
     def clarity(self, task: str, examples: Sequence[int]) -> float:
-        """Return how large plans' median grade is on some examples, beside that on all."""
+        """Return how large plans' median grade is on some examples, beside that on all.
+
+        It is 1 where nothing is known of a task.
+        """
         if task not in self.sizes:
             return 1.0
         sizes = self.sizes[task]
         some, every = np.median(sizes[:, examples], axis=1), np.median(sizes, axis=1)
         telling = (some > 0) & (every > 0)
-        return float(np.exp(np.log(some[telling] / every[telling]).mean())) if telling.any() else 1
+        if not telling.any():
+            return 1.0
+        return float(np.exp(np.log(some[telling] / every[telling]).mean()))
 
 
 class Table(NamedTuple):

