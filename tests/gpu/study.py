@@ -60,7 +60,7 @@ class Study:
 
     def steps(self) -> list[Step]:
         """Return the one step."""
-        return [Step("study", f"{self.n_trials} trials", self._run, 50)]
+        return [Step("study", f"{self.n_trials} trials and a refinement", self._run, 90)]
 
     def _run(self) -> Figures:
         begun = time.perf_counter()
@@ -93,7 +93,7 @@ class Study:
 
     def _write(self) -> Path:
         """Write the study and its tasks; return its file."""
-        n_rows = 10 if self.small else 400
+        n_rows = 20 if self.small else 400
         tasks = self.folder / "tasks"
         tasks.mkdir()
         write_tasks(tasks, WORDS, n_rows)
@@ -117,6 +117,12 @@ class Study:
                 "n_trials": self.n_trials,
                 "round_blocks": n_rows,  # nothing is decided between rounds
                 "racing": "off",
+                "refine": {
+                    "groups": "tensor",
+                    "steps": 3 if self.small else 20,
+                    "batch": 4 if self.small else 64,
+                    "starts": 1,
+                },
             },
             "confirm": {"top_k": 1, "n_resamples": 100},
         }
@@ -164,6 +170,8 @@ class _View:
         pass
 
     def trial(self, record: TrialRecord, *, is_best: bool) -> None:
+        if self._began[-1][0] != "search":
+            return
         self._last_trial = time.perf_counter()
         if not record.failure:
             self.merge_s.append(record.merge_s)
