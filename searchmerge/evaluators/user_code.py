@@ -102,7 +102,7 @@ def as_loss(returned: Any, what: str, n_examples: int) -> Tensor:
         n_examples: Of how many examples.
 
     Raises:
-        EvaluationError: If it is anything else, or is not finite.
+        EvaluationError: If it is anything else.
     """
     if not isinstance(returned, Tensor) or returned.numel() not in (1, n_examples):
         raise EvaluationError(
@@ -113,8 +113,6 @@ def as_loss(returned: Any, what: str, n_examples: int) -> Tensor:
         raise EvaluationError(
             f"{what} returned a loss that does not depend on the model's weights"
         )
-    if not bool(returned.isfinite().all()):
-        raise EvaluationError(f"{what} returned {_shown(returned)}; finite numbers are needed")
     return returned.reshape(()) if returned.numel() == 1 else returned.flatten()
 
 
@@ -164,7 +162,9 @@ def model_kept(model: nn.Module, what: str) -> Iterator[None]:
     """
     places = _places(model)
     modes = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in gradients:
+        parameter.grad = None
     default, enabled = torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         yield
@@ -175,9 +175,9 @@ def model_kept(model: nn.Module, what: str) -> Iterator[None]:
         for module, training in modes:
             if module.training != training:
                 module.training = training
-        for parameter, required in gradients:
+        for parameter, required, gradient in gradients:
             parameter.requires_grad_(required)
-            parameter.grad = None
+            parameter.grad = gradient
 
 
 def _places(model: nn.Module) -> dict[str, _Place]:

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from searchmerge.evaluators.activations import recomputed_activations
 from searchmerge.evaluators.causal.fitting import Fitting
 from searchmerge.evaluators.evaluator import Differentiable, Evaluator, LossKind, Predicting
 from searchmerge.evaluators.loss import disagreement, entropy
+from searchmerge.execution.isolation import Isolation, LeftOut, Sum, scales
 from searchmerge.plan import MergePlan, Rows
 
 Batch = tuple[int, ...]
@@ -72,17 +75,21 @@ class LossResult:
     """What a request came to.
 
     Attributes:
-        losses: Task name to the mean loss over each batch's examples.
+        losses: Task name to the mean loss over each batch's examples; NaN where all of them are
+            left out.
         rows: The gradient of the weighted sum of the tasks' mean losses by the plan's
             coefficients: a row per group, a number per expert; none where it was not asked for.
         merge_s: Seconds spent merging.
         loss_s: Seconds spent on the losses and their gradient.
+        left_out: Task name to those of its examples that neither losses nor gradient are of, as
+            theirs are not finite, each with what is not.
     """
 
     losses: Mapping[str, tuple[float, ...]]
     rows: Rows
     merge_s: float
     loss_s: float
+    left_out: LeftOut = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -90,12 +97,19 @@ class LossResult:
         return self.merge_s + self.loss_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Losses, their gradient and what is left out, as in :class:`LossResult`."""
+
+    losses: dict[str, tuple[float, ...]]
+    rows: Rows
+    left_out: LeftOut = field(default_factory=dict)
+
+
 _HALF_SCALE = 1024.0
 """The factor on losses of a model in float16, where most gradients are below what that can tell
 from 0. Where a gradient is above what it can hold the factor is made smaller; a power of two, it
 changes nothing else."""
-
-_SMALLER = 4.0  # what the factor is divided by then, until it is 1
 
 _AT_ONCE: Mapping[LossKind, int] = {"labels": 64, "entropy": 16, "agreement": 16}
 """Examples whose losses are computed together where no gradient is asked for. Without labels all
@@ -105,18 +119,13 @@ _MOST_TAUGHT = 1 << 30
 """Bytes of what experts answered that are kept; beyond them they are asked anew each time."""
 
 
-def _finite(loss: Tensor, task: str, examples: Sequence[int]) -> float:
-    """Return the mean loss of examples as a number.
+class _NotFinite(Exception):
+    """The loss of some examples together is not finite."""
 
-    Raises:
-        EvaluationError: If it is not finite.
-    """
-    value = float(loss)
+
+def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise EvaluationError(
-            f"task {task!r}, examples {examples[0]} to {examples[-1]}: the loss is {value}, not a "
-            "finite number"
-        )
+        raise _NotFinite
     return value
 
 
@@ -155,7 +164,7 @@ class Losses:
         """Merge ``plan`` and return its losses.
 
         Raises:
-            EvaluationError: If a loss or its gradient is not finite, or does not fit into memory.
+            EvaluationError: If it does not fit into memory, or is not finite of most examples.
             SpecError: If a task has no such loss, or the plan's method is not linear in its
                 coefficients.
         """
@@ -168,11 +177,17 @@ class Losses:
         self._merger.apply(plan)
         merged = time.perf_counter()
         try:
-            losses, rows = self._fitting.run(lambda part: self._losses(plan, request, part))
+            came_to = self._fitting.run(lambda part: self._losses(plan, request, part))
         except torch.OutOfMemoryError as error:  # scores take less, and go on
             what = "its loss and gradient do not" if request.gradient else "its loss does not"
             raise EvaluationError(f"{what} fit into the device's memory: {error}") from error
-        return LossResult(losses, rows, merged - start, time.perf_counter() - merged)
+        return LossResult(
+            came_to.losses,
+            came_to.rows,
+            merged - start,
+            time.perf_counter() - merged,
+            came_to.left_out,
+        )
 
     def _check(self, task: str, request: LossRequest) -> None:
         losses = self._evaluators[task].tasks[task].losses
@@ -199,9 +214,20 @@ class Losses:
             step = _AT_ONCE[request.kind]
             for its in (wanted[first : first + step] for first in range(0, len(wanted), step)):
                 with torch.no_grad():
-                    given = evaluator.log_probabilities(self._model, task, its)
+                    given = self._answers(evaluator, task, its)
                 for example, answer in zip(its, given, strict=True):
                     self._keep_taught((task, teacher.digest, example), answer)
+
+    def _answers(
+        self, evaluator: Predicting, task: str, examples: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """Return what the model says to each example, NaN to those alone of which it says that."""
+        given = evaluator.log_probabilities(self._model, task, examples)
+        if len(examples) == 1 or not any(bool(answer.isnan().any()) for answer in given):
+            return given
+        middle = len(examples) // 2
+        halves = (examples[:middle], examples[middle:])
+        return [answer for half in halves for answer in self._answers(evaluator, task, half)]
 
     def _keep_taught(self, key: tuple[str, str, int], answer: Tensor) -> None:
         """Keep what an expert answered: for good while there is room, else for this request."""
@@ -209,9 +235,7 @@ class Losses:
         self._taught_room -= answer.nbytes if fits else 0
         (self._taught if fits else self._now_taught)[key] = answer.clone()
 
-    def _losses(
-        self, plan: MergePlan, request: LossRequest, part: float
-    ) -> tuple[dict[str, tuple[float, ...]], Rows]:
+    def _losses(self, plan: MergePlan, request: LossRequest, part: float) -> _Computed:
         """Return all losses and their gradient, computed on a part of each batch at once."""
         with ExitStack() as stack:
             rows: Callable[[], Rows] = tuple
@@ -223,29 +247,59 @@ class Losses:
                 rows = stack.enter_context(self._collecting(plan, several=several))
             else:
                 stack.enter_context(torch.no_grad())
-            return self._scaled(request, part, rows)
+            computed = self._of_all(request, part, rows)
+            return self._without_some(request, part, rows) if computed is None else computed
 
-    def _scaled(
+    def _of_all(
         self, request: LossRequest, part: float, rows: Callable[[], Rows]
-    ) -> tuple[dict[str, tuple[float, ...]], Rows]:
+    ) -> _Computed | None:
         """Return losses, and their gradient by way of a multiple that the model's dtype can hold.
 
-        Raises:
-            EvaluationError: If one is not finite, or the gradient is not.
+        Returns:
+            None where a loss is not finite, or the gradient is not.
         """
-        tasks, scale = request.batches, self._scale
-        while True:
-            losses = {task: tuple(self._values(task, request, part, scale)) for task in tasks}
+        tasks = request.batches
+        for scale in scales(self._scale):
+            try:
+                losses = {task: tuple(self._values(task, request, part, scale)) for task in tasks}
+            except _NotFinite:
+                rows()  # of no use
+                return None
             scaled = rows()
             if all(math.isfinite(number) for row in scaled for number in row):
-                break
-            if scale <= 1:
-                raise EvaluationError(
-                    f"the gradient of the loss of {', '.join(tasks)} is not finite"
-                )
-            scale /= _SMALLER
-        self._scale = scale
-        return losses, tuple(tuple(number / scale for number in row) for row in scaled)
+                self._scale = scale
+                gradient = tuple(tuple(number / scale for number in row) for row in scaled)
+                return _Computed(losses, gradient)
+        return None
+
+    def _without_some(
+        self, request: LossRequest, part: float, rows: Callable[[], Rows]
+    ) -> _Computed:
+        """Return the same of those examples alone whose loss and gradient are finite.
+
+        Raises:
+            EvaluationError: If they are too few.
+        """
+        isolation = Isolation(
+            lambda task, examples: self._loss(task, request, examples).mean(),
+            rows if request.gradient else None,
+            self._scale,
+            sum(len(batch) for batches in request.batches.values() for batch in batches),
+        )
+        losses: dict[str, tuple[float, ...]] = {}
+        gradient: npt.NDArray[np.float64] | float = 0.0
+        for task, batches in request.batches.items():
+            n_all, weight = sum(map(len, batches)), request.weights.get(task, 1.0)
+            sums = []
+            for batch in batches:
+                at_once = max(1, math.ceil(part * len(batch)))
+                sums.append(isolation.sum_of(task, batch, at_once, weight / n_all))
+            losses[task] = tuple(each.mean for each in sums)
+            total = sum(sums, Sum())
+            if total.n:
+                gradient = gradient + total.rows * (n_all / total.n)
+        its_rows = tuple(tuple(row) for row in np.atleast_2d(gradient).tolist())
+        return _Computed(losses, its_rows if request.gradient else (), isolation.left_out)
 
     def _collecting(
         self, plan: MergePlan, *, several: bool
@@ -270,7 +324,7 @@ class Losses:
             for first in range(0, len(batch), step):
                 examples = batch[first : first + step]
                 loss = self._loss(task, request, examples).mean()
-                total += _finite(loss.detach(), task, examples) * len(examples)
+                total += _finite(float(loss.detach())) * len(examples)
                 if request.gradient:
                     (loss * factor * len(examples)).backward()  # type: ignore[no-untyped-call]
             values.append(total / len(batch))
@@ -296,8 +350,7 @@ class Losses:
             if len(its) > 1 and loss.numel() == 1:
                 self._means_alone.add(task)
                 return None
-            _finite(loss.mean(), task, its)
-            losses += loss.flatten().tolist()
+            losses += map(_finite, loss.flatten().tolist())
         each = iter(losses)
         return [sum(next(each) for _ in batch) / len(batch) for batch in batches]
 

@@ -104,7 +104,14 @@ def _checksum(row: tuple[Any, ...]) -> str:
 
 def _result(kept: dict[str, Any]) -> LossResult:
     losses = {task: tuple(values) for task, values in kept["losses"].items()}
-    return LossResult(losses, tuple(map(tuple, kept["rows"])), kept["merge_s"], kept["loss_s"])
+    left_out = {
+        task: {
+            int(example): why for example, why in its.items()
+        }  # JSON has no other keys than text
+        for task, its in kept.get("left_out", {}).items()
+    }
+    rows = tuple(map(tuple, kept["rows"]))
+    return LossResult(losses, rows, kept["merge_s"], kept["loss_s"], left_out)
 
 
 def remembered(course: Refinement, store: LossStore, key: str) -> Refinement:

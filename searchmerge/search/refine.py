@@ -10,7 +10,7 @@ can go on side by side, on whatever workers there are.
 import logging
 import math
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import LossKind
 from searchmerge.execution.gradient import Batch, LossRequest, LossResult
+from searchmerge.execution.isolation import LeftOut, told
 from searchmerge.plan import Groups, MergePlan
 from searchmerge.search.descent import Adam, Array, Path
 
@@ -123,8 +124,8 @@ out again where nothing better than the start was seen before.
 """
 
 Report = Callable[[int, float | str], None]
-"""Told the number of steps taken, and the loss of the watched examples then; or, in words, why
-there are no more steps."""
+"""Told the number of steps taken, and the loss of the watched examples then; or, in words, which
+example is left out, or why there are no more steps."""
 
 
 def refinement(
@@ -179,13 +180,18 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """One refinement, from its start to what it proposes."""
+    """One refinement, from its start to what it proposes.
+
+    An example that has no finite loss or gradient is left out, wherever that was seen first: of
+    those that are watched at the start, as a plan that makes a loss infinite is no good one.
+    """
 
     path: Path
     recipe: Recipe
     material: Material
     parts: Mapping[str, _Parts]
     report: Report
+    left_out: dict[str, set[int]] = field(default_factory=dict)
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -195,7 +201,7 @@ class _Course:
 
     def run(self) -> Refinement:
         """Descend, look back on the way, and return what it is worth."""
-        start = yield from self._look(self.path.first, 0)
+        start = yield from self._begin()
         best = yield from self._descend(start)
         if best is start:
             return None
@@ -206,6 +212,41 @@ class _Course:
             return None
         plan = self.path.plan(best.at)
         return Refined(plan, gain, standard_error, best.n_steps, best.shrink)
+
+    def _begin(self) -> Generator[Ask, LossResult, _Seen]:
+        """Return and report what the watched examples say of the start: of those that say any.
+
+        Raises:
+            EvaluationError: If none of a task's does.
+        """
+        at, watched = self.path.first, self._watched()
+        result = yield self.path.plan(at), self._request(watched, gradient=False)
+        self._leave_out(0, result.left_out)
+        for task, blocks in self._watched().items():
+            if not blocks:
+                raise EvaluationError(
+                    f"none of the examples that decide how far to go has a finite loss; "
+                    f"{told({task: result.left_out[task]})[0]}"
+                )
+        finite = {t: tuple(x for x in of if not math.isnan(x)) for t, of in result.losses.items()}
+        return self._reported(_Seen(at, finite))
+
+    def _leave_out(self, n_steps: int, examples: LeftOut) -> None:
+        """Report examples, and neither learn from them nor watch them any more."""
+        for task, its in examples.items():
+            self.left_out.setdefault(task, set()).update(its)
+        for line in told(examples):
+            self.report(n_steps, f"left out: {line}")
+
+    def _usable(self, task: str, examples: Iterable[int]) -> tuple[int, ...]:
+        """Return those of a task's examples that are not left out."""
+        left_out = self.left_out.get(task, ())
+        return tuple(example for example in examples if example not in left_out)
+
+    def _watched(self) -> dict[str, tuple[Batch, ...]]:
+        """Return the blocks that are watched, without what is left out."""
+        usable = {t: [self._usable(t, b) for b in p.watched] for t, p in self.parts.items()}
+        return {task: tuple(block for block in its if block) for task, its in usable.items()}
 
     def _descend(self, start: _Seen) -> Generator[Ask, LossResult, _Seen]:
         """Take the steps; return where the loss of the watched examples was lowest.
@@ -218,6 +259,7 @@ class _Course:
         for n_steps in range(1, recipe.n_steps + 1):
             try:
                 result = yield self.path.plan(descent.at), self._request(next(batches))
+                self._leave_out(n_steps, result.left_out)
                 descent.step(np.array(result.rows))
                 if n_steps not in recipe.checks:
                     continue
@@ -236,10 +278,12 @@ class _Course:
 
     def _look(self, at: Array, n_steps: int) -> Generator[Ask, LossResult, _Seen]:
         """Return and report what the watched examples say of coefficients on the way."""
-        seen = _Seen(at, (yield from self._watch(at)), n_steps)
-        sizes = {task: [len(b) for b in parts.watched] for task, parts in self.parts.items()}
+        return self._reported(_Seen(at, (yield from self._watch(at)), n_steps))
+
+    def _reported(self, seen: _Seen) -> _Seen:
+        sizes = {task: [len(b) for b in blocks] for task, blocks in self._watched().items()}
         means = {t: np.average(losses, weights=sizes[t]) for t, losses in seen.losses.items()}
-        self.report(n_steps, float(sum(self._weights[t] * means[t] for t in means)))
+        self.report(seen.n_steps, float(sum(self._weights[t] * means[t] for t in means)))
         return seen
 
     def _shrunken(self, best: _Seen) -> Generator[Ask, LossResult, _Seen]:
@@ -266,9 +310,14 @@ class _Course:
         return _Seen(at, (yield from self._watch(at)), best.n_steps, shrink)
 
     def _watch(self, at: Array) -> Generator[Ask, LossResult, Mapping[str, tuple[float, ...]]]:
-        """Return the loss of each watched block."""
-        blocks = {task: parts.watched for task, parts in self.parts.items()}
-        result = yield self.path.plan(at), self._request(blocks, gradient=False)
+        """Return the loss of each watched block.
+
+        Raises:
+            EvaluationError: If it is not finite of an example whose loss at the start is.
+        """
+        result = yield self.path.plan(at), self._request(self._watched(), gradient=False)
+        if result.left_out:
+            raise EvaluationError(told(result.left_out)[0])
         return result.losses
 
     def _request(
@@ -278,24 +327,34 @@ class _Course:
         return LossRequest(batches, self.recipe.loss, teachers, gradient, self._weights)
 
     def _batches(self) -> Iterator[Mapping[str, tuple[Batch, ...]]]:
-        """Yield each step's examples, as many of each task; all are seen as often."""
+        """Yield each step's examples, as many of each task; all are seen as often.
+
+        Raises:
+            EvaluationError: If all are left out.
+        """
         generator = random.Random(f"{self.recipe.seed}/refine")
         size = max(1, self.recipe.batch // len(self.parts))
         left: dict[str, list[int]] = {task: [] for task in self.parts}
         while True:
             step = {}
             for task, parts in self.parts.items():
-                while len(left[task]) < min(size, len(parts.seen)):
-                    left[task] += generator.sample(parts.seen, len(parts.seen))
-                step[task] = (tuple(left[task][:size]),)
-                del left[task][:size]
+                queue = list(self._usable(task, left[task]))
+                n_wanted = min(size, len(self._usable(task, parts.seen)))
+                while len(queue) < n_wanted:
+                    drawn = generator.sample(parts.seen, len(parts.seen))
+                    queue += self._usable(task, drawn)
+                if n_wanted:
+                    step[task] = (tuple(queue[:n_wanted]),)
+                left[task] = queue[n_wanted:]
+            if not step:
+                raise EvaluationError("no example that is learnt from has a finite loss")
             yield step
 
     def _gain(self, seen: _Seen, before: _Seen) -> tuple[float, float]:
         """Return by how much the watched loss is lower than before, and its standard error."""
         gain, variance = 0.0, 0.0
-        for task, parts in self.parts.items():
-            sizes = np.array([len(block) for block in parts.watched])
+        for task, blocks in self._watched().items():
+            sizes = np.array([len(block) for block in blocks])
             falls = np.array(before.losses[task]) - np.array(seen.losses[task])
             mean = float(np.average(falls, weights=sizes))
             gain += self._weights[task] * mean

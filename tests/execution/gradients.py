@@ -21,12 +21,15 @@ class Classes:
 
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
 
-    def __init__(self, most_at_once=100, broken=False, steep=False, loss_scale=1.0, asked=None):
+    def __init__(
+        self, most_at_once=100, broken=(), steep=(), loss_scale=1.0, asked=None, each=False
+    ):
         all_losses = ("labels", "entropy", "agreement")
         self.tasks = {name: TaskInfo(40, losses=all_losses) for name in EXPERTS}
         self.tasks["law"] = TaskInfo(40)
         self._most_at_once = most_at_once
-        self._broken, self._steep, self._loss_scale = broken, steep, loss_scale
+        self._broken, self._steep, self._loss_scale = set(broken), set(steep), loss_scale
+        self._each = each
         self._asked = [] if asked is None else asked
 
     @staticmethod
@@ -38,9 +41,10 @@ class Classes:
             raise torch.OutOfMemoryError("CUDA out of memory")
         like = next(model.parameters())
         logits = model(self.inputs[list(examples)].to(like.dtype)).float()
-        if self._steep:  # the root of 0 is 0, and its slope is infinite
+        if self._steep & set(examples):  # the root of 0 is 0, and its slope is infinite
             logits = logits + (logits - logits).sqrt()
-        return logits * float("nan") if self._broken else logits
+        # as what is packed into one row may do, one example spoils all that run with it
+        return logits * float("nan") if self._broken & set(examples) else logits
 
     def score(self, model, task, examples):
         with torch.no_grad():
@@ -51,7 +55,9 @@ class Classes:
     def loss(self, model, task, examples):
         self._asked.append((task, tuple(examples)))
         labels = torch.tensor([self.label(task, e) for e in examples])
-        loss = nn.functional.cross_entropy(self._logits(model, examples), labels)
+        reduction = "none" if self._each else "mean"
+        logits = self._logits(model, examples)
+        loss = nn.functional.cross_entropy(logits, labels, reduction=reduction)
         return loss * self._loss_scale
 
     def log_probabilities(self, model, task, examples):

@@ -1,5 +1,6 @@
 """Losses and gradients of a worker: of every batch, whatever fits at once, and with a teacher."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -189,9 +190,74 @@ def test_a_worker_may_have_no_gradients():
         ask(bare)
 
 
-def test_a_loss_that_is_not_finite_is_the_candidates_failure():
-    with pytest.raises(EvaluationError, match="task 'math', examples 0 to 2: the loss is nan"):
-        ask(worker(broken=True))
+def without(batches, *examples):
+    """Return batches without some examples."""
+    return {
+        task: tuple(tuple(e for e in batch if e not in examples) for batch in its)
+        for task, its in batches.items()
+    }
+
+
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [("broken", "its loss is nan"), ("steep", "the gradient of its loss is not finite")],
+)
+def test_an_example_that_has_none_is_named_and_left_out_and_no_other(what, why, each):
+    weights = {"math": 0.25, "code": 3.0}
+    given = ask(worker(**{what: [1]}, each=each), weights=weights)
+    expected = ask(worker(), batches=without(BATCHES, 1), weights=weights)
+    assert given.left_out == {"math": {1: why}}
+    assert expected.left_out == {}
+    torch.testing.assert_close(torch.tensor(given.rows), torch.tensor(expected.rows))
+    for task in BATCHES:
+        assert given.losses[task] == pytest.approx(expected.losses[task])
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_it_is_left_out_where_no_gradient_is_asked_for_too(each):
+    given = ask(worker(broken=[1, 5, 6], each=each), gradient=False)
+    expected = ask(worker(), gradient=False, batches=without(BATCHES, 1))
+    why = "its loss is nan"
+    assert given.left_out == {"math": {1: why}, "code": {5: why, 6: why}}
+    assert given.losses["math"] == pytest.approx(expected.losses["math"])
+    assert math.isnan(given.losses["code"][0])
+    assert given.rows == ()
+
+
+def test_what_an_expert_cannot_answer_is_left_out_and_no_other():
+    teachers = dict.fromkeys(BATCHES, default_plan("task_arithmetic", EXPERTS, coefficient=0.7))
+    request = {"kind": "agreement", "teachers": teachers}
+    given = ask(worker(broken=[1]), **request)
+    expected = ask(worker(), batches=without(BATCHES, 1), **request)
+    assert given.left_out == {"math": {1: "its loss is nan"}}
+    torch.testing.assert_close(torch.tensor(given.rows), torch.tensor(expected.rows))
+
+
+@pytest.mark.parametrize("most_at_once", [100, 1])
+def test_what_is_left_out_leaves_nothing_behind(most_at_once):
+    at_work = worker(broken=[1, 5, 6], most_at_once=most_at_once)  # all there are of one task
+    given = [ask(at_work) for _ in range(2)]
+    others = {"math": without(BATCHES, 1)["math"]}
+    for result in (*given, ask(at_work, batches=others)):
+        expected = ask(worker(), batches=others)
+        assert result.losses["math"] == pytest.approx(expected.losses["math"])
+        torch.testing.assert_close(torch.tensor(result.rows), torch.tensor(expected.rows))
+
+
+def test_in_float16_it_is_left_out_and_the_scale_of_the_others_stays():
+    small = {"loss_scale": 1e-5}
+    wide = ask(worker(**small), batches=without(BATCHES, 1))
+    narrow = worker(dtype=torch.float16, broken=[1], **small)
+    for _ in range(2):
+        rows = torch.tensor(ask(narrow).rows)
+        torch.testing.assert_close(rows, torch.tensor(wide.rows), rtol=5e-2, atol=1e-7)
+
+
+def test_losses_of_which_most_are_not_finite_are_the_candidates_failure():
+    message = "4 or more of 7 .*; task 'math', example 0: its loss is nan"
+    with pytest.raises(EvaluationError, match=message):
+        ask(worker(broken=range(40)))
 
 
 def test_small_gradients_survive_float16():
@@ -216,11 +282,9 @@ def test_large_gradients_survive_float16_and_the_scale_that_they_need_is_kept(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_gradient_that_is_not_finite_is_the_candidates_failure(dtype):
-    with pytest.raises(
-        EvaluationError, match="the gradient of the loss of math, code is not fini"
-    ):
-        ask(worker(steep=True, dtype=dtype))
+def test_gradients_of_which_most_are_not_finite_are_the_candidates_failure(dtype):
+    with pytest.raises(EvaluationError, match="example 0: the gradient of its loss is not finite"):
+        ask(worker(steep=range(40), dtype=dtype))
 
 
 def test_scores_stay_what_they_are_and_parameters_need_no_gradient_afterwards():

@@ -11,7 +11,9 @@ from searchmerge.search.loss_store import LossStore, remembered
 from searchmerge.search.refine import refinement
 from tests.search.test_refine import MATERIAL, N_BEFORE, RECIPE, START, Cliff, run
 
-RESULT = LossResult({"math": (0.1, 1 / 3)}, ((1e-300, -0.7), (2.0, 1e17)), 0.25, 1.5)
+ROWS = ((1e-300, -0.7), (2.0, 1e17))
+LEFT_OUT = {"math": {12: "its loss is inf"}}
+RESULT = LossResult({"math": (0.1, 1 / 3)}, ROWS, 0.25, 1.5, LEFT_OUT)
 
 
 @pytest.fixture

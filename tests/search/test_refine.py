@@ -1,6 +1,8 @@
 """Refinements of a loss that is known, without a model: what they ask, and what they propose."""
 
+import math
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -203,3 +205,75 @@ def test_a_part_of_the_way_that_has_no_finite_loss_is_not_taken():
     assert len(bowl.asked) == 6
     with pytest.raises(EvaluationError):
         run(replace(far, shrink=0.5), bowl=Cliff(lambda n_asked, request: n_asked == 5))
+
+
+class Holes(Bowl):
+    """A bowl of which some examples have no loss, from some question on."""
+
+    def __init__(self, holes, first=0):
+        super().__init__(noise=0.1)
+        self._holes, self._first = holes, first
+
+    def answer(self, plan, request):
+        holes = self._holes if len(self.asked) >= self._first else ()
+        asked = {task: [*chain(*batches)] for task, batches in request.batches.items()}
+        left_out = {t: {e: "its loss is nan" for e in es if e in holes} for t, es in asked.items()}
+        whole = {
+            task: [tuple(e for e in batch if e not in holes) for batch in batches]
+            for task, batches in request.batches.items()
+        }
+        some = {task: tuple(filter(None, batches)) for task, batches in whole.items()}
+        batches = {task: its for task, its in some.items() if its}
+        answer = super().answer(plan, replace(request, batches=batches))
+        self.asked[-1] = (plan, request)
+        left = {task: iter(losses) for task, losses in answer.losses.items()}
+        losses = {
+            t: tuple(next(left[t]) if b else math.nan for b in its) for t, its in whole.items()
+        }
+        named = {task: its for task, its in left_out.items() if its}
+        return replace(answer, losses=losses, left_out=named)
+
+
+def asked_of(bowl, task):
+    """Return the examples of each question."""
+    return [[*chain(*request.batches[task])] for _, request in bowl.asked]
+
+
+def test_examples_without_a_loss_are_named_left_out_and_asked_for_once():
+    watched = asked_of(run()[1], "math")[0]
+    holes = (watched[3], next(e for e in range(64) if e not in watched))
+    told = [None]
+    refined, bowl = run(bowl=Holes(holes), told=told)
+    assert distance(refined.plan) < 0.1
+    for hole in holes:
+        for task in EXPERTS:
+            assert sum(hole in examples for examples in asked_of(bowl, task)) == 1
+    lines = [(n_steps, line) for n_steps, line in told[1:] if isinstance(line, str)]
+    assert (0, f"left out: task 'math', example {holes[0]}: its loss is nan") in lines
+    assert len(lines) == 2 * len(EXPERTS)
+    n_watched = [len(examples) for examples in asked_of(bowl, "math")]
+    assert (n_watched[0], n_watched[-1]) == (16, 15)
+
+
+def test_a_whole_block_without_a_loss_is_left_out():
+    blocks = run()[1].asked[0][1].batches["math"]
+    told = [None]
+    refined, bowl = run(bowl=Holes(blocks[0]), told=told)
+    assert refined is not None
+    assert bowl.asked[-1][1].batches["math"] == blocks[1:]
+    assert isinstance(told[1 + len(blocks[0])], tuple)
+
+
+def test_a_task_of_which_nothing_has_a_loss_is_named():
+    watched = asked_of(run()[1], "math")[0]
+    with pytest.raises(EvaluationError, match=r"task 'math', example \d+: its loss is nan"):
+        run(bowl=Holes(watched))
+
+
+def test_where_the_steps_leave_an_example_without_a_loss_they_end():
+    watched = asked_of(run()[1], "math")[0]
+    told = [None]
+    refined, _ = run(bowl=Holes(watched[:1], first=N_BEFORE), told=told)
+    assert refined.n_steps == 24
+    reason = f"task 'math', example {watched[0]}: its loss is nan"
+    assert (36, f"goes no further: {reason}") in told

@@ -445,7 +445,8 @@ def test_a_loss_that_is_no_number_any_more_ends_the_steps_and_what_was_best_is_s
     asked = study_of_functions(tmp_path, "losses_of_a_user:late", steps=20, rate=0.2)
     run_study(asked, CONFIG, tmp_path / "run", told)
     [ended] = [step for step in told.steps if "goes no further" in step]
-    assert re.search(r"step 9 of 20: goes no further: .*:late returned tensor\(nan", ended)
+    reason = r"task 'told', example \d+: its loss is nan"
+    assert re.search(rf"step 9 of 20: goes no further: .*; {reason}", ended)
     [refined], _ = outcomes(tmp_path / "run")
     assert refined["refining"]["n_steps"] == 8
     assert [record.is_full for record in records(tmp_path / "run") if record.refines] == [True]
