@@ -8,8 +8,10 @@ from pathlib import Path
 from searchmerge.durable import write_atomically
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
-from searchmerge.report.escape import code, code_block, markdown
+from searchmerge.report.escape import code, markdown
+from searchmerge.report.plan_text import plan_text
 from searchmerge.report.results import REPORT_FILE, RESULTS_FILE, markdown_table
+from searchmerge.search.directory import BEST_SO_FAR
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,4 +126,4 @@ Counts: {counts}.
     def _plan_text(self) -> str:
         if self.plan is None:
             return ""
-        return f"\n## The best plan so far\n\n{code_block(self.plan.to_yaml(), 'yaml')}\n"
+        return f"\n## The best plan so far\n\n{plan_text(self.plan, BEST_SO_FAR)}\n"

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from searchmerge.durable import read_checked, with_checksum, write_atomically
 from searchmerge.errors import StudyError
 from searchmerge.plan import MergePlan
-from searchmerge.report.escape import code_block, code_cell, markdown
+from searchmerge.report.escape import code_cell, markdown
+from searchmerge.report.plan_text import plan_text
 
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.md"
@@ -289,7 +290,7 @@ class Results:
 
 ## The winner's plan
 
-{code_block(self.merge_plan.to_yaml(), "yaml")}
+{plan_text(self.merge_plan, self.winner)}
 
 ## Made of
 

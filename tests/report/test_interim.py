@@ -1,7 +1,10 @@
 """The report of a study that was stopped."""
 
+from dataclasses import replace
+
 import pytest
 
+from searchmerge.plan import Groups
 from searchmerge.report.interim import InterimReport, InterimRow
 from tests.search.test_trials import plan
 
@@ -43,6 +46,15 @@ def test_it_says_what_there_is_that_it_is_not_confirmed_and_how_it_goes_on(make_
     assert f"`searchmerge finish '{run_dir}'`" in text
     assert plan(0.5).to_yaml().rstrip() in text
     assert "Counts: trials in full 3, search seconds 12." in text
+
+
+def test_of_a_plan_of_many_numbers_it_names_the_file(make_report, tmp_path):
+    groups = Groups.of_tensors([f"layers.{i}.weight" for i in range(400)])
+    rows = tuple((i / 1000, 1.0, 0.5) for i in range(400))
+    fine = replace(plan(0.5), values={"coefficient": rows}, groups=groups)
+    text = make_report(plan=fine).markdown(tmp_path)
+    assert "all of them are in `plans/best-so-far.yaml`" in text
+    assert len(text.splitlines()) < 40
 
 
 def test_constraints_that_the_best_breaks_are_named(make_report, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from searchmerge.durable import read_checked, with_checksum
 from searchmerge.errors import StudyError
-from searchmerge.plan import MergePlan
+from searchmerge.plan import Groups, MergePlan
 from searchmerge.report.results import (
     LEAD,
     REPORT_FILE,
@@ -105,6 +105,19 @@ def test_the_report_holds_verdict_table_counts_plan_and_sources(make_results):
     assert text == plan(0.5).to_yaml()
     assert "constraints" not in report
     assert "The front" not in report
+
+
+def test_of_a_plan_of_many_numbers_the_report_names_the_file_and_the_results_hold_all(
+    make_results, tmp_path
+):
+    groups = Groups.of_tensors([f"layers.{i}.weight" for i in range(400)])
+    rows = tuple((i / 1000, 1.0, 0.5) for i in range(400))
+    fine = replace(plan(0.5), values={"coefficient": rows}, groups=groups)
+    results = make_results(plan=fine.to_dict())
+    assert "all of them are in `plans/trial-3.yaml`" in results.markdown()
+    assert len(results.markdown().splitlines()) < 40
+    results.save(tmp_path)
+    assert Results.load(tmp_path).merge_plan == fine
 
 
 def test_the_plan_in_the_results_is_the_winners(make_results):
