@@ -398,6 +398,10 @@ def late(model, task, examples):
     global n_steps
     n_steps += torch.is_grad_enabled()
     return cross_entropy(*_logits(model, examples)) * (1.0 if n_steps < 9 else float("nan"))
+
+def some(model, task, examples):
+    lacking = any(example % 9 == 0 for example in examples)
+    return cross_entropy(*_logits(model, examples)) * (float("nan") if lacking else 1.0)
 """
 
 
@@ -432,6 +436,25 @@ def test_a_refinement_that_failed_is_begun_anew_and_so_is_one_of_another_loss(
     for _ in range(2):
         run_study(other, CONFIG, run_dir, Recorder())
         assert sum(len(outcome) for outcome in outcomes(run_dir)) == 2
+
+
+def test_examples_without_a_finite_loss_are_named_and_the_others_learnt_from(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "losses_of_a_user", raising=False)
+    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
+    make_models(tmp_path)
+    told = Recorder()
+    asked = study_of_functions(tmp_path, "losses_of_a_user:some", steps=20, rate=0.2)
+    run_study(asked, CONFIG, tmp_path / "run", told)
+    pattern = r", step \d+ of 20: left out: task 'told', example (\d+): its loss is nan$"
+    named = [int(match[1]) for step in told.steps if (match := re.search(pattern, step))]
+    assert named
+    assert len(named) == len(set(named))
+    assert all(example % 9 == 0 for example in named)
+    [refined], _ = outcomes(tmp_path / "run")
+    assert refined["refining"]["gain"] > 0
 
 
 def test_a_loss_that_is_no_number_any_more_ends_the_steps_and_what_was_best_is_scored(
