@@ -121,13 +121,19 @@ def gains_of(
         proposed = refined(worker, refinement(start, refining.recipe, material))
         seconds = time.monotonic() - begun
         after = judge(proposed.plan) if proposed else before
-        what = f"{proposed.n_steps} steps" if proposed else "nothing proposed"
+        what = _told(proposed) if proposed else "nothing proposed"
         print(
             f"seed {seed}, {size:4d} examples: {before:.1f} -> {after:.1f} "
             f"({what}, {seconds:.0f} s)",
             flush=True,
         )
         yield size, after - before
+
+
+def _told(proposed: Refined) -> str:
+    """Return how far a refinement went, and what the examples that decided that say of it."""
+    gain = f"{proposed.gain:.4f} +- {proposed.standard_error:.4f}"
+    return f"{proposed.n_steps} steps, {proposed.shrink:g} of the way, loss down by {gain}"
 
 
 if __name__ == "__main__":
