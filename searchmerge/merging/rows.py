@@ -22,6 +22,9 @@ AT_ONCE = 1 << 28
 
 _TALLY = torch.bfloat16  # exact for whole numbers up to 256, and a row has no more
 
+SUMMED = 4096
+"""Rows whose tallies are summed in float32, exactly whatever the order: they stay below 2^24."""
+
 
 class Rows(NamedTuple):
     """A parameter, or a part of one, as kernels read it; all on one device.
@@ -107,7 +110,15 @@ def new_tallies(n_tallies: int, n_rows: int, device: torch.device) -> tuple[Tens
 
 def total_of(tallies: Sequence[Tensor]) -> Tensor:
     """Return the sum of each tally over all rows, ``(n_tallies,)`` float64, exactly."""
-    return torch.stack([tally.sum(dtype=torch.float64) for tally in tallies])
+    return torch.stack([_total_of(tally) for tally in tallies])
+
+
+def _total_of(tally: Tensor) -> Tensor:
+    """Return the sum of a tally, read once: a sum in float64 alone would copy it first."""
+    whole = len(tally) // SUMMED * SUMMED
+    some = tally[:whole].view(-1, SUMMED).sum(1, dtype=torch.float32)
+    total = some.sum(dtype=torch.float64)
+    return total + tally[whole:].sum(dtype=torch.float64) if whole < len(tally) else total
 
 
 def merge_rows(function: ChunkFunction, rows: Rows, out: Tensor, *tallies: Tensor) -> None:
