@@ -85,17 +85,17 @@ _COUNT_KEY = tl.constexpr(
 """Counts the key $1 in its segment; collects it where that is collected, and $2 is 1."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _put(at, number):  # type: ignore[no-untyped-def]  # noqa: ANN202
     tl.inline_asm_elementwise(_PUT, "=r,r,r", [at, number], tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _get(at):  # type: ignore[no-untyped-def]  # noqa: ANN202
     return tl.inline_asm_elementwise(_GET, "=r,r", [at], tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _source_of(place, source_0, source_1, source_2, source_3):  # type: ignore[no-untyped-def]  # noqa: ANN202
     source = tl.where(place == 0, source_0, tl.where(place == 1, source_1, source_2))
     return tl.where(place == 3, source_3, source)
