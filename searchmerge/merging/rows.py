@@ -5,7 +5,8 @@ several lie in a row. Where the last dimension is fixed it reads 16 bytes at onc
 each row is formed beside what is written, in the same pass over memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -142,6 +143,31 @@ def write_rows(function: ChunkFunction, rows: Rows, *outs: Tensor) -> None:
     """Write each tensor that ``function`` returns to one of ``outs``, ``(n_rows, ROW)``."""
     for out, numbers in zip(outs, compute_rows(function, rows), strict=True):
         out.copy_(numbers)
+
+
+@cache
+def multiply_rows(n_sets: int) -> Callable[..., None]:
+    """Return the kernel that merges under so many sets of numbers, and multiplies.
+
+    It takes a function, rows whose ``numbers`` are those of all sets, ``(n_sets, n, n_experts)``,
+    what they are multiplied by, ``(n_rows, ROW)``, and where it writes the sum of the products
+    over each row, ``(n_rows,)`` float32 for each set.
+    """
+
+    def kernel(function: ChunkFunction, rows: Rows, weights: Tensor, *sums: Tensor) -> None:
+        factors = weights.float()
+        for i in range(n_sets):
+            merged = compute_rows(function, rows._replace(numbers=rows.numbers[i]))[0]
+            sums[i].copy_((merged * factors).sum(1))
+
+    return kernel
+
+
+def new_sums(n_sets: int, n_rows: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return memory for a sum over each row for each set, all 0, and each set's part of it."""
+    n_aligned = -(-n_rows // 4) * 4  # 16 bytes
+    sums = torch.zeros(n_sets, n_aligned, device=device)
+    return sums, tuple(of_set[:n_rows] for of_set in sums)
 
 
 def compute_rows(function: ChunkFunction, rows: Rows) -> tuple[Tensor, ...]:
