@@ -1,23 +1,19 @@
 """Order statistics by few passes over the numbers, none of which counts each by itself.
 
-A histogram whose bins are fine enough to tell ranks apart has too many counters for a GPU's
-registers, and in its memory they would be waited for: an atomic operation a number takes longer
-than reading it a dozen times. Here a sample says between which two numbers each rank lies, but for
-bad luck. A pass over all counts exactly how many numbers are below these, by some hundred
-counters, and collects what lies between, or a sample of it where that is too much; the next pass
-goes on from there. A rank is known when all that lies between was collected, or when nothing but
-equal numbers does. What a sample suggests is never trusted: counts alone decide, and the result is
-that of a sort whatever was drawn.
+A histogram whose bins are fine enough to tell ranks apart has too many counters for the memory that
+a GPU's threads share, and in the other they would be waited for: an atomic operation a number
+takes longer than reading it a dozen times. Here a sample says between which two numbers each rank
+lies, but for bad luck. A pass over all counts exactly how many numbers are below these, by some
+hundred counters, and collects what lies between, or a sample of it where that is too much; the
+next pass goes on from there. A rank is known when all that lies between was collected, or when
+nothing but equal numbers does. What a sample suggests is never trusted: counts alone decide, and
+the result is that of a sort whatever was drawn.
 
-What it takes, by arithmetic, for a grid of 100 ranks of n experts in 16 bits; **not measured**.
-The first pass reads one number in 256. It leaves a rank within 12 standard deviations of its
-place, 0.2 % of 10^9 numbers; the second reads all of them and collects a sample of what lies
-there; the third reads them again and collects the rest, 0.5 %. That moves 2 * (n + 1) / (n + 2)
-of what a candidate moves, 1.7 for four experts, and sorts about one number in a hundred. There
-are 256 global atomic operations to 65,536 numbers for their counts, and one to each 4,096 of
-which some are collected: 0.004 a number, where a histogram in memory has 2. Where numbers tie, as
+For a grid of 100 ranks the first pass reads one number in 256. It leaves a rank within 12 standard
+deviations of its place, 0.2 % of 10^9 numbers; the second reads all of them and collects a sample
+of what lies there; the third reads them again and collects the rest, 0.5 %. Where numbers tie, as
 those of 16-bit weights do, what lies between is soon a single number, and nothing is sorted but
-the sample.
+the sample. ``studies/benchmarks`` says how long it takes.
 """
 
 import math

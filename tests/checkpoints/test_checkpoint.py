@@ -123,11 +123,10 @@ def test_weights_are_not_read_again_while_their_file_stays(opened, tmp_path):
 
 
 def test_reading_ends_before_the_next_tensor_once_it_is_told_to(opened, tmp_path):
-    stopped = Event()
+    files, stopped = opened("llama").files, Event()
     stopped.set()
     with pytest.raises(KeyboardInterrupt):
-        opened("llama").fingerprint(stopped)
-    files = opened("llama").files
+        fingerprint(files, tmp_path, stopped)
     assert fingerprint(files, tmp_path, Event()) == fingerprint(files, tmp_path, stopped)
 
 
