@@ -60,7 +60,7 @@ class Study:
 
     def steps(self) -> list[Step]:
         """Return the one step."""
-        return [Step("study", f"{self.n_trials} trials and a refinement", self._run, 90)]
+        return [Step("study", f"{self.n_trials} trials and a refinement", self._run, 110)]
 
     def _run(self) -> Figures:
         begun = time.perf_counter()
