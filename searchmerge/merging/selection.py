@@ -1,13 +1,13 @@
 """Order statistics by few passes over the numbers, none of which counts each by itself.
 
-A histogram whose bins are fine enough to tell ranks apart has too many counters for the memory that
-a GPU's threads share, and in the other they would be waited for: an atomic operation a number
-takes longer than reading it a dozen times. Here a sample says between which two numbers each rank
-lies, but for bad luck. A pass over all counts exactly how many numbers are below these, by some
-hundred counters, and collects what lies between, or a sample of it where that is too much; the
-next pass goes on from there. A rank is known when all that lies between was collected, or when
-nothing but equal numbers does. What a sample suggests is never trusted: counts alone decide, and
-the result is that of a sort whatever was drawn.
+A histogram whose bins are fine enough to tell ranks apart has too many counters for the memory
+that a GPU's threads share, and in the other they would be waited for: an atomic operation a
+number takes longer than reading it a dozen times. Here a sample says between which two numbers
+each rank lies, but for bad luck. A pass over all counts exactly how many numbers are below these,
+by some hundred counters, and collects what lies between, or a sample of it where that is too
+much; the next pass goes on from there. A rank is known when all that lies between was collected,
+or when nothing but equal numbers does. What a sample suggests is never trusted: counts alone
+decide, and the result is that of a sort whatever was drawn.
 
 For a grid of 100 ranks the first pass reads one number in 256. It leaves a rank within 12 standard
 deviations of its place, 0.2 % of 10^9 numbers; the second reads all of them and collects a sample
