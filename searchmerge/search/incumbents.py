@@ -84,7 +84,9 @@ class Incumbents:
         """Learn how to read grades from all that was scored in full, and read that so."""
         if self._seed is not None:
             plans = [*self._pool, *(record.plan for record in self._full)]
-            self._board = self._board.read_by(self._board.learn(plans, self._seed))
+            extremes = [plan for plan in self._published.values() if plan not in self._pool]
+            grader = self._board.learn(plans, self._seed, extremes)
+            self._board = self._board.read_by(grader)
         self._contenders = {
             name: Contender.of(self._board, plan, self._objective)
             for name, plan in self._published.items()
@@ -182,7 +184,7 @@ class Incumbents:
         return not self._racing.stops(
             self._objective,
             self._places,
-            self._board.observed(plan),
+            self._board.seen(plan),
             [self._pair(self._scores[record.number]) for record in against],
             self._pair(self._base) if self._base else None,
         )
@@ -204,7 +206,7 @@ class Incumbents:
             )
         if best is None:
             raise StudyError("a trial was stopped early though nothing was scored in full")
-        observed = self._board.observed(plan)
+        observed = self._board.seen(plan)
         predicted = predict(self._places, observed, self._pair(best))
         scores = {**best.scores, **predicted.scores}
         units = np.array([self._objective.unit(task) for task in predicted.scores])
