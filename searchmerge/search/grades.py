@@ -28,6 +28,7 @@ _OF_STEPS = ((0.0, 1.0), *_STEPS)
 
 _LEAST_WEIGHT = 0.01  # less is none
 _LEAST_PLANS = 5  # of fewer nothing is learnt
+_UNTOLD = 3.0  # logarithm of a factor by which a unit may be off of which nothing is known
 _CONTRADICTS = -0.2  # below this correlation with the metric grades say the opposite of it
 _BEYOND_CHANCE = 3.0  # standard errors of a correlation by which that is certain
 
@@ -210,7 +211,7 @@ class Grader:
             so_far = float((part.differences + usual[task][part.seen]).sum())
             total = max(so_far, so_far + float(usual[task][~part.seen].sum()) + float(more))
             error = 2 * math.sqrt(max(0.0, variance)) / total if total else 0.0
-            units[task] = Unit((total / n_examples) ** 2, error)
+            units[task] = Unit((total / n_examples) ** 2, min(_UNTOLD, error))
         return units
 
 

@@ -24,7 +24,9 @@ from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, best_of, front_with
 
 _POOL = 64  # as many of the latest plans tell how plans differ
-_LEARNT_AT = (8, 16, 32, 64, 128)  # plans scored in full, of which it is learnt how to read grades
+_LEARNT_AT = (2, 4, 8, 16, 32, 64, 128)
+"""At so many trials scored in full it is learnt anew how to read grades: where racing works those
+are few, and a candidate that is stopped is not read again."""
 
 
 class Outcome(NamedTuple):

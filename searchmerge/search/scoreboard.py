@@ -154,7 +154,7 @@ class Scoreboard:
         self, selecting: Mapping[str, Sequence[BlockKey]], graded: BlockValues
     ) -> dict[str, Unit]:
         """Return what the units of tasks are taken for of which some blocks are not seen."""
-        blocks = self.schedule.blocks["select"]
+        blocks = self.schedule.blocks.get("select", {})
         partly = [task for task, keys in selecting.items() if len(keys) < len(blocks[task])]
         if not partly:
             return {}
