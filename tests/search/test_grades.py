@@ -148,7 +148,7 @@ def test_a_plans_unit_is_predicted_from_the_examples_that_are_seen_with_its_erro
             taken_alone.append(np.log(unit_of(grades[:n_seen]) / unit_of(grades)))
         errors, expected = np.array(off).T
         assert np.sqrt((errors**2).mean()) < 0.4 * np.sqrt(np.mean(np.square(taken_alone)))
-        assert 0.4 < np.sqrt(((errors / expected) ** 2).mean()) < 1.6
+        assert 0.4 < np.sqrt(((errors / expected) ** 2).mean()) < 2.2
 
 
 def test_a_unit_is_what_it_is_once_all_is_seen_and_none_where_nothing_is_known():
