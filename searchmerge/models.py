@@ -5,8 +5,10 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -27,6 +29,7 @@ from searchmerge.checkpoints.vocabulary import with_union
 from searchmerge.checkpoints.writer import PLAN_FILE, save_model
 from searchmerge.classifier import class_of
 from searchmerge.errors import CheckpointError, SpecError
+from searchmerge.machine import available_cores
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.groups import assign_groups, depth_positions
 from searchmerge.merging.merger import Merger
@@ -73,9 +76,21 @@ class Models:
         return [*self.remarks, *doubts(self.base, self.experts)]
 
     def fingerprints(self) -> dict[str, str]:
-        """Return a hash of each model's content."""
-        named = {"base": self.base, **self.experts}
-        return {name: checkpoint.fingerprint()[:16] for name, checkpoint in named.items()}
+        """Return a hash of each model's content; several are read at once."""
+        named, stopped = {"base": self.base, **self.experts}, Event()
+        with ThreadPoolExecutor(available_cores()) as threads:
+            whole = {
+                name: threads.submit(checkpoint.fingerprint, stopped)
+                for name, checkpoint in named.items()
+                if checkpoint.is_whole
+            }
+            try:
+                hashes = {name: future.result() for name, future in whole.items()}
+            except BaseException:  # a signal, say: the others need not end what they read
+                stopped.set()
+                raise
+        others = {n: c.fingerprint() for n, c in named.items() if n not in hashes}
+        return {name: {**hashes, **others}[name][:16] for name in named}
 
 
 def open_models(study: Study, *, resident: bool = True) -> Models:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -171,20 +172,29 @@ class Checkpoint:
             renamed={new: name for name, new in names.items() if name != new},
         )
 
-    def fingerprint(self) -> str:
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its tensors are in files of its own."""
+        return self.extension is None and (self.base is None or self.adapter is None)
+
+    def fingerprint(self, stopped: Event | None = None) -> str:
         """Return 64 hexadecimal digits that differ where any tensor differs.
 
         The first call reads every tensor; later ones, in any process, only look at the
         modification times of the files.
 
+        Args:
+            stopped: Set, it ends the reading of a model that is whole.
+
         Raises:
             CheckpointError: If a file has gone or cannot be read.
+            KeyboardInterrupt: If ``stopped`` is set.
         """
         if self.extension is not None:
             return self.extension.key()
         if self.base is None or self.adapter is None:
             files = {self.renamed.get(name, name): f for name, f in self.own_files.items()}
-            return fingerprint(files, self.cache_dir)
+            return fingerprint(files, self.cache_dir, stopped)
         return self.adapter.fingerprint(self.base.fingerprint(), self.cache_dir)
 
 

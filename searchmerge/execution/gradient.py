@@ -101,6 +101,11 @@ _AT_ONCE: Mapping[LossKind, int] = {"labels": 64, "entropy": 16, "agreement": 16
 """Examples whose losses are computed together where no gradient is asked for. Without labels all
 that may come next counts, at every token of a text: that takes memory."""
 
+_LEAST_KEPT = 1 / 8
+"""Of a batch: where less than that is run at once, activations are computed again for the backward
+pass. Smaller parts cost little more than one; what is computed again costs a third more, and
+texts that share a beginning no longer share its pass."""
+
 _MOST_TAUGHT = 1 << 30
 """Bytes of what experts answered that are kept; beyond them they are asked anew each time."""
 
@@ -216,7 +221,7 @@ class Losses:
         with ExitStack() as stack:
             rows: Callable[[], Rows] = tuple
             if request.gradient:
-                if part < 1:
+                if part < _LEAST_KEPT:
                     stack.enter_context(recomputed_activations(self._model))
                 n_passes = sum(map(len, request.batches.values()))
                 several = n_passes > 1 and part == 1

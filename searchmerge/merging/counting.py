@@ -22,7 +22,6 @@ that what lies side by side in a matrix, and is alike, makes up little of a samp
 
 _AT_ONCE = 1 << 22  # numbers, where each operation is a pass of its own
 
-_STARTS = 1 << 16
 _END = 0x7FFFFFFF  # above the key of every finite number
 _MAGNITUDE = 0x7FFFFFFF
 
@@ -35,10 +34,7 @@ class Counters(NamedTuple):
 
     Attributes:
         cuts: Each row's cuts in order, and behind them more than every key,
-            ``(n_rows, 2 * SEGMENTS)`` int32.
-        starts: How many cuts are at or below each multiple of 2^16, ``(n_rows, 2^16)`` int16.
-        n_steps: Halvings by which a key's segment is found among those that begin within the
-            same 2^16 keys.
+            ``(n_rows, SEGMENTS)`` int32.
         has_cuts: Whether there is anything to count.
         collects: Which segments are collected, ``(n_rows, SEGMENTS)`` int32.
         limits: How many of 2^24 runs are collected, drawn evenly, ``(n_rows,)`` int32.
@@ -49,8 +45,6 @@ class Counters(NamedTuple):
     """
 
     cuts: Tensor
-    starts: Tensor
-    n_steps: int
     has_cuts: bool
     collects: Tensor
     limits: Tensor
@@ -79,21 +73,15 @@ class Wanted(NamedTuple):
 
 def new_counters(rows: Sequence[Wanted], capacity: int, device: torch.device) -> Counters:
     """Return counters that are all 0, with room for ``capacity`` keys of each row."""
-    n_rows, bins = len(rows), (np.arange(_STARTS) - _STARTS // 2) << 16
-    cuts = np.full((n_rows, 2 * SEGMENTS), _END, np.int32)
-    starts = np.empty((n_rows, _STARTS), np.int16)
+    n_rows = len(rows)
+    cuts = np.full((n_rows, SEGMENTS), _END, np.int32)
     collects = np.zeros((n_rows, SEGMENTS), np.int32)
-    most = 0
     for i, row in enumerate(rows):
         cuts[i, : len(row.cuts)] = row.cuts
         collects[i, : len(row.collects)] = row.collects
-        starts[i] = np.searchsorted(row.cuts, bins, "right")
-        most = max(most, int((np.searchsorted(row.cuts, bins + (1 << 16)) - starts[i]).max()))
     limits = [max(1, (1 << 24) // row.every) for row in rows]
     return Counters(
         torch.from_numpy(cuts).to(device),
-        torch.from_numpy(starts).to(device),
-        most.bit_length(),
         any(len(row.cuts) for row in rows),
         torch.from_numpy(collects).to(device),
         torch.tensor(limits, dtype=torch.int32, device=device),
@@ -160,7 +148,7 @@ class _Kernel:
                 counting_kernel.count(sources, base, counters, first_run)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, OSError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001 - Triton's errors have no base but this
             self._is_broken = True
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             _logger.warning("statistics take longer, as compiling failed: %s", reason)

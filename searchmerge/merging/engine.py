@@ -14,6 +14,8 @@ from searchmerge.merging.rows import (
     ROW,
     in_rows,
     merge_rows,
+    multiply_rows,
+    new_sums,
     new_tallies,
     numbers_of,
     rows_of,
@@ -102,9 +104,13 @@ class Engine:
             ``(n_sets,)`` float64 on that device, from products summed in float32.
         """
         total = torch.zeros(len(scalars), dtype=torch.float64, device=numbers.device)
+        in_rows_done = 0
+        if self._takes_rows(len(numbers), numbers.device):
+            in_rows_done = self._add_products_in_rows(function, operands, scalars, numbers, total)
         compiled = len(numbers) >= _TOO_SMALL and self.is_compiled(numbers.device)
+        compiled &= not in_rows_done
         step = MOST_AT_ONCE if compiled else CHUNK
-        for start in range(0, len(numbers), step):
+        for start in range(in_rows_done, len(numbers), step):
             stop = min(start + step, len(numbers))
             part, weights = operands.part(start, stop), numbers[start:stop]
             done: Iterable[Tensor] | None = None
@@ -115,6 +121,32 @@ class Engine:
             for sums in done:
                 total += sums
         return total
+
+    def _add_products_in_rows(
+        self,
+        function: ChunkFunction,
+        operands: Operands,
+        scalars: Tensor,
+        numbers: Tensor,
+        total: Tensor,
+    ) -> int:
+        """Add what :meth:`products` returns of the entries that are in rows to ``total``.
+
+        Returns:
+            How many entries those are; 0 where it cannot be compiled, and nothing is added.
+        """
+        of_sets = torch.stack([numbers_of(of_set, 1.0) for of_set in scalars])
+        of_sets = of_sets.to(numbers.device, non_blocking=True)
+        kernel, of_spans = multiply_rows(len(scalars)), []
+        for start, stop in spans(len(numbers)):
+            rows = rows_of(operands.part(start, stop), of_sets)
+            weights = numbers[start:stop].view(-1, ROW)
+            sums, outs = new_sums(len(scalars), len(weights), numbers.device)
+            if not self.compiled.run_rows(kernel, function, rows, (weights, *outs)):
+                return 0
+            of_spans.append(sums.sum(1))
+        total += torch.stack(of_spans).sum(0, dtype=torch.float64)
+        return in_rows(len(numbers))
 
     def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
         return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)

@@ -18,6 +18,7 @@ from searchmerge.merging.method import Pass
 from searchmerge.merging.operands import Operands, count_tallies
 from searchmerge.merging.rows import (
     ROW,
+    SUMMED,
     Rows,
     in_rows,
     keys_of,
@@ -163,9 +164,10 @@ class ResidentPass:
             self._keys = _Sent((len(cuts), n_keys + n_keys % 2), torch.int64, device)
         n_rows = [-(-(stop - start) // (ROW * _ALIGNED)) * _ALIGNED for _, start, stop in cuts]
         n_tallies = count_tallies(work.function, every[0])
-        self._tallies = new_tallies(n_tallies, sum(n_rows), device)
+        n_all = -(-sum(n_rows) // SUMMED) * SUMMED
+        self._tallies = new_tallies(n_tallies, n_all, device)
         for tally in self._tallies:
-            tally.zero_()  # what lies between two parameters is never written
+            tally.zero_()  # what lies between two parameters, and at the end, is never written
         self._total = torch.zeros(n_tallies, dtype=torch.float64, device=device)
         self._rests = [
             (parameter, in_rows(len(parameter.target)))

@@ -5,7 +5,8 @@ several lie in a row. Where the last dimension is fixed it reads 16 bytes at onc
 each row is formed beside what is written, in the same pass over memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ AT_ONCE = 1 << 28
 """Entries that a kernel is given at most: indices stay within 32 bits."""
 
 _TALLY = torch.bfloat16  # exact for whole numbers up to 256, and a row has no more
+
+SUMMED = 4096
+"""Rows whose tallies are summed in float32, exactly whatever the order: they stay below 2^24."""
 
 
 class Rows(NamedTuple):
@@ -107,7 +111,15 @@ def new_tallies(n_tallies: int, n_rows: int, device: torch.device) -> tuple[Tens
 
 def total_of(tallies: Sequence[Tensor]) -> Tensor:
     """Return the sum of each tally over all rows, ``(n_tallies,)`` float64, exactly."""
-    return torch.stack([tally.sum(dtype=torch.float64) for tally in tallies])
+    return torch.stack([_total_of(tally) for tally in tallies])
+
+
+def _total_of(tally: Tensor) -> Tensor:
+    """Return the sum of a tally, read once: a sum in float64 alone would copy it first."""
+    whole = len(tally) // SUMMED * SUMMED
+    some = tally[:whole].view(-1, SUMMED).sum(1, dtype=torch.float32)
+    total = some.sum(dtype=torch.float64)
+    return total + tally[whole:].sum(dtype=torch.float64) if whole < len(tally) else total
 
 
 def merge_rows(function: ChunkFunction, rows: Rows, out: Tensor, *tallies: Tensor) -> None:
@@ -131,6 +143,31 @@ def write_rows(function: ChunkFunction, rows: Rows, *outs: Tensor) -> None:
     """Write each tensor that ``function`` returns to one of ``outs``, ``(n_rows, ROW)``."""
     for out, numbers in zip(outs, compute_rows(function, rows), strict=True):
         out.copy_(numbers)
+
+
+@cache
+def multiply_rows(n_sets: int) -> Callable[..., None]:
+    """Return the kernel that merges under so many sets of numbers, and multiplies.
+
+    It takes a function, rows whose ``numbers`` are those of all sets, ``(n_sets, n, n_experts)``,
+    what they are multiplied by, ``(n_rows, ROW)``, and where it writes the sum of the products
+    over each row, ``(n_rows,)`` float32 for each set.
+    """
+
+    def kernel(function: ChunkFunction, rows: Rows, weights: Tensor, *sums: Tensor) -> None:
+        factors = weights.float()
+        for i in range(n_sets):
+            merged = compute_rows(function, rows._replace(numbers=rows.numbers[i]))[0]
+            sums[i].copy_((merged * factors).sum(1))
+
+    return kernel
+
+
+def new_sums(n_sets: int, n_rows: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return memory for a sum over each row for each set, all 0, and each set's part of it."""
+    n_aligned = -(-n_rows // 4) * 4  # 16 bytes
+    sums = torch.zeros(n_sets, n_aligned, device=device)
+    return sums, tuple(of_set[:n_rows] for of_set in sums)
 
 
 def compute_rows(function: ChunkFunction, rows: Rows) -> tuple[Tensor, ...]:

@@ -1,23 +1,19 @@
 """Order statistics by few passes over the numbers, none of which counts each by itself.
 
-A histogram whose bins are fine enough to tell ranks apart has too many counters for a GPU's
-registers, and in its memory they would be waited for: an atomic operation a number takes longer
-than reading it a dozen times. Here a sample says between which two numbers each rank lies, but for
-bad luck. A pass over all counts exactly how many numbers are below these, by some hundred
-counters, and collects what lies between, or a sample of it where that is too much; the next pass
-goes on from there. A rank is known when all that lies between was collected, or when nothing but
-equal numbers does. What a sample suggests is never trusted: counts alone decide, and the result is
-that of a sort whatever was drawn.
+A histogram whose bins are fine enough to tell ranks apart has too many counters for the memory
+that a GPU's threads share, and in the other they would be waited for: an atomic operation a
+number takes longer than reading it a dozen times. Here a sample says between which two numbers
+each rank lies, but for bad luck. A pass over all counts exactly how many numbers are below these,
+by some hundred counters, and collects what lies between, or a sample of it where that is too
+much; the next pass goes on from there. A rank is known when all that lies between was collected,
+or when nothing but equal numbers does. What a sample suggests is never trusted: counts alone
+decide, and the result is that of a sort whatever was drawn.
 
-What it takes, by arithmetic, for a grid of 100 ranks of n experts in 16 bits; **not measured**.
-The first pass reads one number in 256. It leaves a rank within 12 standard deviations of its
-place, 0.2 % of 10^9 numbers; the second reads all of them and collects a sample of what lies
-there; the third reads them again and collects the rest, 0.5 %. That moves 2 * (n + 1) / (n + 2)
-of what a candidate moves, 1.7 for four experts, and sorts about one number in a hundred. There
-are 256 global atomic operations to 65,536 numbers for their counts, and one to each 4,096 of
-which some are collected: 0.004 a number, where a histogram in memory has 2. Where numbers tie, as
+For a grid of 100 ranks the first pass reads one number in 256. It leaves a rank within 12 standard
+deviations of its place, 0.2 % of 10^9 numbers; the second reads all of them and collects a sample
+of what lies there; the third reads them again and collects the rest, 0.5 %. Where numbers tie, as
 those of 16-bit weights do, what lies between is soon a single number, and nothing is sorted but
-the sample.
+the sample. ``studies/benchmarks`` says how long it takes.
 """
 
 import math
@@ -201,7 +197,7 @@ def _narrowed(row: _Row, at_once: int) -> tuple[_Ints, _Ints]:
     ranks = np.array(row.unknown[:at_once])
     segment = np.searchsorted(row.below, ranks, "right") - 1
     low, high = row.edges[segment], row.edges[segment + 1]
-    first, last = _places(row.sample, low), _places(row.sample, high)
+    first, last = _places(row.sample, low, high)
     n_drawn, n_there = last - first, row.below[segment + 1] - row.below[segment]
     share = (ranks - row.below[segment] + 0.5) / n_there
     spread = _WIDE * np.sqrt(n_drawn * share * (1 - share)) + 3
@@ -221,7 +217,8 @@ def _heavy(row: _Row, low: _Ints, high: _Ints) -> _Ints:
     """Return the ends of those keys, among the first and last of spans, that many numbers have."""
     n_drawn = len(row.sample)
     keys = np.unique(np.concatenate([low, high - 1]))
-    times = _places(row.sample, keys + 1) - _places(row.sample, keys)
+    first, last = _places(row.sample, keys, keys + 1)
+    times = last - first
     order = np.argsort(-times, kind="stable")
     heaviest = keys[order][times[order] > max(2, n_drawn // _HEAVY)]
     room = MOST_CUTS - len(np.unique(np.concatenate([low, high])))
@@ -234,8 +231,9 @@ def _expected(row: _Row, edges: _Ints, collects: npt.NDArray[np.bool_]) -> float
     start, stop = edges[:-1][collects], edges[1:][collects]
     whole = np.searchsorted(row.edges, start, "right") - 1
     n_there = row.below[whole + 1] - row.below[whole]
-    n_drawn = _places(row.sample, row.edges[whole + 1]) - _places(row.sample, row.edges[whole])
-    n_within = _places(row.sample, stop) - _places(row.sample, start)
+    ends = row.edges[whole], row.edges[whole + 1], start, stop
+    first, last, first_within, last_within = _places(row.sample, *ends)
+    n_drawn, n_within = last - first, last_within - first_within
     share = np.where(n_drawn > 0, n_within / np.maximum(n_drawn, 1), 1.0)
     return float((n_there * share).sum())
 
@@ -259,9 +257,9 @@ def _settle(row: _Row) -> None:
     ranks = np.array(row.unknown, dtype=np.int64)
     segment = np.searchsorted(row.below, ranks, "right") - 1
     low, high = row.edges[segment], row.edges[segment + 1]
-    first = _places(row.sample, low)
+    first, last = _places(row.sample, low, high)
     n_there = row.below[segment + 1] - row.below[segment]
-    is_whole = _places(row.sample, high) - first == n_there
+    is_whole = last - first == n_there
     is_single = high - low == 1
     of_sample = _at(row.sample, first + ranks - row.below[segment])
     keys = np.where(is_single, low, of_sample)
@@ -270,10 +268,12 @@ def _settle(row: _Row) -> None:
     row.unknown = ranks[~is_known].tolist()
 
 
-def _places(sample: Tensor, keys: _Ints) -> _Ints:
-    """Return how many keys of a sample are below each of ``keys``."""
-    wanted = torch.from_numpy(np.clip(keys, _LOWEST, _HIGHEST - 1)).int().to(sample.device)
-    return torch.searchsorted(sample, wanted).cpu().numpy()
+def _places(sample: Tensor, *keys: _Ints) -> list[_Ints]:
+    """Return how many keys of a sample are below each of ``keys``; a GPU is asked once for all."""
+    together = np.clip(np.concatenate(keys), _LOWEST, _HIGHEST - 1)
+    wanted = torch.from_numpy(together).int().to(sample.device)
+    places = torch.searchsorted(sample, wanted).cpu().numpy()
+    return np.split(places, np.cumsum([len(some) for some in keys])[:-1])
 
 
 def _at(sample: Tensor, places: _Ints) -> _Ints:

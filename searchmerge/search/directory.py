@@ -49,6 +49,7 @@ PLANS_DIR = "plans"
 BEST_SO_FAR = "best so far"
 """What the plan is called that is best while a study runs."""
 _LOCK_FILE = ".lock"
+_LOOKED_AT_S = 1.0  # longer than :func:`is_held` has it, which is no driver
 _UNSAFE = re.compile(r"[^\w+.-]")  # in the name of a file, which an expert's may not be
 # user attributes of the study
 _SPEC = "spec"  # the canonical study, as it was begun
@@ -71,7 +72,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         StudyError: If the directory cannot be made, or another driver holds it.
     """
-    lock = FileLock(run_dir / _LOCK_FILE, timeout=0)
+    lock = FileLock(run_dir / _LOCK_FILE, timeout=_LOOKED_AT_S)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -91,6 +92,21 @@ def locked(run_dir: Path) -> Iterator[None]:
         raise StudyError(f"{run_dir}: cannot be used: {error.strerror or error}") from error
     finally:
         lock.release()
+
+
+def is_held(run_dir: Path) -> bool:
+    """Return whether a driver holds ``run_dir``, as far as this machine can tell.
+
+    Where locks of another machine are not seen here, its drivers are not.
+    """
+    file = run_dir / _LOCK_FILE
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except (Timeout, OSError):  # of a directory that cannot be written to nothing is known
+        return True
 
 
 class StudyDirectory:

@@ -9,6 +9,7 @@ from searchmerge.search.directory import (
     best_so_far_of,
     elapsed_of,
     is_at_work,
+    is_held,
     records_of,
     stored_study,
 )
@@ -23,6 +24,8 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """Return counts of trials by state, seconds so far, the workers, and what is best.
 
     Trials that a stopped run left behind are running as Optuna has it, though none is at work.
+    Of a run that is not known to have ended and that holds the directory no more, as far as this
+    machine sees, it is said that it ended abruptly.
 
     The plan that has the best evidence is a reference or a trial. The best trials are ranked as
     the study ranks them, by how it last read their scores: of those that were scored in full,
@@ -37,9 +40,10 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """
     with stored_study(run_dir, storage) as study:
         records, elapsed_s = records_of(study), elapsed_of(study)
-        best_so_far, at_work = best_so_far_of(study), is_at_work(study)
+        best_so_far, is_noted = best_so_far_of(study), is_at_work(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     workers, workers_age_s = read_roster(run_dir)
+    holds = is_held(run_dir)
     n_failed = sum(record.value is None for record in records)
     return {
         "study": study.study_name,
@@ -48,7 +52,8 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
             "running": len(running),
             "fail": n_failed,
         },
-        "at_work": at_work,
+        "at_work": is_noted and holds,
+        "ended_abruptly": is_noted and not holds,
         "refined": sum(bool(record.refines) for record in records),
         "stopped_early": sum(record.stopped_after is not None for record in records),
         "elapsed_s": elapsed_s,
@@ -88,6 +93,11 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
         f"({', '.join(of_these)}), {begun}, "
         f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
     ]
+    if status["ended_abruptly"]:
+        lines.append(
+            "its last run ended abruptly, by a kill, say: the same command goes on (unless it is "
+            "on a machine whose locks are not seen here)"
+        )
     width = max((len(best["name"]) for best in status["best"]), default=0)
     for best in status["best"]:
         values = ", ".join(f"{value:.4f}" for value in best["values"])

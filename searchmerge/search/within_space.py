@@ -26,21 +26,30 @@ class WithinSpace(DelegatingSampler):
 
     def __init__(self, sampler: BaseSampler, storage: BaseStorage) -> None:
         self._sampler, self._storage = sampler, storage
+        self._hides_some: bool | None = None  # until the study is looked at
 
     def sampler_of(self, trial: FrozenTrial) -> BaseSampler:
         """Return the sampler."""
         return self._sampler
 
     def shown(self, study: optuna.Study) -> optuna.Study:
-        """Return the study as it would be without the trials outside the space."""
-        if not any(map(is_refined, study.get_trials(deepcopy=False))):
+        """Return the study as it would be without the trials outside the space.
+
+        The study is looked at once, as that reads its storage: what is outside comes to this
+        sampler before it is run.
+        """
+        if self._hides_some is None:
+            self._hides_some = any(map(is_refined, study.get_trials(deepcopy=False)))
+        if not self._hides_some:
             return study
         shown = cast("BaseStorage", _Shown(study, self._storage))
         return optuna.load_study(study_name=study.study_name, storage=shown, sampler=self._sampler)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Tell the sampler, where the trial is of its space."""
-        if not is_refined(trial):
+        if is_refined(trial):
+            self._hides_some = True
+        else:
             super().before_trial(study, trial)
 
     def after_trial(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -119,6 +120,14 @@ def test_weights_are_not_read_again_while_their_file_stays(opened, tmp_path):
     noted = read_checked(remembered)
     remembered.write_text(with_checksum({**noted, "fingerprint": "f" * 64}))
     assert fingerprint(files, tmp_path) == "f" * 64
+
+
+def test_reading_ends_before_the_next_tensor_once_it_is_told_to(opened, tmp_path):
+    files, stopped = opened("llama").files, Event()
+    stopped.set()
+    with pytest.raises(KeyboardInterrupt):
+        fingerprint(files, tmp_path, stopped)
+    assert fingerprint(files, tmp_path, Event()) == fingerprint(files, tmp_path, stopped)
 
 
 def test_a_copy_that_keeps_times_is_told_apart(copy, save, cache_dir):

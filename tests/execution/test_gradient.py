@@ -1,5 +1,6 @@
 """Losses and gradients of a worker: of every batch, whatever fits at once, and with a teacher."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.execution import gradient
 from searchmerge.execution.gradient import Losses, LossRequest
 from searchmerge.execution.worker import Worker
 from searchmerge.merging.gradient import CoefficientGradients
@@ -159,6 +161,26 @@ def test_what_does_not_fit_is_computed_in_parts_to_the_same_end(caplog):
         assert given.losses[task] == pytest.approx(expected.losses[task])
     torch.testing.assert_close(torch.tensor(given.rows), torch.tensor(expected.rows))
     assert "going on with 1/" in caplog.text
+
+
+@pytest.mark.parametrize(("most_at_once", "is_recomputed"), [(64, False), (8, False), (7, True)])
+def test_activations_are_kept_where_an_eighth_of_a_batch_fits(
+    monkeypatch, most_at_once, is_recomputed
+):
+    recomputed = []
+    monkeypatch.setattr(gradient, "recomputed_activations", lambda model: counting(recomputed))
+    batches = {"math": (tuple(i % 7 for i in range(64)),)}
+    expected = ask(worker(), batches=batches)
+    given = ask(worker(most_at_once=most_at_once), batches=batches)
+    assert bool(recomputed) == is_recomputed
+    assert given.losses["math"] == pytest.approx(expected.losses["math"])
+    torch.testing.assert_close(torch.tensor(given.rows), torch.tensor(expected.rows))
+
+
+@contextmanager
+def counting(entered):
+    entered.append(1)
+    yield True
 
 
 def test_what_fits_in_no_part_is_the_candidates_failure():

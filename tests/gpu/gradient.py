@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
 from searchmerge.merging.engine import EngineKind
 from searchmerge.merging.gradient import CoefficientGradients
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import default_plan
-from searchmerge.merging.task_vectors import TaskVectors
+from searchmerge.merging.task_vectors import TaskVectors, Weights
 from searchmerge.plan import Groups, MergePlan
-from tests.benchmarks.bench_merging import EXPERTS, SHAPES, synthetic
+from tests.benchmarks.bench_merging import EXPERTS, SHAPES, Shape, synthetic
 from tests.gpu.merging import timed
 from tests.gpu.report import Figures, Step, Wrong
-from tests.gpu.scoring import llama_config
+from tests.gpu.scoring import language_model
 
 _N_TIMES = 5
 _CLOSE = 0.02  # of the largest, as products are of numbers in bfloat16
@@ -44,8 +43,10 @@ class Gradient:
     def _gradient(self) -> Figures:
         shape = SHAPES["tiny"] if self.small else replace(SHAPES["1b"], vocabulary=32768)
         base, experts = synthetic(shape, self.device)
-        model = LlamaForCausalLM(llama_config(shape)).to(self.device, torch.bfloat16)
-        model.requires_grad_(False)
+        with language_model(shape, torch.bfloat16, self.device) as model:
+            yield from self._of(model, shape, base, experts)
+
+    def _of(self, model: Any, shape: Shape, base: Weights, experts: dict[str, Weights]) -> Figures:
         targets = {n: p.data for n, p in model.named_parameters() if n in base}
         vectors = TaskVectors.from_weights(base, experts)
         tokens = torch.randint(shape.vocabulary, (4, 128), device=self.device)
@@ -57,7 +58,7 @@ class Gradient:
             leaf.grad = None
         yield {"what": "a backward pass by every parameter", "seconds": plain_s}
         for method in ("task_arithmetic", "ties"):
-            plan = default_plan(method, EXPERTS, groups=Groups(tensors=tuple(sorted(base))))
+            plan = default_plan(method, EXPERTS, groups=Groups.of_tensors(base))
             rows = {}
             for engine in self.engines:
                 merger = Merger(vectors, targets=targets, engine=engine)

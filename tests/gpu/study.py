@@ -60,7 +60,7 @@ class Study:
 
     def steps(self) -> list[Step]:
         """Return the one step."""
-        return [Step("study", f"{self.n_trials} trials and a refinement", self._run, 90)]
+        return [Step("study", f"{self.n_trials} trials and a refinement", self._run, 110)]
 
     def _run(self) -> Figures:
         begun = time.perf_counter()
@@ -133,13 +133,14 @@ class Study:
     def _shares(self, forward_s: float, view: "_View") -> dict[str, Any]:
         """Return where the time went from the search's beginning to its last trial."""
         whole_s = view.search[1] - view.search[0]
-        merge_s = sum(view.merge_s)
+        merge_s, score_s = sum(view.merge_s), sum(view.score_s)
         return {
             "what": "share of a trial outside forward passes",
             "value": 1 - forward_s / whole_s,
             "merge": merge_s / whole_s,
             "forward": forward_s / whole_s,
-            "rest": 1 - (forward_s + merge_s) / whole_s,
+            "scoring beside them": (score_s - forward_s) / whole_s,
+            "between trials": 1 - (score_s + merge_s) / whole_s,
             "s a trial": whole_s / len(view.merge_s),
             "trials": len(view.merge_s),
             **({} if self.small else {"at most": 0.1}),
@@ -147,14 +148,16 @@ class Study:
 
 
 class _View:
-    """Notes when phases begin and the last trial ends, and how long trials merged.
+    """Notes when phases begin and the last trial ends, and how long trials merged and scored.
 
     Attributes:
         merge_s: Of each trial that ended with a score.
+        score_s: Of each of these too.
     """
 
     def __init__(self) -> None:
         self.merge_s: list[float] = []
+        self.score_s: list[float] = []
         self._began: list[tuple[str, float]] = []
         self._last_trial = 0.0
 
@@ -175,6 +178,7 @@ class _View:
         self._last_trial = time.perf_counter()
         if not record.failure:
             self.merge_s.append(record.merge_s)
+            self.score_s.append(record.score_s)
 
     def phases(self) -> dict[str, float]:
         """Return the seconds of each phase."""

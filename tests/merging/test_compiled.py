@@ -10,7 +10,13 @@ from searchmerge.merging.compiled import Compiled
 from searchmerge.merging.kernels import Chunk, weighted_sum
 from searchmerge.merging.operands import Operands
 from searchmerge.merging.rows import ROW, merge_rows, new_tallies, numbers_of, rows_of, total_of
-from tests.merging.test_rows import in_rows_of, merge_mean, ties_operands
+from tests.merging.test_rows import (
+    in_rows_of,
+    merge_mean,
+    products_in_rows,
+    sets_of,
+    ties_operands,
+)
 
 
 def mean_delta(chunk: Chunk):
@@ -65,3 +71,19 @@ def test_kernels_are_compiled_once_for_every_number_of_rows():
             assert compiled.run_rows(merge_rows, merge_mean, rows, (out, *tallies))
         torch.testing.assert_close(out.view(-1), wanted)
         assert torch.equal(total_of(tallies), tally)
+
+
+@pytest.mark.slow
+def test_products_are_compiled_once_for_every_number_of_rows():
+    compiled = Compiled()
+    for n_rows in (40, 3, 1000):
+        operands = ties_operands(n_rows * ROW)
+        weights = torch.randn(n_rows * ROW, generator=torch.Generator().manual_seed(1))
+
+        def run(kernel, rows, outs, n_rows=n_rows):
+            with torch.compiler.set_stance("default" if n_rows == 40 else "fail_on_recompile"):
+                assert compiled.run_rows(kernel, merge_mean, rows, outs)
+
+        found = products_in_rows(operands, sets_of(operands), weights, run)
+        [wanted] = Chunks().products(merge_mean, operands, sets_of(operands), weights)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)

@@ -15,6 +15,8 @@ from searchmerge.merging.rows import (
     ROW,
     in_rows,
     merge_rows,
+    multiply_rows,
+    new_sums,
     new_tallies,
     numbers_of,
     rows_of,
@@ -117,3 +119,33 @@ def test_numbers_end_with_the_scale_and_fill_16_bytes(n_scalars, n_experts):
     assert numbers.numel() % 4 == 0
     assert torch.equal(numbers[:n_scalars], scalars)
     assert numbers[-1].tolist() == [0.25] * n_experts
+
+
+def products_in_rows(operands, sets, weights, run):
+    """Return the inner products, by the kernel of rows, as ``run`` runs it."""
+    numbers = torch.stack([numbers_of(scalars, 1.0) for scalars in sets])
+    sums, outs = new_sums(len(sets), len(weights) // ROW, weights.device)
+    run(multiply_rows(len(sets)), rows_of(operands, numbers), (weights.view(-1, ROW), *outs))
+    return sums.sum(1)
+
+
+def sets_of(operands):
+    """Return scalars under which one expert after the other has the only coefficient."""
+    sets = operands.scalars.repeat(3, 1, 1)
+    sets[:, 1] = torch.eye(3)
+    return sets
+
+
+@pytest.mark.parametrize("n_rows", [2, 7, 40])
+def test_products_of_rows_are_those_of_chunks(n_rows):
+    operands = ties_operands(n_rows * ROW)
+    weights = torch.randn(n_rows * ROW, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def run(kernel, rows, outs):
+        kernel(merge_mean, rows, *outs)
+
+    found = products_in_rows(operands, sets_of(operands), weights, run)
+    [wanted] = Chunks().products(merge_mean, operands, sets_of(operands), weights)
+    assert found.shape == (3,)
+    assert wanted.abs().min() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import pytest
 
 from searchmerge.plan import MergePlan
 from searchmerge.search.candidates import best_candidates, candidates
+from searchmerge.search.directory import locked
 from searchmerge.search.objective import Constraint, Objective
 from searchmerge.search.racing import Racing
 from searchmerge.search.status import describe_status, read_status
@@ -87,10 +88,30 @@ def test_a_trial_that_a_stopped_run_left_behind_is_not_called_running(toy):
     status = read_status(study.directory.run_dir)
     assert (status["trials"]["running"], status["at_work"]) == (1, False)
     again = toy()
-    again.directory.begin_run()
-    assert ", 1 running, " in describe_status(study.directory.run_dir)[0]
-    again.run(3, references={})
+    with locked(study.directory.run_dir):
+        again.directory.begin_run()
+        assert ", 1 running, " in describe_status(study.directory.run_dir)[0]
+        again.run(3, references={})
     assert ", 0 running, " in describe_status(study.directory.run_dir)[0]
+
+
+def test_a_run_that_holds_its_directory_no_more_is_not_called_running(toy):
+    study = toy(evaluator=StopsAtTheSecond())
+    run_dir = study.directory.run_dir
+    with pytest.raises(KeyboardInterrupt):
+        study.run(3, references={})
+    with locked(run_dir):
+        study.directory.begin_run()  # and is killed
+        assert read_status(run_dir)["at_work"]
+    first, second, *_ = describe_status(run_dir)
+    assert ", 1 to be taken up again, " in first
+    assert second.startswith(
+        "its last run ended abruptly, by a kill, say: the same command goes on"
+    )
+    status = read_status(run_dir)
+    assert (status["at_work"], status["ended_abruptly"]) == (False, True)
+    study.directory.end_run()
+    assert not read_status(run_dir)["ended_abruptly"]
 
 
 def test_values_stand_below_one_another_whatever_plans_are_called(toy):

@@ -41,6 +41,18 @@ def test_a_study_is_interrupted_resumed_and_read_in_any_storage(stored, run_dir,
     assert describe_status(run_dir)[0].startswith("toy: 8 trials complete")
 
 
+def test_a_file_of_sqlite_is_waited_for_at_checkpoints_of_its_log_alone(run_dir):
+    prepare_storage(run_dir, None)
+    storage = open_storage(run_dir, None)
+    with storage.engine.connect() as connection:
+        pragmas = [
+            connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous")
+        ]
+    close_storage(storage)
+    assert pragmas == ["wal", 1]
+
+
 @pytest.mark.parametrize("torn", [b'{"op_code":5,"worker_id":"ab', b"\0" * 37, b'{"op_co\n'])
 def test_a_journal_that_the_power_cut_off_goes_on_with_all_that_was_whole(stored, run_dir, torn):
     journal = run_dir / "study.journal"
