@@ -11,7 +11,6 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float64]
 
 _SHARED = 0.5  # part of the expected squares that is shared with other plans, in [0, 1)
-_UNFORESEEN = 0.25  # square that one more plan may show, in parts of the largest of the task
 _PRIOR = 1.0  # weight of the expected squares beside those of the plan's own examples
 
 
@@ -31,14 +30,14 @@ class Prior:
     def of(cls, others: Mapping[str, Vector]) -> "Prior":
         """Return what is expected of a plan by how other plans differ.
 
-        The squares are means over those, with one added of a part of the largest that the task
-        has: an example on which a few plans agree may still tell others apart.
+        The squares are means over those, with one added of half the largest that the task has:
+        an example on which a few plans agree may still tell others apart.
         """
         squares = {}
         for task, differences in others.items():
             seen = differences**2
             largest = float(seen.max(initial=0.0)) or 1.0
-            squares[task] = (seen.sum(0) + _UNFORESEEN * largest) / (len(seen) + 1)
+            squares[task] = (seen.sum(0) + 0.5 * largest) / (len(seen) + 1)
         return cls(squares, others)
 
 

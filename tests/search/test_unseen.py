@@ -10,10 +10,10 @@ from searchmerge.search.unseen import Part, Prior, predict_rest
 SIZES = {"a": 7, "b": 5}
 
 
-def test_the_squares_expected_are_means_with_a_quarter_of_the_largest_added():
+def test_the_squares_expected_are_means_with_half_the_largest_added():
     prior = Prior.of({"a": np.array([[1.0, 0.0, 2.0], [1.0, 0.0, 0.0]])})
-    assert prior.squares["a"] == pytest.approx([(2 + 1) / 3, 1 / 3, (4 + 1) / 3])
-    assert Prior.of({"a": np.zeros((0, 2))}).squares["a"] == pytest.approx([0.25, 0.25])
+    assert prior.squares["a"] == pytest.approx([(2 + 2) / 3, 2 / 3, (4 + 2) / 3])
+    assert Prior.of({"a": np.zeros((0, 2))}).squares["a"] == pytest.approx([0.5, 0.5])
 
 
 @settings(max_examples=50, deadline=None)
