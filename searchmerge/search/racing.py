@@ -80,6 +80,7 @@ class Racing:
     After every round the score that the candidate will have over all examples is predicted from
     those seen, by its differences from the incumbent, paired by example, and by how other plans
     that were scored in full differ from that (:func:`~searchmerge.search.unseen.predict_rest`).
+    Where grades are read in a unit that is an estimate (:class:`Observed`), its error counts too.
     Examples on which plans differ come first, so the error falls fast; it is 0 at the end. The
     question is not whether the candidate is worse on other examples too, but whether it can
     still win on these.
