@@ -123,7 +123,7 @@ class Scoreboard:
         """
         scored, graded = self.store.get(plan), self.store.grades(plan)
         together: dict[tuple[str, Part], list[BlockKey]] = defaultdict(list)
-        for task, part, index in scored:
+        for task, part, index in sorted(scored):  # in one order: means round by it
             together[task, part].append((task, part, index))
         is_read = {
             (task, part): bool(self.grader.reading(task).steps) and all(map(graded.get, keys))
