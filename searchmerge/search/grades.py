@@ -7,24 +7,28 @@ learnt from the study's own plans: by how well one half of the examples tells th
 other.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
+from searchmerge.search.unseen import Part, Prior, predict_rest
+
 Vector = npt.NDArray[np.float64]
 
 _N_SPLITS = 24
-_N_CLEAR = 32  # plans that tell which examples are answered more clearly than others
+_N_CLEAR = 32  # plans that tell how clearly examples are answered
 _STEPS = tuple((weight, width) for weight in (0.5, 1.0) for width in (1.0, 2.0))
 _OF_STEPS = ((0.0, 1.0), *_STEPS)
 """Weight and width of each reading that is weighed up; the first is the metric alone."""
 
 _LEAST_WEIGHT = 0.01  # less is none
 _LEAST_PLANS = 5  # of fewer nothing is learnt
+_UNTOLD = 3.0  # logarithm of a factor by which a unit may be off of which nothing is known
 _CONTRADICTS = -0.2  # below this correlation with the metric grades say the opposite of it
 _BEYOND_CHANCE = 3.0  # standard errors of a correlation by which that is certain
 
@@ -47,10 +51,9 @@ class Reading(NamedTuple):
     r"""How a task's examples are read.
 
     An example with value c and grade g counts as
-    :math:`(1 - \sum w)\,c + \sum w\,(\Phi(g / (h s)) + b)`, where s is the plan's own median of
-    :math:`|g|`: a plan that is twice as sure of everything is read the same. Of a plan that was
-    scored on some of the examples, m being its median there, s is taken for :math:`m / q`, where
-    other plans' medians are there q times those on all examples.
+    :math:`(1 - \sum w)\,c + \sum w\,(\Phi(g / (h s)) + b)`, where s is the plan's own unit, the
+    square of the mean of :math:`\sqrt{|g|}`: a plan that is twice as sure of everything is read
+    the same. A mean, as what it is over all examples is predicted well from some of them.
 
     Attributes:
         steps: What grades count; none is the metric alone.
@@ -72,24 +75,73 @@ class Reading(NamedTuple):
         """Whether grades say the opposite of the metric, be it by chance."""
         return self.agreement is not None and self.agreement < _CONTRADICTS
 
-    def __call__(self, values: Vector, grades: Vector, clarity: float = 1.0) -> Vector:
+    def __call__(self, values: Vector, grades: Vector, size: float | None = None) -> Vector:
         """Return a plan's observations, ``(n,)``, from its values and grades.
 
         Args:
             values: Of some examples, ``(n,)``.
             grades: Of the same; none is the metric alone.
-            clarity: How clearly these are answered beside all examples, above 0: q.
+            size: The plan's unit s; ``None`` for that of these grades.
         """
         if not self.steps or not len(grades):
             return values
         read: Vector = (1 - self.weight) * values
         for weight, width, offset in self.steps:
-            read = read + weight * (soft(grades, width / clarity) + offset)
+            read = read + weight * (soft(grades, width, size) + offset)
         return read
 
 
 METRIC = Reading((), None)
 """The metric alone."""
+
+
+class Unit(NamedTuple):
+    """How large a plan's grades of all examples are, as far as some tell.
+
+    Attributes:
+        size: What its unit is taken for, 0 or more.
+        error: Standard error of the logarithm of that.
+    """
+
+    size: float
+    error: float
+
+
+class Sizes(NamedTuple):
+    r"""How large grades are of the examples that select: the roots :math:`\sqrt{|g|}`.
+
+    Attributes:
+        usual: Task to the mean of each example over the merges, ``(n,)``.
+        prior: How plans differ from that.
+    """
+
+    usual: Mapping[str, Vector]
+    prior: Prior
+
+
+class Graded(NamedTuple):
+    """What is seen of a plan's grades of a task.
+
+    Attributes:
+        places: Which of the examples that select they are of.
+        grades: Of these.
+    """
+
+    places: Sequence[int]
+    grades: Sequence[float]
+
+
+class Read(NamedTuple):
+    """What a plan's examples count as.
+
+    Attributes:
+        values: Its observations, ``(n,)``.
+        shifts: By how much they grow where its unit is one standard error smaller than it is
+            taken for, ``(n,)``.
+    """
+
+    values: Vector
+    shifts: Vector
 
 
 @dataclass(frozen=True)
@@ -98,49 +150,69 @@ class Grader:
 
     Attributes:
         readings: Task to reading; a task that is left out is read by its metric.
-        sizes: Task to how large some plans' grades are of the examples that select,
-            ``(n_plans, n)``.
+        sizes: How large some plans' grades are; ``None`` where that is not known.
     """
 
     readings: Mapping[str, Reading]
-    sizes: Mapping[str, Vector] = field(default_factory=dict)
+    sizes: Sizes | None = None
 
     def reading(self, task: str) -> Reading:
         """Return how a task's examples are read."""
         return self.readings.get(task, METRIC)
 
-    def observations(
+    def read(
         self,
         task: str,
         values: Sequence[float],
         grades: Sequence[float],
-        examples: Sequence[int] | None = None,
-    ) -> Vector:
-        """Return a plan's observations on examples of a task.
+        unit: Unit | None = None,
+    ) -> Read:
+        """Return what a plan's examples of a task count as.
 
         Args:
             task: The task.
             values: Of its examples.
             grades: Of the same.
-            examples: Which of those that select they are, by place; ``None`` for all of a part.
+            unit: What the plan's unit is taken for; ``None`` for that of these grades.
         """
-        read = self.reading(task)
-        clarity = 1.0 if examples is None else self.clarity(task, examples)
-        return read(np.asarray(values, dtype=float), np.asarray(grades, dtype=float), clarity)
+        reading = self.reading(task)
+        c, g = np.asarray(values, dtype=float), np.asarray(grades, dtype=float)
+        if unit is None:
+            return Read(reading(c, g), np.zeros(len(c)))
+        size, error = unit
+        less, more = (reading(c, g, size * np.exp(by)) for by in (-error, error))
+        return Read(reading(c, g, size), (less - more) / 2)
 
-    def clarity(self, task: str, examples: Sequence[int]) -> float:
-        """Return how large plans' median grade is on some examples, beside that on all.
+    def units(self, seen: Mapping[str, Graded]) -> dict[str, Unit]:
+        r"""Return what a plan's units are taken for, of each task of which some is seen.
 
-        It is 1 where nothing is known of a task.
+        The mean of :math:`\sqrt{|g|}` is predicted like a score: from the roots that are seen, and
+        how those of other plans hang together. Tasks of which nothing is known are left out.
         """
-        if task not in self.sizes:
-            return 1.0
-        sizes = self.sizes[task]
-        some, every = np.median(sizes[:, examples], axis=1), np.median(sizes, axis=1)
-        telling = (some > 0) & (every > 0)
-        if not telling.any():
-            return 1.0
-        return float(np.exp(np.log(some[telling] / every[telling]).mean()))
+        if self.sizes is None:
+            return {}
+        usual, prior = self.sizes
+        parts = {}
+        for task, (places, grades) in seen.items():
+            if task in usual:
+                mask = np.zeros(len(usual[task]), dtype=bool)
+                mask[places] = True
+                roots = np.full(len(mask), np.nan)
+                roots[places] = np.sqrt(np.abs(grades))
+                parts[task] = Part(mask, (roots - usual[task])[mask])
+        if not parts:
+            return {}
+        rest = predict_rest(prior, parts)
+        units = {}
+        for (task, part), more, variance in zip(
+            parts.items(), rest.sums, np.diag(rest.covariance), strict=True
+        ):
+            n_examples = len(part.seen)
+            so_far = float((part.differences + usual[task][part.seen]).sum())
+            total = max(so_far, so_far + float(usual[task][~part.seen].sum()) + float(more))
+            error = 2 * math.sqrt(max(0.0, variance)) / total if total else 0.0
+            units[task] = Unit((total / n_examples) ** 2, min(_UNTOLD, error))
+        return units
 
 
 class Table(NamedTuple):
@@ -155,14 +227,23 @@ class Table(NamedTuple):
     grades: Vector
 
 
-def soft(grades: Vector, width: float) -> Vector:
-    r"""Return :math:`\Phi(g / (h s))`, s the median of :math:`|g|` along the last axis."""
-    scale = np.median(np.abs(grades), axis=-1, keepdims=True)
+def soft(grades: Vector, width: float, size: float | None = None) -> Vector:
+    r"""Return :math:`\Phi(g / (h s))`.
+
+    Args:
+        grades: g, of any shape.
+        width: h.
+        size: s; ``None`` for that of the grades along the last axis: the square of the mean of
+            :math:`\sqrt{|g|}`.
+    """
+    scale = np.sqrt(np.abs(grades)).mean(-1, keepdims=True) ** 2 if size is None else size
     steps: Vector = ndtr(grades / (width * np.maximum(scale, np.finfo(float).tiny)))
     return steps
 
 
-def learn(tables: Mapping[str, Table], seed: int) -> Grader:
+def learn(
+    tables: Mapping[str, Table], seed: int, extremes: Mapping[str, Vector] | None = None
+) -> Grader:
     r"""Return the readings of one half of the examples that best tell the metric on the other.
 
     A reading is the metric alone, or soft steps of some weight and width beside it. If its means
@@ -176,6 +257,9 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
     Args:
         tables: Task to what plans scored on the examples that select, those of no other part.
         seed: Of the halves.
+        extremes: Task to the grades of the base and the experts on the same examples,
+            ``(n_plans, n)``: of their metric nothing is learnt, but how clearly a merge answers
+            an example is in between.
     """
     told = {task: _correlations(table, seed) for task, table in tables.items()}
     likelihoods = {
@@ -198,8 +282,18 @@ def learn(tables: Mapping[str, Table], seed: int) -> Grader:
         if agreement > -_BEYOND_CHANCE / np.sqrt(len(table.values)):
             reading = reading._replace(steps=_steps(parts / parts.sum(), table))
         readings[task] = reading
-    sizes = {task: np.abs(table.grades[-_N_CLEAR:]) for task, table in tables.items()}
-    return Grader(readings, sizes)
+    return Grader(readings, _sizes(tables, extremes or {}))
+
+
+def _sizes(tables: Mapping[str, Table], extremes: Mapping[str, Vector]) -> Sizes | None:
+    """Return how large plans' grades are; ``None`` where there are none."""
+    usual, others = {}, {}
+    for task, table in tables.items():
+        roots = np.sqrt(np.abs(table.grades[-_N_CLEAR:]))
+        usual[task] = roots.mean(0)
+        beside = np.sqrt(np.abs(extremes.get(task, np.empty((0, roots.shape[1])))))
+        others[task] = np.concatenate([roots, beside]) - usual[task]
+    return Sizes(usual, Prior.of(others)) if usual else None
 
 
 def _steps(parts: Vector, table: Table) -> tuple[Step, ...]:

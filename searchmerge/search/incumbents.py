@@ -24,7 +24,9 @@ from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, best_of, front_with
 
 _POOL = 64  # as many of the latest plans tell how plans differ
-_LEARNT_AT = (8, 16, 32, 64, 128)  # plans scored in full, of which it is learnt how to read grades
+_LEARNT_AT = (2, 4, 8, 16, 32, 64, 128)
+"""At so many trials scored in full it is learnt anew how to read grades: where racing works those
+are few, and a candidate that is stopped is not read again."""
 
 
 class Outcome(NamedTuple):
@@ -84,7 +86,9 @@ class Incumbents:
         """Learn how to read grades from all that was scored in full, and read that so."""
         if self._seed is not None:
             plans = [*self._pool, *(record.plan for record in self._full)]
-            self._board = self._board.read_by(self._board.learn(plans, self._seed))
+            extremes = [plan for plan in self._published.values() if plan not in self._pool]
+            grader = self._board.learn(plans, self._seed, extremes)
+            self._board = self._board.read_by(grader)
         self._contenders = {
             name: Contender.of(self._board, plan, self._objective)
             for name, plan in self._published.items()
@@ -182,7 +186,7 @@ class Incumbents:
         return not self._racing.stops(
             self._objective,
             self._places,
-            self._board.observed(plan),
+            self._board.seen(plan),
             [self._pair(self._scores[record.number]) for record in against],
             self._pair(self._base) if self._base else None,
         )
@@ -204,7 +208,7 @@ class Incumbents:
             )
         if best is None:
             raise StudyError("a trial was stopped early though nothing was scored in full")
-        observed = self._board.observed(plan)
+        observed = self._board.seen(plan)
         predicted = predict(self._places, observed, self._pair(best))
         scores = {**best.scores, **predicted.scores}
         units = np.array([self._objective.unit(task) for task in predicted.scores])

@@ -3,20 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import block_diag
 from scipy.stats import norm
 
 from searchmerge.execution.blocks import BlockKey, BlockValues
 from searchmerge.search.objective import Objective
 from searchmerge.search.schedule import Places
+from searchmerge.search.unseen import Part, Prior, predict_rest
 
 Vector = npt.NDArray[np.float64]
-
-_SHARED = 0.5  # part of the expected squares that is shared with other plans, in [0, 1)
-_PRIOR = 1.0  # weight of the expected squares beside those of the candidate's own blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,17 @@ class PlanScores:
     values: Mapping[str, Vector]
 
 
-@dataclass(frozen=True, slots=True)
-class Prior:
-    """What is expected of a candidate's differences from an incumbent, before it is scored.
+class Observed(NamedTuple):
+    """What is seen of a candidate.
 
     Attributes:
-        squares: Task name to the squared difference expected of each observation.
-        others: Task name to how other plans differ from the incumbent, ``(n_plans, n)``.
+        values: Its observations.
+        shifts: Of blocks whose grades are read in a unit that is an estimate: by how much the
+            observations grow where that is one standard error off, in all of a task at once.
     """
 
-    squares: Mapping[str, Vector]
-    others: Mapping[str, Vector]
+    values: BlockValues
+    shifts: BlockValues = MappingProxyType({})
 
 
 class Incumbent(NamedTuple):
@@ -78,18 +78,12 @@ class Racing:
     r"""A paired sequential test of a candidate against what was scored in full.
 
     After every round the score that the candidate will have over all examples is predicted from
-    those seen. Its differences from the incumbent, paired by example, are taken for a draw of a
-    normal distribution of mean 0 and covariance
-    :math:`\frac{\rho}{n} D^\top D + (1 - \rho) V + \sum_t u_t u_t^\top`. D holds how n other
-    plans that were scored in full differ from the incumbent: an example that is not seen is
-    predicted from those on which other plans did alike, in any task. V (diagonal) holds the
-    squares :math:`v_e` expected of each example, and :math:`\rho = \frac12`. With
-    :math:`u_t = v / \sqrt{\sum v}` on the examples of task t a candidate may be better or worse
-    in all of a task. The distribution of the rest, given what is seen, has a closed form
-    (:func:`predict`); its covariance is multiplied by how far the candidate differs in that task
-    compared with what was expected, drawn to 1. Examples on which plans differ come first, so
-    the error falls fast; it is 0 at the end. The question is not whether the candidate is worse
-    on other examples too, but whether it can still win on these.
+    those seen, by its differences from the incumbent, paired by example, and by how other plans
+    that were scored in full differ from that (:func:`~searchmerge.search.unseen.predict_rest`).
+    Where grades are read in a unit that is an estimate (:class:`Observed`), its error counts too.
+    Examples on which plans differ come first, so the error falls fast; it is 0 at the end. The
+    question is not whether the candidate is worse on other examples too, but whether it can
+    still win on these.
 
     A candidate is stopped when, with the confidence asked for,
 
@@ -113,7 +107,7 @@ class Racing:
         self,
         objective: Objective,
         places: Places,
-        observed: BlockValues,
+        observed: Observed,
         incumbents: Sequence[Incumbent],
         base: Incumbent | None,
     ) -> bool:
@@ -177,46 +171,31 @@ class Racing:
         return float(norm.ppf(1 - self.p_threshold / n_tests))
 
 
-def n_seen(places: Places, observed: BlockValues) -> int:
+def n_seen(places: Places, observed: Observed) -> int:
     """Return on how many of the blocks of ``places`` a candidate was scored."""
-    return sum(key in observed for blocks in places.values() for key in blocks)
+    return sum(key in observed.values for blocks in places.values() for key in blocks)
 
 
 def incumbent_of(plan: PlanScores, pool: Sequence[PlanScores]) -> Incumbent:
     """Return ``plan`` with what is expected of a candidate's differences from it.
 
-    The squares are means over the pool, with one observation added of half the largest that the
-    task has: an example on which a few plans agree may still tell others apart.
-
     Args:
         plan: What candidates are paired with.
         pool: Plans that were scored in full; ``plan`` itself counts for nothing.
     """
-    squares, others = {}, {}
-    for task, values in plan.values.items():
-        differences = [other.values[task] - values for other in pool if other is not plan]
-        others[task] = np.array(differences).reshape(-1, len(values))
-        seen = others[task] ** 2
-        largest = float(seen.max(initial=0.0)) or 1.0
-        squares[task] = (seen.sum(0) + 0.5 * largest) / (len(seen) + 1)
-    return Incumbent(plan, Prior(squares, others))
+    others = [other for other in pool if other is not plan]
+    differences = {
+        task: np.array([other.values[task] - values for other in others]).reshape(-1, len(values))
+        for task, values in plan.values.items()
+    }
+    return Incumbent(plan, Prior.of(differences))
 
 
-class _Paired(NamedTuple):
-    """Which of a task's observations are seen, and by how much those differ."""
+def predict(places: Places, observed: Observed, incumbent: Incumbent) -> Prediction:
+    """Return what each task's score will be; tasks of which no block is seen are left out.
 
-    seen: npt.NDArray[np.bool_]
-    differences: Vector
-
-
-def predict(places: Places, observed: BlockValues, incumbent: Incumbent) -> Prediction:
-    r"""Return what each task's score will be; tasks of which no block is seen are left out.
-
-    The differences are :math:`F w + \varepsilon`, F from :func:`_factors`, w standard normal,
-    :math:`\varepsilon` independent with variances :math:`s = (1 - \rho) v`. From the seen d, with
-    :math:`A = 1 + F_k^\top S_k^{-1} F_k`, w has mean :math:`A^{-1} F_k^\top S_k^{-1} d` and
-    covariance :math:`A^{-1}`. What a task is still to add is the sum of its unseen rows of
-    :math:`F w + \varepsilon`.
+    Where grades are read in a unit that is an estimate, all of a task is off at once: what one
+    standard error of it would make of the scores adds to their covariance.
 
     Args:
         places: Where the blocks' observations stand.
@@ -224,34 +203,25 @@ def predict(places: Places, observed: BlockValues, incumbent: Incumbent) -> Pred
         incumbent: What it is paired with.
     """
     plan, prior = incumbent
-    pairs = {t: _pair(blocks, observed, plan.values[t]) for t, blocks in places.items()}
-    pairs = {task: pair for task, pair in pairs.items() if len(pair.differences)}
-    if not pairs:
+    parts = {t: _pair(blocks, observed.values, plan.values[t]) for t, blocks in places.items()}
+    parts = {task: part for task, part in parts.items() if len(part.differences)}
+    if not parts:
         return Prediction({}, np.zeros((0, 0)))
-    factors = _factors(prior, list(pairs))
-    noise = {task: (1 - _SHARED) * prior.squares[task] for task in pairs}
-    factor = np.concatenate([factors[task][pair.seen] for task, pair in pairs.items()])
-    variance = np.concatenate([noise[task][pair.seen] for task, pair in pairs.items()])
-    difference = np.concatenate([pair.differences for pair in pairs.values()])
-    scaled = factor / variance[:, None]  # S^-1 F, (n_seen, n_plans + n_tasks)
-    precision = np.eye(factor.shape[1]) + factor.T @ scaled
-    rest = np.array([factors[task][~pair.seen].sum(0) for task, pair in pairs.items()])
-    solved = np.linalg.solve(precision, rest.T)  # (n_plans + n_tasks, n_tasks)
-    more = solved.T @ (scaled.T @ difference)
-    covariance = rest @ solved
-    covariance += np.diag([noise[task][~pair.seen].sum() for task, pair in pairs.items()])
+    rest = predict_rest(prior, parts)
+    n_examples = np.array([len(part.seen) for part in parts.values()])
     scores = {
-        task: plan.scores[task] + (float(pair.differences.sum()) + float(rest_of)) / len(pair.seen)
-        for (task, pair), rest_of in zip(pairs.items(), more, strict=True)
+        task: plan.scores[task] + (float(part.differences.sum()) + float(more)) / len(part.seen)
+        for (task, part), more in zip(parts.items(), rest.sums, strict=True)
     }
-    units = [
-        math.sqrt(_scale(pair.differences, prior.squares[task][pair.seen])) / len(pair.seen)
-        for task, pair in pairs.items()
-    ]
-    return Prediction(scores, covariance * np.outer(units, units))
+    shifts = block_diag(*(_shifts(places[task], observed) for task in parts))  # (n_seen, n_tasks)
+    sums = np.array([part.differences.size for part in parts.values()])
+    of_seen = np.repeat(np.eye(len(parts)), sums, axis=1)  # (n_tasks, n_seen)
+    moved = (of_seen + rest.weights) @ shifts / n_examples[:, None]
+    covariance = rest.covariance / np.outer(n_examples, n_examples)
+    return Prediction(scores, covariance + moved @ moved.T)
 
 
-def _pair(blocks: Mapping[BlockKey, slice], observed: BlockValues, theirs: Vector) -> _Paired:
+def _pair(blocks: Mapping[BlockKey, slice], observed: BlockValues, theirs: Vector) -> Part:
     """Pair a task's observations with the incumbent's."""
     seen = np.zeros(len(theirs), dtype=bool)
     values: list[float] = []
@@ -259,27 +229,13 @@ def _pair(blocks: Mapping[BlockKey, slice], observed: BlockValues, theirs: Vecto
         if key in observed:
             seen[place] = True
             values += observed[key]
-    return _Paired(seen, np.array(values) - theirs[seen])
+    return Part(seen, np.array(values) - theirs[seen])
 
 
-def _factors(prior: Prior, tasks: Sequence[str]) -> dict[str, Vector]:
-    r"""Return F of each task, ``(n, n_plans + n_tasks)``.
-
-    Its columns are :math:`\sqrt{\rho / n} D^\top`, and for each task
-    :math:`v_e / \sqrt{\sum v_e}` on its examples: a candidate may be better or worse in all of a
-    task, by as much as its examples come to by chance.
-    """
-    factors = {}
-    for i, task in enumerate(tasks):
-        others, squares = prior.others[task], prior.squares[task]
-        throughout = np.zeros((len(squares), len(tasks)))
-        throughout[:, i] = squares / math.sqrt(squares.sum())
-        alike = math.sqrt(_SHARED / max(1, len(others))) * others.T
-        factors[task] = np.concatenate([alike, throughout], axis=1)
-    return factors
-
-
-def _scale(differences: Vector, expected: Vector) -> float:
-    """Return how large the squares of the differences are for those expected."""
-    squares, total = float((differences**2).sum()), float(expected.sum())
-    return (squares + _PRIOR * total) / ((1 + _PRIOR) * total)
+def _shifts(blocks: Mapping[BlockKey, slice], observed: Observed) -> Vector:
+    """Return the shifts of a task's observations, ``(n_seen, 1)``; 0 where they hang on none."""
+    shifts: list[float] = []
+    for key in blocks:
+        if key in observed.values:
+            shifts += observed.shifts.get(key) or [0.0] * len(observed.values[key])
+    return np.array(shifts)[:, None]

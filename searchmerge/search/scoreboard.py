@@ -1,8 +1,9 @@
 """What plans score: the schedule of what there is to know, and the store of what is known."""
 
+import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import accumulate, islice
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ from searchmerge.execution.blocks import (
     telling_first,
 )
 from searchmerge.plan import MergePlan
-from searchmerge.search.grades import Grader, Table, learn
+from searchmerge.search.grades import Graded, Grader, Table, Unit, learn
+from searchmerge.search.racing import Observed
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scores import ScoreStore
 
@@ -45,20 +47,31 @@ class Scoreboard:
         """Return the same scoreboard, whose observations are read by another grader."""
         return Scoreboard(self.schedule, self.store, grader)
 
-    def learn(self, plans: Iterable[MergePlan], seed: int) -> Grader:
+    def learn(
+        self, plans: Iterable[MergePlan], seed: int, extremes: Iterable[MergePlan] = ()
+    ) -> Grader:
         """Return how examples are best read, from what plans scored on all of ``select``.
 
         Tasks whose score is no mean over examples, or of which a plan has no grades, are read by
         their metric.
+
+        Args:
+            plans: The plans.
+            seed: Of the halves of the examples that tell of one another.
+            extremes: The base and the experts, which tell how clearly examples are answered.
         """
         plans = list({plan.digest: plan for plan in plans}.values())
-        tables = {}
+        extremes = list(extremes)
+        tables, beyond = {}, {}
         for task, blocks in self.schedule.blocks["select"].items():
             grades = [list(self.grades(plan, blocks).values()) for plan in plans]
             if plans and all(grades) and isinstance(self.schedule.tasks[task].kind, Mean):
                 values = [self.store.task_values(plan, blocks) for plan in plans]
                 tables[task] = Table(np.array(values), np.array(grades))
-        return learn(tables, seed)
+                clear = [list(self.grades(plan, blocks).values()) for plan in extremes]
+                if clear and all(clear):
+                    beyond[task] = np.array(clear)
+        return learn(tables, seed, beyond)
 
     def is_full(self, plan: MergePlan, part: Part) -> bool:
         """Return whether a plan was scored on all of ``part``."""
@@ -99,40 +112,62 @@ class Scoreboard:
         }
 
     def observed(self, plan: MergePlan) -> BlockValues:
-        """Return the observations on every block that a plan was scored on, grades read.
+        """Return the observations on every block that a plan was scored on, grades read."""
+        return self.seen(plan).values
 
-        Blocks are ordered by how much they tell, so that the first are not like the others: what
-        is seen of ``select`` is read as it will be once all of it is.
+    def seen(self, plan: MergePlan) -> Observed:
+        """Return the same, and how far they hang on how clearly the plan is taken to answer.
+
+        Of a part of ``select`` the plan's units are predicted: the blocks that come first are not
+        like the others, and are read as they will be once all are seen.
         """
         scored, graded = self.store.get(plan), self.store.grades(plan)
         together: dict[tuple[str, Part], list[BlockKey]] = defaultdict(list)
-        for task, part, index in scored:
+        for task, part, index in sorted(scored):  # in one order: means round by it
             together[task, part].append((task, part, index))
-        observed: dict[BlockKey, tuple[float, ...]] = {}
-        for (task, part), keys in together.items():
-            is_read = self.grader.reading(task).steps and all(graded[key] for key in keys)
-            if not is_read:
-                kind = self.schedule.tasks[task].kind
-                observed |= {key: kind.observations(scored[key]) for key in keys}
-                continue
-            values = [value for key in keys for value in scored[key]]
-            grades = [grade for key in keys for grade in graded[key]]
-            examples = self._places(task, keys) if part == "select" else None
-            read = iter(self.grader.observations(task, values, grades, examples).tolist())
-            observed |= {key: tuple(islice(read, len(scored[key]))) for key in keys}
-        return observed
-
-    def _places(self, task: str, keys: Collection[BlockKey]) -> list[int] | None:
-        """Return where the examples of blocks stand among all that select; ``None`` if all do."""
-        blocks = self.schedule.blocks["select"][task]
-        if len(keys) == len(blocks):
-            return None
-        ends = accumulate(len(block.examples) for block in blocks)
-        places = {
-            block.key: range(end - len(block.examples), end)
-            for block, end in zip(blocks, ends, strict=True)
+        is_read = {
+            (task, part): bool(self.grader.reading(task).steps) and all(map(graded.get, keys))
+            for (task, part), keys in together.items()
         }
-        return [place for key in keys for place in places[key]]
+        selecting = {
+            task: keys
+            for (task, part), keys in together.items()
+            if part == "select" and is_read[task, part]
+        }
+        units = self._units(selecting, graded)
+        values: dict[BlockKey, tuple[float, ...]] = {}
+        shifts: dict[BlockKey, tuple[float, ...]] = {}
+        for (task, part), keys in together.items():
+            if not is_read[task, part]:
+                kind = self.schedule.tasks[task].kind
+                values |= {key: kind.observations(scored[key]) for key in keys}
+                continue
+            unit = units.get(task) if part == "select" else None
+            read = self.grader.read(task, _joined(scored, keys), _joined(graded, keys), unit)
+            sizes = {key: len(scored[key]) for key in keys}
+            values |= _cut(read.values, sizes)
+            if unit is not None:
+                shifts |= _cut(read.shifts, sizes)
+        return Observed(values, shifts)
+
+    def _units(
+        self, selecting: Mapping[str, Sequence[BlockKey]], graded: BlockValues
+    ) -> dict[str, Unit]:
+        """Return what the units of tasks are taken for of which some blocks are not seen."""
+        blocks = self.schedule.blocks.get("select", {})
+        partly = [task for task, keys in selecting.items() if len(keys) < len(blocks[task])]
+        if not partly:
+            return {}
+        places = self.schedule.places("select")
+        seen = {
+            task: Graded(
+                [i for key in keys for i in range(*places[task][key].indices(sys.maxsize))],
+                _joined(graded, keys),
+            )
+            for task, keys in selecting.items()
+        }
+        units = self.grader.units(seen)
+        return {task: units[task] for task in partly if task in units}
 
     def observations(self, plan: MergePlan, part: Part) -> dict[str, Vector]:
         """Return each task's observations of a plan that was scored on all of ``part``."""
@@ -192,6 +227,17 @@ class Scoreboard:
                     tuple(values[e] for e in block.examples[:n_values]),
                     grades=tuple(grades[e] for e in block.examples) if grades else (),
                 )
+
+
+def _joined(numbers: BlockValues, keys: Iterable[BlockKey]) -> list[float]:
+    """Return the numbers of blocks, one after the other."""
+    return [number for key in keys for number in numbers[key]]
+
+
+def _cut(numbers: Vector, sizes: Mapping[BlockKey, int]) -> dict[BlockKey, tuple[float, ...]]:
+    """Cut the numbers of blocks, one after the other, into those of each."""
+    each = iter(numbers.tolist())
+    return {key: tuple(islice(each, size)) for key, size in sizes.items()}
 
 
 def _by_example(numbers: tuple[float, ...], blocks: Sequence[Block]) -> dict[int, float]:

@@ -49,7 +49,7 @@ from searchmerge.search.grades import Grader
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.pick import confirmed, evidence_on_select
-from searchmerge.search.racing import Incumbent, Racing
+from searchmerge.search.racing import Incumbent, Observed, Racing
 from searchmerge.search.references import BASE, expert_name
 from searchmerge.search.schedule import Places, Schedule
 from searchmerge.search.scoreboard import Scoreboard
@@ -74,12 +74,12 @@ class SignedRank:
         self,
         objective: Objective,
         places: Places,
-        observed: BlockValues,
+        observed: Observed,
         incumbents: Sequence[Incumbent],
         base: object,
     ) -> bool:
         """Return whether the blocks seen are worse with confidence."""
-        if not incumbents or len(observed) < BLOCK_SIZE:
+        if not incumbents or len(observed.values) < BLOCK_SIZE:
             return False
         best = incumbents[0].plan
         theirs = {
@@ -90,7 +90,7 @@ class SignedRank:
         differences = np.array(
             [
                 objective.unit(key[0]) * (np.mean(values) - theirs[key])
-                for key, values in observed.items()
+                for key, values in observed.values.items()
             ]
         )
         if differences.mean() >= 0:

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from searchmerge.search.grades import METRIC, Grader, Reading, Step, Table, learn, soft
+from searchmerge.search.grades import (
+    METRIC,
+    Graded,
+    Grader,
+    Reading,
+    Step,
+    Table,
+    Unit,
+    learn,
+    soft,
+)
 
 
 def plans(rng, n_plans=24, n_examples=60):
@@ -20,7 +30,9 @@ def read(table, seed=0):
 
 def test_a_soft_step_is_taken_in_units_of_the_plans_own_grades():
     grades = np.array([[-2.0, 1.0, 3.0], [-4.0, 2.0, 6.0]])
-    assert soft(grades, 2.0)[0] == pytest.approx(norm.cdf(grades[0] / (2 * 2.0)))
+    unit = np.sqrt([2.0, 1.0, 3.0]).mean() ** 2
+    assert soft(grades, 2.0)[0] == pytest.approx(norm.cdf(grades[0] / (2 * unit)))
+    assert soft(grades[0], 2.0, 5.0) == pytest.approx(norm.cdf(grades[0] / 10))
     assert soft(grades, 2.0)[1] == pytest.approx(soft(grades, 2.0)[0])
 
 
@@ -28,8 +40,8 @@ def test_a_reading_is_the_sum_of_its_parts():
     values, grades = np.array([1.0, 0.0, 1.0]), np.array([-2.0, 1.0, 3.0])
     reading = Reading((Step(0.25, 1.0, 0.1), Step(0.5, 2.0, -0.2)), 0.5)
     expected = 0.25 * values
-    expected += 0.25 * (norm.cdf(grades / 2.0) + 0.1) + 0.5 * (norm.cdf(grades / 4.0) - 0.2)
-    assert reading(values, grades) == pytest.approx(expected)
+    expected += 0.25 * (norm.cdf(grades / 3.0) + 0.1) + 0.5 * (norm.cdf(grades / 6.0) - 0.2)
+    assert reading(values, grades, 3.0) == pytest.approx(expected)
     assert reading.weight == pytest.approx(0.75)
 
 
@@ -68,7 +80,7 @@ def test_grades_that_contradict_the_metric_are_not_read_because_others_do_well()
     rng = np.random.default_rng(5)
     telling, _ = plans(rng, n_plans=40, n_examples=120)
     table, quality = plans(rng, n_plans=40)
-    little = table.values[:, :16]
+    little = table.values[:, :32]
     confident = -3 * quality[:, None] + rng.normal(0.0, 0.5, little.shape)
     reading = learn({"a": telling, "b": Table(little, confident)}, 0).reading("b")
     assert reading.contradicts
@@ -102,29 +114,70 @@ def test_what_is_learnt_depends_on_nothing_but_the_tables_and_the_seed():
 
 def test_tasks_without_a_reading_are_read_by_their_metric():
     grader = Grader({"a": Reading((Step(1.0, 2.0, 0.0),), 0.5)})
-    assert grader.observations("b", [1.0, 0.0], [5.0, -5.0]).tolist() == [1.0, 0.0]
-    assert grader.observations("a", [1.0, 0.0], [5.0, -5.0])[0] == pytest.approx(norm.cdf(0.5))
-    assert grader.observations("a", [1.0, 0.0], []).tolist() == [1.0, 0.0]
+    assert grader.read("b", [1.0, 0.0], [5.0, -5.0]).values.tolist() == [1.0, 0.0]
+    assert grader.read("a", [1.0, 0.0], [5.0, -5.0]).values[0] == pytest.approx(norm.cdf(0.5))
+    assert grader.read("a", [1.0, 0.0], []).values.tolist() == [1.0, 0.0]
 
 
-def test_how_clearly_examples_are_answered_is_what_other_plans_say_of_them():
-    sizes = np.array([[1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 4.0, 6.0, 8.0, 10.0], [0.0] * 5])
-    grader = Grader({}, {"math": sizes})
-    assert grader.clarity("math", [0, 1, 2, 3, 4]) == pytest.approx(1.0)
-    assert grader.clarity("math", [0, 1]) == pytest.approx(1.5 / 3)
-    assert grader.clarity("math", [4]) == pytest.approx(5 / 3)
-    assert grader.clarity("law", [4]) == 1.0  # of which nothing is known
+def unlike(rng, n_plans, n_examples=64):
+    """Return the grades of plans of which each answers the first examples more or less clearly."""
+    profile = np.linspace(0.2, 3.0, n_examples)
+    turned = rng.normal(0.0, 0.5, (n_plans, 1)) * np.linspace(1.0, -1.0, n_examples)
+    sizes = profile * np.exp(turned + rng.normal(0.0, 0.3, (n_plans, n_examples)))
+    return sizes * rng.choice([-1.0, 1.0], sizes.shape)
 
 
-def test_some_examples_are_read_as_they_will_be_among_all():
+def unit_of(grades):
+    return np.sqrt(np.abs(grades)).mean() ** 2
+
+
+def learnt(grades, beside=None):
+    """Return a grader that knows the grades of plans of one task."""
+    table = Table((grades > 0).astype(float), grades)
+    return learn({"math": table}, 0, {} if beside is None else {"math": beside})
+
+
+def test_a_plans_unit_is_predicted_from_the_examples_that_are_seen_with_its_error():
     rng = np.random.default_rng(0)
-    profile, signs = rng.gamma(2.0, size=40), rng.choice([-1.0, 1.0], size=40)
-    grades = 3 * profile * signs  # as other plans, but three times as sure of everything
-    values = (grades > 0).astype(float)
+    grader = learnt(unlike(rng, 12))
+    for n_seen in (8, 24, 48):
+        off, taken_alone = [], []
+        for grades in unlike(rng, 200):
+            unit = grader.units({"math": Graded(range(n_seen), grades[:n_seen])})["math"]
+            off.append((np.log(unit.size / unit_of(grades)), unit.error))
+            taken_alone.append(np.log(unit_of(grades[:n_seen]) / unit_of(grades)))
+        errors, expected = np.array(off).T
+        assert np.sqrt((errors**2).mean()) < 0.4 * np.sqrt(np.mean(np.square(taken_alone)))
+        assert 0.4 < np.sqrt(((errors / expected) ** 2).mean()) < 2.2
+
+
+def test_a_unit_is_what_it_is_once_all_is_seen_and_none_where_nothing_is_known():
+    rng = np.random.default_rng(1)
+    grader, [grades] = learnt(unlike(rng, 12)), unlike(rng, 1)
+    places = rng.permutation(len(grades)).tolist()
+    whole = grader.units({"math": Graded(places, grades[places])})["math"]
+    assert whole == pytest.approx((unit_of(grades), 0.0))
+    assert grader.units({"law": Graded([0], [1.0])}) == {}
+    assert Grader({}).units({"math": Graded([0], [1.0])}) == {}
+
+
+def test_the_base_and_the_experts_tell_how_far_a_unit_may_be_off():
+    rng = np.random.default_rng(2)
+    alike = unlike(rng, 1) * np.exp(rng.normal(0.0, 0.02, (8, 64)))
+    seen = {"math": Graded(range(8), alike[0, :8])}
+    alone = learnt(alike).units(seen)["math"]
+    beside = learnt(alike, unlike(rng, 4)).units(seen)["math"]
+    assert beside.error > 2 * alone.error
+    assert beside.size == pytest.approx(alone.size, rel=0.1)
+
+
+def test_a_unit_that_may_be_off_shifts_what_examples_count_as():
     reading = Reading((Step(0.7, 1.0, 0.1),), 0.9)
-    grader = Grader({"math": reading}, {"math": profile * np.array([[1.0], [0.5]])})
-    whole = grader.observations("math", values, grades)
-    first = np.argsort(profile)[:8]  # the least clear ones
-    some = grader.observations("math", values[first], grades[first], first.tolist())
-    np.testing.assert_allclose(some, whole[first])
-    assert np.abs(grader.observations("math", values[first], grades[first]) - some).max() > 0.1
+    grader = Grader({"math": reading})
+    values, grades = np.array([1.0, 0.0, 1.0]), np.array([2.0, -1.0, 0.5])
+    read = grader.read("math", values, grades, Unit(1.5, 0.2))
+    assert read.values == pytest.approx(reading(values, grades, 1.5))
+    less, more = (reading(values, grades, 1.5 * np.exp(by)) for by in (-0.2, 0.2))
+    assert read.shifts == pytest.approx((less - more) / 2)
+    assert read.shifts[0] > 0 > read.shifts[1]
+    assert not grader.read("math", values, grades).shifts.any()

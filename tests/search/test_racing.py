@@ -9,7 +9,7 @@ from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.score_kind import Whole
 from searchmerge.execution.blocks import make_blocks
 from searchmerge.search.objective import Constraint, Goal, Objective
-from searchmerge.search.racing import PlanScores, Racing, incumbent_of, predict
+from searchmerge.search.racing import Observed, PlanScores, Racing, incumbent_of, predict
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.trials import TrialRecord
 
@@ -29,11 +29,13 @@ GOALS = {"a": Goal(1.0, "A"), "b": Goal(2.0, "B")}
 
 def first(values, n_blocks=8):
     """Return what is observed on the first blocks of each task, from task name to 64 values."""
-    return {
-        key: tuple(values[task][place])
-        for task, blocks in PLACES.items()
-        for key, place in list(blocks.items())[:n_blocks]
-    }
+    return Observed(
+        {
+            key: tuple(values[task][place])
+            for task, blocks in PLACES.items()
+            for key, place in list(blocks.items())[:n_blocks]
+        }
+    )
 
 
 def scored(values):
@@ -117,18 +119,38 @@ def test_what_is_not_seen_is_predicted_from_plans_that_did_alike():
     others = [scored(fails), scored({**right, "a": right["a"][:-8] + [0.0] * 8})]
     seen = {
         key: values
-        for key, values in first(right, 8).items()
+        for key, values in first(right, 8).values.items()
         if key in (("a", "select", 0), ("b", "select", 0))
     }
     failing = {**seen, ("a", "select", 0): (0.0,) * 8}
     incumbent = incumbent_of(best, others)
-    at_b = [predict(PLACES, observed, incumbent).scores["b"] for observed in (seen, failing)]
+    at_b = [predict(PLACES, Observed(values), incumbent).scores["b"] for values in (seen, failing)]
     assert at_b[0] == 1.0
     assert 1 - 8 / N <= at_b[1] < 1 - 4 / N
 
 
+def test_a_unit_that_may_be_off_makes_a_prediction_less_certain_and_a_stop_later():
+    """All of a task is off at once, so that what is seen is off by the sum of its shifts."""
+    values = first(WORSE, 5).values
+    certain = Observed(values)
+    doubted = Observed(values, {k: (0.9,) * len(v) for k, v in values.items() if k[0] == "a"})
+    incumbent = incumbent_of(scored(GOOD), POOL)
+    before, after = (predict(PLACES, seen, incumbent) for seen in (certain, doubted))
+    assert after.scores == before.scores
+    added = after.covariance - before.covariance
+    moved = {k: tuple(np.add(v, 0.9)) if k[0] == "a" else v for k, v in values.items()}
+    shifted = predict(PLACES, Observed(moved), incumbent).scores
+    by = np.array([shifted[task] - before.scores[task] for task in before.scores])
+    assert added == pytest.approx(np.outer(by, by))
+    assert by[0] > 0.9 * 40 / N
+    racing = Racing(collapse_margin=10.0)
+    for seen, expected in ((certain, True), (doubted, False)):
+        assert stops(racing, objective("mean"), seen, [scored(GOOD)], pool=POOL) is expected
+
+
 def test_nothing_is_decided_while_nothing_is_known_of_a_task():
-    seen = {key: values for key, values in first(WORSE, 8).items() if key[0] == "a"}
+    everything = first(WORSE, 8).values
+    seen = Observed({key: values for key, values in everything.items() if key[0] == "a"})
     racing = Racing(min_blocks=2)
     assert not stops(
         racing, objective("normalised"), seen, [scored(GOOD)], scored(GOOD), pool=POOL
@@ -140,7 +162,8 @@ def test_a_score_that_is_no_mean_counts_once_it_is_known():
     both = places(a=TaskInfo(N), b=TaskInfo(N, kind=Whole()))
     [whole] = both["b"]
     best = PlanScores({"a": 0.5, "b": 0.9}, {"a": np.array(GOOD["a"]), "b": np.array([0.9])})
-    candidate = {**{k: v for k, v in first(GOOD, 4).items() if k[0] == "a"}, whole: (0.2,)}
+    of_a = {k: v for k, v in first(GOOD, 4).values.items() if k[0] == "a"}
+    candidate = Observed({**of_a, whole: (0.2,)})
     predicted = predict(both, candidate, incumbent_of(best, []))
     assert predicted.upper(1.6)["b"] == predicted.scores["b"] == pytest.approx(0.2)
     assert stops(Racing(min_blocks=2), objective("mean"), candidate, [best], places=both)

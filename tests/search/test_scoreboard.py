@@ -6,10 +6,11 @@ import pytest
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.score_kind import OfRecords, Whole
 from searchmerge.execution.blocks import BlockScores, make_blocks
-from searchmerge.search.grades import Grader, Reading, Step
+from searchmerge.search.grades import Grader, Reading, Sizes, Step
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.scores import ScoreStore
+from searchmerge.search.unseen import Prior
 from tests.search.test_trials import plan
 
 N = 8
@@ -113,16 +114,24 @@ def test_blocks_that_come_first_are_read_as_they_are_among_all(tmp_path):
     blocks = {"select": {"mean": make_blocks("mean", "select", range(N), TASKS["mean"], 3)}}
     schedule = Schedule.interleaved({"mean": TASKS["mean"]}, blocks, round_blocks=2, seed=0)
     store = ScoreStore(tmp_path / "scores.db")
-    grader = Grader(
-        {"mean": Reading((Step(1.0, 1.0, 0.0),), 0.9)}, {"mean": np.arange(1.0, 9)[None]}
-    )
+    roots = np.sqrt(np.arange(1.0, 9))  # of the grades of the plan that is known
+    sizes = Sizes({"mean": roots}, Prior.of({"mean": roots[None] * [[-0.5], [0.5]]}))
+    grader = Grader({"mean": Reading((Step(1.0, 1.0, 0.0),), 0.9)}, sizes)
     board = Scoreboard(schedule, store, grader)
     seen = []
     for block in reversed(blocks["select"]["mean"]):  # in another order than they are cut in
-        grades = tuple(10.0 * (example + 1) for example in block.examples)
+        grades = tuple(1.5 * (example + 1) for example in block.examples)
         store.put(A, [BlockScores(block, (1.0,) * len(grades), grades=grades)])
-        seen.append(board.observed(A))
+        seen.append(board.seen(A))
+        assert board.observed(A) == seen[-1].values
+    alone = grader.read("mean", [1.0, 1.0], [10.5, 12.0]).values  # as if they were all
+    assert abs(alone[0] - seen[-1].values["mean", "select", 2][0]) > 0.1
     for some in seen:
-        for key, values in some.items():
-            assert values == pytest.approx(seen[-1][key])
+        for key, values in some.values.items():
+            assert values == pytest.approx(seen[-1].values[key], abs=0.02)
+    [first] = seen[0].values
+    shifts = [max(map(abs, some.shifts[first])) for some in seen[:-1]]
+    assert shifts == sorted(shifts, reverse=True)
+    assert shifts[-1] > 0
+    assert not seen[-1].shifts
     store.close()
