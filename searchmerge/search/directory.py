@@ -49,7 +49,8 @@ PLANS_DIR = "plans"
 BEST_SO_FAR = "best so far"
 """What the plan is called that is best while a study runs."""
 _LOCK_FILE = ".lock"
-_LOOKED_AT_S = 1.0  # longer than :func:`is_held` has it, which is no driver
+_LOOK_S = 0.2  # for which :func:`is_held` tries: who looks too has the lock for a moment
+_LOOKED_AT_S = 1.0  # for which a driver tries, longer than those have it
 _UNSAFE = re.compile(r"[^\w+.-]")  # in the name of a file, which an expert's may not be
 # user attributes of the study
 _SPEC = "spec"  # the canonical study, as it was begun
@@ -103,7 +104,7 @@ def is_held(run_dir: Path) -> bool:
     if not file.exists():
         return False
     try:
-        with FileLock(file, timeout=0):
+        with FileLock(file, timeout=_LOOK_S, poll_interval=_LOOK_S / 20):
             return False
     except (Timeout, OSError):  # of a directory that cannot be written to nothing is known
         return True

@@ -38,12 +38,13 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     Raises:
         StudyError: If there is no study in ``run_dir``.
     """
+    held_before = is_held(run_dir)
     with stored_study(run_dir, storage) as study:
         records, elapsed_s = records_of(study), elapsed_of(study)
         best_so_far, is_noted = best_so_far_of(study), is_at_work(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     workers, workers_age_s = read_roster(run_dir)
-    holds = is_held(run_dir)
+    holds = held_before or is_held(run_dir)  # it may have begun, or ended, since
     n_failed = sum(record.value is None for record in records)
     return {
         "study": study.study_name,

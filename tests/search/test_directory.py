@@ -1,10 +1,19 @@
 """A run directory keeps its study, and what is kept of it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from optuna.trial import TrialState
 
 from searchmerge.errors import StudyError
-from searchmerge.search.directory import PLANS_DIR, locked, plan_file, records_of, stored_study
+from searchmerge.search.directory import (
+    PLANS_DIR,
+    is_held,
+    locked,
+    plan_file,
+    records_of,
+    stored_study,
+)
 
 
 def test_a_directory_is_held_by_one_driver(tmp_path):
@@ -16,6 +25,13 @@ def test_a_directory_is_held_by_one_driver(tmp_path):
         pass
     with locked(tmp_path / "run"):
         pass
+
+
+def test_those_who_look_at_once_whether_a_directory_is_held_do_not_see_one_another(tmp_path):
+    with locked(tmp_path):
+        assert is_held(tmp_path)
+    with ThreadPoolExecutor(4) as looking:
+        assert not any(looking.map(is_held, [tmp_path] * 400))
 
 
 def test_a_study_whose_scores_are_elsewhere_is_refused(toy, tmp_path):

@@ -114,6 +114,19 @@ def test_a_run_that_holds_its_directory_no_more_is_not_called_running(toy):
     assert not read_status(run_dir)["ended_abruptly"]
 
 
+def test_a_run_that_begins_or_ends_while_it_is_looked_at_did_not_end_abruptly(toy, monkeypatch):
+    study = toy()
+    study.run(2, references={})
+    study.directory.begin_run()
+    for looks in ([True, False], [False, True]):
+        each = iter(looks)
+        monkeypatch.setattr(
+            "searchmerge.search.status.is_held", lambda run_dir, each=each: next(each)
+        )
+        status = read_status(study.directory.run_dir)
+        assert (status["at_work"], status["ended_abruptly"]) == (True, False)
+
+
 def test_values_stand_below_one_another_whatever_plans_are_called(toy):
     study = toy()
     study.run(6)
