@@ -31,6 +31,7 @@ WATCHED = 1 / 4
 LEAST_EXAMPLES = 8
 """Of a task: then two blocks are watched, from which it is seen how far its losses vary."""
 
+_FEWEST_BLOCKS = 2  # of one alone no error is known
 _BLOCK = 8  # examples whose loss is watched as one, if that makes
 _LEAST_BLOCKS = 6  # so many, from which it is seen how far losses vary
 _CHECKS = 5  # how often it is looked at whether to go on, at most
@@ -217,15 +218,15 @@ class _Course:
         """Return and report what the watched examples say of the start: of those that say any.
 
         Raises:
-            EvaluationError: If none of a task's does.
+            EvaluationError: If those of a task are too few to tell how far its losses vary.
         """
         at, watched = self.path.first, self._watched()
         result = yield self.path.plan(at), self._request(watched, gradient=False)
         self._leave_out(0, result.left_out)
         for task, blocks in self._watched().items():
-            if not blocks:
+            if len(blocks) < min(_FEWEST_BLOCKS, len(self.parts[task].watched)):
                 raise EvaluationError(
-                    f"none of the examples that decide how far to go has a finite loss; "
+                    f"too few of the examples that decide how far to go have a finite loss; "
                     f"{told({task: result.left_out[task]})[0]}"
                 )
         finite = {t: tuple(x for x in of if not math.isnan(x)) for t, of in result.losses.items()}

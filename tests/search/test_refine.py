@@ -270,6 +270,14 @@ def test_a_task_of_which_nothing_has_a_loss_is_named():
         run(bowl=Holes(watched))
 
 
+def test_of_a_task_with_one_block_left_it_is_not_known_how_far_losses_vary():
+    few = replace(MATERIAL, examples={"math": range(64), "code": range(8)})
+    assert len(run(material=few)[1].asked[0][1].batches["code"]) == 2
+    watched = asked_of(run(material=few)[1], "code")[0]
+    with pytest.raises(EvaluationError, match=rf"too few .* task 'code', example {watched[0]}: "):
+        run(material=few, bowl=Holes(watched[:1]))
+
+
 def test_where_the_steps_leave_an_example_without_a_loss_they_end():
     watched = asked_of(run()[1], "math")[0]
     told = [None]
