@@ -17,7 +17,8 @@ _NO_LIST = (str, bytes, Mapping, Set)
 def user_code(what: str, error_type: type[Exception]) -> Iterator[None]:
     """Raise an error that names the user's code in place of whatever that raises.
 
-    ``sys.exit`` is no exception to this: it would end the run as if all had gone well.
+    ``sys.exit`` is no exception to this: it would end the run as if all had gone well. What is
+    said of what the code returned is raised as it is.
 
     Args:
         what: The code, and where it is used.
@@ -25,7 +26,7 @@ def user_code(what: str, error_type: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EvaluationError):
         raise
     except SystemExit as error:
         raise error_type(f"{what} called sys.exit({error.code!r})") from error

@@ -326,6 +326,11 @@ def test_what_is_no_loss_is_refused(tmp_path, loss, message):
         with_loss(tmp_path, loss).loss(nn.Linear(1, 1), "t", [0])
 
 
+def test_of_what_is_returned_it_is_not_said_that_it_was_raised(folder, model):
+    with pytest.raises(EvaluationError, match=r"^task 'mine': \S+:words scored example 0 'good'"):
+        evaluator(folder, "words").score(model, "mine", [0, 3])
+
+
 def test_the_users_function_may_grade_beside_the_score(folder, model):
     graded = evaluator(folder, "pairs")
     assert graded.score(model, "mine", [4, 0]) == (1.0, 0.0)
