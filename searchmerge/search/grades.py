@@ -258,8 +258,8 @@ def learn(
         tables: Task to what plans scored on the examples that select, those of no other part.
         seed: Of the halves.
         extremes: Task to the grades of the base and the experts on the same examples,
-            ``(n_plans, n)``: of their metric nothing is learnt, but how clearly a merge answers
-            an example is in between.
+            ``(n_plans, n)``, the same plans for every task: of their metric nothing is learnt,
+            but how clearly a merge answers an example is in between.
     """
     told = {task: _correlations(table, seed) for task, table in tables.items()}
     likelihoods = {

@@ -58,20 +58,22 @@ class Scoreboard:
         Args:
             plans: The plans.
             seed: Of the halves of the examples that tell of one another.
-            extremes: The base and the experts, which tell how clearly examples are answered.
+            extremes: The base and the experts, which tell how clearly examples are answered:
+                those that have grades of all these tasks.
         """
         plans = list({plan.digest: plan for plan in plans}.values())
-        extremes = list(extremes)
-        tables, beyond = {}, {}
-        for task, blocks in self.schedule.blocks["select"].items():
+        blocks_of, tables = self.schedule.blocks["select"], {}
+        for task, blocks in blocks_of.items():
             grades = [list(self.grades(plan, blocks).values()) for plan in plans]
             if plans and all(grades) and isinstance(self.schedule.tasks[task].kind, Mean):
                 values = [self.store.task_values(plan, blocks) for plan in plans]
                 tables[task] = Table(np.array(values), np.array(grades))
-                clear = [list(self.grades(plan, blocks).values()) for plan in extremes]
-                if clear and all(clear):
-                    beyond[task] = np.array(clear)
-        return learn(tables, seed, beyond)
+        graded = [
+            {task: self.grades(plan, blocks_of[task]) for task in tables} for plan in extremes
+        ]
+        clear = [grades for grades in graded if all(grades.values())]
+        beyond = {task: np.array([[*its[task].values()] for its in clear]) for task in tables}
+        return learn(tables, seed, beyond if clear else {})
 
     def is_full(self, plan: MergePlan, part: Part) -> bool:
         """Return whether a plan was scored on all of ``part``."""

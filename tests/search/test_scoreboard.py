@@ -6,7 +6,7 @@ import pytest
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.evaluators.score_kind import OfRecords, Whole
 from searchmerge.execution.blocks import BlockScores, make_blocks
-from searchmerge.search.grades import Grader, Reading, Sizes, Step
+from searchmerge.search.grades import Graded, Grader, Reading, Sizes, Step
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.scores import ScoreStore
@@ -134,4 +134,24 @@ def test_blocks_that_come_first_are_read_as_they_are_among_all(tmp_path):
     assert shifts == sorted(shifts, reverse=True)
     assert shifts[-1] > 0
     assert not seen[-1].shifts
+    store.close()
+
+
+def test_an_expert_that_has_no_grades_of_a_task_does_not_tell_how_clearly_others_are_answered(
+    tmp_path,
+):
+    tasks = {"math": TaskInfo(N), "code": TaskInfo(N)}
+    blocks = {"select": {t: make_blocks(t, "select", range(N), tasks[t], 3) for t in tasks}}
+    store = ScoreStore(tmp_path / "scores.db")
+    board = Scoreboard(Schedule.interleaved(tasks, blocks, round_blocks=2, seed=0), store)
+    for scored, graded in ((A, tasks), (B, tasks), (C, ("math",))):
+        for task, its in blocks["select"].items():
+            for block in its:
+                values = (1.0,) * len(block.examples)
+                grades = values if task in graded else ()
+                store.put(scored, [BlockScores(block, values, grades=grades)])
+    seen = {task: Graded(range(3), [1.0] * 3) for task in tasks}
+    without = board.learn([A], 0, [B])
+    assert set(without.units(seen)) == set(tasks)
+    assert board.learn([A], 0, [B, C]).units(seen) == without.units(seen)
     store.close()
