@@ -79,12 +79,12 @@ class Models:
         """Return a hash of each model's content; several are read at once."""
         named, stopped = {"base": self.base, **self.experts}, Event()
         with ThreadPoolExecutor(available_cores()) as threads:
-            whole = {
-                name: threads.submit(checkpoint.fingerprint, stopped)
-                for name, checkpoint in named.items()
-                if checkpoint.is_whole
-            }
             try:
+                whole = {
+                    name: threads.submit(checkpoint.fingerprint, stopped)
+                    for name, checkpoint in named.items()
+                    if checkpoint.is_whole
+                }
                 hashes = {name: future.result() for name, future in whole.items()}
             except BaseException:  # a signal, say: the others need not end what they read
                 stopped.set()
