@@ -53,7 +53,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
             "running": len(running),
             "fail": n_failed,
         },
-        "at_work": is_noted and holds,
+        "at_work": holds,
         "ended_abruptly": is_noted and not holds,
         "refined": sum(bool(record.refines) for record in records),
         "stopped_early": sum(record.stopped_after is not None for record in records),
