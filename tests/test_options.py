@@ -87,6 +87,7 @@ def fields_of(node):
     """Return the fields of a dataclass that have a default, with their positions."""
     named = [n for n in node.body if isinstance(n, ast.AnnAssign) and n.target.id[0] != "_"]
     named = [n for n in named if "ClassVar" not in ast.unparse(n.annotation)]
+    named = [n for n in named if n.value is None or "init=False" not in ast.unparse(n.value)]
     return {n.target.id: i for i, n in enumerate(named) if n.value is not None}
 
 

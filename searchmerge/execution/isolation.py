@@ -63,7 +63,7 @@ class Isolation:
     rows: Callable[[], Rows] | None
     scale: float
     n_examples: int
-    left_out: dict[str, dict[int, str]] = field(default_factory=dict)
+    left_out: dict[str, dict[int, str]] = field(default_factory=dict, init=False)
 
     def sum_of(self, task: str, examples: Sequence[int], at_once: int, factor: float) -> Sum:
         """Return what a task's examples come to, without those that are left out.

@@ -192,7 +192,7 @@ class _Course:
     material: Material
     parts: Mapping[str, _Parts]
     report: Report
-    left_out: dict[str, set[int]] = field(default_factory=dict)
+    left_out: dict[str, set[int]] = field(default_factory=dict, init=False)
 
     @property
     def _weights(self) -> dict[str, float]:
