@@ -89,8 +89,8 @@ class Models:
             except BaseException:  # a signal, say: the others need not end what they read
                 stopped.set()
                 raise
-        others = {n: c.fingerprint() for n, c in named.items() if n not in hashes}
-        return {name: {**hashes, **others}[name][:16] for name in named}
+        hashes |= {n: c.fingerprint() for n, c in named.items() if n not in hashes}
+        return {name: hashes[name][:16] for name in named}
 
 
 def open_models(study: Study, *, resident: bool = True) -> Models:

@@ -103,14 +103,16 @@ class Engine:
         Returns:
             ``(n_sets,)`` float64 on that device, from products summed in float32.
         """
-        total = torch.zeros(len(scalars), dtype=torch.float64, device=numbers.device)
-        in_rows_done = 0
+        total, begin = None, 0
         if self._takes_rows(len(numbers), numbers.device):
-            in_rows_done = self._add_products_in_rows(function, operands, scalars, numbers, total)
-        compiled = len(numbers) >= _TOO_SMALL and self.is_compiled(numbers.device)
-        compiled &= not in_rows_done
+            total = self._products_in_rows(function, operands, scalars, numbers)
+        if total is None:
+            total = torch.zeros(len(scalars), dtype=torch.float64, device=numbers.device)
+        else:
+            begin = in_rows(len(numbers))  # what is left over is too little to be compiled for
+        compiled = len(numbers) - begin >= _TOO_SMALL and self.is_compiled(numbers.device)
         step = MOST_AT_ONCE if compiled else CHUNK
-        for start in range(in_rows_done, len(numbers), step):
+        for start in range(begin, len(numbers), step):
             stop = min(start + step, len(numbers))
             part, weights = operands.part(start, stop), numbers[start:stop]
             done: Iterable[Tensor] | None = None
@@ -122,18 +124,12 @@ class Engine:
                 total += sums
         return total
 
-    def _add_products_in_rows(
-        self,
-        function: ChunkFunction,
-        operands: Operands,
-        scalars: Tensor,
-        numbers: Tensor,
-        total: Tensor,
-    ) -> int:
-        """Add what :meth:`products` returns of the entries that are in rows to ``total``.
+    def _products_in_rows(
+        self, function: ChunkFunction, operands: Operands, scalars: Tensor, numbers: Tensor
+    ) -> Tensor | None:
+        """Return what :meth:`products` does, of the entries that are in rows alone.
 
-        Returns:
-            How many entries those are; 0 where it cannot be compiled, and nothing is added.
+        ``None`` where it cannot be compiled.
         """
         of_sets = torch.stack([numbers_of(of_set, 1.0) for of_set in scalars])
         of_sets = of_sets.to(numbers.device, non_blocking=True)
@@ -143,10 +139,9 @@ class Engine:
             weights = numbers[start:stop].view(-1, ROW)
             sums, outs = new_sums(len(scalars), len(weights), numbers.device)
             if not self.compiled.run_rows(kernel, function, rows, (weights, *outs)):
-                return 0
+                return None
             of_spans.append(sums.sum(1))
-        total += torch.stack(of_spans).sum(0, dtype=torch.float64)
-        return in_rows(len(numbers))
+        return torch.stack(of_spans).sum(0, dtype=torch.float64)
 
     def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
         return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)

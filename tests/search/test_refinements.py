@@ -405,6 +405,15 @@ def some(model, task, examples):
 """
 
 
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """A user's module of losses, as first imported, and models beside it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "losses_of_a_user", raising=False)
+    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
+    make_models(tmp_path)
+
+
 def study_of_functions(folder, loss, **refine):
     """Return a study of one task that a user's functions score and give a loss of."""
     task = {"evaluator": "function", "function": "losses_of_a_user:score", "n_examples": 48}
@@ -415,12 +424,10 @@ def study_of_functions(folder, loss, **refine):
     )
 
 
+@pytest.mark.usefixtures("functions")
 def test_a_refinement_that_failed_is_begun_anew_and_so_is_one_of_another_loss(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
-    make_models(tmp_path)
     run_dir, told = tmp_path / "run", Recorder()
     first = study_of_functions(tmp_path, "losses_of_a_user:loss")
     run_study(first, CONFIG, run_dir, told)
@@ -438,13 +445,8 @@ def test_a_refinement_that_failed_is_begun_anew_and_so_is_one_of_another_loss(
         assert sum(len(outcome) for outcome in outcomes(run_dir)) == 2
 
 
-def test_examples_without_a_finite_loss_are_named_and_the_others_learnt_from(
-    tmp_path, monkeypatch
-):
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "losses_of_a_user", raising=False)
-    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
-    make_models(tmp_path)
+@pytest.mark.usefixtures("functions")
+def test_examples_without_a_finite_loss_are_named_and_the_others_learnt_from(tmp_path):
     told = Recorder()
     asked = study_of_functions(tmp_path, "losses_of_a_user:some", steps=20, rate=0.2)
     run_study(asked, CONFIG, tmp_path / "run", told)
@@ -457,13 +459,8 @@ def test_examples_without_a_finite_loss_are_named_and_the_others_learnt_from(
     assert refined["refining"]["gain"] > 0
 
 
-def test_a_loss_that_is_no_number_any_more_ends_the_steps_and_what_was_best_is_scored(
-    tmp_path, monkeypatch
-):
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "losses_of_a_user", raising=False)
-    (tmp_path / "losses_of_a_user.py").write_text(LOSSES)
-    make_models(tmp_path)
+@pytest.mark.usefixtures("functions")
+def test_a_loss_that_is_no_number_any_more_ends_the_steps_and_what_was_best_is_scored(tmp_path):
     told = Recorder()
     asked = study_of_functions(tmp_path, "losses_of_a_user:late", steps=20, rate=0.2)
     run_study(asked, CONFIG, tmp_path / "run", told)
