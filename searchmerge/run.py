@@ -53,7 +53,7 @@ from searchmerge.search.pick import (
     evidence_on_select,
     ranking,
 )
-from searchmerge.search.references import BASE, is_merge
+from searchmerge.search.references import BASE, is_merge, merges
 from searchmerge.search.refine import Material
 from searchmerge.search.refinements import Refinements, Refining
 from searchmerge.search.runner import StudyRunner
@@ -216,7 +216,7 @@ class StudyRun:
         full: list[TrialRecord] = []
         if objective is not None:
             full = [record for record in candidates(records, objective) if record.is_full]
-        leader = self._leader(objective, scored, full, part)
+        leader = self._leader(objective, scored, part)
         if leader is not None:
             directory.keep_best(*leader)
         shown = best_of(by_completion(full), _N_SHOWN)
@@ -242,23 +242,23 @@ class StudyRun:
         ).save(directory.run_dir)
 
     def _leader(
-        self,
-        objective: Objective | None,
-        scored: Collection[str],
-        full: Iterable[TrialRecord],
-        part: Part,
+        self, objective: Objective | None, scored: Collection[str], part: Part
     ) -> tuple[str, MergePlan] | None:
         """Return the name and the plan with the best evidence; ``None`` before a merge is scored.
 
-        Refined plans are not among them: of those held-out examples tell.
+        Args:
+            objective: What to compare by; ``None`` where that is not known yet.
+            scored: The references that were scored on all of ``part``.
+            part: ``pilot`` before the references are past.
         """
-        references = {name: plan for name, plan in self._references.items() if name in scored}
-        plans = contenders(references, (record for record in full if not record.refines))
         if objective is None:
             return None
-        board = self._learnt_board(plans) if part == "select" else self._runner.board
+        if part == "select":
+            return self._runner.leader(objective, self._grading_seed)
+        board = self._runner.board
+        plans = {name: plan for name, plan in self._references.items() if name in scored}
         known = {n: Contender.of(board, plan, objective, part) for n, plan in plans.items()}
-        name = best_on_select(known, references, board.schedule.tasks, objective)
+        name = best_on_select(known, plans, board.schedule.tasks, objective)
         return None if name is None else (name, plans[name])
 
     def _ended(self, references: Plans, objective: Objective) -> str:
@@ -349,18 +349,22 @@ class StudyRun:
             all plans by what was scored on the examples that select.
         """
         top_k, known = self._study.spec.confirm.top_k, self._references.values()
-        scored = candidates(self._directory.records(), objective)
+        racing = assemble.make_racing(self._study)
+        stopped = {r.number: r for r in self._runner.settle(objective, racing, self._grading_seed)}
+        scored = self._candidates(objective, stopped)
         best = best_candidates(scored, top_k, known, self._runner.board.observed)
-        if stopped := {record.name: record for record in best if not record.is_full}:
-            plans = {name: record.plan for name, record in stopped.items()}
+        if missing := {record.name: record for record in best if not record.is_full}:
+            plans = {name: record.plan for name, record in missing.items()}
             names = self._runner.score_plans("completing the best", plans, "select")
-            for name in (name for name in stopped if name in names):
+            for name in (name for name in missing if name in names):
                 scores = self._runner.board.scores(plans[name], "select")
-                self._directory.keep_completed(stopped[name].judged(objective, scores))
-            scored = candidates(self._directory.records(), objective)
+                self._directory.keep_completed(missing[name].judged(objective, scores))
+            scored = self._candidates(objective, stopped)
         full = [record for record in scored if record.is_full]
+        still = [r for r in scored if r.number in stopped and not r.is_full]
         plans = contenders(references, full)
-        evidence = evidence_on_select(self._learnt_board(plans), plans, objective)
+        board = self._learnt_board([*merges(plans), *(r.plan for r in still)])
+        evidence = evidence_on_select(board, plans, objective, still)
         evidence = evidence.flattered([record.name for record in full if record.refines])
         believed = dict(zip(evidence.names, evidence.values.tolist(), strict=True))
         full = [replace(r, value=believed[r.name]) for r in full if r.name in believed]
@@ -370,11 +374,17 @@ class StudyRun:
             self._directory.write_plan(name, plan)
         return best_plans, evidence
 
-    def _learnt_board(self, plans: Plans) -> Scoreboard:
+    def _candidates(
+        self, objective: Objective, stopped: Mapping[int, TrialRecord]
+    ) -> list[TrialRecord]:
+        """Return the candidates, those that were stopped as they are predicted in the end."""
+        scored = candidates(self._directory.records(), objective)
+        return [r if r.is_full else stopped.get(r.number, r) for r in scored]
+
+    def _learnt_board(self, plans: Iterable[MergePlan]) -> Scoreboard:
         """Return the scoreboard, from here on with grades read as plans tell to read them."""
         if self._grading_seed is not None:
-            merged = [plan for name, plan in plans.items() if is_merge(name)]
-            learnt = self._runner.board.learn(merged, self._grading_seed)
+            learnt = self._runner.board.learn(plans, self._grading_seed)
             self._runner.board = self._runner.board.read_by(learnt)
         return self._runner.board
 

@@ -7,6 +7,7 @@ of the study usually score.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,18 @@ class Measured:
         return cls(names, values, variances)
 
 
+class Expected(NamedTuple):
+    """What a plan is expected to score of which a part is measured.
+
+    Attributes:
+        value: In the unit of :class:`Measured`, and relative to the same.
+        variance: Of its error, beside what is measured in full.
+    """
+
+    value: float
+    variance: float
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """How good plans are believed to be.
@@ -82,22 +95,28 @@ class Evidence:
     variances: Vector
 
     @classmethod
-    def shrunken(cls, measured: Measured, typical: Sequence[str]) -> "Evidence":
+    def shrunken(
+        cls, measured: Measured, typical: Sequence[str], stopped: Sequence[Expected] = ()
+    ) -> "Evidence":
         r"""Draw what was measured to what plans usually score.
 
         For plans whose true values are normal, :math:`N(\mu, \tau^2)`, a measured value y with an
         error of variance v leaves :math:`\mu + \frac{\tau^2}{\tau^2 + v} (y - \mu)` with the
         variance :math:`\frac{\tau^2 v}{\tau^2 + v}`. :math:`\mu` is the mean of typical plans;
         :math:`\tau^2` their variance minus that of their errors, and a part of the latter at
-        least.
+        least. Plans that were stopped early are typical too: without them the usual plan would
+        be one that did well.
 
         Args:
             measured: What was measured.
             typical: The plans that tell what plans usually score, one or more.
+            stopped: What others would have been measured at that are as typical.
         """
         chosen = [measured.names.index(name) for name in typical]
-        usual = measured.values[chosen]
-        spread = float(usual.var(ddof=1)) if len(chosen) > 1 else 0.0
+        usual = np.array([*measured.values[chosen], *(expected.value for expected in stopped)])
+        # predictions spread less than what is predicted does, by the variance of their errors
+        hidden = sum(expected.variance for expected in stopped) / len(usual)
+        spread = float(usual.var(ddof=1)) + hidden if len(usual) > 1 else 0.0
         error = float(measured.variances[chosen].mean())
         true_spread = max(spread - error, _LEAST_SPREAD * error, _TINY)
         part = true_spread / (true_spread + measured.variances)

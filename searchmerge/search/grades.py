@@ -28,6 +28,7 @@ _OF_STEPS = ((0.0, 1.0), *_STEPS)
 
 _LEAST_WEIGHT = 0.01  # less is none
 _LEAST_PLANS = 5  # of fewer nothing is learnt
+_LEAST_EXAMPLES = 4  # of either half, for a plan that was stopped early to tell
 _UNTOLD = 3.0  # logarithm of a factor by which a unit may be off of which nothing is known
 _CONTRADICTS = -0.2  # below this correlation with the metric grades say the opposite of it
 _BEYOND_CHANCE = 3.0  # standard errors of a correlation by which that is certain
@@ -216,25 +217,36 @@ class Grader:
 
 
 class Table(NamedTuple):
-    """What plans scored on the same examples of a task.
+    """What plans scored on the examples of a task.
 
     Attributes:
-        values: ``(n_plans, n_examples)``.
+        values: ``(n_plans, n_examples)``; NaN where a plan was not scored, in the grades too.
         grades: The same shape.
     """
 
     values: Vector
     grades: Vector
 
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Where plans were scored, of the same shape."""
+        return ~np.isnan(self.values)
 
-def soft(grades: Vector, width: float, size: float | None = None) -> Vector:
+    @property
+    def full(self) -> "Table":
+        """Those plans that were scored on all."""
+        is_full = self.known.all(1)
+        return Table(self.values[is_full], self.grades[is_full])
+
+
+def soft(grades: Vector, width: float, size: float | Vector | None = None) -> Vector:
     r"""Return :math:`\Phi(g / (h s))`.
 
     Args:
         grades: g, of any shape.
         width: h.
-        size: s; ``None`` for that of the grades along the last axis: the square of the mean of
-            :math:`\sqrt{|g|}`.
+        size: s, that goes with their shape; ``None`` for that of the grades along the last axis:
+            the square of the mean of :math:`\sqrt{|g|}`.
     """
     scale = np.sqrt(np.abs(grades)).mean(-1, keepdims=True) ** 2 if size is None else size
     steps: Vector = ndtr(grades / (width * np.maximum(scale, np.finfo(float).tiny)))
@@ -252,7 +264,8 @@ def learn(
     :math:`\ell = -\frac P2 \log(1 - r^2)`. Readings count by how far they are ahead of the metric:
     it counts 1, they count :math:`e^{\ell - \ell_0} - 1`, and nothing where that is negative.
     For a task :math:`\ell` is half its own and half the sum of all tasks'; but grades that
-    contradict its metric beyond chance count nothing, however well they do elsewhere.
+    contradict its metric beyond chance count nothing, however well they do elsewhere. A plan that
+    was stopped early tells by the examples that it was scored on.
 
     Args:
         tables: Task to what plans scored on the examples that select, those of no other part.
@@ -280,7 +293,7 @@ def learn(
         agreement = float(r[_OF_STEPS.index((1.0, 2.0))])
         reading = Reading((), agreement)
         if agreement > -_BEYOND_CHANCE / np.sqrt(len(table.values)):
-            reading = reading._replace(steps=_steps(parts / parts.sum(), table))
+            reading = reading._replace(steps=_steps(parts / parts.sum(), table.full))
         readings[task] = reading
     return Grader(readings, _sizes(tables, extremes or {}))
 
@@ -289,7 +302,7 @@ def _sizes(tables: Mapping[str, Table], extremes: Mapping[str, Vector]) -> Sizes
     """Return how large plans' grades are; ``None`` where there are none."""
     usual, others = {}, {}
     for task, table in tables.items():
-        roots = np.sqrt(np.abs(table.grades[-_N_CLEAR:]))
+        roots = np.sqrt(np.abs(table.full.grades[-_N_CLEAR:]))
         usual[task] = roots.mean(0)
         beside = np.sqrt(np.abs(extremes.get(task, np.empty((0, roots.shape[1])))))
         others[task] = np.concatenate([roots, beside]) - usual[task]
@@ -316,20 +329,43 @@ def _correlations(table: Table, seed: int) -> Vector | None:
 
     ``None`` where too little is known to learn from, or the plans all score the same.
     """
-    n_plans, n_examples = table.values.shape
-    if n_plans < _LEAST_PLANS or n_examples < 4 or not np.ptp(table.values.mean(1)):
+    known, full = table.known, table.full
+    n_plans, n_examples = full.values.shape
+    if n_plans < _LEAST_PLANS or n_examples < 4 or not np.ptp(full.values.mean(1)):
         return None
-    steps = {width: soft(table.grades, width) for _, width in _STEPS}
+    sizes = _sizes_of(table)
+    steps = {width: soft(table.grades, width, sizes) for _, width in _STEPS}
     observed = [(1 - weight) * table.values + weight * steps[width] for weight, width in _OF_STEPS]
+    is_full = known.all(1)  # what is hard for all is no difference where some are not seen
+    differences = [np.where(known, o - o[is_full].mean(0), 0.0) for o in observed]
     generator = np.random.default_rng(seed)
     total = np.zeros(len(_OF_STEPS))
     for _ in range(_N_SPLITS):
         order = generator.permutation(n_examples)
-        one, other = order[: n_examples // 2], order[n_examples // 2 :]
-        for half, rest in ((one, other), (other, one)):
-            metric = table.values[:, rest].mean(1)
-            total += [_correlation(o[:, half].mean(1), metric) for o in observed]
+        halves = [order[: n_examples // 2], order[n_examples // 2 :]]
+        n_known = [known[:, half].sum(1) for half in halves]
+        is_told = np.minimum(*n_known) >= min(_LEAST_EXAMPLES, n_examples // 2)
+        means = [
+            [d[is_told][:, half].sum(1) / n[is_told] for d in differences]
+            for half, n in zip(halves, n_known, strict=True)
+        ]
+        for by_half, [metric, *_] in (means, means[::-1]):
+            total += [_correlation(mean, metric) for mean in by_half]
     return total / (2 * _N_SPLITS)
+
+
+def _sizes_of(table: Table) -> Vector:
+    """Return each plan's unit, ``(n_plans, 1)``, as the examples tell that it was scored on.
+
+    A plan that answers as clearly as plans usually do where it was scored does so elsewhere.
+    """
+    known, roots = table.known, np.sqrt(np.abs(table.grades))
+    usual = np.sqrt(np.abs(table.full.grades)).mean(0)
+    expected = np.where(known, usual, 0.0).sum(1)
+    told = np.where(known, roots, 0.0).sum(1)
+    clear = np.divide(told, expected, out=np.ones_like(told), where=expected > 0)
+    sizes: Vector = (clear * usual.mean())[:, None] ** 2
+    return sizes
 
 
 def _correlation(one: Vector, other: Vector) -> float:

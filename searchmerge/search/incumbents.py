@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,7 @@ from searchmerge.search.trials import TrialRecord, best_of, front_with
 
 _POOL = 64  # as many of the latest plans tell how plans differ
 _LEARNT_AT = (2, 4, 8, 16, 32, 64, 128)
-"""At so many trials scored in full it is learnt anew how to read grades: where racing works those
-are few, and a candidate that is stopped is not read again."""
+"""At so many trials it is learnt anew how to read grades, and how far predictions are off."""
 
 
 class Outcome(NamedTuple):
@@ -46,7 +46,10 @@ class Outcome(NamedTuple):
 
 
 class Incumbents:
-    """What candidates are compared with: the best plan so far, or all plans of the front.
+    """What candidates are compared with: the best plan known, or all plans of the front.
+
+    Published settings are among those: a candidate that will not be better than the best of them
+    will not be saved either.
 
     Args:
         board: What plans score; candidates are compared on its ``select`` part.
@@ -78,14 +81,18 @@ class Incumbents:
             if board.is_full(plan, "select")
         }
         self._pool = merges(self._published)
+        self._published_digests = {plan.digest for plan in self._published.values()}
         self._full: list[TrialRecord] = []  # all trials that were scored in full, as last read
+        self._stopped: list[TrialRecord] = []
+        self._n_told = 0  # trials of plans that are not published
+        self._base: PlanScores | None = None
         self._read: tuple[TrialRecord, ...] = ()
-        self._read_anew()
+        self.read_anew()
 
-    def _read_anew(self) -> None:
-        """Learn how to read grades from all that was scored in full, and read that so."""
+    def read_anew(self) -> None:
+        """Learn how to read grades from all that was scored, and read what is full so."""
         if self._seed is not None:
-            plans = [*self._pool, *(record.plan for record in self._full)]
+            plans = [*self._pool, *(r.plan for r in (*self._full, *self.stopped))]
             extremes = [plan for plan in self._published.values() if plan not in self._pool]
             grader = self._board.learn(plans, self._seed, extremes)
             self._board = self._board.read_by(grader)
@@ -94,24 +101,34 @@ class Incumbents:
             for name, plan in self._published.items()
         }
         self._leader: str | None = None
-        self._digests = {plan.digest for plan in self._published.values()}
+        self._digests = set(self._published_digests)
         self._base = self._contenders[BASE].scored if BASE in self._contenders else None
         self._references = [its.scored for name, its in self._contenders.items() if is_merge(name)]
         self._latest: list[PlanScores] = []
-        self._best: TrialRecord | None = None
-        self._front: list[TrialRecord] = []
-        self._scores: dict[int, PlanScores] = {}  # of the best and the front, by trial number
+        self._found = _Top()  # of the trials that were scored in full
+        self._known = _Top()  # of these and what is published
         self._paired: dict[int, Incumbent] = {}  # by the identity of their scores
+        for i, (name, contender) in enumerate(self._contenders.items()):
+            if is_merge(name):
+                scores = self._board.scores(contender.plan, "select")
+                record = TrialRecord(-1 - i, contender.plan)
+                record = record.judged(self._objective, scores, contender.scored.scores)
+                self._known.enter(record, contender.scored)
         for i, record in enumerate(self._full):
-            scores = plan_scores(self._board, record.plan, "select")
-            self._full[i] = record.judged(self._objective, record.scores, scores.scores)
-            self._compare(self._full[i], scores)
+            read = plan_scores(self._board, record.plan, "select")
+            self._full[i] = record.judged(self._objective, record.scores, read.scores)
+            self._compare(self._full[i], read)
         self._read = tuple(self._full)
+        self._spread = 1.0  # of predictions
+        best = self._known.best_scores
+        if self._racing is not None and best is not None:
+            self._spread = self._pair(best).prior.found_spread()
+            self._paired.clear()
 
     @property
     def best(self) -> TrialRecord | None:
         """The best trial that was scored in full; ``None`` where there is none yet."""
-        return self._best
+        return self._found.best
 
     @property
     def leader(self) -> tuple[str, MergePlan] | None:
@@ -123,7 +140,7 @@ class Incumbents:
         if self._leader is None:  # else nothing was scored in full since
             tasks = self._board.schedule.tasks
             self._leader = best_on_select(
-                self._contenders, self._published, tasks, self._objective
+                self._contenders, self._published, tasks, self._objective, self.stopped
             )
         name = self._leader
         return None if name is None else (name, self._contenders[name].plan)
@@ -133,37 +150,69 @@ class Incumbents:
         """The trials that were read anew when it was last learnt how to, as they are read now."""
         return self._read
 
+    @property
+    def stopped(self) -> list[TrialRecord]:
+        """The trials that were stopped early, as they were predicted; not those below the base.
+
+        What is worse than the base is not like the plans that are to be told apart.
+        """
+        if self._base is None:
+            return list(self._stopped)
+        least = self._objective.scalar(self._base.scores)
+        return [r for r in self._stopped if r.value is not None and r.value >= least]
+
+    def predict_anew(self) -> list[TrialRecord]:
+        """Predict the trials that were stopped early as all is read now; return them, best first.
+
+        What was learnt since may let one win that could not: see :meth:`may_win`.
+        """
+        for i, record in enumerate(self._stopped):
+            outcome = self.outcome(record.plan)
+            record = record.judged(self._objective, outcome.scores, outcome.estimates)
+            self._stopped[i] = replace(record, se=outcome.se)
+        return best_of(self._stopped, len(self._stopped))
+
     def enter(self, record: TrialRecord) -> bool:
-        """Take in a trial that was scored in full; return whether it is the best so far."""
-        self._full.append(record)
-        is_best = self._compare(record, plan_scores(self._board, record.plan, "select"))
-        if self._seed is not None and len(self._full) in _LEARNT_AT:
-            self._read_anew()
+        """Take in a trial that has a score; return whether it is the best so far.
+
+        One that was stopped early is none, and may come again once it is scored in full.
+        """
+        n_before = len(self._stopped)
+        self._stopped = [other for other in self._stopped if other.number != record.number]
+        is_new = len(self._stopped) == n_before
+        is_new &= record.plan.digest not in self._published_digests
+        is_best = False
+        if record.is_full:
+            self._full.append(record)
+            is_best = self._compare(record, plan_scores(self._board, record.plan, "select"))
+        else:
+            self._stopped.append(record)
+            self._leader = None
+        self._n_told += is_new
+        if is_new and self._n_told in _LEARNT_AT:
+            self.read_anew()
         return is_best
 
     def _compare(self, record: TrialRecord, scores: PlanScores) -> bool:
         """Let a trial be the best or on the front, if it is; return whether it is the best."""
-        self._latest = [*self._latest[-_POOL:], scores]
         if record.plan.digest not in self._digests:
             self._digests.add(record.plan.digest)
             contender = Contender(record.plan, scores, record.standing.kept)
             self._contenders[record.name] = contender
+            self._latest = [*self._latest[-_POOL:], scores]
             self._leader = None
-        before = [self._best] if self._best else []
-        self._front = front_with(self._front, record)
-        [self._best] = best_of(self._front or [*before, record], 1)
-        candidates = {**self._scores, record.number: scores}
-        self._scores = {r.number: candidates[r.number] for r in (self._best, *self._front)}
+        self._known.enter(record, scores)
         self._paired.clear()
-        return self._best is record
+        return self._found.enter(record, scores)
 
     def rounds(self) -> Sequence[Round]:
         """Return the rounds in the order that tells soonest whether a candidate may win."""
         rounds = self._board.schedule.rounds["select"]
-        if self._racing is None or self._best is None:
+        best = self._known.best_scores
+        if self._racing is None or best is None:
             return rounds
         expected = {}
-        for task, squares in self._pair(self._scores[self._best.number]).prior.squares.items():
+        for task, squares in self._pair(best).prior.squares.items():
             unit = (self._objective.unit(task) / len(squares)) ** 2
             for key, place in self._places[task].items():
                 expected[key] = unit * float(squares[place].sum())
@@ -180,14 +229,12 @@ class Incumbents:
         """
         if self._racing is None:
             return True
-        against = self._front or ([self._best] if self._best else [])
-        if is_refined:
-            against = []
+        against = [] if is_refined else self._known.front_scores
         return not self._racing.stops(
             self._objective,
             self._places,
             self._board.seen(plan),
-            [self._pair(self._scores[record.number]) for record in against],
+            [self._pair(scores) for scores in against],
             self._pair(self._base) if self._base else None,
         )
 
@@ -197,7 +244,7 @@ class Incumbents:
         Raises:
             StudyError: If it was stopped early and there is nothing to pair it with.
         """
-        best = self._scores[self._best.number] if self._best else self._base
+        best = self._known.best_scores or self._base
         if self._board.is_full(plan, "select"):
             estimates = plan_scores(self._board, plan, "select")
             return Outcome(
@@ -241,5 +288,34 @@ class Incumbents:
     def _pair(self, scores: PlanScores) -> Incumbent:
         if id(scores) not in self._paired:
             pool = [*self._references, *self._latest]
-            self._paired[id(scores)] = incumbent_of(scores, pool)
+            self._paired[id(scores)] = incumbent_of(scores, pool, self._spread)
         return self._paired[id(scores)]
+
+
+class _Top:
+    """The best of some plans that were scored in full, and with several objectives the front."""
+
+    def __init__(self) -> None:
+        self.best: TrialRecord | None = None
+        self._front: list[TrialRecord] = []
+        self._scores: dict[int, PlanScores] = {}  # of the best and the front, by trial number
+
+    def enter(self, record: TrialRecord, scores: PlanScores) -> bool:
+        """Let a plan be the best or on the front, if it is; return whether it is the best."""
+        before = [self.best] if self.best else []
+        self._front = front_with(self._front, record)
+        [self.best] = best_of(self._front or [*before, record], 1)
+        candidates = {**self._scores, record.number: scores}
+        self._scores = {r.number: candidates[r.number] for r in (self.best, *self._front)}
+        return self.best is record
+
+    @property
+    def best_scores(self) -> PlanScores | None:
+        """What the best scored; ``None`` where there is none."""
+        return self._scores[self.best.number] if self.best else None
+
+    @property
+    def front_scores(self) -> list[PlanScores]:
+        """What the plans of the front scored; with one objective the best."""
+        shown = self._front or ([self.best] if self.best else [])
+        return [self._scores[record.number] for record in shown]

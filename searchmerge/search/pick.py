@@ -10,7 +10,7 @@ from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import Part
 from searchmerge.plan import MergePlan
 from searchmerge.search.distinct import are_near
-from searchmerge.search.evidence import Evidence, Measured
+from searchmerge.search.evidence import Evidence, Expected, Measured
 from searchmerge.search.objective import Objective
 from searchmerge.search.racing import PlanScores
 from searchmerge.search.references import is_merge
@@ -80,7 +80,12 @@ def _compared(scored: Mapping[str, PlanScores], tasks: Tasks, objective: Objecti
     return Measured(tuple(scored), np.array(values), np.zeros(len(values)))
 
 
-def evidence_on_select(board: Scoreboard, plans: Plans, objective: Objective) -> Evidence:
+def evidence_on_select(
+    board: Scoreboard,
+    plans: Plans,
+    objective: Objective,
+    stopped: Iterable[TrialRecord] = (),
+) -> Evidence:
     """Return what is believed of plans after the search.
 
     Args:
@@ -88,17 +93,36 @@ def evidence_on_select(board: Scoreboard, plans: Plans, objective: Objective) ->
         plans: The references and the trials. What merges of them usually score is told by all
             but the base and the experts.
         objective: What to compare by.
+        stopped: Trials that were stopped early, which tell that too.
     """
-    return _believed(measured(board, plans, "select", objective))
+    scored = {name: plan_scores(board, plan, "select") for name, plan in plans.items()}
+    return _believed(scored, board.schedule.tasks, objective, stopped)
 
 
-def _believed(measured: Measured) -> Evidence:
+def _believed(
+    scored: Mapping[str, PlanScores],
+    tasks: Tasks,
+    objective: Objective,
+    stopped: Iterable[TrialRecord],
+) -> Evidence:
+    """Return what is believed of plans by what they scored on the examples that select."""
+    measured = _compared(scored, tasks, objective)
+    values = np.array([objective.scalar(its.scores) for its in scored.values()])
+    zero = float((values - measured.values).mean())  # measured values are relative to a mean
+    expected = [
+        Expected(objective.scalar(record.estimates) - zero, (record.se or 0.0) ** 2)
+        for record in stopped
+    ]
     typical = [name for name in measured.names if is_merge(name)] or list(measured.names)
-    return Evidence.shrunken(measured, typical)
+    return Evidence.shrunken(measured, typical, expected)
 
 
 def best_on_select(
-    known: Mapping[str, Contender], references: Plans, tasks: Tasks, objective: Objective
+    known: Mapping[str, Contender],
+    references: Plans,
+    tasks: Tasks,
+    objective: Objective,
+    stopped: Iterable[TrialRecord] = (),
 ) -> str | None:
     """Return the plan that would be saved by what trials see alone; ``None`` before a merge is.
 
@@ -110,11 +134,12 @@ def best_on_select(
         references: Which of them are references, and their plans.
         tasks: What is known of the tasks.
         objective: What to compare by.
+        stopped: As for :func:`evidence_on_select`.
     """
     if not any(map(is_merge, known)):
         return None
     scored = {name: contender.scored for name, contender in known.items()}
-    evidence = _believed(_compared(scored, tasks, objective))
+    evidence = _believed(scored, tasks, objective, stopped)
     kept = {name: contender.kept for name, contender in known.items()}
     ranked = _ranked(kept, lambda names: evidence.of(names).ranked())
     plans = references.values()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -79,7 +79,8 @@ class Racing:
 
     After every round the score that the candidate will have over all examples is predicted from
     those seen, by its differences from the incumbent, paired by example, and by how other plans
-    that were scored in full differ from that (:func:`~searchmerge.search.unseen.predict_rest`).
+    that were scored in full differ from that (:func:`~searchmerge.search.unseen.predict_rest`);
+    how far such predictions are off is tried on those plans.
     Where grades are read in a unit that is an estimate (:class:`Observed`), its error counts too.
     Examples on which plans differ come first, so the error falls fast; it is 0 at the end. The
     question is not whether the candidate is worse on other examples too, but whether it can
@@ -176,19 +177,20 @@ def n_seen(places: Places, observed: Observed) -> int:
     return sum(key in observed.values for blocks in places.values() for key in blocks)
 
 
-def incumbent_of(plan: PlanScores, pool: Sequence[PlanScores]) -> Incumbent:
+def incumbent_of(plan: PlanScores, pool: Sequence[PlanScores], spread: float = 1.0) -> Incumbent:
     """Return ``plan`` with what is expected of a candidate's differences from it.
 
     Args:
         plan: What candidates are paired with.
         pool: Plans that were scored in full; ``plan`` itself counts for nothing.
+        spread: As :class:`~searchmerge.search.unseen.Prior` has it.
     """
     others = [other for other in pool if other is not plan]
     differences = {
-        task: np.array([other.values[task] - values for other in others]).reshape(-1, len(values))
-        for task, values in plan.values.items()
+        task: np.array([other.values[task] - own for other in others]).reshape(-1, len(own))
+        for task, own in plan.values.items()
     }
-    return Incumbent(plan, Prior.of(differences))
+    return Incumbent(plan, replace(Prior.of(differences), spread=spread))
 
 
 def predict(places: Places, observed: Observed, incumbent: Incumbent) -> Prediction:

@@ -1,6 +1,7 @@
 """The study runner: references first, then what the sampler proposes, until the budget ends."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from searchmerge.errors import StudyError
 from searchmerge.execution.blocks import Part
@@ -17,7 +18,7 @@ from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.trial_source import TrialSource, enter_all
-from searchmerge.search.trials import FINISHED, is_refined
+from searchmerge.search.trials import FINISHED, TrialRecord, is_refined
 
 
 class StudyRunner:
@@ -157,6 +158,57 @@ class StudyRunner:
         nothing_more = Spending(Budget(n_trials=0), clock)
         self._run_trials(objective, self._incumbents(objective, racing, seed), nothing_more)
 
+    def settle(
+        self, objective: Objective, racing: Racing | None, seed: int | None
+    ) -> list[TrialRecord]:
+        """Go on with trials that were stopped early and may win by what was learnt since.
+
+        Args:
+            objective: With the experts' scores put in.
+            racing: Stops them again; ``None`` scores them in full.
+            seed: As for :meth:`run`.
+
+        Returns:
+            Those that are stopped still and did not collapse, predicted as all is read in the end.
+        """
+        incumbents = self._with_all_trials(objective, racing, seed)
+        incumbents.read_anew()
+        going_on = [r for r in incumbents.predict_anew() if incumbents.may_win(r.plan)]
+        if going_on:
+            rounds = incumbents.rounds()
+            source = _StoppedSource(
+                [Job(record.name, record.plan, rounds, record) for record in going_on],
+                incumbents,
+                objective,
+                self._directory,
+                self._observer,
+            )
+            self._observer.phase("going on with what may win", len(going_on))
+            self._dispatcher.run(source)
+            self.failures |= source.failures
+        incumbents.predict_anew()
+        return incumbents.stopped
+
+    def leader(self, objective: Objective, seed: int | None) -> tuple[str, MergePlan] | None:
+        """Return the name and the plan with the best evidence; ``None`` before a merge is scored.
+
+        Refined plans are not among them: of those held-out examples tell.
+
+        Args:
+            objective: With the experts' scores put in.
+            seed: As for :meth:`run`.
+        """
+        return self._with_all_trials(objective, None, seed).leader
+
+    def _with_all_trials(
+        self, objective: Objective, racing: Racing | None, seed: int | None
+    ) -> Incumbents:
+        """Return what candidates are compared with after all trials so far."""
+        incumbents = self._incumbents(objective, racing, seed)
+        nothing_more = Spending(Budget(n_trials=0), StudyClock(self._directory.searching))
+        enter_all(self._directory, objective, incumbents, nothing_more)
+        return incumbents
+
     def _incumbents(
         self, objective: Objective, racing: Racing | None, seed: int | None
     ) -> Incumbents:
@@ -194,3 +246,37 @@ class _PlansSource(ListSource[None]):
     def finished(self, job: Job[None]) -> None:
         super().finished(job)
         self._report(job)
+
+
+class _StoppedSource(ListSource[TrialRecord]):
+    """Trials that were stopped early, gone on with while they may win."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job[TrialRecord]],
+        incumbents: Incumbents,
+        objective: Objective,
+        directory: StudyDirectory,
+        observer: Observer,
+    ) -> None:
+        super().__init__(jobs)
+        self._incumbents = incumbents
+        self._objective = objective
+        self._directory = directory
+        self._observer = observer
+
+    def goes_on(self, job: Job[TrialRecord]) -> bool:
+        return self._incumbents.may_win(job.plan)
+
+    def finished(self, job: Job[TrialRecord]) -> None:
+        super().finished(job)
+        outcome = self._incumbents.outcome(job.plan)
+        is_full = outcome.stopped_after is None
+        record = job.subject.judged(self._objective, outcome.scores, outcome.estimates)
+        record = replace(record, stopped_after=outcome.stopped_after, is_completed=is_full)
+        is_best = False
+        if is_full:
+            self._directory.scores.flush()
+            self._directory.keep_completed(record)
+            is_best = self._incumbents.enter(record)
+        self._observer.trial(record, is_best=is_best)

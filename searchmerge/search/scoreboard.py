@@ -50,30 +50,48 @@ class Scoreboard:
     def learn(
         self, plans: Iterable[MergePlan], seed: int, extremes: Iterable[MergePlan] = ()
     ) -> Grader:
-        """Return how examples are best read, from what plans scored on all of ``select``.
+        """Return how examples are best read, from what plans scored on ``select``.
 
         Tasks whose score is no mean over examples, or of which a plan has no grades, are read by
         their metric.
 
         Args:
-            plans: The plans.
+            plans: The plans; some may be scored on a part of it.
             seed: Of the halves of the examples that tell of one another.
             extremes: The base and the experts, which tell how clearly examples are answered:
                 those that have grades of all these tasks.
         """
         plans = list({plan.digest: plan for plan in plans}.values())
-        blocks_of, tables = self.schedule.blocks["select"], {}
-        for task, blocks in blocks_of.items():
-            grades = [list(self.grades(plan, blocks).values()) for plan in plans]
-            if plans and all(grades) and isinstance(self.schedule.tasks[task].kind, Mean):
-                values = [self.store.task_values(plan, blocks) for plan in plans]
-                tables[task] = Table(np.array(values), np.array(grades))
+        blocks_of = self.schedule.blocks["select"]
+        places = self.schedule.places("select")
+        found = {task: self._table(task, its, plans) for task, its in places.items()}
+        tables = {task: table for task, table in found.items() if table is not None}
         graded = [
             {task: self.grades(plan, blocks_of[task]) for task in tables} for plan in extremes
         ]
         clear = [grades for grades in graded if all(grades.values())]
         beyond = {task: np.array([[*its[task].values()] for its in clear]) for task in tables}
         return learn(tables, seed, beyond if clear else {})
+
+    def _table(
+        self, task: str, places: Mapping[BlockKey, slice], plans: Iterable[MergePlan]
+    ) -> Table | None:
+        """Return what plans scored on a task; ``None`` where grades tell nothing of it."""
+        if not isinstance(self.schedule.tasks[task].kind, Mean):
+            return None
+        n_examples = max(place.stop for place in places.values())
+        rows = []
+        for plan in plans:
+            row = np.full((2, n_examples), np.nan)
+            scored, graded = self.store.get(plan), self.store.grades(plan)
+            for key, place in places.items():
+                if key in scored:
+                    if not graded.get(key):
+                        return None
+                    row[:, place] = scored[key], graded[key]
+            if not np.isnan(row[0]).all():
+                rows.append(row)
+        return Table(*np.stack(rows, 1)) if rows else None
 
     def is_full(self, plan: MergePlan, part: Part) -> bool:
         """Return whether a plan was scored on all of ``part``."""

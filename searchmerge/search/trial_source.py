@@ -120,11 +120,13 @@ class TrialSource:
         self._directory.study.tell(job.subject, state=TrialState.FAIL)
         _logger.info("%s: %s", record.name, reason)
         self._end(record, is_best=False)
-        is_first = not record.refines and self._spending.n_finished >= _FIRST_TRIALS
-        if self._incumbents.best is None and is_first:
-            first = next(r.failure for r in self._directory.records() if r.value is None)
+        if record.refines or self._spending.n_finished < _FIRST_TRIALS:
+            return
+        records = self._directory.records()
+        if all(r.value is None for r in records):
+            n_failed = self._spending.n_finished
             raise StudyError(
-                f"the first {self._spending.n_finished} trials all failed; the first: {first}"
+                f"the first {n_failed} trials all failed; the first: {records[0].failure}"
             )
 
     def _is_given_up(self, job: TrialJob) -> bool:
@@ -170,14 +172,14 @@ def enter_all(
 
 
 def _enter(record: TrialRecord, incumbents: Incumbents, spending: Spending) -> bool:
-    """Compare later candidates with this one; return whether it is the best so far.
+    """Let later candidates be compared with this one; return whether it is the best so far.
 
     What a sampler proposed alone counts towards the patience, and as it was told: what was
     completed after the search lets none go on that had ended.
     """
     if record.refines:
         return False
-    is_best = record.is_full and incumbents.enter(record)
+    is_best = incumbents.enter(record)
     if not record.kind:  # references and warm starts are scored whatever comes of them
         spending.scored(is_best=is_best and not record.is_completed)
     return is_best

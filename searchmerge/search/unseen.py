@@ -12,6 +12,8 @@ Vector = npt.NDArray[np.float64]
 
 _SHARED = 0.5  # part of the expected squares that is shared with other plans, in [0, 1)
 _PRIOR = 1.0  # weight of the expected squares beside those of the plan's own examples
+_TRIED_AT = (6, 3, 2)  # a prior is tried on one in so many of each task's examples
+_UNTRIED = 1.0  # weight, in plans, of the spread expected beside the spread found by trying
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,12 @@ class Prior:
     Attributes:
         squares: Task name to the squared difference expected of each example.
         others: Task name to how other plans differ from that point, ``(n_plans, n)``.
+        spread: What the covariance of predictions is multiplied by, above 0.
     """
 
     squares: Mapping[str, Vector]
     others: Mapping[str, Vector]
+    spread: float = 1.0
 
     @classmethod
     def of(cls, others: Mapping[str, Vector]) -> "Prior":
@@ -39,6 +43,23 @@ class Prior:
             largest = float(seen.max(initial=0.0)) or 1.0
             squares[task] = (seen.sum(0) + 0.5 * largest) / (len(seen) + 1)
         return cls(squares, others)
+
+    def found_spread(self) -> float:
+        r"""Return by how much predictions are off, squared, for what they say of that.
+
+        Each of the other plans is predicted from the rest of them, seen on the first sixth, third
+        and half of each task's examples. With z its error in units of the standard error that it
+        was predicted with, of all tasks together, the spread is the mean of :math:`z^2` over the
+        plans, and one plan more of which it is 1.
+        """
+        total, count = _UNTRIED, _UNTRIED
+        for i in range(len(next(iter(self.others.values())))):
+            own = {task: others[i] for task, others in self.others.items()}
+            if any(differences.any() for differences in own.values()):
+                rest = Prior.of({t: np.delete(others, i, 0) for t, others in self.others.items()})
+                total += float(np.mean([_off(rest, own, part) for part in _TRIED_AT]))
+                count += 1
+        return total / count
 
 
 class Part(NamedTuple):
@@ -77,8 +98,8 @@ def predict_rest(prior: Prior, parts: Mapping[str, Part]) -> Rest:
     :math:`\varepsilon` independent with variances :math:`s = (1 - \rho) v`. From the seen d, with
     :math:`A = 1 + F_k^\top S_k^{-1} F_k`, w has mean :math:`A^{-1} F_k^\top S_k^{-1} d` and
     covariance :math:`A^{-1}`. What a task is still to add is the sum of its unseen rows of
-    :math:`F w + \varepsilon`. The covariance is multiplied by how far the plan differs in that
-    task compared with what was expected, drawn to 1.
+    :math:`F w + \varepsilon`. The covariance is multiplied by the prior's spread, and by how far
+    the plan differs in that task compared with what was expected, drawn to 1.
 
     Args:
         prior: What is expected.
@@ -100,7 +121,20 @@ def predict_rest(prior: Prior, parts: Mapping[str, Part]) -> Rest:
         math.sqrt(_scale(part.differences, prior.squares[task][part.seen]))
         for task, part in parts.items()
     ]
-    return Rest(weights @ difference, covariance * np.outer(units, units), weights)
+    covariance *= prior.spread * np.outer(units, units)
+    return Rest(weights @ difference, covariance, weights)
+
+
+def _off(prior: Prior, differences: Mapping[str, Vector], part: int) -> float:
+    """Return the squared error of a prediction from one in ``part`` examples, for its variance."""
+    parts = {}
+    for task, own in differences.items():
+        seen = np.arange(len(own)) < max(1, len(own) // part)
+        parts[task] = Part(seen, own[seen])
+    rest = predict_rest(prior, parts)
+    unseen = sum(float(own[~parts[task].seen].sum()) for task, own in differences.items())
+    variance = float(rest.covariance.sum())
+    return (unseen - float(rest.sums.sum())) ** 2 / variance if variance > 0 else 1.0
 
 
 def _factors(prior: Prior, parts: Mapping[str, Part]) -> dict[str, Vector]:

@@ -26,7 +26,7 @@ errors over runs say nothing of another study.
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,12 +45,11 @@ from searchmerge.execution.blocks import (
     make_blocks,
     telling_first,
 )
-from searchmerge.search.grades import Grader
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Goal, Objective
 from searchmerge.search.pick import confirmed, evidence_on_select
 from searchmerge.search.racing import Incumbent, Observed, Racing
-from searchmerge.search.references import BASE, expert_name
+from searchmerge.search.references import expert_name, is_merge
 from searchmerge.search.schedule import Places, Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord
@@ -109,9 +108,11 @@ class Rule:
     Attributes:
         racing: Stops candidates; ``None`` scores all in full.
         order: How the examples are cut into blocks.
-        graded: Whether it goes by how clearly examples were answered too.
-        all_compete: Whether the plan with the best evidence is saved, found or published; else
-            the best on held-out examples of the top candidates.
+        graded: Whether it goes by how clearly examples were answered too. Then, as where all
+            compete, what was stopped and may win in the end is gone on with.
+        all_compete: Whether published plans compete: candidates race against them too, and the
+            plan with the best evidence is saved, found or published; else the best on held-out
+            examples of the top candidates.
     """
 
     racing: Racing | SignedRank | None = RACING
@@ -359,33 +360,30 @@ class Run:
         every_block = [b for rounds in board.schedule.rounds.values() for r in rounds for b in r]
         for row in self._references:
             scores.show(row, every_block)
+        competing = self._references if rule.all_compete else self._alone()
         incumbents = Incumbents(
             board,
             self._goal,
             rule.racing,
-            references={self._recording.rows[row.index]: row for row in self._references},
+            references={self._recording.rows[row.index]: row for row in competing},
             seed=self._seed if rule.graded else None,
         )
-        n_scored, expected, full = 0, {}, []
+        n_scored, told = 0, {}
         for row in self._candidates:
             n_scored += self._race(row, incumbents, scores)
-            outcome = incumbents.outcome(row)
-            record = TrialRecord(row.index, row).judged(
-                self._goal, outcome.scores, outcome.estimates
-            )
-            expected[row] = record.value
-            if outcome.stopped_after is None:
-                incumbents.enter(record)
-                full.append(row)
-        lost = self._lost(board, full, rule)
-        for row in sorted(expected, key=lambda row: -expected[row])[:TOP_K]:
-            for blocks in board.missing(row, "select"):
-                n_scored += scores.show(row, blocks)
-            if row not in full:
-                full.append(row)
+            told[row] = self._told(row, incumbents)
+            incumbents.enter(told[row])
+        if rule.graded or rule.all_compete:
+            n_scored += self._settle(told, incumbents, scores)
+        lost = self._lost(board, told.values(), incumbents, rule)
+        for record in sorted(told.values(), key=lambda record: -record.value)[:TOP_K]:
+            for blocks in board.missing(record.plan, "select"):
+                n_scored += scores.show(record.plan, blocks)
+        full = [row for row in self._candidates if board.is_full(row, "select")]
         for row in full:
             scores.show(row, [b for r in board.schedule.rounds["hold_out"] for b in r])
-        saved, picked = self._pick(board, full, rule)
+        stopped = [record for record in incumbents.stopped if record.plan not in full]
+        saved, picked = self._pick(board, full, stopped, rule)
         best = max(self._references, key=lambda row: float(self._truth[row.index]))
         leads = (self._lead(saved, best), self._lead(saved, picked))
         return Outcome(n_scored, lost, self._regret(saved), self._aside(saved), *leads)
@@ -409,28 +407,64 @@ class Run:
 
     def _merges(self) -> list[Row]:
         """Return the references but the base and the experts."""
-        alone = {BASE, *(expert_name(str(g.expert)) for g in self._recording.goals.values())}
-        return [row for row in self._references if self._recording.rows[row.index] not in alone]
+        return [row for row in self._references if row not in self._alone()]
+
+    def _alone(self) -> list[Row]:
+        """Return the base and the experts."""
+        return [row for row in self._references if not is_merge(self._recording.rows[row.index])]
 
     def _race(self, row: Row, incumbents: Incumbents, scores: Scores) -> int:
         n_scored = 0
         for blocks in incumbents.rounds():
-            if n_scored and incumbents.best is not None and not incumbents.may_win(row):
-                break
-            n_scored += scores.show(row, blocks)
+            if blocks[0].key not in scores.get(row):
+                if scores.get(row) and not incumbents.may_win(row):
+                    break
+                n_scored += scores.show(row, blocks)
         return n_scored
 
-    def _read(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> Scoreboard:
-        """Return the scoreboard with grades read as all that was scored in full tells."""
+    def _told(self, row: Row, incumbents: Incumbents) -> TrialRecord:
+        """Return the record of a candidate that is done with."""
+        outcome = incumbents.outcome(row)
+        record = TrialRecord(row.index, row, se=outcome.se, stopped_after=outcome.stopped_after)
+        return record.judged(self._goal, outcome.scores, outcome.estimates)
+
+    def _settle(self, told: dict[Row, TrialRecord], incumbents: Incumbents, scores: Scores) -> int:
+        """Go on with what may win in the end; return how many examples that took."""
+        n_scored = 0
+        incumbents.read_anew()
+        for record in incumbents.predict_anew():
+            if incumbents.may_win(record.plan):
+                n_scored += self._race(record.plan, incumbents, scores)
+                if (again := self._told(record.plan, incumbents)).is_full:
+                    told[record.plan] = again
+                    incumbents.enter(again)
+        told.update((record.plan, record) for record in incumbents.predict_anew())
+        return n_scored
+
+    def _read(
+        self,
+        board: Scoreboard,
+        full: Iterable[Row],
+        stopped: Iterable[TrialRecord],
+        rule: Rule,
+    ) -> Scoreboard:
+        """Return the scoreboard with grades read as all that was scored tells."""
         if not rule.graded:
             return board
-        return board.read_by(board.learn([*self._merges(), *full], self._seed))
+        plans = [*self._merges(), *full, *(record.plan for record in stopped)]
+        return board.read_by(board.learn(plans, self._seed))
 
-    def _lost(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> bool:
+    def _lost(
+        self, board: Scoreboard, told: Iterable[TrialRecord], incumbents: Incumbents, rule: Rule
+    ) -> bool:
         """Return whether the best by its full score was stopped, and none as good was left."""
-        grader = self._read(board, full, rule).grader if rule.graded else Grader({})
+        left = [
+            *(r.plan for r in told if r.is_full),
+            *(self._merges() if rule.all_compete else ()),
+        ]
+        grader = self._read(board, left, incumbents.stopped, rule).grader
         value = {}
-        for row in self._candidates:
+        for row in {*self._candidates, *left}:
             means = {}
             for task, blocks in board.schedule.blocks["select"].items():
                 its = [example for block in blocks for example in block.examples]
@@ -438,14 +472,16 @@ class Run:
                 grades = self._recording.grades[task][row.index][its]
                 means[task] = float(grader.reading(task)(values, grades).mean())
             value[row] = self._goal.scalar(means)
-        return max(value.values()) > max((value[row] for row in full), default=-np.inf) + 1e-12
+        return max(value.values()) > max((value[row] for row in left), default=-np.inf) + 1e-12
 
-    def _pick(self, board: Scoreboard, full: Sequence[Row], rule: Rule) -> tuple[Row, Row]:
+    def _pick(
+        self, board: Scoreboard, full: Sequence[Row], stopped: Sequence[TrialRecord], rule: Rule
+    ) -> tuple[Row, Row]:
         """Return the plan that is saved, and the reference with the best evidence."""
-        board = self._read(board, full, rule)
+        board = self._read(board, full, stopped, rule)
         names = {self._recording.rows[row.index]: row for row in [*self._references, *full]}
         found = {self._recording.rows[row.index] for row in full}
-        evidence = evidence_on_select(board, names, self._goal)
+        evidence = evidence_on_select(board, names, self._goal, stopped)
         top_names = [name for name in evidence.ranked() if name in found][:TOP_K]
         contest = {n: row for n, row in names.items() if n not in found or n in top_names}
         ranked = confirmed(board, evidence, contest, self._goal).ranked()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from searchmerge.search.evidence import Evidence, Measured
+from searchmerge.search.evidence import Evidence, Expected, Measured
 
 UNITS = {"a": 0.25, "b": 0.75}
 
@@ -70,6 +70,18 @@ def test_a_value_is_drawn_to_the_usual_by_its_noise():
     assert told.values[2] == pytest.approx(0.1 * spread / (spread + 0.004))
     assert told.variances[2] == pytest.approx(spread * 0.004 / (spread + 0.004))
     assert told.best == "r"
+
+
+def test_what_is_usual_is_told_by_plans_that_were_stopped_too():
+    measured = Measured(("p", "q"), np.array([0.02, 0.04]), np.array([0.001, 0.001]))
+    stopped = [Expected(-0.1, 0.002), Expected(-0.06, 0.004)]
+    told = Evidence.shrunken(measured, ["p", "q"], stopped)
+    usual = np.array([0.02, 0.04, -0.1, -0.06])
+    spread = usual.var(ddof=1) + 0.006 / 4 - 0.001
+    part = spread / (spread + 0.001)
+    assert told.names == ("p", "q")
+    assert told.values == pytest.approx(usual.mean() + part * (measured.values - usual.mean()))
+    assert told.variances == pytest.approx([part * 0.001] * 2)
 
 
 def test_the_luckiest_of_many_noisy_plans_does_not_beat_a_better_one_that_is_well_known():

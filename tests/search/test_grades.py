@@ -87,13 +87,50 @@ def test_grades_that_contradict_the_metric_are_not_read_because_others_do_well()
     assert reading.weight == 0
 
 
+def partly(table, n_full, n_seen):
+    """Return the table where all plans but the first were scored on the first examples alone."""
+    is_seen = (np.arange(table.values.shape[1]) < n_seen) | (
+        np.arange(len(table.values)) < n_full
+    )[:, None]
+    return Table(*(np.where(is_seen, part, np.nan) for part in table))
+
+
+def test_plans_that_were_stopped_early_tell_how_to_read_the_others():
+    """From all plans, seen in part, nearly what all of them tell; from the few in full, less."""
+    off = []
+    for seed in range(12):
+        table, _ = plans(np.random.default_rng(seed), n_plans=48, n_examples=72)
+        whole, part = read(table).weight, read(partly(table, 8, 32)).weight
+        alone = read(Table(*(its[:8] for its in table))).weight
+        off.append((abs(part - whole), abs(alone - whole)))
+    by_part, by_few = np.mean(off, axis=0)
+    assert by_part < 0.7 * by_few
+
+
+def test_a_plan_of_which_hardly_anything_is_seen_tells_nothing():
+    table, _ = plans(np.random.default_rng(6), n_plans=12)
+    few = Table(*(its[:8] for its in table))
+    told, alone = (learn({"a": its}, 0).reading("a") for its in (partly(table, 8, 3), few))
+    assert told.agreement == pytest.approx(alone.agreement)
+
+
+def test_how_hard_the_first_examples_are_is_no_difference_between_plans():
+    """The first half is hard for all, and some plans are seen on that alone."""
+    table, _ = plans(np.random.default_rng(7), n_plans=30, n_examples=80)
+    hard = np.where(np.arange(80) < 40, -3.0, 0.0)
+    harder = Table((table.grades + hard > 0).astype(float), table.grades + hard)
+    few, more = (read(Table(*(i[:n] for i in partly(harder, 15, 40)))) for n in (15, 30))
+    assert more.agreement == pytest.approx(few.agreement, abs=0.25)
+
+
 @pytest.mark.parametrize(
     "table",
     [
         plans(np.random.default_rng(3), n_plans=4)[0],
         Table(np.ones((9, 20)), np.random.default_rng(3).normal(size=(9, 20))),
+        partly(plans(np.random.default_rng(3), n_plans=20)[0], 4, 30),
     ],
-    ids=["few plans", "plans that all score the same"],
+    ids=["few plans", "plans that all score the same", "few plans in full"],
 )
 def test_where_there_is_nothing_to_learn_from_the_metric_is_read(table):
     assert read(table) == METRIC

@@ -144,6 +144,66 @@ def test_a_candidate_is_stopped_where_it_cannot_win_and_its_scores_are_estimated
     assert told.se == pytest.approx(np.sqrt(variance))
 
 
+def test_a_candidate_races_against_published_plans_from_the_first_on(board):
+    objective = Objective("mean", GOALS)
+    references = published(board, base=0.2, TIES=0.8, average=0.7)
+    incumbents = Incumbents(board, objective, Racing(), references=references)
+    worse = score(board, 3, right(0.4), right(0.4), n_rounds=5)
+    assert not incumbents.may_win(worse)
+    assert incumbents.outcome(worse).stopped_after == 10
+    assert incumbents.may_win(score(board, 4, right(0.95), right(0.95), n_rounds=5))
+    assert incumbents.best is None
+    assert enter(incumbents, objective, board, 5, right(0.5), right(0.5))  # of the trials
+
+
+def test_with_several_objectives_published_plans_are_on_the_front(board):
+    objective = Objective("tasks", GOALS)
+    references = published(board, TIES=0.8, average=0.7)
+    incumbents = Incumbents(board, objective, Racing(), references=references)
+    enter(incumbents, objective, board, 1, right(0.9), right(0.5))
+    assert not incumbents.may_win(score(board, 2, right(0.5), right(0.4), n_rounds=6))
+    assert incumbents.may_win(score(board, 3, right(0.2), right(0.9), n_rounds=6))
+
+
+def stop(incumbents, objective, board, number, share, n_rounds=5):
+    """Score a plan on the first rounds and enter it as one that was stopped."""
+    stopped = score(board, number, right(share), right(share), n_rounds=n_rounds)
+    outcome = incumbents.outcome(stopped)
+    record = TrialRecord(number, stopped, se=outcome.se, stopped_after=outcome.stopped_after)
+    incumbents.enter(record.judged(objective, outcome.scores, outcome.estimates))
+
+
+def test_what_was_stopped_is_predicted_anew_and_is_no_longer_once_it_is_full(board):
+    objective = Objective("mean", GOALS)
+    references = published(board, base=0.2, TIES=0.8, average=0.7)
+    incumbents = Incumbents(board, objective, Racing(), references=references)
+    for number, share in ((1, 0.4), (2, 0.6), (3, 0.05)):
+        stop(incumbents, objective, board, number, share)
+    assert [r.number for r in incumbents.stopped] == [1, 2]  # the third is below the base
+    score(board, 1, right(0.4), right(0.4), n_rounds=7)
+    again = {record.number: record for record in incumbents.predict_anew()}
+    assert list(again) == [2, 1, 3]
+    assert again[1].value == incumbents.outcome(plan(1)).scores["a"] / 2 + (
+        incumbents.outcome(plan(1)).scores["b"] / 2
+    )
+    assert again[1].se < again[2].se
+    enter(incumbents, objective, board, 2, right(0.6), right(0.6))
+    assert [r.number for r in incumbents.stopped] == [1]
+    assert incumbents.best.number == 2
+
+
+def test_a_plan_that_is_published_tells_once_how_plans_differ(board):
+    """As a trial it is the same plan again, which all would seem to be alike for."""
+    objective = Objective("mean", GOALS)
+    references = published(board, base=0.2, TIES=0.8, average=0.7)
+    once = Incumbents(board, objective, Racing(), references=references)
+    twice = Incumbents(board, objective, Racing(), references=references)
+    for number, share in ((21, 0.8), (22, 0.7)):
+        enter(twice, objective, board, number, right(share), right(share))
+    candidate = score(board, 3, right(0.5), right(0.5), n_rounds=5)
+    assert twice.outcome(candidate) == once.outcome(candidate)
+
+
 def test_a_refined_plan_is_stopped_by_a_collapse_alone(board):
     objective = Objective("mean", GOALS)
     base = score(board, 0, right(0.5), right(0.5))
@@ -211,10 +271,10 @@ def test_predicted_scores_of_a_metric_between_0_and_1_lie_there(board):
     assert all(0.0 <= score <= 1.0 for score in scores.values())
 
 
-def graded(board, number, quality, seed):
+def graded(board, number, quality, seed, n_rounds=None):
     """Score a plan whose values are coins and whose grades tell its quality."""
     rng = np.random.default_rng(seed)
-    for blocks in board.schedule.rounds["select"]:
+    for blocks in board.schedule.rounds["select"][:n_rounds]:
         scores = []
         for block in blocks:
             grades = quality + rng.normal(size=len(block.examples))
@@ -237,3 +297,18 @@ def test_plans_are_compared_by_how_clearly_they_answer_once_that_is_learnt(board
     assert told.scores == by_metric
     assert told.estimates != by_metric
     assert told.estimates["a"] == pytest.approx(by_metric["a"], abs=0.15)
+
+
+def test_how_grades_are_read_is_learnt_from_trials_that_were_stopped_too(board):
+    objective = Objective("mean", GOALS)
+    pool = {f"setting {n}": graded(board, n, 0.15 * n, seed=n) for n in range(8)}
+    incumbents = Incumbents(board, objective, Racing(), references=pool, seed=0)
+    candidate = graded(board, 20, 0.6, seed=20)
+    before = incumbents.outcome(candidate).estimates
+    for number in (30, 31):  # learnt at two trials
+        stopped = graded(board, number, 0.02 * number, seed=number, n_rounds=4)
+        outcome = incumbents.outcome(stopped)
+        record = TrialRecord(number, stopped, stopped_after=outcome.stopped_after)
+        incumbents.enter(record.judged(objective, outcome.scores, outcome.estimates))
+        after = incumbents.outcome(candidate).estimates
+        assert (after == before) == (number == 30)

@@ -366,7 +366,9 @@ def test_what_cannot_be_learnt_from_is_refused_before_anything_is_scored(folder,
 def test_better_plans_that_cannot_be_refined_are_named(folder, tmp_path, caplog):
     refine = {**REFINE, "groups": "whole", "steps": 1, "starts": 9}
     space = {"method": "karcher", "coefficient": {"low": 0.5, "high": 2.0}}
-    run_study(study(folder, refine, space=space), CONFIG, tmp_path / "run", Recorder())
+    search = {"sampler": "random", "n_trials": 5, "racing": "off", "refine": refine}
+    asked = write_study(folder, text_tasks(select=48, hold_out=24), search=search, space=space)
+    run_study(read_study(asked), CONFIG, tmp_path / "run", Recorder())
     assert "not refined: trial " in caplog.text
     assert "method 'karcher' is not linear in its coefficients" in caplog.text
 

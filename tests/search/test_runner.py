@@ -119,6 +119,47 @@ def test_racing_saves_examples_and_tells_every_trial(toy):
     assert max(values[r.number] for r in stopped) < best
 
 
+def settle(study):
+    """Go on with what may win, as is done after a search; return what is stopped still."""
+    try:
+        return study.runner().settle(study.objective, Racing(), None)
+    finally:
+        study.directory.close()
+
+
+def test_after_the_search_trials_go_on_that_may_win_by_what_was_learnt_since(toy):
+    study = toy(sampler="random")
+    study.run(30, racing=Racing(p_threshold=0.45, min_blocks=3))  # stops what it should not
+    before = [r for r in study.directory.records() if not r.is_full]
+    n_blocks = {r.number: len(study.directory.scores.get(r.plan)) for r in before}
+    again = toy(sampler="random")
+    stopped = settle(again)
+    after = {r.number: r for r in again.directory.records()}
+    completed = [r for r in before if after[r.number].is_completed]
+    assert completed
+    assert {r.number for r in stopped}.isdisjoint(r.number for r in completed)
+    for record in again.directory.records():
+        n_more = len(again.directory.scores.get(record.plan)) - n_blocks.get(record.number, 0)
+        assert n_more >= 0
+    best = max(r.value for r in after.values() if r.is_full)
+    full = toy(sampler="random", run_dir="full")
+    assert best == max(trial.value for trial in full.run(30))
+    assert again.observer.phases[-1][0] == "going on with what may win"
+    assert [r.name for r in again.observer.trials if r.is_completed] == [
+        record.name for record in sorted(completed, key=lambda r: -r.value)
+    ]
+
+
+def test_where_nothing_that_was_stopped_may_win_nothing_is_scored_again(toy):
+    toy(sampler="random").run(12, racing=Racing(p_threshold=0.01))
+    settle(toy(sampler="random"))
+    study = toy(sampler="random")
+    stopped = settle(study)
+    assert study.evaluator.scored == []
+    assert all(record.se is not None for record in stopped)
+    assert "going on with what may win" not in [title for title, *_ in study.observer.phases]
+
+
 def test_the_worst_task_can_be_what_is_maximised(toy):
     careful = toy(sampler="tpe")
     careful.objective = Objective("worst", careful.objective.goals)

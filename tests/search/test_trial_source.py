@@ -98,6 +98,18 @@ def test_a_trial_during_which_runs_were_stopped_by_a_signal_goes_on(toy):
     assert {trial.state.name for trial in toy().run(8)} == {"COMPLETE"}
 
 
+def test_trials_that_were_stopped_did_not_fail(toy):
+    """All lose against a published plan, so that none is scored in full before one fails."""
+    study = toy(evaluator=ToyEvaluator(fails=lambda coefficients: coefficients[2] > 0.8))
+    study.runner({}).score_plans("references", {"TIES": OPTIMUM}, "select")
+    study.run(30, racing=Racing(0.3, min_blocks=3), references={"TIES": OPTIMUM})
+    records = toy().directory.records()
+    assert not any(r.is_full for r in records)
+    failed = [r.number for r in records if r.value is None]
+    assert failed[-1] >= 5
+    assert len(failed) < len(records) == 30
+
+
 # --- Refined trials ---------------------------------------------------------------------------
 
 POOR = replace(OPTIMUM, values={"coefficient": ((0.0, 1.0, 0.0),) * 2})

@@ -1,5 +1,7 @@
 """What is not seen is predicted as a normal distribution says, whatever way it is computed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -47,3 +49,42 @@ def test_the_rest_is_the_conditional_distribution_of_the_covariance_that_is_docu
         units.append(np.sqrt(((part.differences**2).sum() + usual) / (2 * usual)))
     by_task = of_task @ left @ of_task.T * np.outer(units, units)
     assert rest.covariance == pytest.approx(by_task, abs=1e-9)
+
+
+def test_the_spread_is_the_mean_square_of_errors_in_standard_errors_with_one_plan_more_of_1():
+    rng = np.random.default_rng(3)
+    others = {task: rng.normal(size=(5, n)) for task, n in SIZES.items()}
+    squares = []
+    for i in range(5):
+        own = {task: rows[i] for task, rows in others.items()}
+        prior = Prior.of({task: np.delete(rows, i, 0) for task, rows in others.items()})
+        for part in (6, 3, 2):
+            seen = {task: np.arange(n) < max(1, n // part) for task, n in SIZES.items()}
+            rest = predict_rest(prior, {t: Part(mask, own[t][mask]) for t, mask in seen.items()})
+            unseen = sum(own[task][~mask].sum() for task, mask in seen.items())
+            squares.append((unseen - rest.sums.sum()) ** 2 / rest.covariance.sum())
+    assert Prior.of(others).found_spread() == pytest.approx((1 + sum(squares) / 3) / 6)
+
+
+def test_the_spread_is_small_where_plans_hang_together_and_large_where_one_stands_out():
+    rng = np.random.default_rng(4)
+    together = rng.normal(size=(20, 2)) @ rng.normal(size=(2, 80))
+    apart = rng.normal(size=(20, 80))
+    apart[0, 60:] += 10.0  # of which its first half says nothing
+    spreads = [Prior.of({"a": its[:, :40], "b": its[:, 40:]}) for its in (together, apart)]
+    assert spreads[0].found_spread() < 0.5 < 1.5 < spreads[1].found_spread()
+
+
+@pytest.mark.parametrize("n_plans", [0, 1])
+def test_where_there_is_nothing_to_try_a_prior_on_its_spread_is_what_is_expected(n_plans):
+    assert Prior.of({"a": np.zeros((n_plans, 6))}).found_spread() == 1.0
+
+
+def test_the_covariance_is_multiplied_by_the_spread_and_nothing_else_is():
+    rng = np.random.default_rng(5)
+    prior = Prior.of({task: rng.normal(size=(4, n)) for task, n in SIZES.items()})
+    parts = {t: Part(np.arange(n) < 3, rng.normal(size=3)) for t, n in SIZES.items()}
+    once, twice = (predict_rest(replace(prior, spread=s), parts) for s in (1.0, 2.0))
+    assert twice.covariance == pytest.approx(2 * once.covariance)
+    assert twice.sums == pytest.approx(once.sums)
+    assert twice.weights == pytest.approx(once.weights)
