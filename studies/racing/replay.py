@@ -108,11 +108,10 @@ class Rule:
     Attributes:
         racing: Stops candidates; ``None`` scores all in full.
         order: How the examples are cut into blocks.
-        graded: Whether it goes by how clearly examples were answered too. Then, as where all
-            compete, what was stopped and may win in the end is gone on with.
-        all_compete: Whether published plans compete: candidates race against them too, and the
-            plan with the best evidence is saved, found or published; else the best on held-out
-            examples of the top candidates.
+        graded: Whether it goes by how clearly examples were answered too.
+        all_compete: Whether published plans compete: candidates race against them too, go on in
+            the end where they may win, and the plan with the best evidence is saved, found or
+            published; else the best on held-out examples of the top candidates.
     """
 
     racing: Racing | SignedRank | None = RACING
@@ -373,7 +372,7 @@ class Run:
             n_scored += self._race(row, incumbents, scores)
             told[row] = self._told(row, incumbents)
             incumbents.enter(told[row])
-        if rule.graded or rule.all_compete:
+        if rule.all_compete:
             n_scored += self._settle(told, incumbents, scores)
         lost = self._lost(board, told.values(), incumbents, rule)
         for record in sorted(told.values(), key=lambda record: -record.value)[:TOP_K]:
