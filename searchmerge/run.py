@@ -56,7 +56,7 @@ from searchmerge.search.pick import (
 from searchmerge.search.references import BASE, is_merge, merges
 from searchmerge.search.refine import Material
 from searchmerge.search.refinements import Refinements, Refining
-from searchmerge.search.runner import StudyRunner
+from searchmerge.search.runner import Settled, StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.storage import storage_errors
 from searchmerge.search.trials import TrialRecord, best_of, by_completion, is_refined
@@ -182,7 +182,7 @@ class StudyRun:
             self._stage = "while its best plans were refined"
             self._refine(refining, references, objective)
         self._stage = "while its best plans were confirmed"
-        best, evidence = self._complete_the_best(references, objective)
+        best, evidence = self._complete_the_best(references, objective, goes_on=search)
         plans = self._score_held_out({**references, **best})
         confirmation = self._confirm(plans, best, evidence, objective)
         self._directory.keep_best(confirmation.winner, plans[confirmation.winner])
@@ -340,9 +340,14 @@ class StudyRun:
         return spec.search.seed if spec.scores == "graded" else None
 
     def _complete_the_best(
-        self, references: Plans, objective: Objective
+        self, references: Plans, objective: Objective, *, goes_on: bool
     ) -> tuple[Plans, Evidence]:
         """Score in full those of the best candidates that were stopped early.
+
+        Args:
+            references: Those that were scored.
+            objective: What to compare by.
+            goes_on: Whether those go on too that may win by what was learnt since.
 
         Returns:
             The best candidates, best first, their plans written down; and what is believed of
@@ -350,8 +355,8 @@ class StudyRun:
         """
         top_k, known = self._study.spec.confirm.top_k, self._references.values()
         racing = assemble.make_racing(self._study)
-        stopped = {r.number: r for r in self._runner.settle(objective, racing, self._grading_seed)}
-        scored = self._candidates(objective, stopped)
+        settled = self._runner.settle(objective, racing, self._grading_seed, goes_on=goes_on)
+        scored = self._candidates(objective, settled)
         best = best_candidates(scored, top_k, known, self._runner.board.observed)
         if missing := {record.name: record for record in best if not record.is_full}:
             plans = {name: record.plan for name, record in missing.items()}
@@ -359,9 +364,10 @@ class StudyRun:
             for name in (name for name in missing if name in names):
                 scores = self._runner.board.scores(plans[name], "select")
                 self._directory.keep_completed(missing[name].judged(objective, scores))
-            scored = self._candidates(objective, stopped)
+            scored = self._candidates(objective, settled)
         full = [record for record in scored if record.is_full]
-        still = [r for r in scored if r.number in stopped and not r.is_full]
+        done = {record.plan.digest for record in full}
+        still = [record for record in settled.typical if record.plan.digest not in done]
         plans = contenders(references, full)
         board = self._learnt_board([*merges(plans), *(r.plan for r in still)])
         evidence = evidence_on_select(board, plans, objective, still)
@@ -374,12 +380,15 @@ class StudyRun:
             self._directory.write_plan(name, plan)
         return best_plans, evidence
 
-    def _candidates(
-        self, objective: Objective, stopped: Mapping[int, TrialRecord]
-    ) -> list[TrialRecord]:
+    def _candidates(self, objective: Objective, settled: Settled) -> list[TrialRecord]:
         """Return the candidates, those that were stopped as they are predicted in the end."""
         scored = candidates(self._directory.records(), objective)
-        return [r if r.is_full else stopped.get(r.number, r) for r in scored]
+        return [
+            record
+            if record.is_full or record.plan.digest not in settled.stopped
+            else replace(settled.stopped[record.plan.digest], number=record.number)
+            for record in scored
+        ]
 
     def _learnt_board(self, plans: Iterable[MergePlan]) -> Scoreboard:
         """Return the scoreboard, from here on with grades read as plans tell to read them."""

@@ -63,7 +63,7 @@ _REFINING_S = "refining_s"
 _UNREFINED = "unrefined:"  # begins the name of a refinement that proposed nothing
 _REFINING = "refining:"  # begins the name of how often runs ended abruptly during a refinement
 _READ = "read:"  # begins the name of how a plan's scores were last read, once that was learnt
-_COMPLETED = "completed"  # trial number to scores, where it was scored in full after the search
+_COMPLETED = "completed:"  # begins the name of a trial's scores, scored in full after the search
 
 
 @contextlib.contextmanager
@@ -295,9 +295,7 @@ class StudyDirectory:
 
     def keep_completed(self, record: TrialRecord) -> None:
         """Keep the scores of a trial that was stopped early and is scored in full since."""
-        completed = self.study.user_attrs.get(_COMPLETED, {})
-        scores = record.completed_scores()
-        self._note(_COMPLETED, {**completed, str(record.number): scores})
+        self._note(f"{_COMPLETED}{record.number}", record.completed_scores())
 
     def keep_read(self, records: Iterable[TrialRecord]) -> None:
         """Keep how trials that were scored in full are read now, where that has changed."""
@@ -409,11 +407,10 @@ def records_of(study: optuna.Study, *, as_told: bool = False) -> list[TrialRecor
         StudyError: If an earlier version of searchmerge wrote one.
     """
     attributes = study.user_attrs
-    completed = attributes.get(_COMPLETED, {})
     trials = study.get_trials(deepcopy=False, states=FINISHED)
     told = [
-        record.completed(completed[str(record.number)])
-        if str(record.number) in completed
+        record.completed(attributes[f"{_COMPLETED}{record.number}"])
+        if f"{_COMPLETED}{record.number}" in attributes
         else record
         for record in map(TrialRecord.read, trials)
     ]

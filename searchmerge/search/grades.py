@@ -221,6 +221,7 @@ class Table(NamedTuple):
 
     Attributes:
         values: ``(n_plans, n_examples)``; NaN where a plan was not scored, in the grades too.
+            A plan may have been scored on none of them.
         grades: The same shape.
     """
 
@@ -268,7 +269,8 @@ def learn(
     was stopped early tells by the examples that it was scored on.
 
     Args:
-        tables: Task to what plans scored on the examples that select, those of no other part.
+        tables: Task to what plans scored on the examples that select, those of no other part;
+            the same plans for every task.
         seed: Of the halves.
         extremes: Task to the grades of the base and the experts on the same examples,
             ``(n_plans, n)``, the same plans for every task: of their metric nothing is learnt,
@@ -276,37 +278,45 @@ def learn(
     """
     told = {task: _correlations(table, seed) for task, table in tables.items()}
     likelihoods = {
-        task: -0.5 * len(tables[task].values) * np.log1p(-(np.clip(r, 0.0, 1 - 1e-6) ** 2))
-        for task, r in told.items()
-        if r is not None
+        task: -0.5 * its.n_plans * np.log1p(-(np.clip(its.r, 0.0, 1 - 1e-6) ** 2))
+        for task, its in told.items()
+        if its is not None
     }
     of_all = np.sum(list(likelihoods.values()), axis=0)
     readings = {}
     for task, table in tables.items():
-        r = told[task]
-        if r is None:
+        its = told[task]
+        if its is None:
             readings[task] = METRIC
             continue
         logs = (likelihoods[task] + of_all) / 2
         parts = np.expm1(np.maximum(0.0, logs - logs[0]))  # 0 of what is not ahead of the metric
         parts[0] = 1.0
-        agreement = float(r[_OF_STEPS.index((1.0, 2.0))])
+        agreement = float(its.r[_OF_STEPS.index((1.0, 2.0))])
         reading = Reading((), agreement)
-        if agreement > -_BEYOND_CHANCE / np.sqrt(len(table.values)):
+        if agreement > -_BEYOND_CHANCE / np.sqrt(its.n_plans):
             reading = reading._replace(steps=_steps(parts / parts.sum(), table.full))
         readings[task] = reading
     return Grader(readings, _sizes(tables, extremes or {}))
 
 
 def _sizes(tables: Mapping[str, Table], extremes: Mapping[str, Vector]) -> Sizes | None:
-    """Return how large plans' grades are; ``None`` where there are none."""
+    """Return how large plans' grades are; ``None`` where there are none.
+
+    Of plans that were scored on all of every task, so that rows are the same plans in each.
+    """
+    if not tables:
+        return None
+    is_full = np.all([table.known.all(1) for table in tables.values()], axis=0)
+    if not is_full.any():
+        return None
     usual, others = {}, {}
     for task, table in tables.items():
-        roots = np.sqrt(np.abs(table.full.grades[-_N_CLEAR:]))
+        roots = np.sqrt(np.abs(table.grades[is_full][-_N_CLEAR:]))
         usual[task] = roots.mean(0)
         beside = np.sqrt(np.abs(extremes.get(task, np.empty((0, roots.shape[1])))))
         others[task] = np.concatenate([roots, beside]) - usual[task]
-    return Sizes(usual, Prior.of(others)) if usual else None
+    return Sizes(usual, Prior.of(others))
 
 
 def _steps(parts: Vector, table: Table) -> tuple[Step, ...]:
@@ -324,7 +334,19 @@ def _steps(parts: Vector, table: Table) -> tuple[Step, ...]:
     )
 
 
-def _correlations(table: Table, seed: int) -> Vector | None:
+class _Told(NamedTuple):
+    """How readings of one half of the examples tell the metric on the other.
+
+    Attributes:
+        r: Each reading's correlation with it over the plans, the mean over the halves.
+        n_plans: How many plans that was over, on average.
+    """
+
+    r: Vector
+    n_plans: float
+
+
+def _correlations(table: Table, seed: int) -> _Told | None:
     """Return each reading's correlation with the metric on other examples, over the plans.
 
     ``None`` where too little is known to learn from, or the plans all score the same.
@@ -339,19 +361,20 @@ def _correlations(table: Table, seed: int) -> Vector | None:
     is_full = known.all(1)  # what is hard for all is no difference where some are not seen
     differences = [np.where(known, o - o[is_full].mean(0), 0.0) for o in observed]
     generator = np.random.default_rng(seed)
-    total = np.zeros(len(_OF_STEPS))
+    total, n_told = np.zeros(len(_OF_STEPS)), 0
     for _ in range(_N_SPLITS):
         order = generator.permutation(n_examples)
         halves = [order[: n_examples // 2], order[n_examples // 2 :]]
         n_known = [known[:, half].sum(1) for half in halves]
         is_told = np.minimum(*n_known) >= min(_LEAST_EXAMPLES, n_examples // 2)
+        n_told += int(is_told.sum())
         means = [
             [d[is_told][:, half].sum(1) / n[is_told] for d in differences]
             for half, n in zip(halves, n_known, strict=True)
         ]
         for by_half, [metric, *_] in (means, means[::-1]):
             total += [_correlation(mean, metric) for mean in by_half]
-    return total / (2 * _N_SPLITS)
+    return _Told(total / (2 * _N_SPLITS), n_told / _N_SPLITS)
 
 
 def _sizes_of(table: Table) -> Vector:

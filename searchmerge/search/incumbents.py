@@ -22,10 +22,10 @@ from searchmerge.search.racing import (
 )
 from searchmerge.search.references import BASE, is_merge, merges
 from searchmerge.search.scoreboard import Scoreboard
-from searchmerge.search.trials import TrialRecord, best_of, front_with
+from searchmerge.search.trials import TrialRecord, best_of, front_with, ranked
 
 _POOL = 64  # as many of the latest plans tell how plans differ
-_LEARNT_AT = (2, 4, 8, 16, 32, 64, 128)
+_LEARNT_AT = tuple(2**i for i in range(1, 16))
 """At so many trials it is learnt anew how to read grades, and how far predictions are off."""
 
 
@@ -81,10 +81,14 @@ class Incumbents:
             if board.is_full(plan, "select")
         }
         self._pool = merges(self._published)
-        self._published_digests = {plan.digest for plan in self._published.values()}
         self._full: list[TrialRecord] = []  # all trials that were scored in full, as last read
-        self._stopped: list[TrialRecord] = []
-        self._n_told = 0  # trials of plans that are not published
+        self._stopped: dict[str, TrialRecord] = {}  # by plan, as last predicted
+        self._n_told = 0  # plans of trials that are not published
+        self._is_bounded = dict.fromkeys(
+            self._places, True
+        )  # task to whether values are in [0, 1]
+        for plan in self._pool:
+            self._see(plan)
         self._base: PlanScores | None = None
         self._read: tuple[TrialRecord, ...] = ()
         self.read_anew()
@@ -101,7 +105,7 @@ class Incumbents:
             for name, plan in self._published.items()
         }
         self._leader: str | None = None
-        self._digests = set(self._published_digests)
+        self._digests = {plan.digest for plan in self._published.values()}
         self._base = self._contenders[BASE].scored if BASE in self._contenders else None
         self._references = [its.scored for name, its in self._contenders.items() if is_merge(name)]
         self._latest: list[PlanScores] = []
@@ -122,7 +126,8 @@ class Incumbents:
         self._spread = 1.0  # of predictions
         best = self._known.best_scores
         if self._racing is not None and best is not None:
-            self._spread = self._pair(best).prior.found_spread()
+            units = {t: self._objective.unit(t) / len(its) for t, its in best.values.items()}
+            self._spread = self._pair(best).prior.found_spread(units)
             self._paired.clear()
 
     @property
@@ -156,42 +161,48 @@ class Incumbents:
 
         What is worse than the base is not like the plans that are to be told apart.
         """
-        if self._base is None:
-            return list(self._stopped)
-        least = self._objective.scalar(self._base.scores)
-        return [r for r in self._stopped if r.value is not None and r.value >= least]
+        least = -math.inf if self._base is None else self._objective.scalar(self._base.scores)
+        return [r for r in self._stopped.values() if r.value is not None and r.value >= least]
 
     def predict_anew(self) -> list[TrialRecord]:
-        """Predict the trials that were stopped early as all is read now; return them, best first.
+        """Predict the plans that were stopped early as all is read now; return them, best first.
 
         What was learnt since may let one win that could not: see :meth:`may_win`.
         """
-        for i, record in enumerate(self._stopped):
+        for digest, record in self._stopped.items():
             outcome = self.outcome(record.plan)
             record = record.judged(self._objective, outcome.scores, outcome.estimates)
-            self._stopped[i] = replace(record, se=outcome.se)
-        return best_of(self._stopped, len(self._stopped))
+            self._stopped[digest] = replace(record, se=outcome.se)
+        return ranked(self._stopped.values())
 
     def enter(self, record: TrialRecord) -> bool:
         """Take in a trial that has a score; return whether it is the best so far.
 
         One that was stopped early is none, and may come again once it is scored in full.
         """
-        n_before = len(self._stopped)
-        self._stopped = [other for other in self._stopped if other.number != record.number]
-        is_new = len(self._stopped) == n_before
-        is_new &= record.plan.digest not in self._published_digests
+        digest = record.plan.digest
+        is_new = self._stopped.pop(digest, None) is None and digest not in self._digests
         is_best = False
         if record.is_full:
             self._full.append(record)
+            self._see(record.plan)
             is_best = self._compare(record, plan_scores(self._board, record.plan, "select"))
-        else:
-            self._stopped.append(record)
+        elif digest not in self._digests:
+            self._stopped[digest] = record
             self._leader = None
         self._n_told += is_new
         if is_new and self._n_told in _LEARNT_AT:
             self.read_anew()
         return is_best
+
+    def _see(self, plan: MergePlan) -> None:
+        """Take note of the range of what a plan scored in full."""
+        for task, is_bounded in self._is_bounded.items():
+            if is_bounded:
+                values = self._board.store.task_values(
+                    plan, self._board.schedule.blocks["select"][task]
+                )
+                self._is_bounded[task] = all(0 <= value <= 1 for value in values)
 
     def _compare(self, record: TrialRecord, scores: PlanScores) -> bool:
         """Let a trial be the best or on the front, if it is; return whether it is the best."""
@@ -265,12 +276,8 @@ class Incumbents:
 
     def _within(self, task: str, score: float) -> float:
         """Return a predicted score, in [0, 1] where all that plans scored lies there."""
-        blocks = self._board.schedule.blocks["select"][task]
-        plans = [*self._pool, *(record.plan for record in self._full)]
-        seen = [v for plan in plans for v in self._board.store.task_values(plan, blocks)]
-        if seen and all(0 <= value <= 1 for value in seen):
-            return min(1.0, max(0.0, score))
-        return score
+        is_any_full = bool(self._pool or self._full)
+        return min(1.0, max(0.0, score)) if is_any_full and self._is_bounded[task] else score
 
     def _paired_error(self, plan: PlanScores, best: PlanScores | None) -> float | None:
         """Return the standard error of a plan's objective beside the best one's."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from searchmerge.errors import StudyError
 from searchmerge.execution.blocks import Part
@@ -159,35 +160,53 @@ class StudyRunner:
         self._run_trials(objective, self._incumbents(objective, racing, seed), nothing_more)
 
     def settle(
-        self, objective: Objective, racing: Racing | None, seed: int | None
-    ) -> list[TrialRecord]:
-        """Go on with trials that were stopped early and may win by what was learnt since.
+        self,
+        objective: Objective,
+        racing: Racing | None,
+        seed: int | None,
+        *,
+        goes_on: bool = True,
+    ) -> "Settled":
+        """Read all trials anew, and go on with those that may win by what was learnt since.
+
+        Until none may: a study that is settled has nothing to score where it is settled again.
+        The seconds count as the search's, not its budget.
 
         Args:
             objective: With the experts' scores put in.
             racing: Stops them again; ``None`` scores them in full.
             seed: As for :meth:`run`.
-
-        Returns:
-            Those that are stopped still and did not collapse, predicted as all is read in the end.
+            goes_on: Whether anything is scored.
         """
-        incumbents = self._with_all_trials(objective, racing, seed)
-        incumbents.read_anew()
-        going_on = [r for r in incumbents.predict_anew() if incumbents.may_win(r.plan)]
-        if going_on:
-            rounds = incumbents.rounds()
-            source = _StoppedSource(
-                [Job(record.name, record.plan, rounds, record) for record in going_on],
-                incumbents,
-                objective,
-                self._directory,
-                self._observer,
-            )
-            self._observer.phase("going on with what may win", len(going_on))
+        while True:
+            incumbents = self._with_all_trials(objective, racing, seed)
+            incumbents.read_anew()
+            stopped = incumbents.predict_anew()
+            self._directory.keep_read(incumbents.read)
+            may_win = [r for r in stopped if goes_on and incumbents.may_win(r.plan)]
+            if not may_win:
+                return Settled({r.plan.digest: r for r in stopped}, incumbents.stopped)
+            self._go_on(may_win, incumbents, objective)
+
+    def _go_on(
+        self, stopped: Sequence[TrialRecord], incumbents: Incumbents, objective: Objective
+    ) -> None:
+        """Go on with trials that were stopped early, best first, until each is stopped again."""
+        clock, rounds = StudyClock(self._directory.searching), incumbents.rounds()
+        source = _StoppedSource(
+            [Job(record.name, record.plan, rounds, record) for record in stopped],
+            incumbents,
+            objective,
+            self._directory,
+            self._observer,
+        )
+        self._observer.phase("going on with what may win", len(stopped))
+        try:
             self._dispatcher.run(source)
-            self.failures |= source.failures
-        incumbents.predict_anew()
-        return incumbents.stopped
+        finally:
+            with held_back():
+                clock.keep()
+        self.failures |= source.failures
 
     def leader(self, objective: Objective, seed: int | None) -> tuple[str, MergePlan] | None:
         """Return the name and the plan with the best evidence; ``None`` before a merge is scored.
@@ -236,6 +255,18 @@ class StudyRunner:
                 self._directory.end_run()
 
 
+class Settled(NamedTuple):
+    """The plans of a study that are stopped early for good.
+
+    Attributes:
+        stopped: By digest, as they are predicted when all is known.
+        typical: Those of them that did not collapse, which tell what plans usually score.
+    """
+
+    stopped: Mapping[str, TrialRecord]
+    typical: Sequence[TrialRecord]
+
+
 class _PlansSource(ListSource[None]):
     """A list of plans, whose progress is shown."""
 
@@ -274,9 +305,11 @@ class _StoppedSource(ListSource[TrialRecord]):
         is_full = outcome.stopped_after is None
         record = job.subject.judged(self._objective, outcome.scores, outcome.estimates)
         record = replace(record, stopped_after=outcome.stopped_after, is_completed=is_full)
+        self._directory.scores.flush()
         is_best = False
         if is_full:
-            self._directory.scores.flush()
-            self._directory.keep_completed(record)
+            twins = (r for r in self._directory.records() if r.plan.digest == job.plan.digest)
+            for twin in twins:
+                self._directory.keep_completed(replace(record, number=twin.number))
             is_best = self._incumbents.enter(record)
         self._observer.trial(record, is_best=is_best)

@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -61,11 +61,8 @@ class Scoreboard:
             extremes: The base and the experts, which tell how clearly examples are answered:
                 those that have grades of all these tasks.
         """
-        plans = list({plan.digest: plan for plan in plans}.values())
+        tables = self._tables({plan.digest: plan for plan in plans}.values())
         blocks_of = self.schedule.blocks["select"]
-        places = self.schedule.places("select")
-        found = {task: self._table(task, its, plans) for task, its in places.items()}
-        tables = {task: table for task, table in found.items() if table is not None}
         graded = [
             {task: self.grades(plan, blocks_of[task]) for task in tables} for plan in extremes
         ]
@@ -73,25 +70,25 @@ class Scoreboard:
         beyond = {task: np.array([[*its[task].values()] for its in clear]) for task in tables}
         return learn(tables, seed, beyond if clear else {})
 
-    def _table(
-        self, task: str, places: Mapping[BlockKey, slice], plans: Iterable[MergePlan]
-    ) -> Table | None:
-        """Return what plans scored on a task; ``None`` where grades tell nothing of it."""
-        if not isinstance(self.schedule.tasks[task].kind, Mean):
-            return None
-        n_examples = max(place.stop for place in places.values())
-        rows = []
-        for plan in plans:
-            row = np.full((2, n_examples), np.nan)
+    def _tables(self, plans: Collection[MergePlan]) -> dict[str, Table]:
+        """Return what plans scored on ``select``, of the tasks of which all have grades."""
+        places = self.schedule.places("select")
+        tables = {
+            task: Table(*np.full((2, len(plans), max(p.stop for p in its.values())), np.nan))
+            for task, its in places.items()
+            if plans and isinstance(self.schedule.tasks[task].kind, Mean)
+        }
+        for row, plan in enumerate(plans):
             scored, graded = self.store.get(plan), self.store.grades(plan)
-            for key, place in places.items():
-                if key in scored:
-                    if not graded.get(key):
-                        return None
-                    row[:, place] = scored[key], graded[key]
-            if not np.isnan(row[0]).all():
-                rows.append(row)
-        return Table(*np.stack(rows, 1)) if rows else None
+            for task in list(tables):
+                seen = {key: place for key, place in places[task].items() if key in scored}
+                if not all(graded.get(key) for key in seen):
+                    del tables[task]
+                    continue
+                for key, place in seen.items():
+                    tables[task].values[row, place] = scored[key]
+                    tables[task].grades[row, place] = graded[key]
+        return tables
 
     def is_full(self, plan: MergePlan, part: Part) -> bool:
         """Return whether a plan was scored on all of ``part``."""

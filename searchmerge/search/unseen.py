@@ -13,6 +13,7 @@ Vector = npt.NDArray[np.float64]
 _SHARED = 0.5  # part of the expected squares that is shared with other plans, in [0, 1)
 _PRIOR = 1.0  # weight of the expected squares beside those of the plan's own examples
 _TRIED_AT = (6, 3, 2)  # a prior is tried on one in so many of each task's examples
+_TWINS = 0.1  # part of the mean squared distance of plans below which two are nearly one
 _UNTRIED = 1.0  # weight, in plans, of the spread expected beside the spread found by trying
 
 
@@ -44,20 +45,27 @@ class Prior:
             squares[task] = (seen.sum(0) + 0.5 * largest) / (len(seen) + 1)
         return cls(squares, others)
 
-    def found_spread(self) -> float:
+    def found_spread(self, units: Mapping[str, float]) -> float:
         r"""Return by how much predictions are off, squared, for what they say of that.
 
         Each of the other plans is predicted from the rest of them, seen on the first sixth, third
-        and half of each task's examples. With z its error in units of the standard error that it
-        was predicted with, of all tasks together, the spread is the mean of :math:`z^2` over the
+        and half of each task's examples; those that do nearly as it does are left out, as a plan
+        that is new has no twin. With z its error in units of the standard error that it was
+        predicted with, of all tasks together, the spread is the mean of :math:`z^2` over the
         plans, and one plan more of which it is 1.
+
+        Args:
+            units: Task to what one of its examples counts for, in the objective.
         """
+        weighted = [units[task] * others for task, others in self.others.items()]
+        distances = _distances(np.concatenate(weighted, axis=1))
         total, count = _UNTRIED, _UNTRIED
-        for i in range(len(next(iter(self.others.values())))):
+        for i, squares in enumerate(distances):
             own = {task: others[i] for task, others in self.others.items()}
             if any(differences.any() for differences in own.values()):
-                rest = Prior.of({t: np.delete(others, i, 0) for t, others in self.others.items()})
-                total += float(np.mean([_off(rest, own, part) for part in _TRIED_AT]))
+                apart = squares > _TWINS * distances.mean()
+                rest = Prior.of({task: others[apart] for task, others in self.others.items()})
+                total += float(np.mean([_off(rest, own, units, part) for part in _TRIED_AT]))
                 count += 1
         return total / count
 
@@ -125,16 +133,28 @@ def predict_rest(prior: Prior, parts: Mapping[str, Part]) -> Rest:
     return Rest(weights @ difference, covariance, weights)
 
 
-def _off(prior: Prior, differences: Mapping[str, Vector], part: int) -> float:
+def _distances(differences: Vector) -> Vector:
+    """Return the squared distance of any two plans, ``(n_plans, n_plans)``."""
+    products = differences @ differences.T
+    squares = np.diag(products)
+    distances: Vector = np.maximum(0.0, squares[:, None] + squares - 2 * products)
+    return distances
+
+
+def _off(
+    prior: Prior, differences: Mapping[str, Vector], units: Mapping[str, float], part: int
+) -> float:
     """Return the squared error of a prediction from one in ``part`` examples, for its variance."""
     parts = {}
     for task, own in differences.items():
         seen = np.arange(len(own)) < max(1, len(own) // part)
         parts[task] = Part(seen, own[seen])
     rest = predict_rest(prior, parts)
-    unseen = sum(float(own[~parts[task].seen].sum()) for task, own in differences.items())
-    variance = float(rest.covariance.sum())
-    return (unseen - float(rest.sums.sum())) ** 2 / variance if variance > 0 else 1.0
+    weights = np.array([units[task] for task in parts])
+    unseen = [float(own[~parts[task].seen].sum()) for task, own in differences.items()]
+    error = float(weights @ (np.array(unseen) - rest.sums))
+    variance = float(weights @ rest.covariance @ weights)
+    return error**2 / variance if variance > 0 else 1.0
 
 
 def _factors(prior: Prior, parts: Mapping[str, Part]) -> dict[str, Vector]:

@@ -430,15 +430,17 @@ class Run:
     def _settle(self, told: dict[Row, TrialRecord], incumbents: Incumbents, scores: Scores) -> int:
         """Go on with what may win in the end; return how many examples that took."""
         n_scored = 0
-        incumbents.read_anew()
-        for record in incumbents.predict_anew():
-            if incumbents.may_win(record.plan):
-                n_scored += self._race(record.plan, incumbents, scores)
-                if (again := self._told(record.plan, incumbents)).is_full:
-                    told[record.plan] = again
-                    incumbents.enter(again)
-        told.update((record.plan, record) for record in incumbents.predict_anew())
-        return n_scored
+        while True:
+            incumbents.read_anew()
+            stopped = incumbents.predict_anew()
+            told.update((record.plan, record) for record in stopped)
+            may_win = [record.plan for record in stopped if incumbents.may_win(record.plan)]
+            if not may_win:
+                return n_scored
+            for row in may_win:
+                n_scored += self._race(row, incumbents, scores)
+                told[row] = self._told(row, incumbents)
+                incumbents.enter(told[row])
 
     def _read(
         self,

@@ -107,11 +107,26 @@ def test_plans_that_were_stopped_early_tell_how_to_read_the_others():
     assert by_part < 0.7 * by_few
 
 
-def test_a_plan_of_which_hardly_anything_is_seen_tells_nothing():
-    table, _ = plans(np.random.default_rng(6), n_plans=12)
+def test_plans_of_which_hardly_anything_is_seen_tell_nothing():
+    table, _ = plans(np.random.default_rng(6), n_plans=60)
     few = Table(*(its[:8] for its in table))
     told, alone = (learn({"a": its}, 0).reading("a") for its in (partly(table, 8, 3), few))
     assert told.agreement == pytest.approx(alone.agreement)
+    assert told.weight == pytest.approx(alone.weight)
+
+
+def test_what_is_seen_of_one_task_in_full_may_be_a_part_of_another():
+    """So that the plans that are known in full are not the same of both."""
+    rng = np.random.default_rng(8)
+    small, _ = plans(rng, n_plans=20, n_examples=16)
+    large, _ = plans(rng, n_plans=20, n_examples=96)
+    seen = {"small": partly(small, 14, 0), "large": partly(large, 9, 24)}
+    grader = learn(seen, 0)
+    whole = {"small": small, "large": large}
+    graded = {task: Graded(range(8), its.grades[19, :8]) for task, its in whole.items()}
+    units = grader.units(graded)
+    alone = learn({task: Table(*(i[:9] for i in its)) for task, its in whole.items()}, 0)
+    assert units == alone.units(graded)  # by the nine plans that are known in full of both
 
 
 def test_how_hard_the_first_examples_are_is_no_difference_between_plans():

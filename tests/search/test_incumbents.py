@@ -1,5 +1,7 @@
 """What candidates are compared with: the best plan so far, or the front."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -190,6 +192,28 @@ def test_what_was_stopped_is_predicted_anew_and_is_no_longer_once_it_is_full(boa
     enter(incumbents, objective, board, 2, right(0.6), right(0.6))
     assert [r.number for r in incumbents.stopped] == [1]
     assert incumbents.best.number == 2
+
+
+def test_what_was_stopped_is_predicted_anew_though_it_seems_to_break_a_constraint(board):
+    """It may keep it on the rest: whether it may win is asked of it like of the others."""
+    objective = Objective("mean", GOALS, constraints=(Constraint("a", "score", 0.59),))
+    references = published(board, base=0.2, TIES=0.6, average=0.5)
+    incumbents = Incumbents(board, objective, Racing(), references=references)
+    for number, share in ((1, 0.62), (2, 0.4)):
+        stop(incumbents, objective, board, number, share)
+    assert {r.number: r.is_feasible for r in incumbents.predict_anew()} == {1: True, 2: False}
+
+
+def test_a_plan_that_was_stopped_twice_counts_once(board):
+    objective = Objective("mean", GOALS)
+    references = published(board, base=0.2, TIES=0.8, average=0.7)
+    incumbents = Incumbents(board, objective, Racing(), references=references)
+    stop(incumbents, objective, board, 1, 0.4)
+    again = TrialRecord(2, plan(1)).judged(objective, incumbents.outcome(plan(1)).scores)
+    incumbents.enter(replace(again, stopped_after=10))
+    assert [r.number for r in incumbents.stopped] == [2]
+    enter(incumbents, objective, board, 1, right(0.4), right(0.4))
+    assert incumbents.stopped == []
 
 
 def test_a_plan_that_is_published_tells_once_how_plans_differ(board):

@@ -119,45 +119,84 @@ def test_racing_saves_examples_and_tells_every_trial(toy):
     assert max(values[r.number] for r in stopped) < best
 
 
-def settle(study):
-    """Go on with what may win, as is done after a search; return what is stopped still."""
+def settle(study, **how):
+    """Go on with what may win, as is done after a search; return what is stopped for good."""
     try:
-        return study.runner().settle(study.objective, Racing(), None)
+        return study.runner().settle(study.objective, Racing(), None, **how)
     finally:
         study.directory.close()
 
 
+LOOSE = Racing(p_threshold=0.45, min_blocks=3)
+"""Stops what it should not."""
+
+
 def test_after_the_search_trials_go_on_that_may_win_by_what_was_learnt_since(toy):
     study = toy(sampler="random")
-    study.run(30, racing=Racing(p_threshold=0.45, min_blocks=3))  # stops what it should not
+    study.run(30, racing=LOOSE)
     before = [r for r in study.directory.records() if not r.is_full]
-    n_blocks = {r.number: len(study.directory.scores.get(r.plan)) for r in before}
     again = toy(sampler="random")
-    stopped = settle(again)
+    searched_s = again.directory.searching.elapsed_s
+    settled = settle(again)
     after = {r.number: r for r in again.directory.records()}
     completed = [r for r in before if after[r.number].is_completed]
     assert completed
-    assert {r.number for r in stopped}.isdisjoint(r.number for r in completed)
-    for record in again.directory.records():
-        n_more = len(again.directory.scores.get(record.plan)) - n_blocks.get(record.number, 0)
-        assert n_more >= 0
+    assert settled.stopped.keys() == {r.plan.digest for r in before if r not in completed}
     best = max(r.value for r in after.values() if r.is_full)
     full = toy(sampler="random", run_dir="full")
     assert best == max(trial.value for trial in full.run(30))
-    assert again.observer.phases[-1][0] == "going on with what may win"
-    assert [r.name for r in again.observer.trials if r.is_completed] == [
-        record.name for record in sorted(completed, key=lambda r: -r.value)
-    ]
+    assert again.observer.phases[0][0] == "going on with what may win"
+    assert again.directory.searching.elapsed_s > searched_s
 
 
-def test_where_nothing_that_was_stopped_may_win_nothing_is_scored_again(toy):
-    toy(sampler="random").run(12, racing=Racing(p_threshold=0.01))
-    settle(toy(sampler="random"))
+def test_a_study_that_is_settled_has_nothing_more_to_score(toy):
+    toy(sampler="random").run(30, racing=LOOSE)
+    first = settle(toy(sampler="random"))
     study = toy(sampler="random")
-    stopped = settle(study)
+    assert settle(study) == first
     assert study.evaluator.scored == []
-    assert all(record.se is not None for record in stopped)
-    assert "going on with what may win" not in [title for title, *_ in study.observer.phases]
+    assert study.observer.phases == []
+
+
+def test_where_the_search_was_ended_nothing_goes_on(toy):
+    toy(sampler="random").run(30, racing=LOOSE)
+    study = toy(sampler="random")
+    settled = settle(study, goes_on=False)
+    assert study.evaluator.scored == []
+    assert settled.stopped.keys() == {
+        r.plan.digest for r in study.directory.records() if not r.is_full
+    }
+
+
+def test_settling_that_was_interrupted_goes_on_where_it_was(toy, tmp_path):
+    for name in ("whole", "cut"):
+        toy(run_dir=name).run(30, racing=LOOSE)
+    whole = toy(run_dir="whole")
+    settle(whole)
+    with pytest.raises(KeyboardInterrupt):
+        study = toy(run_dir="cut")
+        study.observer = Recorder(interrupt_at=2)
+        settle(study)
+    study = toy(run_dir="cut")
+    settle(study)
+    completed = [
+        {r.number for r in run.directory.records() if r.is_completed} for run in (whole, study)
+    ]
+    assert completed[0] == completed[1] != set()
+
+
+def test_a_plan_that_was_proposed_twice_is_completed_for_both(toy):
+    values = {"coefficient": Range(0.0, 1.0, per="all", step=0.25)}
+    coarse = SearchSpace(EXPERTS, [Alternative("c", "task_arithmetic", values=values)])
+    study = toy(space=coarse)
+    study.run(24, racing=LOOSE, references={})
+    again = toy(space=coarse)
+    settle(again)
+    completed = {}
+    for record in again.directory.records():
+        completed.setdefault(record.plan.digest, []).append(record.is_full)
+    assert any(len(its) > 1 for its in completed.values())
+    assert all(len(set(its)) == 1 for its in completed.values())
 
 
 def test_the_worst_task_can_be_what_is_maximised(toy):

@@ -51,6 +51,9 @@ def test_the_rest_is_the_conditional_distribution_of_the_covariance_that_is_docu
     assert rest.covariance == pytest.approx(by_task, abs=1e-9)
 
 
+UNITS = {"a": 1.0, "b": 0.5}
+
+
 def test_the_spread_is_the_mean_square_of_errors_in_standard_errors_with_one_plan_more_of_1():
     rng = np.random.default_rng(3)
     others = {task: rng.normal(size=(5, n)) for task, n in SIZES.items()}
@@ -61,9 +64,11 @@ def test_the_spread_is_the_mean_square_of_errors_in_standard_errors_with_one_pla
         for part in (6, 3, 2):
             seen = {task: np.arange(n) < max(1, n // part) for task, n in SIZES.items()}
             rest = predict_rest(prior, {t: Part(mask, own[t][mask]) for t, mask in seen.items()})
-            unseen = sum(own[task][~mask].sum() for task, mask in seen.items())
-            squares.append((unseen - rest.sums.sum()) ** 2 / rest.covariance.sum())
-    assert Prior.of(others).found_spread() == pytest.approx((1 + sum(squares) / 3) / 6)
+            unseen = np.array([own[task][~mask].sum() for task, mask in seen.items()])
+            units = np.array([*UNITS.values()])
+            error = units @ (unseen - rest.sums)
+            squares.append(error**2 / (units @ rest.covariance @ units))
+    assert Prior.of(others).found_spread(UNITS) == pytest.approx((1 + sum(squares) / 3) / 6)
 
 
 def test_the_spread_is_small_where_plans_hang_together_and_large_where_one_stands_out():
@@ -72,12 +77,24 @@ def test_the_spread_is_small_where_plans_hang_together_and_large_where_one_stand
     apart = rng.normal(size=(20, 80))
     apart[0, 60:] += 10.0  # of which its first half says nothing
     spreads = [Prior.of({"a": its[:, :40], "b": its[:, 40:]}) for its in (together, apart)]
-    assert spreads[0].found_spread() < 0.5 < 1.5 < spreads[1].found_spread()
+    assert spreads[0].found_spread(UNITS) < 0.5 < 1.5 < spreads[1].found_spread(UNITS)
+
+
+def test_copies_of_plans_do_not_make_predictions_surer():
+    """As a search that converges proposes them: what is new differs from all of them."""
+    rng = np.random.default_rng(6)
+    families = (rng.random((8, 120)) < 0.3) - (rng.random((8, 120)) < 0.3) * 1.0
+    copies = np.repeat(families, 6, axis=0)
+    changed = rng.random(copies.shape) < 0.01
+    copies[changed] = rng.choice([-1.0, 0.0, 1.0], changed.sum())
+    alone, beside = (Prior.of({"a": its}).found_spread({"a": 1.0}) for its in (families, copies))
+    assert beside > 0.6 * alone
+    assert alone > 0.5
 
 
 @pytest.mark.parametrize("n_plans", [0, 1])
 def test_where_there_is_nothing_to_try_a_prior_on_its_spread_is_what_is_expected(n_plans):
-    assert Prior.of({"a": np.zeros((n_plans, 6))}).found_spread() == 1.0
+    assert Prior.of({"a": np.zeros((n_plans, 6))}).found_spread({"a": 1.0}) == 1.0
 
 
 def test_the_covariance_is_multiplied_by_the_spread_and_nothing_else_is():
