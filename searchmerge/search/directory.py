@@ -28,6 +28,7 @@ from searchmerge.search.storage import (
     find_study,
     open_storage,
     prepare_storage,
+    readable,
     storage_errors,
 )
 from searchmerge.search.trials import (
@@ -95,10 +96,11 @@ def locked(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_held(run_dir: Path) -> bool:
+def is_held(run_dir: Path) -> bool | None:
     """Return whether a driver holds ``run_dir``, as far as this machine can tell.
 
-    Where locks of another machine are not seen here, its drivers are not.
+    Where locks of another machine are not seen here, its drivers are not. Of a directory that
+    cannot be written to nothing is known: ``None``.
     """
     file = run_dir / _LOCK_FILE
     if not file.exists():
@@ -106,8 +108,10 @@ def is_held(run_dir: Path) -> bool:
     try:
         with FileLock(file, timeout=_LOOK_S, poll_interval=_LOOK_S / 20):
             return False
-    except (Timeout, OSError):  # of a directory that cannot be written to nothing is known
+    except Timeout:
         return True
+    except OSError:
+        return None
 
 
 class StudyDirectory:
@@ -376,12 +380,13 @@ def stored_study(run_dir: Path, storage: str | None = None) -> Iterator[optuna.S
         StudyError: If there is no study in ``run_dir``.
     """
     quiet_optuna()
-    name, opened = find_study(run_dir, storage)
-    with storage_errors(run_dir, storage):
-        try:
-            yield optuna.load_study(study_name=name, storage=opened)
-        finally:
-            close_storage(opened)
+    with readable(run_dir) as where:
+        name, opened = find_study(where, storage)
+        with storage_errors(run_dir, storage):
+            try:
+                yield optuna.load_study(study_name=name, storage=opened)
+            finally:
+                close_storage(opened)
 
 
 def plan_file(run_dir: Path, name: str) -> Path:

@@ -44,7 +44,8 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
         best_so_far, is_noted = best_so_far_of(study), is_at_work(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     workers, workers_age_s = read_roster(run_dir)
-    holds = held_before or is_held(run_dir)  # it may have begun, or ended, since
+    held = held_before or is_held(run_dir)  # it may have begun, or ended, since
+    holds = is_noted if held is None else held
     n_failed = sum(record.value is None for record in records)
     return {
         "study": study.study_name,

@@ -3,9 +3,12 @@
 import contextlib
 import json
 import logging
+import os
 import re
 import secrets
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,6 +197,23 @@ def find_study(run_dir: Path, storage: str | None = None) -> tuple[str, BaseStor
         close_storage(opened)
         raise StudyError(f"{run_dir}: the study was not begun yet")
     return study or names[0], opened
+
+
+@contextlib.contextmanager
+def readable(run_dir: Path) -> Iterator[Path]:
+    """Yield where the study of ``run_dir`` can be read.
+
+    SQLite writes a file beside a database that it reads alone. So where nothing can be written it
+    is a copy.
+    """
+    files = [run_dir / f"{DATABASE_FILE}{suffix}" for suffix in ("", "-wal")]
+    if os.access(run_dir, os.W_OK) or not files[0].exists():
+        yield run_dir
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in filter(Path.exists, files):
+            shutil.copyfile(file, Path(folder) / file.name)
+        yield Path(folder)
 
 
 @contextlib.contextmanager

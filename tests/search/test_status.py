@@ -1,6 +1,9 @@
 """What is shown of a study is what the study would do."""
 
+import os
 import socket
+from pathlib import Path
+from sqlite3 import dbapi2
 
 import numpy as np
 import pytest
@@ -125,6 +128,30 @@ def test_a_run_that_begins_or_ends_while_it_is_looked_at_did_not_end_abruptly(to
         )
         status = read_status(study.directory.run_dir)
         assert (status["at_work"], status["ended_abruptly"]) == (True, False)
+
+
+@pytest.mark.parametrize("was_cut_off", [False, True])
+def test_a_directory_that_cannot_be_written_to_is_shown_as_it_is(toy, monkeypatch, was_cut_off):
+    """As on a mount that is read only, or of somebody else's: nothing is known of its lock."""
+    study = toy()
+    study.run(3, references={})
+    if was_cut_off:
+        study.directory.begin_run()
+    run_dir = study.directory.run_dir
+    study.directory.close()
+    best = read_status(run_dir)["best"]
+    access, opened = os.access, []
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and access(path, mode))
+    monkeypatch.setattr("searchmerge.search.status.is_held", lambda _: None)
+    connect = dbapi2.connect
+    monkeypatch.setattr(dbapi2, "connect", lambda *a, **k: opened.append(a[0]) or connect(*a, **k))
+    kept = {file.name: file.stat().st_mtime_ns for file in run_dir.iterdir()}
+    status = read_status(run_dir)
+    assert (status["at_work"], status["ended_abruptly"]) == (was_cut_off, False)
+    assert status["best"] == best != []
+    assert kept == {file.name: file.stat().st_mtime_ns for file in run_dir.iterdir()}
+    assert opened
+    assert not [file for file in opened if Path(file).is_relative_to(run_dir)]
 
 
 def test_values_stand_below_one_another_whatever_plans_are_called(toy):
