@@ -354,17 +354,20 @@ class StudyRun:
             all plans by what was scored on the examples that select.
         """
         top_k, known = self._study.spec.confirm.top_k, self._references.values()
-        racing = assemble.make_racing(self._study)
-        settled = self._runner.settle(objective, racing, self._grading_seed, goes_on=goes_on)
-        scored = self._candidates(objective, settled)
-        best = best_candidates(scored, top_k, known, self._runner.board.observed)
-        if missing := {record.name: record for record in best if not record.is_full}:
+        racing, tried = assemble.make_racing(self._study), set[str]()
+        while True:
+            settled = self._runner.settle(objective, racing, self._grading_seed, goes_on=goes_on)
+            scored = self._candidates(objective, settled)
+            best = best_candidates(scored, top_k, known, self._runner.board.observed)
+            missing = {r.name: r for r in best if not r.is_full and r.name not in tried}
+            if not missing:
+                break
+            tried |= missing.keys()
             plans = {name: record.plan for name, record in missing.items()}
             names = self._runner.score_plans("completing the best", plans, "select")
             for name in (name for name in missing if name in names):
                 scores = self._runner.board.scores(plans[name], "select")
                 self._directory.keep_completed(missing[name].judged(objective, scores))
-            scored = self._candidates(objective, settled)
         full = [record for record in scored if record.is_full]
         done = {record.plan.digest for record in full}
         still = [record for record in settled.typical if record.plan.digest not in done]
@@ -381,13 +384,12 @@ class StudyRun:
         return best_plans, evidence
 
     def _candidates(self, objective: Objective, settled: Settled) -> list[TrialRecord]:
-        """Return the candidates, those that were stopped as they are predicted in the end."""
-        scored = candidates(self._directory.records(), objective)
+        """Return the candidates as they are read, or predicted, in the end."""
         return [
-            record
-            if record.is_full or record.plan.digest not in settled.stopped
-            else replace(settled.stopped[record.plan.digest], number=record.number)
-            for record in scored
+            replace(record.read_as(its.completed_scores()), se=its.se)
+            if (its := settled.read.get(record.plan.digest)) and not record.refines
+            else record
+            for record in candidates(self._directory.records(), objective)
         ]
 
     def _learnt_board(self, plans: Iterable[MergePlan]) -> Scoreboard:

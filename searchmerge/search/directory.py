@@ -298,8 +298,15 @@ class StudyDirectory:
             self._note(_BEST, name)
 
     def keep_completed(self, record: TrialRecord) -> None:
-        """Keep the scores of a trial that was stopped early and is scored in full since."""
-        self._note(f"{_COMPLETED}{record.number}", record.completed_scores())
+        """Keep the scores of a trial that was stopped early and is scored in full since.
+
+        Others of the same plan that were stopped are completed with it.
+        """
+        for other in self.records(as_told=True):
+            is_twin = other.plan.digest == record.plan.digest and not other.refines
+            is_stopped = other.value is not None and not other.is_full
+            if other.number == record.number or (is_twin and is_stopped):
+                self._note(f"{_COMPLETED}{other.number}", record.completed_scores())
 
     def keep_read(self, records: Iterable[TrialRecord]) -> None:
         """Keep how trials that were scored in full are read now, where that has changed."""

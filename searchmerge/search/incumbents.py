@@ -171,8 +171,9 @@ class Incumbents:
         """
         for digest, record in self._stopped.items():
             outcome = self.outcome(record.plan)
+            n_blocks = outcome.stopped_after or record.stopped_after
             record = record.judged(self._objective, outcome.scores, outcome.estimates)
-            self._stopped[digest] = replace(record, se=outcome.se)
+            self._stopped[digest] = replace(record, se=outcome.se, stopped_after=n_blocks)
         return ranked(self._stopped.values())
 
     def enter(self, record: TrialRecord) -> bool:

@@ -169,8 +169,8 @@ class StudyRunner:
     ) -> "Settled":
         """Read all trials anew, and go on with those that may win by what was learnt since.
 
-        Until none may: a study that is settled has nothing to score where it is settled again.
-        The seconds count as the search's, not its budget.
+        Until none may: a study that is settled has nothing to score where it is settled again,
+        but for what could not be scored.
 
         Args:
             objective: With the experts' scores put in.
@@ -178,21 +178,26 @@ class StudyRunner:
             seed: As for :meth:`run`.
             goes_on: Whether anything is scored.
         """
+        failed: set[str] = set()
         while True:
             incumbents = self._with_all_trials(objective, racing, seed)
             incumbents.read_anew()
-            stopped = incumbents.predict_anew()
-            self._directory.keep_read(incumbents.read)
+            stopped = [r for r in incumbents.predict_anew() if r.plan.digest not in failed]
             may_win = [r for r in stopped if goes_on and incumbents.may_win(r.plan)]
             if not may_win:
-                return Settled({r.plan.digest: r for r in stopped}, incumbents.stopped)
-            self._go_on(may_win, incumbents, objective)
+                known = {r.plan.digest: r for r in (*stopped, *incumbents.read)}
+                return Settled(known, incumbents.stopped)
+            failed |= self._go_on(may_win, incumbents, objective)
 
     def _go_on(
         self, stopped: Sequence[TrialRecord], incumbents: Incumbents, objective: Objective
-    ) -> None:
-        """Go on with trials that were stopped early, best first, until each is stopped again."""
-        clock, rounds = StudyClock(self._directory.searching), incumbents.rounds()
+    ) -> set[str]:
+        """Go on with trials that were stopped early, best first, until each is stopped again.
+
+        Returns:
+            The digests of those plans that cannot be scored.
+        """
+        rounds = incumbents.rounds()
         source = _StoppedSource(
             [Job(record.name, record.plan, rounds, record) for record in stopped],
             incumbents,
@@ -201,12 +206,9 @@ class StudyRunner:
             self._observer,
         )
         self._observer.phase("going on with what may win", len(stopped))
-        try:
-            self._dispatcher.run(source)
-        finally:
-            with held_back():
-                clock.keep()
+        self._dispatcher.run(source)
         self.failures |= source.failures
+        return {record.plan.digest for record in stopped if record.name in source.failures}
 
     def leader(self, objective: Objective, seed: int | None) -> tuple[str, MergePlan] | None:
         """Return the name and the plan with the best evidence; ``None`` before a merge is scored.
@@ -256,14 +258,15 @@ class StudyRunner:
 
 
 class Settled(NamedTuple):
-    """The plans of a study that are stopped early for good.
+    """The trials of a study when no other may win.
 
     Attributes:
-        stopped: By digest, as they are predicted when all is known.
-        typical: Those of them that did not collapse, which tell what plans usually score.
+        read: By digest of the plan, as they are read or predicted by all that is known.
+        typical: Those that were stopped early and did not collapse: they tell what plans usually
+            score.
     """
 
-    stopped: Mapping[str, TrialRecord]
+    read: Mapping[str, TrialRecord]
     typical: Sequence[TrialRecord]
 
 
@@ -308,8 +311,6 @@ class _StoppedSource(ListSource[TrialRecord]):
         self._directory.scores.flush()
         is_best = False
         if is_full:
-            twins = (r for r in self._directory.records() if r.plan.digest == job.plan.digest)
-            for twin in twins:
-                self._directory.keep_completed(replace(record, number=twin.number))
+            self._directory.keep_completed(record)
             is_best = self._incumbents.enter(record)
         self._observer.trial(record, is_best=is_best)

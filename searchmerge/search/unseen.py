@@ -14,6 +14,7 @@ _SHARED = 0.5  # part of the expected squares that is shared with other plans, i
 _PRIOR = 1.0  # weight of the expected squares beside those of the plan's own examples
 _TRIED_AT = (6, 3, 2)  # a prior is tried on one in so many of each task's examples
 _TWINS = 0.1  # part of the mean squared distance of plans below which two are nearly one
+_MOST_OFF = 4.0  # squared errors count up to this: a plan that collapsed is not what is predicted
 _UNTRIED = 1.0  # weight, in plans, of the spread expected beside the spread found by trying
 
 
@@ -51,8 +52,8 @@ class Prior:
         Each of the other plans is predicted from the rest of them, seen on the first sixth, third
         and half of each task's examples; those that do nearly as it does are left out, as a plan
         that is new has no twin. With z its error in units of the standard error that it was
-        predicted with, of all tasks together, the spread is the mean of :math:`z^2` over the
-        plans, and one plan more of which it is 1.
+        predicted with, of all tasks together, the spread is the mean of :math:`\min(z^2, 4)` over
+        the plans, and one plan more of which it is 1.
 
         Args:
             units: Task to what one of its examples counts for, in the objective.
@@ -154,7 +155,7 @@ def _off(
     unseen = [float(own[~parts[task].seen].sum()) for task, own in differences.items()]
     error = float(weights @ (np.array(unseen) - rest.sums))
     variance = float(weights @ rest.covariance @ weights)
-    return error**2 / variance if variance > 0 else 1.0
+    return min(_MOST_OFF, error**2 / variance) if variance > 0 else 1.0
 
 
 def _factors(prior: Prior, parts: Mapping[str, Part]) -> dict[str, Vector]:

@@ -112,7 +112,7 @@ def test_trials_that_were_stopped_did_not_fail(toy):
 
 # --- Refined trials ---------------------------------------------------------------------------
 
-POOR = replace(OPTIMUM, values={"coefficient": ((0.0, 1.0, 0.0),) * 2})
+POOR = replace(OPTIMUM, values={"coefficient": ((0.5, 0.2, 0.0),) * 2})
 
 
 def run_refined(study, plans=(OPTIMUM,), racing=None, evaluator=None):

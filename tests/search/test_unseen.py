@@ -67,17 +67,26 @@ def test_the_spread_is_the_mean_square_of_errors_in_standard_errors_with_one_pla
             unseen = np.array([own[task][~mask].sum() for task, mask in seen.items()])
             units = np.array([*UNITS.values()])
             error = units @ (unseen - rest.sums)
-            squares.append(error**2 / (units @ rest.covariance @ units))
+            squares.append(min(4.0, error**2 / (units @ rest.covariance @ units)))
     assert Prior.of(others).found_spread(UNITS) == pytest.approx((1 + sum(squares) / 3) / 6)
 
 
-def test_the_spread_is_small_where_plans_hang_together_and_large_where_one_stands_out():
+def test_the_spread_is_small_where_plans_hang_together_and_large_where_each_stands_out():
     rng = np.random.default_rng(4)
     together = rng.normal(size=(20, 2)) @ rng.normal(size=(2, 80))
     apart = rng.normal(size=(20, 80))
-    apart[0, 60:] += 10.0  # of which its first half says nothing
+    for i in range(20):  # of which its first half says nothing
+        apart[i, 40 + 2 * i : 42 + 2 * i] += 20.0
     spreads = [Prior.of({"a": its[:, :40], "b": its[:, 40:]}) for its in (together, apart)]
-    assert spreads[0].found_spread(UNITS) < 0.5 < 1.5 < spreads[1].found_spread(UNITS)
+    assert spreads[0].found_spread(UNITS) < 0.5 < 1.0 < spreads[1].found_spread(UNITS)
+
+
+def test_a_plan_that_collapsed_does_not_make_all_others_uncertain():
+    rng = np.random.default_rng(7)
+    plans = (rng.random((20, 120)) < 0.1).astype(float)
+    collapsed = np.concatenate([plans, np.full((1, 120), -1.0)])
+    alone, beside = (Prior.of({"a": its}).found_spread({"a": 1.0}) for its in (plans, collapsed))
+    assert beside < alone + 0.3
 
 
 def test_copies_of_plans_do_not_make_predictions_surer():
