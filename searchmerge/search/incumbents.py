@@ -84,9 +84,8 @@ class Incumbents:
         self._full: list[TrialRecord] = []  # all trials that were scored in full, as last read
         self._stopped: dict[str, TrialRecord] = {}  # by plan, as last predicted
         self._n_told = 0  # plans of trials that are not published
-        self._is_bounded = dict.fromkeys(
-            self._places, True
-        )  # task to whether values are in [0, 1]
+        # task to whether all that was scored in full lies in [0, 1]
+        self._is_bounded = dict.fromkeys(self._places, True)
         for plan in self._pool:
             self._see(plan)
         self._base: PlanScores | None = None
@@ -142,7 +141,7 @@ class Incumbents:
         That is what would be saved if the search ended now and nothing were held out. ``None``
         while no merge is scored.
         """
-        if self._leader is None:  # else nothing was scored in full since
+        if self._leader is None:  # else no plan was told since
             tasks = self._board.schedule.tasks
             self._leader = best_on_select(
                 self._contenders, self._published, tasks, self._objective, self.stopped
@@ -198,11 +197,9 @@ class Incumbents:
 
     def _see(self, plan: MergePlan) -> None:
         """Take note of the range of what a plan scored in full."""
-        for task, is_bounded in self._is_bounded.items():
-            if is_bounded:
-                values = self._board.store.task_values(
-                    plan, self._board.schedule.blocks["select"][task]
-                )
+        for task, blocks in self._board.schedule.blocks["select"].items():
+            if self._is_bounded[task]:
+                values = self._board.store.task_values(plan, blocks)
                 self._is_bounded[task] = all(0 <= value <= 1 for value in values)
 
     def _compare(self, record: TrialRecord, scores: PlanScores) -> bool:
