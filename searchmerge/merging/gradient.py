@@ -12,9 +12,10 @@ forward and one backward pass give the gradient by all coefficients, however man
 are. What rounding to the model's dtype does to the parameters does not enter it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,14 @@ class Directions:
     budget: MemoryBudget
     kept: dict[str, Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def _alike(self) -> list[list[Pass]]:
+        """The passes that differ in numbers alone, and so are run at once.
+
+        A method may answer the same question in another way when it is asked again.
+        """
+        return [list(alike) for _, alike in groupby(self.passes, key=_what_is_read)]
+
     @torch.no_grad()
     def products(self, name: str, gradient: Tensor) -> Tensor:
         """Return the inner product of a parameter's gradient with each direction.
@@ -77,9 +86,7 @@ class Directions:
                 total += torch.stack([torch.dot(part.float(), numbers) for part in parts])
             return total * self.scales[name]
         products = []
-        # a method may answer the same question in another way when it is asked again
-        for _, alike in groupby(self.passes, key=lambda work: (work.function, id(work.kept))):
-            passes = list(alike)
+        for passes in self._alike:
             operands = self.operands(name, passes[0])
             scalars = torch.stack([work.scalars(name) for work in passes])
             numbers = flat.to(operands.base.device)
@@ -120,6 +127,11 @@ class Directions:
         for name, target in targets.items():
             if self.engine.is_compiled(target.device):
                 self.products(name, torch.zeros_like(target))
+
+
+def _what_is_read(work: Pass) -> Hashable:
+    """Return what tells a pass from those that differ from it in numbers alone."""
+    return work.function, work.experts, id(work.kept) if work.kept else None
 
 
 @dataclass

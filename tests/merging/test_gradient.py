@@ -173,6 +173,21 @@ def test_directions_that_are_kept_give_the_same_as_those_computed_anew(method):
     assert torch.equal(rows[0], rows[2])
 
 
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_a_parameter_is_gone_over_once_for_all_experts(method, settings, monkeypatch):
+    merger, n_sets = made(net(), memory=Memory(keep_bytes=0)), []
+    products = Engine.products
+
+    def counted(self, function, operands, scalars, numbers):
+        n_sets.append(len(scalars))
+        return products(self, function, operands, scalars, numbers)
+
+    monkeypatch.setattr(Engine, "products", counted)
+    directions = merger.directions(random_plan(method, Groups(depth=2), settings))
+    directions.products("embed.weight", torch.ones(12, 8))
+    assert n_sets == [len(EXPERTS)]
+
+
 def test_directions_give_back_their_memory_to_those_of_the_next_plan():
     model = net()
     merger = made(model, memory=Memory(keep_bytes=1 << 20))
