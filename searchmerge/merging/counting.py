@@ -91,38 +91,48 @@ def new_counters(rows: Sequence[Wanted], capacity: int, device: torch.device) ->
     )
 
 
+class Part(NamedTuple):
+    """Some of every row's numbers, where they lie on one device.
+
+    Attributes:
+        rows: Each row's, ``(m,)`` of any float dtype; fewer than 2^31.
+        base: What is subtracted before magnitudes are taken, ``(m,)``; ``None`` where the numbers
+            themselves are counted.
+        first_run: How many runs were counted before: by it they are drawn.
+    """
+
+    rows: Sequence[Tensor]
+    base: Tensor | None = None
+    first_run: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What all that is read of it takes."""
+        return sum(tensor.nbytes for tensor in (*self.rows, *self.bases))
+
+    @property
+    def bases(self) -> tuple[Tensor, ...]:
+        """The base, where there is one."""
+        return () if self.base is None else (self.base,)
+
+
 def n_runs(n_numbers: int) -> int:
     """Return in how many runs so many numbers are."""
     return -(-n_numbers // RUN)
 
 
-def count_numbers(rows: Sequence[Tensor], counters: Counters, first_run: int) -> None:
-    """Count each row's numbers, ``(m,)`` float32, on their device.
+def count(parts: Sequence[Part], counters: Counters) -> None:
+    """Add up the numbers of some parts, on their device.
 
     Args:
-        rows: The numbers.
+        parts: Of as many rows as there are counters of, all on their device.
         counters: What is added to.
-        first_run: How many runs were counted before: by it they are drawn.
     """
-    if not _KERNEL.count(rows, None, counters, first_run):
-        _count_by_operations(rows, counters, first_run)
-
-
-def count_magnitudes(
-    experts: Sequence[Tensor], base: Tensor, counters: Counters, first_run: int
-) -> None:
-    """Count the magnitudes of each expert's entries less the base's, ``(m,)``, any float dtype.
-
-    Args:
-        experts: A row each.
-        base: On their device.
-        counters: What is added to.
-        first_run: How many runs were counted before: by it they are drawn.
-    """
-    if not _KERNEL.count(experts, base, counters, first_run):
-        wide = base.float()
-        rows = [(expert.float() - wide).abs_() for expert in experts]
-        _count_by_operations(rows, counters, first_run)
+    parts = [part for part in parts if len(part.rows[0])]
+    if not parts or _KERNEL.count(parts, counters):
+        return
+    for part in parts:
+        _count_by_operations(part, counters)
 
 
 class _Kernel:
@@ -131,21 +141,16 @@ class _Kernel:
     def __init__(self) -> None:
         self._is_broken = False
 
-    def count(
-        self,
-        sources: Sequence[Tensor],
-        base: Tensor | None,
-        counters: Counters,
-        first_run: int,
-    ) -> bool:
+    def count(self, parts: Sequence[Part], counters: Counters) -> bool:
         """Count by it where it runs; return whether it was so."""
-        if self._is_broken or sources[0].device.type != "cuda" or not len(sources[0]):
+        device = counters.counts.device
+        if self._is_broken or device.type != "cuda":
             return False
         try:
             from searchmerge.merging import counting_kernel
 
-            with torch.cuda.device(sources[0].device):
-                counting_kernel.count(sources, base, counters, first_run)
+            with torch.cuda.device(device):
+                counting_kernel.count(parts, counters)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - Triton's errors have no base but this
@@ -159,14 +164,16 @@ class _Kernel:
 _KERNEL = _Kernel()
 
 
-def _count_by_operations(rows: Sequence[Tensor], counters: Counters, first_run: int) -> None:
-    for i, numbers in enumerate(rows):
+def _count_by_operations(part: Part, counters: Counters) -> None:
+    wide = None if part.base is None else part.base.float()
+    for i, row in enumerate(part.rows):
+        numbers = row if wide is None else (row.float() - wide).abs_()
         for start in range(0, len(numbers), _AT_ONCE):
-            part = numbers[start : start + _AT_ONCE]
-            _count_part(part, counters, i, first_run + start // RUN)
+            some = numbers[start : start + _AT_ONCE]
+            _count_some(some, counters, i, part.first_run + start // RUN)
 
 
-def _count_part(numbers: Tensor, counters: Counters, row: int, first_run: int) -> None:
+def _count_some(numbers: Tensor, counters: Counters, row: int, first_run: int) -> None:
     keys = keys_of(numbers)
     segments = torch.searchsorted(counters.cuts[row, :MOST_CUTS], keys, right=True)
     counters.counts[row] += torch.bincount(segments, minlength=SEGMENTS)

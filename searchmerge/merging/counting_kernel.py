@@ -1,24 +1,24 @@
 """Counting keys on a GPU without an atomic operation in its memory for each: kernels in Triton.
 
-A program counts some ten thousand numbers and adds its counts once. On NVIDIA's GPUs it finds a
-number's segment, counts it and collects its key in the memory that its threads share, for which
-Triton has no words: that part is PTX. Elsewhere it counts in registers, by ``tl.histogram``,
-which takes longer. Both hold some hundred counters, so numbers are counted between cuts.
+One launch counts many parameters: where each lies is read from a table, as to launch a kernel for
+each would take longer than counting. A program counts some ten thousand numbers and adds its
+counts once. On NVIDIA's GPUs it finds a number's segment, counts it and collects its key in the
+memory that its threads share, for which Triton has no words: that part is PTX. Elsewhere it counts
+in registers, by ``tl.histogram``, which takes longer. Both hold some hundred counters, so numbers
+are counted between cuts.
 """
 
 # ruff: noqa: ANN001 - Triton reads annotations of a kernel as types of its own
 
+from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from searchmerge.merging.counting import RUN, SEGMENTS, Counters
-
-_ROWS = 4
-"""Rows of one launch."""
+from searchmerge.merging.counting import RUN, SEGMENTS, Counters, Part
 
 _BLOCK = 4096
 """Numbers that a program counts at once in registers."""
@@ -47,6 +47,9 @@ _RESERVE = tl.constexpr(
     }}"""
 )
 """Returns where that memory begins."""
+
+_SIZE_AT, _FIRST_RUN_AT, _FIRST_PROGRAM_AT, _BASE_AT, _ROWS_AT = map(tl.constexpr, range(5))
+"""Columns of the table of parts."""
 
 _PUT = tl.constexpr("{ st.shared.b32 [$1], $2; mov.u32 $0, 0; }")
 _GET = tl.constexpr("ld.shared.b32 $0, [$1];")
@@ -95,10 +98,27 @@ def _get(at):  # type: ignore[no-untyped-def]  # noqa: ANN202
     return tl.inline_asm_elementwise(_GET, "=r,r", [at], tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
-def _source_of(place, source_0, source_1, source_2, source_3):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    source = tl.where(place == 0, source_0, tl.where(place == 1, source_1, source_2))
-    return tl.where(place == 3, source_3, source)
+@triton.jit  # type: ignore[untyped-decorator]
+def _place_of(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    table, owners, source_like, base_like, IS_ALIGNED: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return what a program counts, see :func:`_table_of`: some of one row of a part.
+
+    Returns:
+        Where the row's numbers begin, and the base's, their number, their first run, and which of
+        the part's programs this is.
+    """
+    table += tl.load(owners + tl.program_id(0)).to(tl.int64) * WIDTH
+    n = tl.load(table + _SIZE_AT).to(tl.int32)
+    base = tl.load(table + _BASE_AT).to(base_like.dtype)
+    source = tl.load(table + _ROWS_AT + tl.program_id(1)).to(source_like.dtype)
+    if IS_ALIGNED:
+        n = tl.multiple_of(n, 16)
+        base = tl.multiple_of(base, 16)
+        source = tl.multiple_of(source, 16)
+    first_run = tl.load(table + _FIRST_RUN_AT).to(tl.int32)
+    index = tl.program_id(0) - tl.load(table + _FIRST_PROGRAM_AT).to(tl.int32)
+    return source, base, n, first_run, index
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -121,16 +141,12 @@ def _is_drawn(at, first_run, limit, RUN_SIZE: tl.constexpr):  # type: ignore[no-
     return drawn.to(tl.int32) < limit
 
 
-@triton.jit(do_not_specialize=["first_run", "first_row", "capacity"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["capacity"])  # type: ignore[untyped-decorator]
 def _count(  # type: ignore[no-untyped-def]  # noqa: PLR0913, ANN202 - a kernel
-    source_0,
-    source_1,
-    source_2,
-    source_3,
-    base,
-    n,
-    first_run,
-    first_row,
+    table,
+    owners,
+    source_like,
+    base_like,
     capacity,
     cuts,
     collects,
@@ -139,6 +155,8 @@ def _count(  # type: ignore[no-untyped-def]  # noqa: PLR0913, ANN202 - a kernel
     n_collected,
     collected,
     OF_MAGNITUDES: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
     HAS_CUTS: tl.constexpr,
     N_SEGMENTS: tl.constexpr,
     N_STEPS: tl.constexpr,
@@ -148,17 +166,19 @@ def _count(  # type: ignore[no-untyped-def]  # noqa: PLR0913, ANN202 - a kernel
 ):
     """Count the keys of one row's numbers between its cuts, and collect some, in registers.
 
-    Every program takes ``N_BLOCKS`` blocks of one row. See ``Counters`` for the tensors.
+    Every program takes ``N_BLOCKS`` blocks of one row of a part. See ``Counters`` for the tensors.
     """
-    source = _source_of(tl.program_id(0), source_0, source_1, source_2, source_3)
-    row = first_row + tl.program_id(0)
+    row = tl.program_id(1)
+    source, base, n, first_run, index = _place_of(
+        table, owners, source_like, base_like, IS_ALIGNED, WIDTH
+    )
     limit = tl.load(limits + row)
     cuts += row * N_SEGMENTS
     collects += row * N_SEGMENTS
     segments = tl.arange(0, N_SEGMENTS)
     total = tl.zeros([N_SEGMENTS], tl.int32)
     for i in range(N_BLOCKS):
-        at = (tl.program_id(1) * N_BLOCKS + i) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        at = (index * N_BLOCKS + i) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         is_there = at < n
         chosen = is_there & _is_drawn(at, first_run, limit, RUN_SIZE)
         is_read = is_there if HAS_CUTS else chosen
@@ -195,16 +215,12 @@ def _hand_over(n_keys, shared, n_collected, collected, capacity, ROOM: tl.conste
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["first_run", "first_row", "capacity"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["capacity"])  # type: ignore[untyped-decorator]
 def _count_shared(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, ANN202 - a kernel
-    source_0,
-    source_1,
-    source_2,
-    source_3,
-    base,
-    n,
-    first_run,
-    first_row,
+    table,
+    owners,
+    source_like,
+    base_like,
     capacity,
     cuts,
     collects,
@@ -213,6 +229,8 @@ def _count_shared(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, AN
     n_collected,
     collected,
     OF_MAGNITUDES: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
     N_SEGMENTS: tl.constexpr,
     N_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -222,8 +240,10 @@ def _count_shared(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, AN
 
     They wait for one another between what is counted and what is read of it.
     """
-    source = _source_of(tl.program_id(0), source_0, source_1, source_2, source_3)
-    row = first_row + tl.program_id(0)
+    row = tl.program_id(1)
+    source, base, n, first_run, index = _place_of(
+        table, owners, source_like, base_like, IS_ALIGNED, WIDTH
+    )
     limit = tl.load(limits + row)
     n_collected += row
     collected += row.to(tl.int64) * capacity
@@ -236,7 +256,7 @@ def _count_shared(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, AN
     _put(shared + _N_KEYS_AT, 0)
     tl.debug_barrier()
     for i in range(N_BLOCKS):
-        start = (tl.program_id(1) * N_BLOCKS + i) * BLOCK_SIZE
+        start = (index * N_BLOCKS + i) * BLOCK_SIZE
         if start < n:
             at = start + tl.arange(0, BLOCK_SIZE)
             is_there = at < n
@@ -260,47 +280,76 @@ def _count_shared(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0915, AN
     tl.atomic_add(to, total.to(tl.int64), mask=total > 0, sem="relaxed")
 
 
-def count(
-    sources: Sequence[Tensor], base: Tensor | None, counters: Counters, first_run: int
-) -> None:
-    """Count the keys of some numbers of each row, on a GPU.
+def count(parts: Sequence[Part], counters: Counters) -> None:
+    """Count the keys of the numbers of some parts, on a GPU: one launch for all that are alike.
 
     Args:
-        sources: Of each row, ``(m,)`` of any float dtype; fewer than 2^31.
-        base: What is subtracted before magnitudes are taken; ``None`` for the numbers themselves.
+        parts: One or more, of 1 number or more each.
         counters: What is added to.
-        first_run: How many runs were counted before: by it they are drawn.
     """
-    n = len(sources[0])
-    in_shared = counters.has_cuts and sources[0].is_cuda and torch.version.hip is None
+    groups: dict[object, list[Part]] = defaultdict(list)
+    for part in parts:
+        if len({row.dtype for row in part.rows}) > 1:
+            part = part._replace(rows=[row.float() for row in part.rows])
+        dtypes = tuple(tensor.dtype for tensor in (part.rows[0], *part.bases))
+        groups[dtypes, _is_aligned(part)].append(part)
+    for alike in groups.values():
+        _launch(alike, counters)
+
+
+def _launch(parts: Sequence[Part], counters: Counters) -> None:
+    first, device = parts[0], counters.counts.device
+    n_rows = len(first.rows)
     kernel, block, n_blocks, n_warps = _count, _BLOCK, _BLOCKS, 8
     more: dict[str, object] = {"HAS_CUTS": counters.has_cuts, "N_STEPS": _N_STEPS}
-    if in_shared:
+    if counters.has_cuts and device.type == "cuda" and torch.version.hip is None:
         kernel, block, n_blocks, n_warps = _count_shared, _SHARED_BLOCK, _SHARED_BLOCKS, 16
         more = {}
-    for first_row in range(0, len(sources), _ROWS):
-        some = sources[first_row : first_row + _ROWS]
-        pointers = [some[min(i, len(some) - 1)] for i in range(_ROWS)]
-        if len({source.dtype for source in some}) > 1:
-            pointers = [source.float() for source in pointers]
-        kernel[(len(some), -(-n // (block * n_blocks)))](
-            *pointers,
-            pointers[0] if base is None else base,
-            n,
-            first_run,
-            first_row,
-            counters.collected.shape[1],
-            counters.cuts,
-            counters.collects,
-            counters.limits,
-            counters.counts,
-            counters.n_collected,
-            counters.collected,
-            OF_MAGNITUDES=base is not None,
-            N_SEGMENTS=SEGMENTS,
-            N_BLOCKS=n_blocks,
-            BLOCK_SIZE=block,
-            RUN_SIZE=RUN,
-            num_warps=n_warps,
-            **more,
-        )
+    table, owners = _table_of(parts, block * n_blocks)
+    kernel[(len(owners), n_rows)](
+        torch.from_numpy(table).to(device),
+        torch.from_numpy(owners).to(device),
+        first.rows[0],
+        first.rows[0] if first.base is None else first.base,
+        counters.collected.shape[1],
+        counters.cuts,
+        counters.collects,
+        counters.limits,
+        counters.counts,
+        counters.n_collected,
+        counters.collected,
+        OF_MAGNITUDES=first.base is not None,
+        IS_ALIGNED=_is_aligned(first),
+        WIDTH=table.shape[1],
+        N_SEGMENTS=SEGMENTS,
+        N_BLOCKS=n_blocks,
+        BLOCK_SIZE=block,
+        RUN_SIZE=RUN,
+        num_warps=n_warps,
+        **more,
+    )
+
+
+def _table_of(parts: Sequence[Part], n_each: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where parts lie, and which of them each program counts ``n_each`` numbers of.
+
+    Returns:
+        A row per part, int64: its size, its first run, its first program, and the addresses of its
+        base and rows. Then the index of its part for each program, int32.
+    """
+    sizes = np.array([len(part.rows[0]) for part in parts])
+    n_programs = -(-sizes // n_each)
+    table = np.empty((len(parts), _ROWS_AT.value + len(parts[0].rows)), np.int64)
+    table[:, _SIZE_AT.value] = sizes
+    table[:, _FIRST_RUN_AT.value] = [part.first_run for part in parts]
+    table[:, _FIRST_PROGRAM_AT.value] = np.cumsum(n_programs) - n_programs
+    for row, part in zip(table, parts, strict=True):
+        base = part.rows[0] if part.base is None else part.base
+        row[_BASE_AT.value :] = [tensor.data_ptr() for tensor in (base, *part.rows)]
+    return table, np.repeat(np.arange(len(parts), dtype=np.int32), n_programs)
+
+
+def _is_aligned(part: Part) -> bool:
+    """Return whether a kernel may read several numbers of a part at once: 16 bytes."""
+    tensors = (*part.rows, *part.bases)
+    return not len(part.rows[0]) % 16 and all(not t.data_ptr() % 16 for t in tensors)

@@ -2,9 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from searchmerge.merging.chunks import CHUNK
 from searchmerge.merging.compiled import MOST_AT_ONCE
-from searchmerge.merging.counting import count_magnitudes, count_numbers
+from searchmerge.merging.counting import Part
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.kernels import GRID, Chunk, ChunkFunction
 from searchmerge.merging.operands import Operands
@@ -75,6 +74,7 @@ class Measure:
     everyone: "Measure | None" = None
     devices: Mapping[str, torch.device] = field(default_factory=dict)
     _magnitudes: list[OrderStatistics] = field(default_factory=list, init=False)
+    _blocks: list[Block] = field(default_factory=list, init=False)
     _products: dict[str, np.ndarray] = field(default_factory=dict, init=False)
     _sorted: dict[tuple[str, int], dict[int, float]] = field(default_factory=dict, init=False)
 
@@ -333,12 +333,29 @@ class Measure:
     def _is_compiled_on_gpu(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.engine.is_compiled(device)
 
-    def _magnitude_blocks(self) -> Iterator[Block]:
+    def _magnitude_blocks(self) -> Iterable[Block]:
+        """Return where all magnitudes are; made once where that copies nothing."""
+        if not self._are_views:
+            return self._new_magnitude_blocks()
+        if not self._blocks:
+            self._blocks.extend(self._new_magnitude_blocks())
+        return self._blocks
+
+    @property
+    def _are_views(self) -> bool:
+        """Whether all that is measured lies where it is measured, entry after entry."""
+        return all(
+            tensor.device == self.device(name) and tensor.is_contiguous()
+            for name in self.names
+            for tensor in (self.vectors.base[name], *self.vectors.weights[name])
+        )
+
+    def _new_magnitude_blocks(self) -> Iterator[Block]:
         for _, part in self.parts():
             device = part.base.device
             rows = [_magnitude(expert, part.base) for expert in part.experts]
-            count = partial(count_magnitudes, part.experts, part.base)
-            yield Block(len(part.base), rows, count if device.type == "cuda" else None, device)
+            there = Part(part.experts, part.base) if device.type == "cuda" else None
+            yield Block(len(part.base), rows, there, device)
 
     def _file(self, label: str) -> Path | None:
         """Return the cache file of what is measured, of this layout, and computed in this way."""
@@ -381,7 +398,7 @@ def _sort(numbers: Tensor) -> Tensor:
 
 
 def _block(numbers: tuple[Tensor, ...], device: torch.device) -> Block:
-    there = partial(count_numbers, numbers) if device.type == "cuda" else None
+    there = Part(numbers) if device.type == "cuda" else None
     return Block(len(numbers[0]), [row.__getitem__ for row in numbers], there, device)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from searchmerge.durable import write_atomically
-from searchmerge.merging.counting import Counters, count_numbers, keys_of, n_runs, numbers_of
+from searchmerge.merging.counting import Counters, Part, count, keys_of, n_runs, numbers_of
 from searchmerge.merging.selection import select
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +31,10 @@ _CHECKSUM = "sha256"  # of what a cache holds, in its metadata
 _AT_ONCE = 1 << 15  # entries per operation on a CPU: torch starts no threads of its own for them
 
 
+_MOST_WAITING = 1 << 30
+"""Bytes of what a GPU counts at once: they may have been copied there, to be freed after it."""
+
+
 class Block(NamedTuple):
     """Some of every row's numbers.
 
@@ -37,14 +42,13 @@ class Block(NamedTuple):
         size: How many of each row.
         rows: One function per row, from a slice of ``range(size)`` to those numbers, float32 on
             any device. Each is called in a thread of its own.
-        count_there: Counts all of them on this device, given its counters and how many runs were
-            counted before; ``None`` where they are read.
-        device: The device.
+        part: What holds all of them on a GPU; ``None`` where they are read.
+        device: Where they are counted.
     """
 
     size: int
     rows: Sequence[Callable[[slice], Tensor]]
-    count_there: Callable[[Counters, int], None] | None = None
+    part: Part | None = None
     device: torch.device = torch.device("cpu")
 
 
@@ -142,15 +146,18 @@ class OrderStatistics:
 
     def _count_between(self, counters_on: Callable[[torch.device], Counters]) -> None:
         """Go over all numbers once, and count them between cuts where they are."""
-        first_run = 0
+        first_run, size_bytes = 0, 0
+        waiting: dict[torch.device, list[Part]] = defaultdict(list)
         for block in self._numbers():
-            counters = counters_on(block.device)
-            if block.count_there is not None:
-                block.count_there(counters, first_run)
-            else:
-                whole = slice(0, block.size)
-                count_numbers([row(whole) for row in block.rows], counters, first_run)
+            whole = slice(0, block.size)
+            part = block.part or Part([row(whole) for row in block.rows])
+            waiting[block.device].append(part._replace(first_run=first_run))
             first_run += n_runs(block.size)
+            size_bytes += part.size_bytes
+            if size_bytes > _MOST_WAITING:
+                _count_waiting(waiting, counters_on)
+                size_bytes = 0
+        _count_waiting(waiting, counters_on)
 
     def _count_high(self) -> np.ndarray:
         def count(row: int, numbers: Tensor) -> None:
@@ -237,6 +244,14 @@ class OrderStatistics:
             write_atomically(self._cache, save(tensors, {_CHECKSUM: _checksum(tensors)}))
         except OSError as error:
             _logger.warning("%s: cannot be written: %s", self._cache, error.strerror)
+
+
+def _count_waiting(
+    waiting: dict[torch.device, list[Part]], counters_on: Callable[[torch.device], Counters]
+) -> None:
+    for device, parts in waiting.items():
+        count(parts, counters_on(device))
+    waiting.clear()
 
 
 def _read_cache(file: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
-from searchmerge.merging.counting import count_magnitudes, count_numbers
+from searchmerge.merging.counting import Part, count
 from searchmerge.merging.engine import Engine, EngineKind
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.merger import Merger
@@ -177,10 +177,10 @@ class Bench:
             numbers = [row.to(self.device) for row in rows]
 
             def magnitudes(on: Any, there: list[torch.Tensor] = there) -> None:
-                count_magnitudes(there[1:], there[0], on(there[0].device), 0)
+                count([Part(there[1:], there[0])], on(there[0].device))
 
             def themselves(on: Any, numbers: list[torch.Tensor] = numbers) -> None:
-                count_numbers(numbers, on(numbers[0].device), 0)
+                count([Part(numbers)], on(numbers[0].device))
 
             for count_all in (magnitudes, themselves):
                 found = select(count_all, n, [ranks] * len(rows), _ROOM)

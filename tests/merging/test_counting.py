@@ -6,9 +6,9 @@ import torch
 from searchmerge.merging.counting import (
     MOST_CUTS,
     RUN,
+    Part,
     Wanted,
-    count_magnitudes,
-    count_numbers,
+    count,
     keys_of,
     n_runs,
     new_counters,
@@ -41,7 +41,7 @@ def test_numbers_are_counted_between_cuts_and_collected_where_it_is_wanted():
     rows = torch.tensor([[0.5, 2.0, 1.0, -1.0, 3.0], [7.0, 7.0, 8.0, 0.0, 7.0]])
     of_rows = [wanted([key(0.0), key(1.0), key(2.5)], [2]), wanted([key(7.0), key(7.0) + 1], [0])]
     counters = new_counters(of_rows, 10, CPU)
-    count_numbers(list(rows), counters, 0)
+    count([Part(list(rows))], counters)
     assert counters.counts[0, :4].tolist() == [1, 1, 2, 1]
     assert counters.counts[1, :3].tolist() == [1, 3, 1]
     assert sorted(counters.keys(0).tolist()) == [key(1.0), key(2.0)]
@@ -52,13 +52,13 @@ def test_magnitudes_are_those_of_differences_in_float32():
     base = torch.tensor([1.0, 1.0, -2.0], dtype=torch.bfloat16)
     expert = torch.tensor([1.0, 1.0078125, 2.0], dtype=torch.bfloat16)
     counters = new_counters([wanted([], [0])], 10, CPU)
-    count_magnitudes([expert], base, counters, 0)
+    count([Part([expert], base)], counters)
     assert numbers_of(counters.keys(0).long()).tolist() == [0.0, 0.0078125, 4.0]
 
 
 def test_what_there_is_no_room_for_is_counted_all_the_same():
     counters = new_counters([wanted([0], [0, 1])], 3, CPU)
-    count_numbers([torch.tensor([1.0, -1.0, 2.0, 3.0])], counters, 0)
+    count([Part([torch.tensor([1.0, -1.0, 2.0, 3.0])])], counters)
     assert counters.counts[0, :2].tolist() == [1, 3]
     assert counters.keys(0).tolist() == [key(1.0), key(-1.0), key(2.0)]
     assert counters.n_collected.tolist() == [4]
@@ -67,14 +67,14 @@ def test_what_there_is_no_room_for_is_counted_all_the_same():
 def test_runs_are_drawn_evenly_and_whole_and_by_their_place_among_all():
     numbers = torch.arange(100 * RUN, dtype=torch.float32)
     counters = new_counters([wanted([], [0], every=4)], len(numbers), CPU)
-    count_numbers([numbers], counters, 0)
+    count([Part([numbers])], counters)
     drawn = numbers_of(counters.keys(0).long()).int() // RUN
     runs, sizes = drawn.unique(return_counts=True)
     assert set(sizes.tolist()) == {RUN}
     assert 23 <= len(runs) <= 27
     apart = new_counters([wanted([], [0], every=4)], len(numbers), CPU)
-    count_numbers([numbers[: 40 * RUN]], apart, 0)
-    count_numbers([numbers[40 * RUN :]], apart, 40)
+    count([Part([numbers[: 40 * RUN]])], apart)
+    count([Part([numbers[40 * RUN :]], first_run=40)], apart)
     assert torch.equal(apart.keys(0), counters.keys(0))
 
 
@@ -86,5 +86,5 @@ def test_as_many_cuts_as_there_can_be_side_by_side_are_told_apart():
     cuts = [key(1.0) + i for i in range(MOST_CUTS)]
     counters = new_counters([wanted(cuts)], 1, CPU)
     numbers = numbers_of(torch.arange(key(1.0) - 3, key(1.0) + 300))
-    count_numbers([numbers], counters, 0)
+    count([Part([numbers])], counters)
     assert counters.counts[0].tolist() == [3, *[1] * (MOST_CUTS - 1), 300 - MOST_CUTS + 1, 0]

@@ -12,7 +12,7 @@ CODE = """
 import numpy as np, torch
 from searchmerge.merging import counting_kernel
 from searchmerge.merging.counting import (
-    MOST_CUTS, RUN, Wanted, count_magnitudes, count_numbers, new_counters
+    MOST_CUTS, RUN, Part, Wanted, count, new_counters
 )
 
 def counters(rows, every, capacity=50_000, n_cuts=MOST_CUTS):
@@ -42,22 +42,43 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             experts[0][: n // 3] = base[: n // 3]
             keys = [keys_of((e.float() - base.float()).abs()) for e in experts]
             some, others = counters(keys, every), counters(keys, every)
-            count_magnitudes(experts, base, some, 11)
-            counting_kernel.count(experts, base, others, 11)
+            count([Part(experts, base, 11)], some)
+            counting_kernel.count([Part(experts, base, 11)], others)
             same(some, others)
 rows = [torch.randn(9000, generator=draw) * 10.0**i for i in range(-40, 8, 12)]
 rows[0][:50] = -0.0
 for n_cuts, every in ((MOST_CUTS, 1), (3, 2)):
     keys = [keys_of(row) for row in rows]
     some, others = (counters(keys, every, n_cuts=n_cuts) for _ in range(2))
-    count_numbers(rows, some, 0)
-    counting_kernel.count(rows, None, others, 0)
+    count([Part(rows)], some)
+    counting_kernel.count([Part(rows)], others)
     same(some, others)
 none = [Wanted(np.empty(0, np.int64), np.ones(1, np.bool_), 7)] * len(rows)
 some, others = (new_counters(none, 9000, torch.device("cpu")) for _ in range(2))
-count_numbers(rows, some, 5)
-counting_kernel.count(rows, None, others, 5)
+count([Part(rows, first_run=5)], some)
+counting_kernel.count([Part(rows, first_run=5)], others)
 same(some, others)
+
+# several parts at once, of unlike sizes and dtypes, aligned and not; many programs of the first
+short = torch.bfloat16
+sizes = [(70_000, short), (48, short), (33, short), (160, torch.float32)]
+parts, first_run = [], 3
+for i, (n, dtype) in enumerate(sizes):
+    base = torch.randn(n + 1, generator=draw).to(dtype)[i % 2 :][:n]
+    experts = [(base + 0.01 * torch.randn(n, generator=draw)).to(dtype) for _ in range(3)]
+    if n == 160:
+        experts[2] = experts[2].double()
+    parts.append(Part(experts, base, first_run))
+    first_run += -(-n // RUN)
+keys = [
+    torch.cat([keys_of((p.rows[i].float() - p.base.float()).abs()) for p in parts])
+    for i in range(3)
+]
+for every, n_cuts in ((1, MOST_CUTS), (3, 9)):
+    some, others = (counters(keys, every, 200_000, n_cuts) for _ in range(2))
+    count(parts, some)
+    counting_kernel.count(parts, others)
+    same(some, others)
 print("the same")
 """
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from searchmerge.merging.counting import count_numbers, n_runs
+from searchmerge.merging.counting import Part, count, n_runs
 from searchmerge.merging.selection import AT_ONCE, Room, select
 
 N = 20_000
@@ -52,7 +52,7 @@ KINDS = [
 ]
 
 
-def counted(rows, *, size=3000, count=count_numbers):
+def counted(rows, *, size=3000, count=count):
     """Return what goes over rows in blocks of ``size``, and the list of its passes."""
     passes = []
 
@@ -61,7 +61,7 @@ def counted(rows, *, size=3000, count=count_numbers):
         first_run = 0
         for start in range(0, rows.shape[1], size):
             part = rows[:, start : start + size]
-            count(list(part), counters_on(part.device), first_run)
+            count([Part(list(part), first_run=first_run)], counters_on(part.device))
             first_run += n_runs(part.shape[1])
 
     return count_all, passes
@@ -112,15 +112,15 @@ def test_a_sample_that_misleads_costs_passes_and_changes_nothing(kind):
     """Of what is drawn only the smallest keys are there."""
     rows = drawn(kind)
 
-    def count(some, counters, first_run):
-        count_numbers(some, counters, first_run)
+    def misled(parts, counters):
+        count(parts, counters)
         for row, limit in enumerate(counters.limits.tolist()):
             if limit < 1 << 24:
                 collected = counters.keys(row)
                 collected.copy_(collected.min().expand(len(collected)) if len(collected) else 0)
 
     ranks = [0, N // 3, N // 2, N - 1]
-    values = select(counted(rows, count=count)[0], N, [ranks, ranks], TINY)
+    values = select(counted(rows, count=misled)[0], N, [ranks, ranks], TINY)
     for of_row, row in zip(values, rows, strict=True):
         assert of_row == sorted_at(row, ranks)
 
@@ -128,12 +128,12 @@ def test_a_sample_that_misleads_costs_passes_and_changes_nothing(kind):
 def test_where_nothing_is_drawn_what_is_left_is_halved():
     rows = drawn("normal")
 
-    def count(some, counters, first_run):
-        count_numbers(some, counters, first_run)
+    def misled(parts, counters):
+        count(parts, counters)
         if int(counters.limits.max()) < 1 << 24 and counters.has_cuts:
             counters.n_collected.zero_()
 
-    values = select(counted(rows, count=count)[0], N, [[N // 2], [5]], TINY)
+    values = select(counted(rows, count=misled)[0], N, [[N // 2], [5]], TINY)
     assert values == [sorted_at(rows[0], [N // 2]), sorted_at(rows[1], [5])]
 
 
@@ -145,7 +145,7 @@ def test_numbers_on_several_devices_are_counted_together():
         for start in range(0, N, 5000):
             # devices of other names, whose counters are here all the same
             counters = counters_on(torch.device("cpu", next(names) % 2))
-            count_numbers(list(rows[:, start : start + 5000]), counters, start // 32)
+            count([Part(list(rows[:, start : start + 5000]), first_run=start // 32)], counters)
 
     values = select(count_all, N, [[100, N - 2], [N // 2]], TINY)
     assert values == [sorted_at(rows[0], [100, N - 2]), sorted_at(rows[1], [N // 2])]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
-from searchmerge.merging.counting import count_numbers
+from searchmerge.merging import statistics
+from searchmerge.merging.counting import Part, count
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.statistics import Block, OrderStatistics
@@ -107,18 +108,23 @@ def test_ranks_are_selected_on_a_gpu_as_they_are_counted_on_a_cpu(rows, data):
     assert [there.at([rank] * n_rows) for rank in grid] == [here.at([r] * n_rows) for r in grid]
 
 
-def test_blocks_are_counted_where_they_are_if_they_can_be():
+@pytest.mark.parametrize(
+    ("most", "together"), [(1 << 30, [[0, 4]]), (800, [[0], [4]]), (0, [[0], [4]])]
+)
+def test_blocks_are_counted_where_they_are_as_many_at_once_as_may_be(most, together, monkeypatch):
     rows, counted = torch.randn(2, 100), []
 
-    def count(counters, first_run):
-        counted.append(first_run)
-        count_numbers(list(rows), counters, first_run)
+    def noted(parts, counters):
+        counted.append([part.first_run for part in parts])
+        count(parts, counters)
 
-    blocks = [Block(100, [], count), Block(100, [own.__getitem__ for own in rows])]
-    statistics = OrderStatistics(lambda: blocks, 2, 200, on_gpu=True)
+    monkeypatch.setattr(statistics, "count", noted)
+    monkeypatch.setattr(statistics, "_MOST_WAITING", most - 1)
+    blocks = [Block(100, [], Part(list(rows))), Block(100, [own.__getitem__ for own in rows])]
+    there = OrderStatistics(lambda: blocks, 2, 200, on_gpu=True)
     twice = torch.cat([rows, rows], 1).sort().values
-    assert statistics.at([3, 70]) == [twice[0, 3].item(), twice[1, 70].item()]
-    assert counted == [0]
+    assert there.at([3, 70]) == [twice[0, 3].item(), twice[1, 70].item()]
+    assert counted == together
 
 
 def test_no_numbers_at_all_give_zeros():
