@@ -6,10 +6,7 @@ from typing import Any
 
 from searchmerge.evaluators.lm_harness.asking import log_likelihood_of
 from searchmerge.evaluators.lm_harness.loading import task_errors
-from searchmerge.evaluators.lm_harness.losses import LENGTHS, TaskLosses, length_by
-
-_OF_LIKELIEST = ("acc", *LENGTHS)
-"""Metrics that are 1 where the right choice is the likeliest."""
+from searchmerge.evaluators.lm_harness.losses import OF_LIKELIEST, TaskLosses, length_by
 
 _MOST_TOKENS = 64
 """A target of more tokens is one of many ways to be right, and says little of the others."""
@@ -39,6 +36,7 @@ class TaskGrades:
         self._waiting: dict[int, Sequence[Any]] = {}
         self._targets: dict[int, Any] = {}  # requests, made when they are first asked for
         self._log_odds: dict[int, float | None] = {}
+        self._choices: dict[int, tuple[list[int], list[float]]] = {}  # right ones; all lengths
         self._has_targets = task.OUTPUT_TYPE == "generate_until" and "labels" in losses.kinds
 
     def note(self, requests: Sequence[Sequence[Any]]) -> None:
@@ -55,7 +53,7 @@ class TaskGrades:
         """
         kind = self._task.OUTPUT_TYPE
         graded: list[float | None] = []
-        if kind == "multiple_choice" and self._metric in _OF_LIKELIEST:
+        if kind == "multiple_choice" and self._metric in OF_LIKELIEST:
             graded = [self._margin(group) for group in requests]
         elif kind == "loglikelihood" and self._metric == "acc":
             graded = [log_odds(group[0].resps[0][0]) for group in requests]
@@ -101,15 +99,22 @@ class TaskGrades:
 
     def _margin(self, requests: Sequence[Any]) -> float | None:
         """Return an example's grade; ``None`` where there is no right choice, or no other."""
-        choices = self._task.doc_to_choice(requests[0].doc)
-        rights, length = self._losses.right(requests[0].doc, choices), length_by(self._metric)
+        place = requests[0].doc_id
+        if place not in self._choices:
+            self._choices[place] = self._choices_of(requests[0].doc)
+        rights, lengths = self._choices[place]
         values: dict[bool, list[float]] = {True: [], False: []}
-        for i, (choice, request) in enumerate(zip(choices, requests, strict=False)):
-            likelihood = log_likelihood_of(request.resps[0])
-            values[i in rights].append(likelihood / length(choice))
+        for i, (length, request) in enumerate(zip(lengths, requests, strict=False)):
+            values[i in rights].append(log_likelihood_of(request.resps[0]) / length)
         if not (values[True] and values[False]):
             return None
         return max(values[True]) - max(values[False])
+
+    def _choices_of(self, doc: Any) -> tuple[list[int], list[float]]:
+        """Return the places of a document's right choices, and what all are divided by."""
+        choices = self._task.doc_to_choice(doc)
+        length = length_by(self._metric)
+        return self._losses.right(doc, choices), [length(choice) for choice in choices]
 
 
 def log_odds(log_probability: float) -> float:

@@ -18,6 +18,9 @@ LENGTHS: Mapping[str, Callable[[str], float]] = {
 }
 """Metrics of choices to what they divide a choice's log-likelihood by; others by nothing."""
 
+OF_LIKELIEST = ("acc", *LENGTHS)
+"""Metrics that are 1 where the right choice is the likeliest, so divided."""
+
 
 def length_by(metric: str) -> Callable[[str], float]:
     """Return what a metric divides a choice's log-likelihood by: a function of the choice."""

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from searchmerge.errors import EvaluationError, SpecError
-from searchmerge.evaluators.lm_harness.asking import document_of
+from searchmerge.evaluators.lm_harness.asking import document_of, log_likelihood_of
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained
+from searchmerge.evaluators.lm_harness.losses import OF_LIKELIEST, length_by
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class TaskMetrics:
         self._task = task
         self._lm_name = str(task.config.task)
         self._filters = _filters(task)
+        self._goes_by_likeliest = _goes_by_likeliest(task)
+        self._lengths: dict[tuple[str, int], list[float]] = {}
+        self._values: dict[tuple[str, int, int], Any] = {}  # by what is likeliest
         self.decides, *self.others = self._chosen(spec)
 
     def _chosen(self, spec: LmTask) -> list[Metric]:
@@ -89,13 +93,41 @@ class TaskMetrics:
     def value(self, requests: Sequence[Any], metric: Metric) -> Any:
         """Return a metric of one example, whose answers were read for it."""
         answers = [request.filtered_resps[metric.filter] for request in requests]
-        metrics = self._task.process_results(requests[0].doc, answers)
+        likeliest = self._likeliest(requests[0], answers, metric)
+        if likeliest is None:
+            return self._computed(requests[0].doc, answers, metric)
+        key = metric.name, requests[0].doc_id, likeliest
+        if key not in self._values:
+            self._values[key] = self._computed(requests[0].doc, answers, metric)
+        return self._values[key]
+
+    def _computed(self, doc: Any, answers: Sequence[Any], metric: Metric) -> Any:
+        metrics = self._task.process_results(doc, answers)
         if metric.name not in metrics:
             raise SpecError(
                 f"tasks.{self._name}: lm-eval's {self._lm_name!r} gave no metric "
                 f"{metric.name!r} for an example (it gave: {', '.join(metrics)})"
             )
         return metrics[metric.name]
+
+    def _likeliest(self, request: Any, answers: Sequence[Any], metric: Metric) -> int | None:
+        """Return the choice that alone decides a metric of an example; ``None`` where none does.
+
+        lm-eval takes ten times as long to compute a metric as it takes to find that choice, so it
+        computes it once for each.
+        """
+        if not self._goes_by_likeliest or metric.name not in OF_LIKELIEST:
+            return None
+        key = metric.name, request.doc_id
+        if key not in self._lengths:
+            choices, length = self._task.doc_to_choice(request.doc), length_by(metric.name)
+            is_said = all(choices)  # of one that is empty lm-eval divides by 0
+            self._lengths[key] = [length(choice) for choice in choices] if is_said else []
+        lengths = self._lengths[key]
+        if len(lengths) != len(answers) or not all(isinstance(a, tuple) for a in answers):
+            return None
+        values = [log_likelihood_of(a) / n for a, n in zip(answers, lengths, strict=True)]
+        return values.index(max(values))
 
     def scores(self, requests: Sequence[Sequence[Any]]) -> tuple[float, ...]:
         """Return the scores of requests that are answered, higher is better.
@@ -123,6 +155,15 @@ class TaskMetrics:
         decides = self.decides
         values = values if decides.is_mean else [decides.aggregate(values)]
         return tuple(decides.sign * float(value) for value in values)
+
+
+def _goes_by_likeliest(task: Any) -> bool:
+    """Return whether lm-eval itself reads a task's answers, and these are choices."""
+    from lm_eval.api.task import ConfigurableTask
+
+    reads = type(task).process_results is ConfigurableTask.process_results
+    own = callable(task.config.process_results)
+    return reads and not own and task.OUTPUT_TYPE == "multiple_choice"
 
 
 def _choice(key: str, asked: str | None, names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Metrics and filters are those of the task, chosen by the study, computed as lm-eval does it."""
 
 import pytest
+import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 
@@ -23,6 +24,31 @@ def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task,
     assert (info.n_examples, info.metric, info.kind) == (7, metric, Whole())
     (score,) = evaluator.score(model, "mine", range(7))
     assert score == pytest.approx(sign * results[f"{metric},none"], rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+@pytest.mark.parametrize("choices", [["yes", "no", "perhaps", "so"], ["", *"abc"]])
+def test_a_metric_is_asked_for_once_for_each_likeliest_choice(folder, model, metric, choices):
+    task = harness(folder, LmTask("mc", "test", metric=(metric,)))._tasks["mine"]
+    metrics, requests = task.metrics, task.requests.of(range(7))
+    lm_eval_s, task._task.doc_to_choice = task._task.process_results, lambda doc: choices
+    n_computed, draw = [], torch.Generator().manual_seed(0)
+
+    def computed(doc, answers):
+        n_computed.append(1)
+        return lm_eval_s(doc, answers)
+
+    task._task.process_results = computed
+    for _ in range(30):
+        for group in requests:
+            values = -torch.randint(1, 5, (len(group),), generator=draw) / 4  # some are alike
+            for request, value in zip(group, values.tolist(), strict=True):
+                request.filtered_resps = {"none": (value, False)}
+            answers = [request.filtered_resps["none"] for request in group]
+            assert (
+                metrics.value(group, metrics.decides) == lm_eval_s(group[0].doc, answers)[metric]
+            )
+    assert len(n_computed) <= 4 * 7 if all(choices) else len(n_computed) == 30 * 7
 
 
 def test_a_filter_of_the_task_may_be_chosen(folder, model):
