@@ -65,6 +65,7 @@ class TrialSource:
         self._spending = spending
         self._observer = observer
         self._left_running = directory.left_running()
+        self._may_be_refined = True
         enter_all(directory, objective, incumbents, spending)
         self._written: tuple[str, MergePlan] | None = None
         self._read = incumbents.read
@@ -80,8 +81,10 @@ class TrialSource:
                     job.go_on_block_by_block()
                 return job
             self.failed(job, f"{MAX_CUT_OFF} runs ended abruptly while they were at it")
-        if (refined := self._directory.next_refined()) is not None:
-            return self._job(refined)
+        if self._may_be_refined:  # none is enqueued while trials are run
+            if (refined := self._directory.next_refined()) is not None:
+                return self._job(refined)
+            self._may_be_refined = False
         if self._spending.is_over:
             return None
         return self._job(self._directory.study.ask())

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ experts and every way is compiled for itself."""
 
 _ROOM = Room(most=20_000, in_all=200_000, least=8_000, share=50)
 """So little that order statistics take several passes."""
+
+_ROUNDED = 2.0**-8
+"""Of the largest change: what methods keep of whole matrices is in the model's dtype on a GPU."""
 
 _LEFT_FREE = 0.12  # of the device's memory, where as much is merged as fits
 _MANY = Shape(
@@ -84,7 +88,7 @@ class Bench:
         for size in sizes[1:]:
             yield Step("merging", f"4 x {size}, on the device", lambda s=size: self._resident(s))
         yield Step("TSV", "one layer", self._tsv, 60)
-        yield Step("merging", f"4 x {sizes[0]}, streamed", lambda: self._streamed(sizes[0]), 75)
+        yield Step("merging", f"4 x {sizes[0]}, streamed", lambda: self._streamed(sizes[0]), 60)
 
     def more(self) -> Iterator[Step]:
         """Yield the steps for which there may be no time: the largest, other cases and methods."""
@@ -93,7 +97,8 @@ class Bench:
         for engine in self.engines:
             yield Step("methods", engine, lambda engine=engine: self._methods(engine), 90)
         if "compiled" in self.engines:
-            yield Step("golden", "compiled, all", lambda: self._golden("compiled", CASES), 120)
+            run = partial(self._golden, "compiled", CASES)
+            yield Step("golden", "compiled, all", run, 120, is_open_ended=True)
 
     def _golden(self, engine: EngineKind, folders: list[Path]) -> Figures:
         """Compare with the authors' outputs."""
@@ -129,8 +134,11 @@ class Bench:
             plan = default_plan(method, EXPERTS)
             n_off = n_all = 0
             wanted = dict(here.merged(plan, dtype=torch.float32))
+            rounded = _ROUNDED if METHODS[method].scope == "tensor" else 0.0
             for name, tensor in there.merged(plan, dtype=torch.float32):
-                off = (tensor.cpu() - wanted[name]).abs() > 1e-4 * wanted[name].abs() + 1e-5
+                moved_by = (wanted[name] - base[name].float()).abs().max()
+                most = 1e-4 * wanted[name].abs() + 1e-5 + rounded * moved_by
+                off = (tensor.cpu() - wanted[name]).abs() > most
                 n_off += int(off.sum())
                 n_all += tensor.numel()
             yield {"what": method, "entries": n_all, "off": n_off}
@@ -330,7 +338,7 @@ class Bench:
 
     def _streamed(self, size: str) -> Figures:
         """Merge from host memory: page-locked, and mapped from files."""
-        shape = SHAPES[size] if self.small else replace(SHAPES[size], n_layers=4)
+        shape = SHAPES[size] if self.small else replace(SHAPES[size], n_layers=4, vocabulary=32768)
         base, experts = synthetic(shape, self.device)
         for name, weights in {"base": base, **experts}.items():
             save_file(moved(weights, "cpu"), self.folder / f"{name}.safetensors")

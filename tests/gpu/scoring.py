@@ -20,9 +20,9 @@ from tests.gpu.report import Figures, Step, Wrong
 from tests.tiny import save_tokenizer
 
 CASES = (
-    Case("4 choices, 0-shot", "gpu_choices", 400, (64, 128, 256)),
-    Case("4 choices, shared 5-shot prefix", "gpu_fewshot", 128, (32, 64, 128)),
-    Case("rolling log-likelihood", "gpu_rolling", 64, (8, 16, 32)),
+    Case("4 choices, 0-shot", "gpu_choices", 256, (128, 256)),
+    Case("4 choices, shared 5-shot prefix", "gpu_fewshot", 96, (64, 128)),
+    Case("rolling log-likelihood", "gpu_rolling", 64, (16, 32)),
     # Whose passes launch kernels for longer than these run: the more prompts at once, the better.
     Case("generation", "gpu_generate", 96, (128,)),
 )
@@ -55,8 +55,8 @@ class Scoring:
         if self.small:
             return [Step("scoring", "tiny", lambda: self._compared("tiny", torch.float32, 1))]
         return [
-            Step("scoring", "1b", lambda: self._compared("1b", torch.bfloat16, 1), 45),
-            Step("scoring", "1b in float32", lambda: self._compared("1b", torch.float32, 1), 25),
+            Step("scoring", "1b", lambda: self._compared("1b", torch.bfloat16, 1), 60),
+            Step("scoring", "1b in float32", lambda: self._compared("1b", torch.float32, 1), 50),
         ]
 
     def more(self) -> list[Step]:

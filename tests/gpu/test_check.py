@@ -107,7 +107,9 @@ def test_a_step_that_takes_too_long_is_stopped(report):
             yield from ()
 
     report.step(Step("TSV", "one layer", waits, limit_s=0.05))
+    report.step(Step("golden", "all", waits, limit_s=0.05, is_open_ended=True))
     assert report.failures == ["TSV: one layer: stopped after 0 s"]
+    assert report.skipped == ["golden: all (what is not told above: stopped after 0 s)"]
 
 
 def test_what_there_is_no_time_for_is_named(report):
