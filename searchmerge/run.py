@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from searchmerge.report.tables import (
     told_sources,
 )
 from searchmerge.saving import save_results
-from searchmerge.search.candidates import best_candidates, candidates
+from searchmerge.search.candidates import candidates
 from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
 from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
@@ -49,15 +49,14 @@ from searchmerge.search.pick import (
     Contender,
     best_on_select,
     broken,
-    contenders,
-    evidence_on_select,
     ranking,
 )
-from searchmerge.search.references import BASE, is_merge, merges
+from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.refine import Material
 from searchmerge.search.refinements import Refinements, Refining
-from searchmerge.search.runner import Settled, StudyRunner
+from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
+from searchmerge.search.settling import Settling
 from searchmerge.search.storage import storage_errors
 from searchmerge.search.trials import TrialRecord, best_of, by_completion, is_refined
 from searchmerge.study import Study
@@ -342,62 +341,11 @@ class StudyRun:
     def _complete_the_best(
         self, references: Plans, objective: Objective, *, goes_on: bool
     ) -> tuple[Plans, Evidence]:
-        """Score in full those of the best candidates that were stopped early.
-
-        Args:
-            references: Those that were scored.
-            objective: What to compare by.
-            goes_on: Whether those go on too that may win by what was learnt since.
-
-        Returns:
-            The best candidates, best first, their plans written down; and what is believed of
-            all plans by what was scored on the examples that select.
-        """
-        top_k, known = self._study.spec.confirm.top_k, self._references.values()
-        racing, tried = assemble.make_racing(self._study), set[str]()
-        while True:
-            settled = self._runner.settle(objective, racing, self._grading_seed, goes_on=goes_on)
-            scored = self._candidates(objective, settled)
-            best = best_candidates(scored, top_k, known, self._runner.board.observed)
-            missing = {r.name: r for r in best if not r.is_full and r.name not in tried}
-            if not missing:
-                break
-            tried |= missing.keys()
-            plans = {name: record.plan for name, record in missing.items()}
-            names = self._runner.score_plans("completing the best", plans, "select")
-            for name in (name for name in missing if name in names):
-                scores = self._runner.board.scores(plans[name], "select")
-                self._directory.keep_completed(missing[name].judged(objective, scores))
-        full = [record for record in scored if record.is_full]
-        done = {record.plan.digest for record in full}
-        still = [record for record in settled.typical if record.plan.digest not in done]
-        plans = contenders(references, full)
-        board = self._learnt_board([*merges(plans), *(r.plan for r in still)])
-        evidence = evidence_on_select(board, plans, objective, still)
-        evidence = evidence.flattered([record.name for record in full if record.refines])
-        believed = dict(zip(evidence.names, evidence.values.tolist(), strict=True))
-        full = [replace(r, value=believed[r.name]) for r in full if r.name in believed]
-        best = best_candidates(full, top_k, known, self._runner.board.observed)
-        best_plans = {record.name: record.plan for record in best}
-        for name, plan in best_plans.items():
-            self._directory.write_plan(name, plan)
-        return best_plans, evidence
-
-    def _candidates(self, objective: Objective, settled: Settled) -> list[TrialRecord]:
-        """Return the candidates as they are read, or predicted, in the end."""
-        return [
-            replace(record.read_as(its.completed_scores()), se=its.se)
-            if (its := settled.read.get(record.plan.digest)) and not record.refines
-            else record
-            for record in candidates(self._directory.records(), objective)
-        ]
-
-    def _learnt_board(self, plans: Iterable[MergePlan]) -> Scoreboard:
-        """Return the scoreboard, from here on with grades read as plans tell to read them."""
-        if self._grading_seed is not None:
-            learnt = self._runner.board.learn(plans, self._grading_seed)
-            self._runner.board = self._runner.board.read_by(learnt)
-        return self._runner.board
+        """Return the best candidates, scored in full, and what is believed of all plans."""
+        racing, seed = assemble.make_racing(self._study), self._grading_seed
+        settling = Settling(self._directory, self._runner, self._observer, objective, racing, seed)
+        top_k = self._study.spec.confirm.top_k
+        return settling.complete_the_best(references, top_k, goes_on=goes_on)
 
     def _score_held_out(self, plans: Plans) -> Plans:
         """Score plans on held-out examples; return those that can be."""

@@ -11,7 +11,7 @@ from searchmerge.errors import StudyError
 from searchmerge.execution.blocks import Round
 from searchmerge.plan import MergePlan
 from searchmerge.search.objective import Objective
-from searchmerge.search.pick import Contender, best_on_select, plan_scores
+from searchmerge.search.pick import Contender, best_on_select, plan_scores, reference_records
 from searchmerge.search.racing import (
     Incumbent,
     PlanScores,
@@ -111,12 +111,9 @@ class Incumbents:
         self._found = _Top()  # of the trials that were scored in full
         self._known = _Top()  # of these and what is published
         self._paired: dict[int, Incumbent] = {}  # by the identity of their scores
-        for i, (name, contender) in enumerate(self._contenders.items()):
-            if is_merge(name):
-                scores = self._board.scores(contender.plan, "select")
-                record = TrialRecord(-1 - i, contender.plan)
-                record = record.judged(self._objective, scores, contender.scored.scores)
-                self._known.enter(record, contender.scored)
+        published = reference_records(self._board, self._published, self._objective)
+        for name, record in published.items():
+            self._known.enter(record, self._contenders[name].scored)
         for i, record in enumerate(self._full):
             read = plan_scores(self._board, record.plan, "select")
             self._full[i] = record.judged(self._objective, record.scores, read.scores)

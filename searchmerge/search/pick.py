@@ -55,6 +55,27 @@ def contenders(references: Plans, full: Iterable[TrialRecord]) -> dict[str, Merg
     return plans
 
 
+def reference_records(
+    board: Scoreboard, references: Plans, objective: Objective
+) -> dict[str, TrialRecord]:
+    """Return name to record of those references that merge, to be ranked among trials.
+
+    Their numbers are below 0: no trial has them.
+
+    Args:
+        board: Holds their scores, all in full.
+        references: Name to plan.
+        objective: What to compare by.
+    """
+    return {
+        name: TrialRecord(-1 - i, plan).judged(
+            objective, board.scores(plan, "select"), board.estimates(plan, "select")
+        )
+        for i, (name, plan) in enumerate(references.items())
+        if is_merge(name)
+    }
+
+
 def plan_scores(board: Scoreboard, plan: MergePlan, part: Part) -> PlanScores:
     """Return what a plan scored on all of ``part``, as grades are read."""
     return PlanScores(board.estimates(plan, part), board.observations(plan, part))

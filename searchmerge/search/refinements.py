@@ -18,8 +18,8 @@ from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.loss_store import remembered
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
+from searchmerge.search.pick import reference_records
 from searchmerge.search.racing import Racing
-from searchmerge.search.references import merges
 from searchmerge.search.refine import (
     LEAST_EXAMPLES,
     Material,
@@ -32,7 +32,7 @@ from searchmerge.search.refine import (
 from searchmerge.search.refiner import End, GivenUp, Refiner
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.schedule import Schedule
-from searchmerge.search.trials import TrialRecord, best_of
+from searchmerge.search.trials import best_of
 from searchmerge.wording import counted
 
 _logger = logging.getLogger(__name__)
@@ -212,11 +212,7 @@ class Refinements:
         Returns:
             Those plans, and why others as good are not among them, with what these are called.
         """
-        scored = [
-            self._judged(TrialRecord(-1 - i, plan), objective)
-            for i, plan in enumerate(references.values())
-            if plan in merges(references)
-        ]
+        scored = reference_records(self._runner.board, references, objective).values()
         names = {plan.digest: name for name, plan in references.items()}
         trials = [
             record
@@ -238,12 +234,6 @@ class Refinements:
             else:
                 starts[name] = record.plan
         return starts, passed_over
-
-    def _judged(self, record: TrialRecord, objective: Objective) -> TrialRecord:
-        """Return a record with what its plan scored on all that trials see."""
-        board, plan = self._runner.board, record.plan
-        scores, estimates = board.scores(plan, "select"), board.estimates(plan, "select")
-        return record.judged(objective, scores, estimates)
 
     def _refine(self, starts: Plans, material: Material, clock: StudyClock) -> None:
         """Refine plans that were not refined yet, and enqueue what comes of it."""

@@ -1,8 +1,7 @@
 """The study runner: references first, then what the sampler proposes, until the budget ends."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from typing import TypeVar
 
 from searchmerge.errors import StudyError
 from searchmerge.execution.blocks import Part
@@ -19,7 +18,9 @@ from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.trial_source import TrialSource, enter_all
-from searchmerge.search.trials import FINISHED, TrialRecord, is_refined
+from searchmerge.search.trials import FINISHED, is_refined
+
+T = TypeVar("T")
 
 
 class StudyRunner:
@@ -47,7 +48,7 @@ class StudyRunner:
         self._directory = directory
         self._space = space
         self._dispatcher = dispatcher
-        self._references = references
+        self.references = references
         self._observer = observer
         self.failures: dict[str, str] = {}
         """Plan name to why it could not be scored in this run."""
@@ -59,10 +60,14 @@ class StudyRunner:
             [Job(name, plan, rounds, None) for name, plan in plans.items()],
             report=lambda job: self._observer.step(job.name, self.board.scores(job.plan, part)),
         )
-        self._observer.phase(title, len(plans))
+        self.score_jobs(title, source)
+        return {job.name for job in source.done}
+
+    def score_jobs(self, title: str, source: ListSource[T]) -> None:
+        """Score the jobs of a list, and keep why some cannot be scored."""
+        self._observer.phase(title, len(source.jobs))
         self._dispatcher.run(source)
         self.failures |= source.failures
-        return {job.name for job in source.done}
 
     def score_references(self, *, goes_on: bool = True) -> dict[str, MergePlan]:
         """Score the references and let them decide the order in which trials see examples.
@@ -77,11 +82,11 @@ class StudyRunner:
         Raises:
             StudyError: If the search was ended before a merge was scored.
         """
-        wanted = self._references
+        wanted = self.references
         if not (goes_on or self._directory.is_begun):
             wanted = self._scored_before()
         names = self.score_plans("references", wanted, "pilot")
-        scored = {name: plan for name, plan in self._references.items() if name in names}
+        scored = {name: plan for name, plan in self.references.items() if name in names}
         for name, plan in scored.items():
             self._directory.write_plan(name, plan)
         # a reference that failed in an earlier run may be scored now: the order stays what it was
@@ -91,16 +96,16 @@ class StudyRunner:
 
     def _scored_before(self) -> dict[str, MergePlan]:
         """Return the references but the merges that were not scored, in full, by earlier runs."""
-        scored = [n for n, plan in self._references.items() if self.board.is_full(plan, "pilot")]
+        scored = [n for n, plan in self.references.items() if self.board.is_full(plan, "pilot")]
         if not any(map(is_merge, scored)):
             raise StudyError(
                 f"{self._directory.run_dir}: the search ended among the references before a merge "
                 f"was scored ({', '.join(scored) or 'nothing'} is), so that there is nothing to "
                 "save; the same `searchmerge run` goes on from there"
             )
-        left_out = [n for n in self._references if is_merge(n) and n not in scored]
+        left_out = [n for n in self.references if is_merge(n) and n not in scored]
         self.failures |= dict.fromkeys(left_out, "not scored before the search ended")
-        return {name: plan for name, plan in self._references.items() if name not in left_out}
+        return {name: plan for name, plan in self.references.items() if name not in left_out}
 
     def run(
         self,
@@ -120,7 +125,7 @@ class StudyRunner:
         Raises:
             StudyError: If the first trials all fail.
         """
-        for name, plan in self._references.items():
+        for name, plan in self.references.items():
             if (params := self._space.params(plan)) is not None:
                 self._directory.enqueue(name, [params])
         spending = self._begun(budget)
@@ -159,57 +164,6 @@ class StudyRunner:
         nothing_more = Spending(Budget(n_trials=0), clock)
         self._run_trials(objective, self._incumbents(objective, racing, seed), nothing_more)
 
-    def settle(
-        self,
-        objective: Objective,
-        racing: Racing | None,
-        seed: int | None,
-        *,
-        goes_on: bool = True,
-    ) -> "Settled":
-        """Read all trials anew, and go on with those that may win by what was learnt since.
-
-        Until none may: a study that is settled has nothing to score where it is settled again,
-        but for what could not be scored.
-
-        Args:
-            objective: With the experts' scores put in.
-            racing: Stops them again; ``None`` scores them in full.
-            seed: As for :meth:`run`.
-            goes_on: Whether anything is scored.
-        """
-        failed: set[str] = set()
-        while True:
-            incumbents = self._with_all_trials(objective, racing, seed)
-            incumbents.read_anew()
-            stopped = [r for r in incumbents.predict_anew() if r.plan.digest not in failed]
-            may_win = [r for r in stopped if goes_on and incumbents.may_win(r.plan)]
-            if not may_win:
-                known = {r.plan.digest: r for r in (*stopped, *incumbents.read)}
-                return Settled(known, incumbents.stopped)
-            failed |= self._go_on(may_win, incumbents, objective)
-
-    def _go_on(
-        self, stopped: Sequence[TrialRecord], incumbents: Incumbents, objective: Objective
-    ) -> set[str]:
-        """Go on with trials that were stopped early, best first, until each is stopped again.
-
-        Returns:
-            The digests of those plans that cannot be scored.
-        """
-        rounds = incumbents.rounds()
-        source = _StoppedSource(
-            [Job(record.name, record.plan, rounds, record) for record in stopped],
-            incumbents,
-            objective,
-            self._directory,
-            self._observer,
-        )
-        self._observer.phase("going on with what may win", len(stopped))
-        self._dispatcher.run(source)
-        self.failures |= source.failures
-        return {record.plan.digest for record in stopped if record.name in source.failures}
-
     def leader(self, objective: Objective, seed: int | None) -> tuple[str, MergePlan] | None:
         """Return the name and the plan with the best evidence; ``None`` before a merge is scored.
 
@@ -219,12 +173,18 @@ class StudyRunner:
             objective: With the experts' scores put in.
             seed: As for :meth:`run`.
         """
-        return self._with_all_trials(objective, None, seed).leader
+        return self.incumbents_so_far(objective, None, seed).leader
 
-    def _with_all_trials(
+    def incumbents_so_far(
         self, objective: Objective, racing: Racing | None, seed: int | None
     ) -> Incumbents:
-        """Return what candidates are compared with after all trials so far."""
+        """Return what candidates are compared with after all trials so far.
+
+        Args:
+            objective: With the experts' scores put in.
+            racing: Stops candidates that will not win; ``None`` stops none.
+            seed: As for :meth:`run`.
+        """
         incumbents = self._incumbents(objective, racing, seed)
         nothing_more = Spending(Budget(n_trials=0), StudyClock(self._directory.searching))
         enter_all(self._directory, objective, incumbents, nothing_more)
@@ -237,7 +197,7 @@ class StudyRunner:
             self.board,
             objective,
             racing,
-            references=self._references,
+            references=self.references,
             seed=seed,
         )
 
@@ -257,19 +217,6 @@ class StudyRunner:
                 self._directory.end_run()
 
 
-class Settled(NamedTuple):
-    """The trials of a study when no other may win.
-
-    Attributes:
-        read: By digest of the plan, as they are read or predicted by all that is known.
-        typical: Those that were stopped early and did not collapse: they tell what plans usually
-            score.
-    """
-
-    read: Mapping[str, TrialRecord]
-    typical: Sequence[TrialRecord]
-
-
 class _PlansSource(ListSource[None]):
     """A list of plans, whose progress is shown."""
 
@@ -280,37 +227,3 @@ class _PlansSource(ListSource[None]):
     def finished(self, job: Job[None]) -> None:
         super().finished(job)
         self._report(job)
-
-
-class _StoppedSource(ListSource[TrialRecord]):
-    """Trials that were stopped early, gone on with while they may win."""
-
-    def __init__(
-        self,
-        jobs: Sequence[Job[TrialRecord]],
-        incumbents: Incumbents,
-        objective: Objective,
-        directory: StudyDirectory,
-        observer: Observer,
-    ) -> None:
-        super().__init__(jobs)
-        self._incumbents = incumbents
-        self._objective = objective
-        self._directory = directory
-        self._observer = observer
-
-    def goes_on(self, job: Job[TrialRecord]) -> bool:
-        return self._incumbents.may_win(job.plan)
-
-    def finished(self, job: Job[TrialRecord]) -> None:
-        super().finished(job)
-        outcome = self._incumbents.outcome(job.plan)
-        is_full = outcome.stopped_after is None
-        record = job.subject.judged(self._objective, outcome.scores, outcome.estimates)
-        record = replace(record, stopped_after=outcome.stopped_after, is_completed=is_full)
-        self._directory.scores.flush()
-        is_best = False
-        if is_full:
-            self._directory.keep_completed(record)
-            is_best = self._incumbents.enter(record)
-        self._observer.trial(record, is_best=is_best)

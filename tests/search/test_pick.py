@@ -15,11 +15,12 @@ from searchmerge.search.pick import (
     contenders,
     evidence_on_select,
     ranking,
+    reference_records,
 )
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.scores import ScoreStore
-from searchmerge.search.trials import TrialRecord
+from searchmerge.search.trials import TrialRecord, best_of
 from tests.search.test_trials import plan
 
 GOALS = {"a": Goal(), "b": Goal()}
@@ -97,6 +98,23 @@ def test_plans_that_break_a_constraint_are_ranked_behind_those_that_keep_it(boar
     assert broken(board, PLANS, limited) == dict.fromkeys(
         ("TIES", "trial 3", "trial 4"), (limited.constraints[0].name,)
     )
+
+
+def test_references_that_merge_rank_among_trials_and_the_models_alone_do_not(board):
+    scored(
+        board, {"TIES": 50, "average": 40, "trial 3": 51, "trial 4": 41}, dict.fromkeys(PLANS, 1)
+    )
+    alone = {"base": PLANS["trial 3"], "expert a": PLANS["trial 4"]}  # as well as these are
+    records = reference_records(board, {**alone, **REFERENCES}, OBJECTIVE)
+    assert {name: record.plan for name, record in records.items()} == REFERENCES
+    assert [record.scores for record in records.values()] == [
+        board.scores(plan, "select") for plan in REFERENCES.values()
+    ]
+    trial = TrialRecord(0, PLANS["trial 4"]).judged(OBJECTIVE, board.scores(plan(4), "select"))
+    ranked = best_of([trial, *records.values()], 3)
+    assert [record.plan for record in ranked] == [PLANS[n] for n in ("TIES", "trial 4", "average")]
+    assert len({record.number for record in ranked}) == 3
+    assert max(record.number for record in records.values()) < 0
 
 
 def known(board, objective=OBJECTIVE):
