@@ -1,9 +1,7 @@
 """Passes over a model that lies on a GPU with its experts: launched once, then played again.
 
 Nothing but numbers changes from one candidate to the next: every address stays. All launches of a
-pass are recorded as two CUDA graphs, and a candidate costs one copy of its numbers and two
-launches. The first graph holds the largest kernels alone: it takes no time to launch, and while it
-runs the other is launched, which takes longer the more kernels there are.
+pass are recorded as a CUDA graph, and a candidate costs one copy of its numbers and one launch.
 """
 
 import itertools
@@ -37,8 +35,6 @@ _logger = logging.getLogger(__name__)
 _ALIGNED = 8  # rows: 16 bytes of a tally
 
 _AT_ONCE = 4  # kernels: one's last blocks leave room for the first of the next
-
-_AHEAD = 4  # kernels of the first graph
 
 Launch = Callable[[], object]
 Recorder = Callable[[Launch], Launch]
@@ -150,7 +146,7 @@ class ResidentPass:
         self._kept = work.kept
         self._engine, self._function, self._parameters = engine, work.function, parameters
         self._record, self._n_runs = record, 0
-        self._plays: list[Launch] = []
+        self._play: Launch | None = None
         every = [_operands(parameter, work) for parameter in parameters]
         device, scalars, first_keys = parameters[0].target.device, every[0].scalars, every[0].keys
         sizes = (len(parameters), n_number_rows(*scalars.shape), scalars.shape[1])
@@ -183,9 +179,6 @@ class ResidentPass:
             self._piece(i, every[cut[0]], cut, place)
             for i, (cut, place) in enumerate(zip(cuts, ends, strict=False))
         ]
-        self._launches = [self._launch_first]
-        if len(self._pieces) > _AHEAD or self._tallies:  # nothing cannot be recorded
-            self._launches.append(self._launch_others)
 
     def _piece(self, index: int, whole: Operands, cut: tuple[int, int, int], place: int) -> _Piece:
         (parameter, start, stop), keys = cut, None
@@ -209,12 +202,12 @@ class ResidentPass:
             scales: Parameter name to the factor on the merged task vector.
         """
         self._send(work, scales)
-        if not self._plays and self._n_runs == 1:
-            self._plays = self._recorded()
+        if self._play is None and self._n_runs == 1:
+            self._play = self._recorded()
         self._n_runs += 1
-        for play in self._plays:
-            play()
-        if not self._plays and not all(launch() for launch in self._launches):
+        if self._play is not None:
+            self._play()
+        elif not self._launch():
             return False, None
         tallies = [self._total] if self._tallies else []
         for parameter, whole in self._rests:
@@ -237,37 +230,31 @@ class ResidentPass:
             row[: len(keys[0]) + 1] = keys_of(keys[piece.parameter], piece.start)
         self._keys.send()
 
-    def _recorded(self) -> list[Launch]:
-        """Return what plays the launches of all kernels; nothing where they cannot be recorded."""
+    def _recorded(self) -> Launch | None:
+        """Return what plays the launches of all kernels; ``None`` where it cannot be recorded."""
         try:
-            return [self._record(launch) for launch in self._launches]
+            return self._record(self._launch)
         except RuntimeError as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             _logger.info("each kernel is launched by itself, as recording failed: %s", reason)
-            return []
+            return None
 
-    def _launch_first(self) -> bool:
-        """Launch the largest kernels; return whether all could be compiled."""
-        return self._launch(self._pieces[:_AHEAD])
+    def _launch(self) -> bool:
+        """Launch every kernel; return whether all could be compiled."""
 
-    def _launch_others(self) -> bool:
-        """Launch all others, and sum up the tallies; return whether all could be compiled."""
-        if not self._launch(self._pieces[_AHEAD:]):
+        def launch(piece: _Piece) -> bool:
+            run = self._engine.compiled.run_rows
+            return run(merge_rows, self._function, piece.rows, piece.outs)
+
+        if not self._branches.launch(partial(launch, piece) for piece in self._pieces):
             return False
         if self._tallies:
             self._total.copy_(total_of(self._tallies))
         return True
 
-    def _launch(self, pieces: Iterable[_Piece]) -> bool:
-        def launch(piece: _Piece) -> bool:
-            run = self._engine.compiled.run_rows
-            return run(merge_rows, self._function, piece.rows, piece.outs)
-
-        return self._branches.launch(partial(launch, piece) for piece in pieces)
-
 
 def record_graph(launch: Launch, device: torch.device) -> Launch:
-    """Return what plays again what ``launch`` launches on a GPU, as a CUDA graph.
+    """Return what plays again what ``launch`` launches on a GPU, as one CUDA graph.
 
     All of it was launched before, so that nothing is compiled while it is recorded.
     """

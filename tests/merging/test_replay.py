@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from searchmerge.merging import replay
 from searchmerge.merging.compiled import Compiled
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.measure import Measure, MemoryBudget
@@ -129,21 +128,8 @@ def test_it_is_launched_once_recorded_once_and_then_played():
     for _ in range(4):
         passes.run(work, dict.fromkeys(SIZES, 1.0))
         played.append(recorder.n_played)
-    assert played == [0, 2, 4, 6]
-    assert recorder.n_recorded == 2  # what is large, and then all others
-
-
-def test_the_largest_kernels_are_played_first(monkeypatch):
-    monkeypatch.setattr(replay, "_AHEAD", 1)
-    engine, played = uncompiled(), []
-    passes, work = ties_pass(engine, lambda launch: lambda: played.append(launch()))
-    n_launched = []
-    for _ in range(2):
-        passes.run(work, dict.fromkeys(SIZES, 1.0))
-        n_launched.append(engine.compiled.n_launched)
-    assert played == [True, True]
-    assert n_launched == [3, 6]  # as many as when each was launched by itself
-    assert [len(piece.rows.base) for piece in passes._pieces] == [10, 3, 2]
+    assert played == [0, 1, 2, 3]
+    assert recorder.n_recorded == 1
 
 
 def test_where_recording_fails_each_kernel_is_launched_and_it_is_said_once(caplog):
