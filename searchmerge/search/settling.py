@@ -60,6 +60,7 @@ class Settling:
         self._objective = objective
         self._racing = racing
         self._seed = seed
+        self._failed: set[str] = set()  # digests of plans that cannot be scored
 
     def complete_the_best(
         self, references: Plans, n_best: int, *, goes_on: bool
@@ -94,23 +95,19 @@ class Settling:
         Args:
             goes_on: Whether anything is scored.
         """
-        failed: set[str] = set()
         while True:
             incumbents = self._runner.incumbents_so_far(self._objective, self._racing, self._seed)
             incumbents.read_anew()
-            stopped = [r for r in incumbents.predict_anew() if r.plan.digest not in failed]
+            predicted = incumbents.predict_anew()
+            stopped = [r for r in predicted if r.plan.digest not in self._failed]
             may_win = [r for r in stopped if goes_on and incumbents.may_win(r.plan)]
             if not may_win:
                 known = {r.plan.digest: r for r in (*stopped, *incumbents.read)}
                 return Settled(known, incumbents.stopped)
-            failed |= self._go_on(may_win, incumbents)
+            self._go_on(may_win, incumbents)
 
-    def _go_on(self, stopped: Sequence[TrialRecord], incumbents: Incumbents) -> set[str]:
-        """Go on with trials that were stopped early, best first, until each is stopped again.
-
-        Returns:
-            The digests of those plans that cannot be scored.
-        """
+    def _go_on(self, stopped: Sequence[TrialRecord], incumbents: Incumbents) -> None:
+        """Go on with trials that were stopped early, best first, until each is stopped again."""
         rounds = incumbents.rounds()
         source = _StoppedSource(
             [Job(record.name, record.plan, rounds, record) for record in stopped],
@@ -120,21 +117,24 @@ class Settling:
             self._observer,
         )
         self._runner.score_jobs("going on with what may win", source)
-        return {record.plan.digest for record in stopped if record.name in source.failures}
+        self._failed |= {r.plan.digest for r in stopped if r.name in source.failures}
 
     def _completed(self, n_best: int, *, goes_on: bool) -> tuple[Settled, list[TrialRecord]]:
         """Settle and score the best in full, in turns; return what is settled, and candidates."""
-        tried: set[str] = set()
         while True:
             settled = self.settle(goes_on=goes_on)
-            scored = self._candidates(settled)
+            scored = [
+                record
+                for record in self._candidates(settled)
+                if record.is_full or record.plan.digest not in self._failed
+            ]
             best = self._best_of(scored, n_best)
-            missing = {r.name: r for r in best if not r.is_full and r.name not in tried}
+            missing = {record.name: record for record in best if not record.is_full}
             if not missing:
                 return settled, scored
-            tried |= missing.keys()
             plans = {name: record.plan for name, record in missing.items()}
             names = self._runner.score_plans("completing the best", plans, "select")
+            self._failed |= {plans[name].digest for name in missing if name not in names}
             for name in (name for name in missing if name in names):
                 scores = self._runner.board.scores(plans[name], "select")
                 self._directory.keep_completed(missing[name].judged(self._objective, scores))
