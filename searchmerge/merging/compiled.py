@@ -35,6 +35,9 @@ _ALWAYS: _Options = {"cpp.dynamic_threads": True, "size_asserts": False}
 """Of inductor: threads whatever the first parameter's size, which would decide for all; and no
 check of every input in every call, as all are contiguous."""
 
+_WIDTHS = {"AVX2": 256, "AVX512": 512}
+"""Bits of a vector by the processor's capability, as torch calls it."""
+
 _IN_ROWS: _Options = {
     **_INLINED,
     "assert_indirect_indexing": False,
@@ -221,9 +224,19 @@ def _compile(
 
     run.__code__ = run.__code__.replace(co_name=f"run_{number}")
     compiled: Callable[..., Any] = torch.compile(
-        run, dynamic=dynamic, fullgraph=True, options={**_ALWAYS, **options}
+        run, dynamic=dynamic, fullgraph=True, options={**_ALWAYS, **_vector_width(), **options}
     )
     return compiled
+
+
+def _vector_width() -> _Options:
+    """Return the width of this processor's vectors, as an option of inductor.
+
+    What it keeps on disk it finds by options, and not by the processor: code for wider vectors
+    than this one has would be taken from a folder that machines share, and skip every other entry.
+    """
+    width = _WIDTHS.get(torch.backends.cpu.get_cpu_capability())
+    return {} if width is None else {"cpp.simdlen": width}
 
 
 def _merge(

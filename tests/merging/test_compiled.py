@@ -1,6 +1,9 @@
 """Kernels are compiled once for every size, and what cannot be compiled is left to others."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,3 +90,32 @@ def test_products_are_compiled_once_for_every_number_of_rows():
         found = products_in_rows(operands, sets_of(operands), weights, run)
         [wanted] = Chunks().products(merge_mean, operands, sets_of(operands), weights)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+MERGES = """
+import torch
+from searchmerge.merging.compiled import Compiled
+from tests.merging.test_compiled import mean_delta, operands
+own, out = operands(1000), torch.zeros(1000)
+done, _ = Compiled().merge(mean_delta, own, 1.0, out)
+wanted = own.base + 0.5 * sum(expert - own.base for expert in own.experts)
+assert done
+print(float((out - wanted).abs().max()) < 1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="one width of vectors alone"
+)
+def test_processors_with_other_vectors_may_share_what_is_kept_of_compiled_code(tmp_path):
+    for capability in ("avx512", "avx2", "avx512"):
+        kept = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run(
+            [sys.executable, "-c", MERGES],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **kept},
+        )
+        assert done.stdout.strip() == "True", done.stderr[-3000:]
