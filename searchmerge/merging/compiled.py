@@ -35,9 +35,6 @@ _ALWAYS: _Options = {"cpp.dynamic_threads": True, "size_asserts": False}
 """Of inductor: threads whatever the first parameter's size, which would decide for all; and no
 check of every input in every call, as all are contiguous."""
 
-_WIDTHS = {"AVX2": 256, "AVX512": 512}
-"""Bits of a vector by the processor's capability, as torch calls it."""
-
 _IN_ROWS: _Options = {
     **_INLINED,
     "assert_indirect_indexing": False,
@@ -155,7 +152,10 @@ class Compiled:
             done: tuple[Tensor, ...] = _COMPILED[key](inputs, *more)
             return done
         alone = kernel is _merge and not count_tallies(function, operands)
-        run = _compile(kernel, function, len(_COMPILED), _INLINED if alone else {}, dynamic=True)
+        options = dict(_INLINED) if alone else {}
+        if inputs.base.device.type == "cpu":
+            options |= _vector_width()
+        run = _compile(kernel, function, len(_COMPILED), options, dynamic=True)
         return self._first_run(key, run, (inputs, *more))
 
     def _first_run(
@@ -224,19 +224,21 @@ def _compile(
 
     run.__code__ = run.__code__.replace(co_name=f"run_{number}")
     compiled: Callable[..., Any] = torch.compile(
-        run, dynamic=dynamic, fullgraph=True, options={**_ALWAYS, **_vector_width(), **options}
+        run, dynamic=dynamic, fullgraph=True, options={**_ALWAYS, **options}
     )
     return compiled
 
 
 def _vector_width() -> _Options:
-    """Return the width of this processor's vectors, as an option of inductor.
+    """Return the width of the vectors that inductor chooses here, as an option of its own.
 
     What it keeps on disk it finds by options, and not by the processor: code for wider vectors
     than this one has would be taken from a folder that machines share, and skip every other entry.
     """
-    width = _WIDTHS.get(torch.backends.cpu.get_cpu_capability())
-    return {} if width is None else {"cpp.simdlen": width}
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    width = pick_vec_isa().bit_width()
+    return {"cpp.simdlen": width} if width else {}
 
 
 def _merge(

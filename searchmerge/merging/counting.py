@@ -144,8 +144,9 @@ class _Kernel:
     def count(self, parts: Sequence[Part], counters: Counters) -> bool:
         """Count by it where it runs; return whether it was so."""
         device = counters.counts.device
-        if self._is_broken or device.type != "cuda":
+        if self._is_broken or not self._is_for(device):
             return False
+        before = counters.counts.clone(), counters.n_collected.clone()
         try:
             from searchmerge.merging import counting_kernel
 
@@ -155,10 +156,15 @@ class _Kernel:
             raise
         except Exception as error:  # noqa: BLE001 - Triton's errors have no base but this
             self._is_broken = True
+            counters.counts.copy_(before[0])  # some parts may have been counted
+            counters.n_collected.copy_(before[1])
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             _logger.warning("statistics take longer, as compiling failed: %s", reason)
             return False
         return True
+
+    def _is_for(self, device: torch.device) -> bool:
+        return device.type == "cuda"
 
 
 _KERNEL = _Kernel()

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from searchmerge.merging.merger import Merger
 
 
-_MOST_AT_ONCE = 4
-"""Passes of one kernel: eight of TIES take 38 s to compile on a CPU, in place of 17, and run no
+_MOST_PASSES = 4
+"""Of one kernel: eight of TIES take 38 s to compile on a CPU, in place of 17, and run no
 faster for want of registers."""
 
 
@@ -64,13 +64,13 @@ class Directions:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
-    def _alike(self) -> list[list[Pass]]:
-        """The passes that differ in numbers alone, as many as are run at once.
+    def _kernels(self) -> list[tuple[list[Pass], int]]:
+        """The passes that one kernel runs at once, and of how many the products are asked for.
 
-        A method may answer the same question in another way when it is asked again.
+        They differ in numbers alone; a method may give passes that do not.
         """
         groups = [list(alike) for _, alike in groupby(self.passes, key=_what_is_read)]
-        return [part for alike in groups for part in _parts(alike)]
+        return [kernel for alike in groups for kernel in _of_one_size(alike)]
 
     @torch.no_grad()
     def products(self, name: str, gradient: Tensor) -> Tensor:
@@ -94,11 +94,12 @@ class Directions:
                 total += torch.stack([torch.dot(part.float(), numbers) for part in parts])
             return total * self.scales[name]
         products = []
-        for passes in self._alike:
+        for passes, n_asked in self._kernels:
             operands = self.operands(name, passes[0])
             scalars = torch.stack([work.scalars(name) for work in passes])
             numbers = flat.to(operands.base.device)
-            products.append(self.engine.products(passes[0].function, operands, scalars, numbers))
+            given = self.engine.products(passes[0].function, operands, scalars, numbers)
+            products.append(given[:n_asked])
         return torch.cat(products) * self.scales[name]
 
     def _rows(self, name: str, like: Tensor) -> Tensor | None:
@@ -137,11 +138,16 @@ class Directions:
                 self.products(name, torch.zeros_like(target))
 
 
-def _parts(passes: list[Pass]) -> Iterator[list[Pass]]:
-    """Yield passes in as few parts as may be, of about as many each."""
-    n_parts = -(-len(passes) // _MOST_AT_ONCE)
-    for i in range(n_parts):
-        yield passes[len(passes) * i // n_parts : len(passes) * (i + 1) // n_parts]
+def _of_one_size(passes: list[Pass]) -> Iterator[tuple[list[Pass], int]]:
+    """Yield passes in as few parts as may be, of as many each: another size is compiled anew.
+
+    The last one may be filled up with its last pass. Yielded too is how many are not.
+    """
+    n_parts = -(-len(passes) // _MOST_PASSES)
+    size = -(-len(passes) // n_parts)
+    for start in range(0, len(passes), size):
+        part = passes[start : start + size]
+        yield part + part[-1:] * (size - len(part)), len(part)
 
 
 def _what_is_read(work: Pass) -> Hashable:

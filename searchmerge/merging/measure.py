@@ -335,20 +335,12 @@ class Measure:
 
     def _magnitude_blocks(self) -> Iterable[Block]:
         """Return where all magnitudes are; made once where that copies nothing."""
-        if not self._are_views:
+        if not self._blocks and not self.vectors.are_flat_on(self.device):
             return self._new_magnitude_blocks()
         if not self._blocks:
-            self._blocks.extend(self._new_magnitude_blocks())
+            blocks = self._new_magnitude_blocks()
+            self._blocks.extend(block._replace(is_view=True) for block in blocks)
         return self._blocks
-
-    @property
-    def _are_views(self) -> bool:
-        """Whether all that is measured lies where it is measured, entry after entry."""
-        return all(
-            tensor.device == self.device(name) and tensor.is_contiguous()
-            for name in self.names
-            for tensor in (self.vectors.base[name], *self.vectors.weights[name])
-        )
 
     def _new_magnitude_blocks(self) -> Iterator[Block]:
         for _, part in self.parts():

@@ -216,10 +216,7 @@ class Merger:
             return self._read(vectors, work, name)
 
         names = tuple(vectors.weights)
-        tensors = [
-            (name, t) for name in names for t in (vectors.base[name], *vectors.weights[name])
-        ]
-        if all(t.is_contiguous() and t.device == self._devices[name] for name, t in tensors):
+        if vectors.are_flat_on(self._devices.__getitem__):
             self._flat[key] = [(name, read(name)) for name in names]  # views: no memory of theirs
             return self._flat[key]
         return streamed(names, read, self._devices)

@@ -31,8 +31,8 @@ _CHECKSUM = "sha256"  # of what a cache holds, in its metadata
 _AT_ONCE = 1 << 15  # entries per operation on a CPU: torch starts no threads of its own for them
 
 
-_MOST_WAITING = 1 << 30
-"""Bytes of what a GPU counts at once: they may have been copied there, to be freed after it."""
+_MOST_WAITING = 1 << 26
+"""Bytes that may wait to be counted at once, but for what lies in memory anyway."""
 
 
 class Block(NamedTuple):
@@ -44,12 +44,14 @@ class Block(NamedTuple):
             any device. Each is called in a thread of its own.
         part: What holds all of them on a GPU; ``None`` where they are read.
         device: Where they are counted.
+        is_view: Whether they lie there anyway, so that to wait with them takes no memory.
     """
 
     size: int
     rows: Sequence[Callable[[slice], Tensor]]
     part: Part | None = None
     device: torch.device = torch.device("cpu")
+    is_view: bool = False
 
 
 Numbers = Callable[[], Iterable[Block]]
@@ -153,7 +155,7 @@ class OrderStatistics:
             part = block.part or Part([row(whole) for row in block.rows])
             waiting[block.device].append(part._replace(first_run=first_run))
             first_run += n_runs(block.size)
-            size_bytes += part.size_bytes
+            size_bytes += 0 if block.is_view else part.size_bytes
             if size_bytes > _MOST_WAITING:
                 _count_waiting(waiting, counters_on)
                 size_bytes = 0

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -104,6 +104,18 @@ class TaskVectors:
     def n_parameters(self) -> int:
         """Return d, the number of entries of one task vector; tied ones count once."""
         return sum(self.base[name].numel() for name in self.weights)
+
+    def are_flat_on(self, device: Callable[[str], torch.device]) -> bool:
+        """Return whether all that is merged lies on its device, entry after entry.
+
+        Args:
+            device: Parameter name to the device asked for.
+        """
+        return all(
+            tensor.device == device(name) and tensor.is_contiguous()
+            for name, experts in self.weights.items()
+            for tensor in (self.base[name], *experts)
+        )
 
     def of(self, experts: Sequence[str]) -> "TaskVectors":
         """Return the task vectors of these experts only, in this order.

@@ -65,11 +65,9 @@ class StudyRunner:
 
     def score_jobs(self, title: str, source: ListSource[T]) -> None:
         """Score the jobs of a list, and keep why some cannot be scored."""
-        names = [job.name for job in source.jobs]
-        self._observer.phase(title, len(names))
+        self._observer.phase(title, len(source.jobs))
         self._dispatcher.run(source)
-        others = {name: why for name, why in self.failures.items() if name not in names}
-        self.failures = others | source.failures
+        self.failures |= source.failures
 
     def score_references(self, *, goes_on: bool = True) -> dict[str, MergePlan]:
         """Score the references and let them decide the order in which trials see examples.

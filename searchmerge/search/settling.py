@@ -1,5 +1,6 @@
 """After the search: what was stopped early and may still win goes on, until nothing may."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from searchmerge.search.references import merges
 from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord
+from searchmerge.wording import counted
+
+_logger = logging.getLogger(__name__)
 
 
 class Settled(NamedTuple):
@@ -121,6 +125,7 @@ class Settling:
 
     def _completed(self, n_best: int, *, goes_on: bool) -> tuple[Settled, list[TrialRecord]]:
         """Settle and score the best in full, in turns; return what is settled, and candidates."""
+        n_failed = 0
         while True:
             settled = self.settle(goes_on=goes_on)
             scored = [
@@ -132,9 +137,17 @@ class Settling:
             missing = {record.name: record for record in best if not record.is_full}
             if not missing:
                 return settled, scored
+            if n_failed >= n_best:
+                _logger.warning(
+                    "%s among the best cannot be scored in full; no more are tried in their stead",
+                    counted(n_failed, "plan"),
+                )
+                return settled, [record for record in scored if record.is_full]
             plans = {name: record.plan for name, record in missing.items()}
             names = self._runner.score_plans("completing the best", plans, "select")
-            self._failed |= {plans[name].digest for name in missing if name not in names}
+            failed = {plans[name].digest for name in missing if name not in names}
+            n_failed += len(failed)
+            self._failed |= failed
             for name in (name for name in missing if name in names):
                 scores = self._runner.board.scores(plans[name], "select")
                 self._directory.keep_completed(missing[name].judged(self._objective, scores))

@@ -4,6 +4,7 @@ import itertools
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,8 +44,9 @@ experts and every way is compiled for itself."""
 _ROOM = Room(most=20_000, in_all=200_000, least=8_000, share=50)
 """So little that order statistics take several passes."""
 
-_ROUNDED = 2.0**-8
-"""Of the largest change: what methods keep of whole matrices is in the model's dtype on a GPU."""
+_KEPT, _ROUNDED = ("iso_c", "tsv"), 2.0**-8
+"""Methods that keep matrices, on a GPU in the model's dtype, and by how much of an entry that may
+round it."""
 
 _LEFT_FREE = 0.12  # of the device's memory, where as much is merged as fits
 _MANY = Shape(
@@ -134,16 +136,30 @@ class Bench:
             plan = default_plan(method, EXPERTS)
             n_off = n_all = 0
             wanted = dict(here.merged(plan, dtype=torch.float32))
-            rounded = _ROUNDED if METHODS[method].scope == "tensor" else 0.0
+            kept = self._kept(here, base, plan) if method in _KEPT and self.device != "cpu" else {}
             for name, tensor in there.merged(plan, dtype=torch.float32):
-                moved_by = (wanted[name] - base[name].float()).abs().max()
-                most = 1e-4 * wanted[name].abs() + 1e-5 + rounded * moved_by
+                most = 1e-4 * wanted[name].abs() + 1e-5 + _ROUNDED * kept.get(name, 0.0)
                 off = (tensor.cpu() - wanted[name]).abs() > most
                 n_off += int(off.sum())
                 n_all += tensor.numel()
             yield {"what": method, "entries": n_all, "off": n_off}
             if n_off > n_all // 1000:  # what lies at a threshold may fall to either side
                 raise Wrong(f"{method}: {n_off} of {n_all} entries differ from those on a CPU")
+
+    def _kept(self, merger: Merger, base: Weights, plan: MergePlan) -> dict[str, torch.Tensor]:
+        """Return the magnitude of what is kept of each entry: of all experts, times coefficients.
+
+        What is kept of each expert alone is what its coefficient alone merges.
+        """
+        [row] = plan.values["coefficient"]
+        alone = [[c if i == j else 0.0 for j in range(len(row))] for i, c in enumerate(row)]
+        rows = [row] if plan.method == "iso_c" else alone
+        total: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        for each in rows:
+            own = replace(plan, values={**plan.values, "coefficient": (tuple(each),)})
+            for name, tensor in merger.merged(own, dtype=torch.float32):
+                total[name] = total[name] + (tensor - base[name].float()).abs()
+        return total
 
     def _statistics(self) -> Figures:
         shape = SHAPES["tiny"] if self.small else replace(SHAPES["135m"], n_layers=4)

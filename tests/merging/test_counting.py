@@ -1,8 +1,13 @@
 """Keys order as numbers do, and are counted between cuts."""
 
+import contextlib
+import sys
+import types
+
 import numpy as np
 import torch
 
+from searchmerge.merging import counting
 from searchmerge.merging.counting import (
     MOST_CUTS,
     RUN,
@@ -88,3 +93,28 @@ def test_as_many_cuts_as_there_can_be_side_by_side_are_told_apart():
     numbers = numbers_of(torch.arange(key(1.0) - 3, key(1.0) + 300))
     count([Part([numbers])], counters)
     assert counters.counts[0].tolist() == [3, *[1] * (MOST_CUTS - 1), 300 - MOST_CUTS + 1, 0]
+
+
+def test_what_a_kernel_counted_before_it_failed_is_not_counted_twice(monkeypatch, caplog):
+    """A stand-in for Triton's: it counts the first part, and fails at the second."""
+    module = types.ModuleType("searchmerge.merging.counting_kernel")
+
+    def fails(parts, counters):
+        counting._count_by_operations(parts[0], counters)
+        raise RuntimeError("no such kernel")
+
+    module.count = fails
+    monkeypatch.setitem(sys.modules, "searchmerge.merging.counting_kernel", module)
+    monkeypatch.setattr("searchmerge.merging.counting_kernel", module, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(counting._Kernel, "_is_for", lambda self, device: True)
+    kernel = counting._Kernel()
+    numbers = torch.arange(200.0)
+    parts = [Part([numbers[:100]]), Part([numbers[100:]], first_run=4)]
+    counters = new_counters([wanted([key(50.0)], [0, 1])], 200, CPU)
+    assert not kernel.count(parts, counters)
+    assert "statistics take longer, as compiling failed: no such kernel" in caplog.text
+    count(parts, counters)
+    assert counters.counts[0, :2].tolist() == [50, 150]
+    assert sorted(counters.keys(0).tolist()) == sorted(keys_of(numbers).tolist())
+    assert not kernel.count(parts, counters)  # nor is it asked again

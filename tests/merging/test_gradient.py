@@ -188,15 +188,15 @@ def test_a_parameter_is_gone_over_once_for_all_experts(method, settings, monkeyp
     assert n_sets == [len(EXPERTS)]
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(1, [1, 1, 1]), (2, [1, 2]), (3, [3])])
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1, 1, 1]), (2, [2, 2]), (3, [3])])
 def test_so_many_experts_as_a_kernel_has_registers_for_are_taken_at_once(most, sizes, monkeypatch):
     plan = random_plan("ties", Groups(depth=2))
     merger = made(net(), memory=Memory(keep_bytes=0))
     numbers = torch.linspace(-1, 1, 96).reshape(12, 8)
     wanted = merger.directions(plan).products("embed.weight", numbers)
-    monkeypatch.setattr("searchmerge.merging.gradient._MOST_AT_ONCE", most)
+    monkeypatch.setattr("searchmerge.merging.gradient._MOST_PASSES", most)
     directions = merger.directions(plan)
-    assert [len(passes) for passes in directions._alike] == sizes
+    assert [len(passes) for passes, _ in directions._kernels] == sizes  # one size
     assert torch.equal(directions.products("embed.weight", numbers), wanted)
 
 

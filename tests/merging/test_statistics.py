@@ -109,9 +109,17 @@ def test_ranks_are_selected_on_a_gpu_as_they_are_counted_on_a_cpu(rows, data):
 
 
 @pytest.mark.parametrize(
-    ("most", "together"), [(1 << 30, [[0, 4]]), (800, [[0], [4]]), (0, [[0], [4]])]
+    ("most", "is_view", "together"),
+    [
+        (1 << 26, False, [[0, 4]]),
+        (800, False, [[0], [4]]),
+        (1, False, [[0], [4]]),
+        (1, True, [[0, 4]]),
+    ],
 )
-def test_blocks_are_counted_where_they_are_as_many_at_once_as_may_be(most, together, monkeypatch):
+def test_blocks_are_counted_where_they_are_as_many_at_once_as_may_be(
+    most, is_view, together, monkeypatch
+):
     rows, counted = torch.randn(2, 100), []
 
     def noted(parts, counters):
@@ -120,7 +128,11 @@ def test_blocks_are_counted_where_they_are_as_many_at_once_as_may_be(most, toget
 
     monkeypatch.setattr(statistics, "count", noted)
     monkeypatch.setattr(statistics, "_MOST_WAITING", most - 1)
-    blocks = [Block(100, [], Part(list(rows))), Block(100, [own.__getitem__ for own in rows])]
+    part = Part(list(rows))
+    blocks = [
+        Block(100, [], part, is_view=is_view),
+        Block(100, [own.__getitem__ for own in rows], is_view=is_view),
+    ]
     there = OrderStatistics(lambda: blocks, 2, 200, on_gpu=True)
     twice = torch.cat([rows, rows], 1).sort().values
     assert there.at([3, 70]) == [twice[0, 3].item(), twice[1, 70].item()]

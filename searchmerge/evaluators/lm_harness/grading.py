@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from searchmerge.evaluators.lm_harness.asking import log_likelihood_of
+from searchmerge.evaluators.lm_harness.choices import OF_LIKELIEST, Choices
 from searchmerge.evaluators.lm_harness.loading import task_errors
-from searchmerge.evaluators.lm_harness.losses import OF_LIKELIEST, TaskLosses, length_by
+from searchmerge.evaluators.lm_harness.losses import TaskLosses
 
 _MOST_TOKENS = 64
 """A target of more tokens is one of many ways to be right, and says little of the others."""
@@ -36,7 +37,8 @@ class TaskGrades:
         self._waiting: dict[int, Sequence[Any]] = {}
         self._targets: dict[int, Any] = {}  # requests, made when they are first asked for
         self._log_odds: dict[int, float | None] = {}
-        self._choices: dict[int, tuple[list[int], list[float]]] = {}  # right ones; all lengths
+        self._choices = Choices(task)
+        self._rights: dict[int, list[int]] = {}  # places of the right choices
         self._has_targets = task.OUTPUT_TYPE == "generate_until" and "labels" in losses.kinds
 
     def note(self, requests: Sequence[Sequence[Any]]) -> None:
@@ -99,22 +101,18 @@ class TaskGrades:
 
     def _margin(self, requests: Sequence[Any]) -> float | None:
         """Return an example's grade; ``None`` where there is no right choice, or no other."""
-        place = requests[0].doc_id
-        if place not in self._choices:
-            self._choices[place] = self._choices_of(requests[0].doc)
-        rights, lengths = self._choices[place]
+        first = requests[0]
+        if first.doc_id not in self._rights:
+            texts = self._choices.texts(first)
+            self._rights[first.doc_id] = self._losses.right(first.doc, texts)
+        rights = self._rights[first.doc_id]
+        lengths = self._choices.lengths(first, self._metric)
         values: dict[bool, list[float]] = {True: [], False: []}
         for i, (length, request) in enumerate(zip(lengths, requests, strict=False)):
             values[i in rights].append(log_likelihood_of(request.resps[0]) / length)
         if not (values[True] and values[False]):
             return None
         return max(values[True]) - max(values[False])
-
-    def _choices_of(self, doc: Any) -> tuple[list[int], list[float]]:
-        """Return the places of a document's right choices, and what all are divided by."""
-        choices = self._task.doc_to_choice(doc)
-        length = length_by(self._metric)
-        return self._losses.right(doc, choices), [length(choice) for choice in choices]
 
 
 def log_odds(log_probability: float) -> float:

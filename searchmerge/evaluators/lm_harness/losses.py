@@ -1,6 +1,6 @@
 """What can be differentiated of lm-eval's tasks: losses, and distributions over choices."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,22 +9,9 @@ from torch import Tensor
 from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import LossKind
 from searchmerge.evaluators.lm_harness.asking import document_of
+from searchmerge.evaluators.lm_harness.choices import length_by
 from searchmerge.evaluators.lm_harness.loading import task_errors
 from searchmerge.wording import counted
-
-LENGTHS: Mapping[str, Callable[[str], float]] = {
-    "acc_norm": lambda choice: float(len(choice) or 1),
-    "acc_bytes": lambda choice: float(len(choice.encode()) or 1),
-}
-"""Metrics of choices to what they divide a choice's log-likelihood by; others by nothing."""
-
-OF_LIKELIEST = ("acc", *LENGTHS)
-"""Metrics that are 1 where the right choice is the likeliest, so divided."""
-
-
-def length_by(metric: str) -> Callable[[str], float]:
-    """Return what a metric divides a choice's log-likelihood by: a function of the choice."""
-    return LENGTHS.get(metric, lambda choice: 1.0)
 
 
 class TaskLosses:

@@ -9,9 +9,9 @@ import numpy as np
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.lm_harness.asking import document_of, log_likelihood_of
+from searchmerge.evaluators.lm_harness.choices import OF_LIKELIEST, Choices
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained
-from searchmerge.evaluators.lm_harness.losses import OF_LIKELIEST, length_by
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TaskMetrics:
         self._lm_name = str(task.config.task)
         self._filters = _filters(task)
         self._goes_by_likeliest = _goes_by_likeliest(task)
-        self._lengths: dict[tuple[str, int], list[float]] = {}
+        self._choices = Choices(task)
         self._values: dict[tuple[str, int, int], Any] = {}  # by what is likeliest
         self.decides, *self.others = self._chosen(spec)
 
@@ -118,12 +118,9 @@ class TaskMetrics:
         """
         if not self._goes_by_likeliest or metric.name not in OF_LIKELIEST:
             return None
-        key = metric.name, request.doc_id
-        if key not in self._lengths:
-            choices, length = self._task.doc_to_choice(request.doc), length_by(metric.name)
-            is_said = all(choices)  # of one that is empty lm-eval divides by 0
-            self._lengths[key] = [length(choice) for choice in choices] if is_said else []
-        lengths = self._lengths[key]
+        texts, lengths = self._choices.texts(request), self._choices.lengths(request, metric.name)
+        if not all(texts):  # lm-eval divides by 0
+            return None
         if len(lengths) != len(answers) or not all(isinstance(a, tuple) for a in answers):
             return None
         values = [log_likelihood_of(a) / n for a, n in zip(answers, lengths, strict=True)]
@@ -161,7 +158,7 @@ def _goes_by_likeliest(task: Any) -> bool:
     """Return whether lm-eval itself reads a task's answers, and these are choices."""
     from lm_eval.api.task import ConfigurableTask
 
-    reads = type(task).process_results is ConfigurableTask.process_results
+    reads = getattr(task.process_results, "__func__", None) is ConfigurableTask.process_results
     own = callable(task.config.process_results)
     return reads and not own and task.OUTPUT_TYPE == "multiple_choice"
 

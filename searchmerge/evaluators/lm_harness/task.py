@@ -10,11 +10,12 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import Answer, LossKind, Origin, TaskInfo
 from searchmerge.evaluators.lm_harness.asking import ask, log_likelihood_of
 from searchmerge.evaluators.lm_harness.catalogue import Leaf
+from searchmerge.evaluators.lm_harness.choices import length_by
 from searchmerge.evaluators.lm_harness.generation_keys import draws_answers
 from searchmerge.evaluators.lm_harness.grading import TaskGrades
 from searchmerge.evaluators.lm_harness.keys import LmTask
 from searchmerge.evaluators.lm_harness.loading import explained, split_of, task_errors
-from searchmerge.evaluators.lm_harness.losses import TaskLosses, length_by
+from searchmerge.evaluators.lm_harness.losses import TaskLosses
 from searchmerge.evaluators.lm_harness.metrics import TaskMetrics
 from searchmerge.evaluators.lm_harness.requests import TaskRequests
 from searchmerge.evaluators.score_kind import Mean, Whole

@@ -7,6 +7,7 @@ from lm_eval.models.huggingface import HFLM
 
 from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.evaluators.lm_harness.keys import LmTask
+from searchmerge.evaluators.lm_harness.metrics import TaskMetrics
 from searchmerge.evaluators.score_kind import Whole
 from tests.evaluators.lm_harness.tasks import harness, lm_eval_samples
 from tests.evaluators.models import tiny_tokenizer
@@ -31,6 +32,7 @@ def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task,
 def test_a_metric_is_asked_for_once_for_each_likeliest_choice(folder, model, metric, choices):
     task = harness(folder, LmTask("mc", "test", metric=(metric,)))._tasks["mine"]
     metrics, requests = task.metrics, task.requests.of(range(7))
+    assert metrics._goes_by_likeliest
     lm_eval_s, task._task.doc_to_choice = task._task.process_results, lambda doc: choices
     n_computed, draw = [], torch.Generator().manual_seed(0)
 
@@ -124,3 +126,11 @@ def test_a_metric_that_is_no_mean_can_decide_but_not_be_told_beside_another(fold
         harness(folder, LmTask("mc", "test", metric=("acc", "mcc")))
     with pytest.raises(SpecError, match=r"metric: no 'f1' in the task \(it has: acc, acc_norm"):
         harness(folder, LmTask("mc", "test", metric=("f1",)))
+
+
+def test_what_a_task_reads_in_its_own_way_is_asked_for_each_time(folder):
+    task = harness(folder, LmTask("mc", "test", metric=("acc",)))._tasks["mine"]
+    own, spec = task._task, LmTask("mc", "test", metric=("acc",))
+    assert TaskMetrics("mine", spec, own)._goes_by_likeliest
+    own.process_results = lambda doc, answers: {"acc": 0.0}
+    assert not TaskMetrics("mine", spec, own)._goes_by_likeliest
