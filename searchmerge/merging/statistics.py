@@ -153,7 +153,7 @@ class OrderStatistics:
         for block in self._numbers():
             whole = slice(0, block.size)
             part = block.part or Part([row(whole) for row in block.rows])
-            waiting[block.device].append(part._replace(first_run=first_run))
+            waiting[block.device].append(Part(part.rows, part.base, first_run=first_run))
             first_run += n_runs(block.size)
             size_bytes += 0 if block.is_view else part.size_bytes
             if size_bytes > _MOST_WAITING:

@@ -29,6 +29,7 @@ def test_a_metric_that_is_no_mean_is_aggregated_by_the_task(folder, model, task,
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
 @pytest.mark.parametrize("choices", [["yes", "no", "perhaps", "so"], ["", *"abc"]])
+@pytest.mark.filterwarnings("ignore:divide by zero")  # by lm-eval
 def test_a_metric_is_asked_for_once_for_each_likeliest_choice(folder, model, metric, choices):
     task = harness(folder, LmTask("mc", "test", metric=(metric,)))._tasks["mine"]
     metrics, requests = task.metrics, task.requests.of(range(7))
