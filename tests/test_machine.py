@@ -3,10 +3,18 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from searchmerge.machine import available_cores, cpu_quota, crowding
+from searchmerge.machine import (
+    SOON_ASLEEP,
+    available_cores,
+    cpu_quota,
+    crowding,
+    others_running,
+    wait_asleep,
+)
 
 
 @pytest.fixture
@@ -105,8 +113,43 @@ def test_threads_that_wait_are_asleep(entry):
     told = openmp(entry)
     if "GOMP_SPINCOUNT" not in told:
         pytest.skip("torch is built with another OpenMP than GNU's")
-    assert "GOMP_SPINCOUNT = '3000'" in told
-    assert "GOMP_SPINCOUNT = '3000'" not in openmp(entry, OMP_WAIT_POLICY="active")
+    ways = ["GOMP_SPINCOUNT = '3000'", "GOMP_SPINCOUNT = '0'"]  # by what else runs here
+    assert any(way in told for way in ways)
+    assert not any(way in openmp(entry, OMP_WAIT_POLICY="active") for way in ways)
+
+
+@pytest.mark.parametrize(("n_others", "spins"), [(0, "3000"), (1, "3000"), (2, "0"), (9, "0")])
+def test_where_others_are_at_work_threads_sleep_at_once(n_others, spins, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", *SOON_ASLEEP):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("searchmerge.machine.others_running", lambda: n_others)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    wait_asleep()
+    assert os.environ["GOMP_SPINCOUNT"] == spins
+    for name in SOON_ASLEEP:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("told", "n_others"),
+    [
+        (["0.5 0.4 0.3 1/200 77"] * 3, 0),
+        (["0.5 0.4 0.3 4/200 77", "0 0 0 1/200 77", "0 0 0 3/200 77"], 2),  # most of the time
+        (["nothing"], 0),
+        ([""], 0),
+    ],
+)
+def test_other_threads_that_run_are_counted_as_linux_tells_them(told, n_others, monkeypatch):
+    texts = iter(told)
+    load = SimpleNamespace(read_text=lambda encoding: next(texts))
+    monkeypatch.setattr("searchmerge.machine._LOAD", load)
+    monkeypatch.setattr("searchmerge.machine._LOOKS", len(told))
+    assert others_running() == n_others
+
+
+def test_where_nothing_tells_of_others_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("searchmerge.machine._LOAD", tmp_path / "missing")
+    assert others_running() == 0
 
 
 def test_there_are_as_many_threads_as_the_processors_allow_unless_the_environment_says():

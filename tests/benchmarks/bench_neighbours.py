@@ -16,11 +16,13 @@ import subprocess
 import sys
 from collections import defaultdict
 
-from searchmerge.machine import SOON_ASLEEP
+from searchmerge.machine import SOON_ASLEEP, wait_asleep
 
+AS_A_RUN = "as a run does"
 WAYS = {
     "asleep at once": {"OMP_WAIT_POLICY": "passive"},
-    "as a run does": SOON_ASLEEP,
+    "soon asleep": SOON_ASLEEP,
+    AS_A_RUN: {},
     "as torch does": {},
 }
 MEASURED = ("OMP_WAIT_POLICY", *SOON_ASLEEP, "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -68,7 +70,7 @@ def run(way: str, n_neighbours: int, options: argparse.Namespace) -> dict[str, f
     busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(n_busy)]
     try:
         done = subprocess.run(
-            [sys.executable, __file__, "--measure", "--size", options.size],
+            [sys.executable, __file__, "--measure", way, "--size", options.size],
             env={**inherited, **WAYS[way]},
             capture_output=True,
             text=True,
@@ -88,9 +90,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", default="135m")
     parser.add_argument("--times", type=int, default=7)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
+        if options.measure == AS_A_RUN:
+            wait_asleep()  # by what runs beside it
         print(json.dumps(measure(options.size, options.times)))
         return
     seconds: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
@@ -98,7 +102,10 @@ def main() -> None:
     for _ in range(options.rounds):
         for n in (0, options.neighbours):
             for way in WAYS:
-                seconds[way, n].append(run(way, n, options))
+                found = run(way, n, options)
+                seconds[way, n].append(found)
+                told = ", ".join(f"{what} {1e3 * own:.0f} ms" for what, own in found.items())
+                print(f"  {way}, {n} neighbours: {told}", flush=True)
     print("| threads that wait | neighbours | merge ms | to quiet | forward ms | to quiet |")
     print("|---|---|---|---|---|---|")
     for way, n in seconds:
