@@ -339,7 +339,7 @@ class Measure:
             return self._new_magnitude_blocks()
         if not self._blocks:
             blocks = self._new_magnitude_blocks()
-            self._blocks.extend(block._replace(is_view=True) for block in blocks)
+            self._blocks.extend(b._replace(is_view=b.part is not None) for b in blocks)
         return self._blocks
 
     def _new_magnitude_blocks(self) -> Iterator[Block]:
