@@ -237,7 +237,10 @@ def _vector_width() -> _Options:
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    width = pick_vec_isa().bit_width()
+    try:
+        width = pick_vec_isa().bit_width()
+    except (RuntimeError, OSError):  # without a C++ compiler, which is told where it is needed
+        return {}
     return {"cpp.simdlen": width} if width else {}
 
 
