@@ -9,7 +9,8 @@ SOON_ASLEEP = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
 """For GNU's OpenMP, which torch's wheels bring, and for LLVM's and Intel's, as in conda's.
 
 GNU's spins 300,000 times by default. 3,000 cost nothing on a quiet machine; sleeping at once,
-which is its passive policy, costs a tenth to a fifth of scoring there, and up to twice a merge.
+which is its passive policy, cost a tenth of scoring and merging on one, and on another a fifth of
+scoring while a merge took three times as long.
 """
 
 ASLEEP_AT_ONCE = {**SOON_ASLEEP, "GOMP_SPINCOUNT": "0"}

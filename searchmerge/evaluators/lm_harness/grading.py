@@ -28,16 +28,17 @@ class TaskGrades:
         task: lm-eval's task object.
         metric: The metric that decides.
         losses: Know the target of each document.
+        choices: The choices of each.
     """
 
-    def __init__(self, task: Any, metric: str, losses: TaskLosses) -> None:
+    def __init__(self, task: Any, metric: str, losses: TaskLosses, choices: Choices) -> None:
         self._task = task
         self._metric = metric
         self._losses = losses
         self._waiting: dict[int, Sequence[Any]] = {}
         self._targets: dict[int, Any] = {}  # requests, made when they are first asked for
         self._log_odds: dict[int, float | None] = {}
-        self._choices = Choices(task)
+        self._choices = choices
         self._rights: dict[int, list[int]] = {}  # places of the right choices
         self._has_targets = task.OUTPUT_TYPE == "generate_until" and "labels" in losses.kinds
 

@@ -51,6 +51,7 @@ class TaskMetrics:
     Attributes:
         decides: The metric whose values are the scores.
         others: Those that are told beside it, each a mean over examples.
+        choices: The choices of its documents, where it has some.
 
     Raises:
         SpecError: If the task lacks one or its filter, or another is no mean over examples.
@@ -62,7 +63,7 @@ class TaskMetrics:
         self._lm_name = str(task.config.task)
         self._filters = _filters(task)
         self._goes_by_likeliest = _goes_by_likeliest(task)
-        self._choices = Choices(task)
+        self.choices = Choices(task)
         self._values: dict[tuple[str, int, int], Any] = {}  # by what is likeliest
         self.decides, *self.others = self._chosen(spec)
 
@@ -113,12 +114,12 @@ class TaskMetrics:
     def _likeliest(self, request: Any, answers: Sequence[Any], metric: Metric) -> int | None:
         """Return the choice that alone decides a metric of an example; ``None`` where none does.
 
-        lm-eval takes ten times as long to compute a metric as it takes to find that choice, so it
-        computes it once for each.
+        lm-eval takes several times as long to compute a metric as it takes to find that choice, so
+        it computes it once for each.
         """
         if not self._goes_by_likeliest or metric.name not in OF_LIKELIEST:
             return None
-        texts, lengths = self._choices.texts(request), self._choices.lengths(request, metric.name)
+        texts, lengths = self.choices.texts(request), self.choices.lengths(request, metric.name)
         if not all(texts):  # lm-eval divides by 0
             return None
         if len(lengths) != len(answers) or not all(isinstance(a, tuple) for a in answers):

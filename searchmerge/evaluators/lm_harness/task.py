@@ -70,7 +70,7 @@ class PreparedTask:
         self.requests = TaskRequests(name, task, self._documents, fewshot_seed, prompting)
         decides, others = self.metrics.decides, self.metrics.others
         self._losses = TaskLosses(task, decides.name, is_chat=self.is_chat)
-        self._grades = TaskGrades(task, decides.name, self._losses)
+        self._grades = TaskGrades(task, decides.name, self._losses, self.metrics.choices)
         self.info = TaskInfo(
             n_examples=len(self._documents),
             metric=decides.name,
