@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.merging.kernels import Chunk, ChunkFunction
-from searchmerge.merging.operands import Operands, count_tallies
+from searchmerge.merging.operands import Operands
 from searchmerge.merging.rows import Rows
 
 _logger = logging.getLogger(__name__)
@@ -20,28 +20,20 @@ MOST_AT_ONCE = 1 << 24
 
 _Options = dict[str, str | int | bool | Callable[..., Any]]
 
-_INLINED: _Options = {
-    "realize_opcount_threshold": 1000,
-    "realize_reads_threshold": 1000,
-    "realize_acc_reads_threshold": 1000,
-}
-"""Of inductor, where no tally is taken: one expression from what is read to what is written.
-
-Intermediate results that it would set apart, and that read no 16-bit tensor, make all of the loop
-go over half as many entries at once on a CPU. Tallies would compute the expression once more.
-"""
-
 _ALWAYS: _Options = {"cpp.dynamic_threads": True, "size_asserts": False}
 """Of inductor: threads whatever the first parameter's size, which would decide for all; and no
 check of every input in every call, as all are contiguous."""
 
 _IN_ROWS: _Options = {
-    **_INLINED,
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
     "assert_indirect_indexing": False,
     "emulate_precision_casts": True,
 }
-"""Of inductor, for kernels on a GPU: one; no check of indices that are within by masks; and each
-operation rounded by itself, as where nothing is compiled, so that what is equal stays equal."""
+"""Of inductor, for kernels on a GPU: one expression from what is read to what is written; no
+check of indices that are within by masks; and each operation rounded by itself, as where nothing
+is compiled, so that what is equal stays equal."""
 
 RowKernel = Callable[..., None]
 """Takes a function, :class:`~searchmerge.merging.rows.Rows` and the tensors that it writes."""
@@ -151,10 +143,7 @@ class Compiled:
         if key in _COMPILED:
             done: tuple[Tensor, ...] = _COMPILED[key](inputs, *more)
             return done
-        alone = kernel is _merge and not count_tallies(function, operands)
-        options = dict(_INLINED) if alone else {}
-        if inputs.base.device.type == "cpu":
-            options |= _vector_width()
+        options = _vector_width() if inputs.base.device.type == "cpu" else {}
         run = _compile(kernel, function, len(_COMPILED), options, dynamic=True)
         return self._first_run(key, run, (inputs, *more))
 

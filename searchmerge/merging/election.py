@@ -14,7 +14,6 @@ from searchmerge.merging.kernels import (
     add_up,
     add_up_,
     exact_sum,
-    is_on_gpu,
     is_positive,
     is_zero,
     weighted_sum,
@@ -60,10 +59,8 @@ def merge_elected(
         positive minus negative; and a number above 0 if there is a zero sum of entries that are
         not 0.
     """
-    if is_on_gpu(deltas[0]) and aggregate != "max":
-        return _merge_chosen(deltas, scalars, is_mean=aggregate == "mean")
     if torch.compiler.is_compiling() and aggregate != "max":
-        return _merge_sides(deltas, scalars, is_mean=aggregate == "mean")
+        return _merge_chosen(deltas, scalars, is_mean=aggregate == "mean")
     signs, zeros, balance = _elect(add_up(deltas), scalars.majority[0])
     agreeing = [delta.mul_(signs).relu_() for delta in deltas]  # magnitudes
     if aggregate == "max":
@@ -105,36 +102,6 @@ def _merge_chosen(
         merged = merged / torch.where(n_agreeing > 1, n_agreeing, 1.0)
     balance = torch.where(is_zero_, 0.0, torch.where(is_positive_, 1.0, -1.0))
     ambiguous = torch.where(is_zero_, n_agreeing, 0.0)
-    return merged, exact_sum(balance), exact_sum(ambiguous)
-
-
-def _merge_sides(
-    deltas: Sequence[Tensor], scalars: ElectionScalars, *, is_mean: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :func:`merge_elected` does, the same to the bit, sooner where it is compiled.
-
-    Both signs are merged while their sum is still formed, and the elected one is taken at the
-    end: a processor does with many operations at once, but not with one that waits for another.
-    """
-    total, coefficients = add_up(deltas), scalars.coefficients
-    is_positive_, is_zero_ = total > scalars.bound[0], total == 0
-    n_experts = float(len(deltas))
-    sides = []
-    for sign in (1.0, -1.0):
-        magnitudes = [(sign * delta).relu() for delta in deltas]
-        merged = magnitudes[0] * coefficients[0]
-        for i, magnitude in enumerate(magnitudes[1:], start=1):
-            merged = merged + magnitude * coefficients[i]
-        # rounding up takes fewer instructions than comparing
-        n_others = add_up([(1.0 - magnitude.ceil()).relu() for magnitude in magnitudes])
-        sides.append((sign * merged, n_others))
-    (positive, n_not_positive), (negative, n_not_negative) = sides
-    merged = torch.where(is_positive_, positive, negative)
-    n_others = torch.where(is_positive_, n_not_positive, n_not_negative)
-    if is_mean:
-        merged = merged / ((n_experts - 1.0 - n_others).relu() + 1.0)
-    balance = torch.where(is_zero_, 0.0, torch.where(is_positive_, 1.0, -1.0))
-    ambiguous = torch.where(is_zero_, n_experts - n_others, 0.0)
     return merged, exact_sum(balance), exact_sum(ambiguous)
 
 

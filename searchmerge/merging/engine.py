@@ -1,6 +1,6 @@
 """Running a method's arithmetic over parameters: compiled, or chunk by chunk."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 from searchmerge.merging.chunks import CHUNK, Chunks
 from searchmerge.merging.compiled import MOST_AT_ONCE, Compiled
 from searchmerge.merging.kernels import ChunkFunction
+from searchmerge.merging.native import native
+from searchmerge.merging.native.compiler import has_compiler
 from searchmerge.merging.operands import Operands, count_tallies
 from searchmerge.merging.rows import (
     ROW,
@@ -32,11 +34,12 @@ _TOO_SMALL = 64  # entries: not worth compiled code, and sizes it would be speci
 class Engine:
     """Computes what merge functions return, and writes merged parameters in place.
 
-    Compiled code makes one pass over memory, several times faster than chunk by chunk, and takes
-    about 15 s to make the first time on a machine, 2 s afterwards. ``auto`` compiles on a GPU
-    and runs chunk by chunk on a CPU; a caller with many trials ahead asks for ``compiled``. Where
-    compiling fails, as without a C++ compiler, everything runs chunk by chunk after one warning.
-    Both ways agree up to the rounding of float32.
+    Compiled code makes one pass over memory, several times faster than chunk by chunk. On a CPU
+    it is plain C++, made in a fraction of a second; what that does not express, and all on a GPU,
+    is left to torch's compiler, which takes about 15 s the first time on a machine. ``auto``
+    runs what would take so long on a CPU chunk by chunk; a caller with many trials ahead asks for
+    ``compiled``. Where compiling fails, as without a C++ compiler, everything runs chunk by
+    chunk, after one warning if it was asked for. Both ways agree up to the rounding of float32.
 
     Args:
         kind: Which way to run.
@@ -53,8 +56,7 @@ class Engine:
 
     def is_compiled(self, device: torch.device) -> bool:
         """Return whether arithmetic on ``device`` is compiled, as far as is known so far."""
-        wanted = self._kind == "compiled" or (self._kind == "auto" and device.type != "cpu")
-        return wanted and not self.compiled.is_broken
+        return self._is_native(device) or self._is_torch_compiled(device)
 
     def merge(
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor
@@ -67,11 +69,15 @@ class Engine:
             scale: The factor on the merged task vector.
             out: Where to write, 1-D and contiguous, any float dtype.
         """
+        if self._is_native(out.device):
+            done, tally = native.merge(function, operands, scale, out)
+            if done:
+                return tally
         if self._takes_rows(len(out), out.device):
             done, tally = self._merge_in_rows(function, operands, scale, out)
             if done:
                 return tally
-        elif len(out) >= _TOO_SMALL and self.is_compiled(out.device):
+        elif len(out) >= _TOO_SMALL and self._is_torch_compiled(out.device):
             done, tally = self.compiled.merge(function, operands, scale, out)
             if done:
                 return tally
@@ -81,9 +87,11 @@ class Engine:
         """Return what ``function`` returns, ``(m,)`` float32 each, in fresh tensors."""
         n_entries, device = len(operands.base), operands.base.device
         outs: tuple[Tensor, ...] | None = None
-        if self._takes_rows(n_entries, device):
+        if self._is_native(device):
+            outs = native.compute(function, operands)
+        elif self._takes_rows(n_entries, device):
             outs = self._compute_in_rows(function, operands)
-        elif n_entries >= _TOO_SMALL and self.is_compiled(device):
+        if outs is None and n_entries >= _TOO_SMALL and self._is_torch_compiled(device):
             outs = self.compiled.compute(function, operands)
         return self.chunks.compute(function, operands) if outs is None else outs
 
@@ -104,25 +112,34 @@ class Engine:
             ``(n_sets,)`` float64 on that device, from products summed in float32.
         """
         total, begin = None, 0
-        if self._takes_rows(len(numbers), numbers.device):
+        if self._is_native(numbers.device):
+            total, begin = native.products(function, operands, scalars, numbers), len(numbers)
+        elif self._takes_rows(len(numbers), numbers.device):
             total = self._products_in_rows(function, operands, scalars, numbers)
+            begin = in_rows(len(numbers))  # what is left over is too little to be compiled for
         if total is None:
             total = torch.zeros(len(scalars), dtype=torch.float64, device=numbers.device)
-        else:
-            begin = in_rows(len(numbers))  # what is left over is too little to be compiled for
-        compiled = len(numbers) - begin >= _TOO_SMALL and self.is_compiled(numbers.device)
+            begin = 0
+        rest = operands.part(begin, len(numbers))
+        for sums in self._products_of_parts(function, rest, scalars, numbers[begin:]):
+            total += sums
+        return total
+
+    def _products_of_parts(
+        self, function: ChunkFunction, operands: Operands, scalars: Tensor, numbers: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield what :meth:`products` returns of each part, where entries are not in rows."""
+        compiled = len(numbers) >= _TOO_SMALL and self._is_torch_compiled(numbers.device)
         step = MOST_AT_ONCE if compiled else CHUNK
-        for start in range(begin, len(numbers), step):
+        for start in range(0, len(numbers), step):
             stop = min(start + step, len(numbers))
             part, weights = operands.part(start, stop), numbers[start:stop]
             done: Iterable[Tensor] | None = None
-            if compiled and self.is_compiled(numbers.device):
+            if compiled and self._is_torch_compiled(numbers.device):
                 done = self.compiled.products(function, part, scalars, weights)
             if done is None:
                 done = self.chunks.products(function, part, scalars, weights)
-            for sums in done:
-                total += sums
-        return total
+            yield from done
 
     def _products_in_rows(
         self, function: ChunkFunction, operands: Operands, scalars: Tensor, numbers: Tensor
@@ -142,6 +159,13 @@ class Engine:
                 return None
             of_spans.append(sums.sum(1))
         return torch.stack(of_spans).sum(0, dtype=torch.float64)
+
+    def _is_native(self, device: torch.device) -> bool:
+        return device.type == "cpu" and self._kind != "eager" and has_compiler()
+
+    def _is_torch_compiled(self, device: torch.device) -> bool:
+        wanted = self._kind == "compiled" or (self._kind == "auto" and device.type != "cpu")
+        return wanted and not self.compiled.is_broken
 
     def _takes_rows(self, n_entries: int, device: torch.device) -> bool:
         return device.type == "cuda" and bool(in_rows(n_entries)) and self.is_compiled(device)

@@ -219,9 +219,6 @@ def add_up_(numbers: Sequence[Tensor]) -> Tensor:
 def exact_sum(numbers: Tensor) -> Tensor:
     """Return the sum of whole numbers from -256 to 256 over the last dimension, float32.
 
-    It is exact while it is below 2^24. Code compiled for a CPU runs over twice as many entries
-    at once where all that it reads and sums has 16 bits, and bfloat16 holds these numbers exactly.
+    It is exact while it is below 2^24.
     """
-    if torch.compiler.is_compiling() and not is_on_gpu(numbers):
-        return numbers.bfloat16().sum(-1, dtype=torch.float32)
     return numbers.sum(-1)

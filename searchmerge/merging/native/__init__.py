@@ -1,0 +1,1 @@
+"""Arithmetic on a CPU as C++ that the machine's compiler vectorises."""

@@ -1,0 +1,167 @@
+"""Running merge functions as C++ on a CPU."""
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from searchmerge.merging.kernels import ChunkFunction
+from searchmerge.merging.native.body import Layout
+from searchmerge.merging.native.compiler import load
+from searchmerge.merging.native.operations import NoSourceError
+from searchmerge.merging.native.source import (
+    PART,
+    Source,
+    compute_source,
+    merge_source,
+    products_source,
+)
+from searchmerge.merging.operands import Operands, count_tallies
+
+_logger = logging.getLogger(__name__)
+
+_ALONE = 8 * PART
+"""Entries that are not worth a second thread."""
+
+
+class _Kernel(NamedTuple):
+    """What was compiled; see :mod:`searchmerge.merging.native.source`."""
+
+    run: Any
+    n_sums: int
+
+
+_KERNELS: dict[object, _Kernel | None] = {}
+"""What this process compiled, by what it was written for; ``None`` where it could not be."""
+
+
+def merge(
+    function: ChunkFunction, operands: Operands, scale: float, out: Tensor
+) -> tuple[bool, Tensor | None]:
+    """Write ``base + scale * merged task vector`` to ``out``.
+
+    Args:
+        function: The method's arithmetic.
+        operands: The parameter, on the CPU.
+        scale: The factor on the merged task vector.
+        out: Where to write, 1-D and contiguous, any float dtype.
+
+    Returns:
+        Whether it could be done, and the tally, float64.
+    """
+    layout = _layout(operands)
+    kernel = _kernel(
+        ("merge", function, layout, out.dtype), lambda: merge_source(function, layout, out.dtype)
+    )
+    if kernel is None or not _are_contiguous(operands, out):
+        return False, None
+    sums = _run(kernel, operands, operands.scalars, (), (out,), scale)
+    return True, sums if kernel.n_sums else None
+
+
+def compute(function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...] | None:
+    """Return what ``function`` returns, ``(m,)`` float32 each; ``None`` if it cannot be done.
+
+    Args:
+        function: The method's arithmetic.
+        operands: The parameter, on the CPU.
+    """
+    layout = _layout(operands)
+    kernel = _kernel(("compute", function, layout), lambda: compute_source(function, layout))
+    if kernel is None or not _are_contiguous(operands):
+        return None
+    n_outs = count_tallies(function, operands) + 1
+    outs = tuple(torch.empty(len(operands.base)) for _ in range(n_outs))
+    _run(kernel, operands, operands.scalars, (), outs, 1.0)
+    return outs
+
+
+def products(
+    function: ChunkFunction, operands: Operands, sets: Tensor, numbers: Tensor
+) -> Tensor | None:
+    """Return the inner products of numbers with what is merged under each set of scalars.
+
+    All sets are merged in one pass over memory, and nothing is written.
+
+    Args:
+        function: The method's arithmetic.
+        operands: The parameter, on the CPU, whose own scalars do not count.
+        sets: ``(n_sets, n_scalars, n_experts)`` float32.
+        numbers: One per entry, ``(m,)``, any float dtype.
+
+    Returns:
+        ``(n_sets,)`` float64; ``None`` if it cannot be done.
+    """
+    layout, n_sets, dtype = _layout(operands), len(sets), numbers.dtype
+    kernel = _kernel(
+        ("products", function, layout, n_sets, dtype),
+        lambda: products_source(function, layout, n_sets, dtype),
+    )
+    if kernel is None or not _are_contiguous(operands, numbers):
+        return None
+    return _run(kernel, operands, sets, (numbers,), (), 1.0)
+
+
+def _kernel(key: object, write: Callable[[], Source]) -> _Kernel | None:
+    """Return what is compiled, at the first call, for some function and layout."""
+    if key not in _KERNELS:
+        try:
+            source = write()
+            _KERNELS[key] = _Kernel(load(source.text), source.n_sums)
+        except NoSourceError as error:
+            _logger.info("a merge function %s", error)
+            _KERNELS[key] = None
+    return _KERNELS[key]
+
+
+def _layout(operands: Operands) -> Layout:
+    return Layout(
+        operands.base.dtype,
+        tuple([tensor.dtype for tensor in operands.experts]),
+        tuple([tensor.dtype for tensor in operands.kept]),
+        (operands.scalars.shape[-2], operands.scalars.shape[-1]),
+        0 if operands.keys is None else len(operands.keys),
+    )
+
+
+def _are_contiguous(operands: Operands, *more: Tensor) -> bool:
+    tensors = (operands.base, *operands.experts, *operands.kept, *more)
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _run(
+    kernel: _Kernel,
+    operands: Operands,
+    sets: Tensor,
+    more: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    scale: float,
+) -> Tensor:
+    """Run a kernel; return its sums over all entries, ``(n_sums,)`` float64.
+
+    Those of the parts are added in their order, however many threads there are.
+    """
+    n_entries = len(operands.base)
+    sets, keys = sets.contiguous(), operands.keys
+    of_parts = torch.empty(-(-n_entries // PART), kernel.n_sums, dtype=torch.float64)
+    inputs = (operands.base, *operands.experts, *operands.kept, *more)
+    kernel.run(
+        _addresses(inputs),
+        _addresses(outs),
+        sets.data_ptr(),
+        sets.shape[-2] * sets.shape[-1],
+        None if keys is None else keys.data_ptr(),
+        operands.start,
+        scale,
+        n_entries,
+        of_parts.data_ptr(),
+        torch.get_num_threads() if n_entries > _ALONE else 1,
+    )
+    return of_parts.sum(0)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -1,0 +1,237 @@
+"""The whole of what is compiled: a loop over entries, cut into parts for threads."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from searchmerge.merging.kernels import ChunkFunction
+from searchmerge.merging.native.body import Body, Layout
+from searchmerge.merging.native.operations import NoSourceError
+
+PART = 4096
+"""Entries that a thread goes over at once, and of which each sum is formed: they stay in its
+cache, and whole numbers up to 256 are counted in 32 bits."""
+
+ENTRIES = "entries.cpp"
+"""What the compiler is told to call the lines with the loop over entries."""
+
+STORED = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+"""What entries may be stored as, and the C++ type that holds one."""
+
+
+class Source(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+        text: C++, with one function ``run``.
+        n_sums: How many sums it forms of every part.
+    """
+
+    text: str
+    n_sums: int
+
+
+def merge_source(function: ChunkFunction, layout: Layout, out: torch.dtype) -> Source:
+    """Return what writes ``base + scale * merged task vector``, and sums the tallies.
+
+    Args:
+        function: The method's arithmetic.
+        layout: What it reads.
+        out: The dtype that is written.
+
+    Raises:
+        NoSourceError: If it does what is not written here.
+    """
+    body = Body(layout)
+    merged, *tallies = body.follow(function)
+    counted = [str(tally.names) for tally in tallies]
+    if not set(counted) <= set(body.counters):
+        raise NoSourceError("returns a tally that is no sum over entries")
+    body.loop.append(f"put(out0[i], origin(in0[i]) + scale * {body.number(merged)});")
+    return _source(body, [out], counted)
+
+
+def compute_source(function: ChunkFunction, layout: Layout) -> Source:
+    """Return what writes all that a function returns, float32 each.
+
+    Args:
+        function: The method's arithmetic.
+        layout: What it reads.
+
+    Raises:
+        NoSourceError: If it does what is not written here.
+    """
+    body = Body(layout)
+    values = body.follow(function)
+    if body.counters:
+        raise NoSourceError("returns tallies beside entries")
+    body.loop += [f"put(out{i}[i], {body.number(value)});" for i, value in enumerate(values)]
+    return _source(body, [torch.float32] * len(values), [])
+
+
+def products_source(
+    function: ChunkFunction, layout: Layout, n_sets: int, numbers: torch.dtype
+) -> Source:
+    """Return what sums the products of numbers with what is merged under each set of scalars.
+
+    Args:
+        function: The method's arithmetic.
+        layout: What it reads; behind all of that are the numbers.
+        n_sets: How many sets of scalars there are.
+        numbers: The dtype of the numbers.
+
+    Raises:
+        NoSourceError: If it does what is not written here.
+    """
+    body = Body(layout)
+    merged = body.number(body.follow(function)[0])
+    body.loop.append(f"products[i] = {merged} * {body.add_input(numbers)};")
+    return _source(body, [], ["total(products, n)"], n_sets)
+
+
+def _source(
+    body: Body, outs: Sequence[torch.dtype], sums: Sequence[str], n_sets: int = 1
+) -> Source:
+    """Return the statements with all that is around them."""
+    unknown = {*body.inputs, *outs} - STORED.keys()
+    if unknown:
+        raise NoSourceError(f"reads or writes {', '.join(sorted(map(str, unknown)))}")
+    reads = [
+        f"const {STORED[dtype]}* __restrict in{i} = (const {STORED[dtype]}*)in[{i}] + begin;"
+        for i, dtype in enumerate(body.inputs)
+    ]
+    writes = [
+        f"{STORED[dtype]}* __restrict out{i} = ({STORED[dtype]}*)out[{i}] + begin;"
+        for i, dtype in enumerate(outs)
+    ]
+    counters = [f"int32_t {name} = 0;" for name in body.counters]
+    made = [f"sums[{i}] = {text};" for i, text in enumerate(sums)]
+    text = _TEXT.format(
+        entries=ENTRIES,
+        part=PART,
+        n_sets=n_sets,
+        n_sums=len(sums),
+        tensors="\n  ".join(reads + writes),
+        before="\n    ".join(body.before + counters),
+        loop="\n      ".join(body.loop),
+        sums="\n    ".join(made),
+    )
+    return Source(f'#line 1 "{ENTRIES}"' + _PRELUDE + text, n_sets * len(sums))
+
+
+_PRELUDE = r"""
+#include <cstdint>
+#include <cstring>
+
+// there are vectors of these in the C library
+extern "C" __attribute__((simd("notinbranch"), const)) float expf(float) noexcept;
+extern "C" __attribute__((simd("notinbranch"), const)) float tanhf(float) noexcept;
+
+namespace {
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+inline uint32_t bits_of(float a) { uint32_t b; std::memcpy(&b, &a, 4); return b; }
+inline float float_of(uint32_t b) { float a; std::memcpy(&a, &b, 4); return a; }
+
+inline float number(float a) { return a; }
+inline float number(double a) { return (float)a; }
+inline float number(bfloat16 a) { return float_of((uint32_t)a.bits << 16); }
+inline float number(float16 a) {
+  const uint32_t magnitude = (a.bits & 0x7fffu) << 13;
+  const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
+  const uint32_t rest = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;
+  return float_of(rest | (uint32_t)(a.bits & 0x8000u) << 16);
+}
+
+inline double origin(double a) { return a; }
+template <class T> inline float origin(T a) { return number(a); }
+
+inline void put(float& to, float a) { to = a; }
+inline void put(float& to, double a) { to = (float)a; }
+inline void put(double& to, double a) { to = a; }
+inline void put(bfloat16& to, float a) {
+  const uint32_t b = bits_of(a);
+  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  to.bits = (uint16_t)(a != a ? 0x7fc0u : rounded);
+}
+inline void put(float16& to, float a) {
+  const uint32_t b = bits_of(a), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
+  const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t rounded = magnitude < 0x38800000u ? small : normal;
+  rounded = magnitude >= 0x477ff000u ? 0x7c00u : rounded;
+  rounded = magnitude > 0x7f800000u ? 0x7e00u : rounded;
+  to.bits = (uint16_t)(sign | rounded);
+}
+template <class T> inline void put(T& to, double a) { put(to, (float)a); }
+
+// the second where it is beyond the first; else the first, NaN included
+template <class T> inline T at_least(T a, T low) { return low > a ? low : a; }
+template <class T> inline T at_most(T a, T high) { return high < a ? high : a; }
+template <class T> inline T positive(T a) { return at_least(a, (T)0); }
+
+inline float magnitude(float a) { return __builtin_fabsf(a); }
+inline double magnitude(double a) { return __builtin_fabs(a); }
+inline int64_t magnitude(int64_t a) { return a < 0 ? -a : a; }
+inline float root(float a) { return __builtin_sqrtf(a); }
+inline double root(double a) { return __builtin_sqrt(a); }
+
+inline float below(float a) { return __builtin_floorf(a); }
+inline double below(double a) { return __builtin_floor(a); }
+inline float above(float a) { return __builtin_ceilf(a); }
+inline double above(double a) { return __builtin_ceil(a); }
+
+#line 1 "sums.cpp"
+inline double total(const float* products, int64_t n) {
+  float lanes[32] = {};
+  const int64_t whole = n / 32 * 32;
+  for (int64_t i = 0; i < whole; i += 32)
+    for (int64_t lane = 0; lane < 32; lane++) lanes[lane] += products[i + lane];
+  double sum = 0;
+  for (int64_t lane = 0; lane < 32; lane++) sum += lanes[lane];
+  for (int64_t i = whole; i < n; i++) sum += products[i];
+  return sum;
+}
+"""
+
+_TEXT = """
+#line 1 "{entries}"
+const int64_t part_size = {part}, n_sets = {n_sets}, n_sums = {n_sums};
+
+void part(
+    const void* const* in, void* const* out, const float* sets, int64_t set_size,
+    const int64_t* keys, int64_t first, float scale, int64_t begin, int64_t n, double* sums) {{
+  float products[part_size];
+  {tensors}
+  for (int64_t set = 0; set < n_sets; set++, sums += n_sums) {{
+    const float* const scalars = sets + set * set_size;
+    {before}
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) {{
+      {loop}
+    }}
+    {sums}
+  }}
+}}
+
+}}  // namespace
+
+extern "C" void run(
+    const void* const* in, void* const* out, const float* sets, int64_t set_size,
+    const int64_t* keys, int64_t first, float scale, int64_t n, double* sums, int n_threads) {{
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+  for (int64_t begin = 0; begin < n; begin += part_size) {{
+    const int64_t size = n - begin < part_size ? n - begin : part_size;
+    part(in, out, sets, set_size, keys, first + begin, scale, begin, size,
+         sums + begin / part_size * n_sets * n_sums);
+  }}
+}}
+"""

@@ -1,0 +1,94 @@
+"""What a function does is followed, aliases and changes in place included, or refused."""
+
+import pytest
+import torch
+
+from searchmerge.merging.chunks import Chunks
+from searchmerge.merging.native import native
+from searchmerge.merging.native.body import Body, Layout
+from searchmerge.merging.native.operations import NoSourceError
+from searchmerge.merging.operands import Operands
+
+REAL = torch.float32
+LAYOUT = Layout(REAL, (REAL, REAL, REAL), (REAL,), (2, 3), 3)
+
+
+def operands(n_entries=100):
+    draw = torch.Generator().manual_seed(n_entries)
+    tensors = [torch.randn(n_entries, generator=draw) for _ in range(5)]
+    scalars = torch.randn(2, 3, generator=draw)
+    keys = torch.tensor([3, 2**40 + 1, 2**62])
+    return Operands(tensors[0], tuple(tensors[1:4]), scalars, tuple(tensors[4:]), keys, start=7)
+
+
+def in_place(chunk):
+    """One tensor has two names, and is changed by either."""
+    first, second = chunk.deltas[0], chunk.deltas[1].clone()
+    alias = first.detach()
+    alias.mul_(2.0).add_(second)
+    kept = first.clone()
+    first.sub_(chunk.deltas[2])
+    return (kept * 3 + alias, second.float())
+
+
+def parts_of_scalars(chunk):
+    first, *others = chunk.scalars.unbind(1)
+    doubled = (chunk.scalars[1] * 2 + chunk.scalars[0].abs())[1:]
+    raised = chunk.scalars[0].unsqueeze(0)[0, -1].neg()
+    total = chunk.deltas[0] * first[0] + others[1][1]
+    return (total * doubled[1] + raised * chunk.deltas[1] * doubled[:1],)
+
+
+def of_positions(chunk):
+    mixed = (chunk.positions ^ chunk.keys[1]) * 3 & 0xFFFF
+    later = chunk.keys[2].bitwise_right_shift(32)
+    return ((mixed + later).float() + chunk.kept[0],)
+
+
+@pytest.mark.parametrize("function", [in_place, parts_of_scalars, of_positions])
+def test_a_function_is_followed(function):
+    found, wanted = native.compute(function, operands()), Chunks().compute(function, operands())
+    assert found is not None
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_given_is_not_written_to():
+    given = operands()
+    before = [tensor.clone() for tensor in (given.base, *given.experts, *given.kept)]
+    assert native.compute(in_place, given) is not None
+    after = (given.base, *given.experts, *given.kept)
+    assert all(map(torch.equal, before, after))
+
+
+REFUSED = {
+    "has an operation erfinv": lambda c: (torch.erfinv(c.deltas[0]),),
+    "has an operation stack": lambda c: (torch.stack(c.deltas),),
+    "has a select of entries": lambda c: (c.deltas[0] * c.deltas[1][0],),
+    r"has a step aten\.item": lambda c: (c.deltas[0] * c.deltas[0].sum().item(),),
+    "has mul of a sum over entries": lambda c: (c.deltas[0] * c.deltas[0].sum(),),
+    "has a sum of what is the same for all": lambda c: (c.deltas[0] * c.scalars.sum(),),
+    r"computes in torch\.bfloat16": lambda c: (c.deltas[0].bfloat16(),),
+    r"computes in torch\.int32": lambda c: (c.deltas[0].int() * 2,),
+    "has add with a factor": lambda c: (torch.add(c.deltas[0], c.deltas[1], alpha=2),),
+    "has several numbers": lambda c: (c.scalars[0],),
+    r"has exp in torch\.float64": lambda c: (c.deltas[0].double().exp(),),
+    "has an operation select_scatter": lambda c: (
+        torch.select_scatter(c.deltas[0], c.scalars[0, 0], 0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_written_is_refused_with_the_reason(reason):
+    body = Body(LAYOUT)
+    with pytest.raises(NoSourceError, match=reason):
+        [body.number(value) for value in body.follow(REFUSED[reason])]
+
+
+def test_a_function_whose_flow_depends_on_its_numbers_is_refused():
+    def depends(chunk):
+        return (chunk.deltas[0] * 2,) if chunk.deltas[0].sum() > 0 else (chunk.deltas[0],)
+
+    with pytest.raises(NoSourceError, match="cannot be followed"):
+        Body(LAYOUT).follow(depends)
