@@ -75,7 +75,6 @@ def test_the_seed_and_the_names_decide_what_is_dropped():
     assert torch.equal(kept(experts=("one", "three"))["a"] % 10, first["a"] % 10)
 
 
-@pytest.mark.slow
 def test_compiled_code_drops_the_same_entries():
     deltas = torch.randn(3, 5000)
     plan = {"density": [0.2, 0.5, 0.9], "seed": 2, "election": "ties"}

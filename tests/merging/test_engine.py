@@ -15,7 +15,8 @@ from searchmerge.merging.operands import Operands
 
 
 def positions_and_keys(chunk: Chunk):
-    return (chunk.positions.float() + chunk.keys.sum().float() + 0 * chunk.deltas[0],)
+    keys = (chunk.keys[0] + chunk.keys[1]).float()
+    return (chunk.positions.float() + keys + 0 * chunk.deltas[0],)
 
 
 def needs_python(chunk: Chunk):
@@ -33,7 +34,8 @@ def operands(n_entries, dtypes=(torch.float32, torch.bfloat16), **more):
 
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 def test_positions_count_from_the_start_of_the_parameter(kind):
-    own = operands(CHUNK + 100, keys=torch.tensor([1, 2]), start=7)
+    dtypes = (torch.float32, torch.bfloat16, torch.float32)
+    own = operands(CHUNK + 100, dtypes, keys=torch.tensor([1, 2]), start=7)
     [found] = Engine(kind).compute(positions_and_keys, own)
     assert torch.equal(found, torch.arange(7, 107 + CHUNK).float() + 3)
 
@@ -48,7 +50,21 @@ def test_code_that_cannot_be_compiled_runs_all_the_same_after_one_warning(caplog
     torch.testing.assert_close(out, expected)
     [record] = caplog.records
     assert record.message.startswith("merging runs uncompiled, as compiling failed: ")
-    assert not engine.is_compiled(torch.device("cpu"))
+
+
+def test_what_torch_alone_compiles_is_left_to_it_or_runs_chunk_by_chunk(monkeypatch):
+    """A method of one's own may compute what is not written as C++."""
+
+    def cubed(chunk: Chunk):
+        return (torch.pow(chunk.deltas[0], 3),)
+
+    own, taken = operands(100, (torch.float32, torch.float32)), []
+    for kind in ("auto", "compiled"):
+        engine, out = Engine(kind), torch.empty(100)
+        monkeypatch.setattr(engine.compiled, "merge", lambda *a: (taken.append(a[0]), None))
+        engine.merge(cubed, own, 1.0, out)
+        torch.testing.assert_close(out, own.base + (own.experts[0] - own.base) ** 3)
+    assert taken == [cubed]
 
 
 @pytest.mark.slow
@@ -74,7 +90,8 @@ for _ in range(2):
     assert done.stderr.count("merging runs uncompiled, as compiling failed") == 2  # two mergers
 
 
-def test_auto_compiles_on_a_gpu_only():
-    assert not Engine("auto").is_compiled(torch.device("cpu"))
+def test_auto_compiles_on_every_device():
+    assert Engine("auto").is_compiled(torch.device("cpu"))
+    assert not Engine("eager").is_compiled(torch.device("cpu"))
     assert Engine("auto").is_compiled(torch.device("cuda"))
     assert not Engine("eager").is_compiled(torch.device("cuda"))

@@ -140,7 +140,6 @@ def test_a_gradient_is_what_finite_differences_give(method, settings, groups):
     torch.testing.assert_close(gradient(model, merger, plan), expected, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ties", "task_arithmetic", "dare", "tsv", "pcb"])
 def test_compiled_arithmetic_gives_the_same_gradient(method):
     model = net()

@@ -24,7 +24,6 @@ from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import Groups, MergePlan
 
 EXPERTS = ("math", "code", "law")
-COMPILED_BY_DEFAULT = ("ties",)  # a graph takes seconds to compile; the others are slow tests
 SHAPES = {
     "model.embed.weight": (23, 12),
     "model.layers.0.fc.weight": (12, 30),
@@ -59,12 +58,7 @@ def assert_same(found, expected, **tolerance):
 
 
 WAYS = [
-    pytest.param(
-        method,
-        engine,
-        marks=[pytest.mark.slow] * (engine == "compiled" and method not in COMPILED_BY_DEFAULT),
-        id=f"{method}-{engine}",
-    )
+    pytest.param(method, engine, id=f"{method}-{engine}")
     for method in METHODS
     for engine in ("eager", "compiled")
 ]
@@ -221,9 +215,7 @@ def test_groups_with_equal_rows_equal_the_whole_plan(method, engine, groups):
 
 
 @of_every_method
-def test_compiled_and_eager_code_agree(method, request, caplog):
-    if method not in COMPILED_BY_DEFAULT and "not slow" in request.config.option.markexpr:
-        pytest.skip("slow: compiles")
+def test_compiled_and_eager_code_agree(method, caplog):
     base, experts = weights(seed=3)
     for dtype in (torch.float32, torch.bfloat16):
         own = {n: t.to(dtype) for n, t in base.items()}
