@@ -17,15 +17,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from searchmerge.durable import write_atomically
-from searchmerge.merging.counting import Counters, Part, count, keys_of, n_runs, numbers_of
+from searchmerge.merging.counting import Counters, Part, count, n_runs, numbers_of
+from searchmerge.merging.native.histogram import (
+    LOW_BITS,
+    N_HIGH,
+    N_LOW,
+    STRIDE,
+    count_high,
+    count_low,
+)
 from searchmerge.merging.selection import select
 
 _logger = logging.getLogger(__name__)
 
-_LOW_BITS = 13  # so few that the counters of both levels stay in the cache
-_LOW = 1 << _LOW_BITS
-_STRIDE = _LOW + 16  # counters a power of two apart would evict one another
-_HIGH = 1 << (32 - _LOW_BITS)
 _CHECKSUM = "sha256"  # of what a cache holds, in its metadata
 
 _AT_ONCE = 1 << 15  # entries per operation on a CPU: torch starts no threads of its own for them
@@ -91,7 +95,7 @@ class OrderStatistics:
         self._numbers, self._n_rows, self._n_numbers = numbers, n_rows, n_numbers
         self._grid = set(grid)
         self._cache = cache
-        self._high: np.ndarray | None = None  # (n_rows, _HIGH) int64, counts
+        self._high: np.ndarray | None = None  # (n_rows, N_HIGH) int64, counts
         self._measured: list[dict[int, float]] = [{} for _ in range(n_rows)]
         self._load()
 
@@ -142,7 +146,7 @@ class OrderStatistics:
                 ranks = wanted[row][places[row] == high]
                 before = below[row, high] - int(self._high[row, high])
                 low = np.searchsorted(counts[slot].cumsum(), ranks - before, "right")
-                cells = (int(high) << _LOW_BITS) | torch.from_numpy(low)
+                cells = (int(high) << LOW_BITS) | torch.from_numpy(low)
                 values = numbers_of(cells - (1 << 31))
                 self._measured[row].update(zip(ranks.tolist(), values.tolist(), strict=True))
 
@@ -162,33 +166,20 @@ class OrderStatistics:
         _count_waiting(waiting, counters_on)
 
     def _count_high(self) -> np.ndarray:
-        def count(row: int, numbers: Tensor) -> None:
-            cells = keys_of(numbers).bitwise_right_shift_(_LOW_BITS).add_(_HIGH // 2)
-            _tally(counts, row, cells.long())
-
-        counts = self._new_counts([_HIGH] * self._n_rows)
-        self._each_row(count)
-        return np.stack([row_counts.cpu().numpy().astype(np.int64) for row_counts in counts])
+        counts = self._new_counts([N_HIGH] * self._n_rows)
+        self._each_row(lambda row, numbers: count_high(numbers, counts[row]))
+        return np.stack([row_counts.numpy().astype(np.int64) for row_counts in counts])
 
     def _count_low(self, bins: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return, per row, counts ``(len(bins[row]), _LOW)`` of the low halves in those bins."""
-
-        def count(row: int, numbers: Tensor) -> None:
-            keys = keys_of(numbers)
-            if tables[row].device != keys.device:
-                tables[row] = tables[row].to(keys.device)
-            slots = tables[row].index_select(0, (keys >> _LOW_BITS).add_(_HIGH // 2))
-            cells = slots.mul_(_STRIDE).add_(keys.bitwise_and_(_LOW - 1))
-            _tally(counts, row, cells.long())
-
+        """Return, per row, counts ``(len(bins[row]), N_LOW)`` of the low halves in those bins."""
         tables = []  # slot 0 takes what is in none of the bins
         for row_bins in bins:
-            table = np.zeros(_HIGH, np.int32)
+            table = np.zeros(N_HIGH, np.int32)
             table[row_bins] = np.arange(1, len(row_bins) + 1)
             tables.append(torch.from_numpy(table))
-        counts = self._new_counts([(len(row_bins) + 1) * _STRIDE for row_bins in bins])
-        self._each_row(count)
-        return [row_counts.cpu().view(-1, _STRIDE)[1:, :_LOW].numpy() for row_counts in counts]
+        counts = self._new_counts([(len(row_bins) + 1) * STRIDE for row_bins in bins])
+        self._each_row(lambda row, numbers: count_low(numbers, tables[row], counts[row]))
+        return [row_counts.view(-1, STRIDE)[1:, :N_LOW].numpy() for row_counts in counts]
 
     def _new_counts(self, sizes: Sequence[int]) -> list[Tensor]:
         dtype = np.int32 if self._n_numbers < 2**31 else np.int64
@@ -197,10 +188,8 @@ class OrderStatistics:
 
     def _each_row(self, count: Callable[[int, Tensor], None]) -> None:
         def count_all(row: int, block: Block) -> None:
-            first = block.rows[row](slice(0, _AT_ONCE))
-            step = _AT_ONCE if first.device.type == "cpu" else block.size
-            for start in range(0, block.size, step):
-                count(row, block.rows[row](slice(start, start + step)))
+            for start in range(0, block.size, _AT_ONCE):
+                count(row, block.rows[row](slice(start, start + _AT_ONCE)))
 
         rows = range(self._n_rows)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
@@ -215,7 +204,7 @@ class OrderStatistics:
             stored = _read_cache(self._cache)
             bins, counts = stored["bins"].numpy(), stored["counts"].numpy()
             places, values = stored["places"].tolist(), stored["values"].tolist()
-            high = np.zeros((self._n_rows, _HIGH), np.int64)
+            high = np.zeros((self._n_rows, N_HIGH), np.int64)
             high.reshape(-1)[bins] = counts
             if stored["size"].tolist() != [self._n_rows, self._n_numbers]:
                 raise ValueError("it is of something else")
@@ -276,10 +265,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _tally(counts: list[Tensor], row: int, cells: Tensor) -> None:
-    """Add one to the count of each of ``cells``, int64 indices, on their device."""
-    if counts[row].device != cells.device:
-        counts[row] = counts[row].to(cells.device)
-    counts[row].scatter_add_(0, cells, torch.ones_like(cells, dtype=counts[row].dtype))

@@ -11,10 +11,8 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from searchmerge.merging.native.operations import NoSourceError
-from searchmerge.merging.native.source import ENTRIES
 
 _logger = logging.getLogger(__name__)
 
@@ -33,8 +31,6 @@ _FLAGS = (
     "-fopt-info-vec-optimized",
 )
 
-_VECTORISED = re.compile(rf"^{ENTRIES}:.*loop vectorized", re.MULTILINE)
-
 _X86_FLAGS = ("-mprefer-vector-width=512",)
 
 
@@ -52,17 +48,19 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
-def load(text: str) -> Any:
-    """Compile C++ and return its function ``run``, which takes pointers and whole numbers.
+def load(text: str, *, vectorised: str | None = None) -> ctypes.CDLL:
+    """Compile C++ and load it.
 
     Nothing is kept for other processes, which may run on another processor: it takes a tenth of
     a second.
 
     Args:
         text: The source.
+        vectorised: What its lines call the file in which a loop has to be vectorised.
 
     Raises:
-        NoSourceError: If there is no C++ compiler, or it refuses the source.
+        NoSourceError: If there is no C++ compiler, it refuses the source, or that loop stays as
+            it is.
     """
     flags = _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
     with tempfile.TemporaryDirectory(prefix="searchmerge-") as folder:
@@ -71,17 +69,12 @@ def load(text: str) -> Any:
         command = [*_compiler(), *flags, str(source), "-o", str(library), "-lm"]
         try:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            if not _VECTORISED.search(done.stderr):
+            if vectorised is not None and not re.search(
+                rf"^{re.escape(vectorised)}:.*loop vectorized", done.stderr, re.MULTILINE
+            ):
                 raise NoSourceError(f"is not vectorised by {command[0]}")
-            run = ctypes.CDLL(str(library)).run
+            return ctypes.CDLL(str(library))
         except subprocess.CalledProcessError as error:
             raise NoSourceError(f"is refused by {command[0]}: {error.stderr.strip()}") from error
         except OSError as error:
             raise NoSourceError(f"cannot be compiled: {error}") from error
-    run.restype = None
-    pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    run.argtypes = [
-        *(pointer, pointer, pointer, whole, pointer, whole, ctypes.c_float, whole, pointer),
-        ctypes.c_int,
-    ]
-    return run

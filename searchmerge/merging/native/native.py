@@ -13,6 +13,7 @@ from searchmerge.merging.native.body import Layout
 from searchmerge.merging.native.compiler import load
 from searchmerge.merging.native.operations import NoSourceError
 from searchmerge.merging.native.source import (
+    ENTRIES,
     PART,
     Source,
     compute_source,
@@ -25,6 +26,15 @@ _logger = logging.getLogger(__name__)
 
 _ALONE = 8 * PART
 """Entries that are not worth a second thread."""
+
+
+_POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
+
+_ARGUMENTS = (
+    *(_POINTER, _POINTER, _POINTER, _WHOLE, _POINTER, _WHOLE, ctypes.c_float, _WHOLE, _POINTER),
+    ctypes.c_int,
+)
+"""Of a kernel: see the source's function ``run``."""
 
 
 class _Kernel(NamedTuple):
@@ -110,7 +120,9 @@ def _kernel(key: object, write: Callable[[], Source]) -> _Kernel | None:
     if key not in _KERNELS:
         try:
             source = write()
-            _KERNELS[key] = _Kernel(load(source.text), source.n_sums)
+            run = load(source.text, vectorised=ENTRIES).run
+            run.restype, run.argtypes = None, _ARGUMENTS
+            _KERNELS[key] = _Kernel(run, source.n_sums)
         except NoSourceError as error:
             _logger.info("a merge function %s", error)
             _KERNELS[key] = None
