@@ -15,6 +15,7 @@ from searchmerge.evaluators.evaluator import Evaluator, Prompting, TaskInfo
 from searchmerge.evaluators.score_kind import Mean
 from searchmerge.execution.blocks import Block
 from searchmerge.execution.worker import Worker
+from searchmerge.merging.native.compiler import has_compiler
 from searchmerge.models import Models, check_groups, open_models
 from searchmerge.search.directory import SCORES_FILE
 from searchmerge.search.references import BASE, merges, reference_plans
@@ -112,6 +113,8 @@ def _models(study: Study, models: Models, config: RunConfig) -> Iterator[str]:
         raise SpecError(f"{study.file}: this machine cannot run it: {why}")
     if crowded := config.crowding():
         yield f"machine: {crowded}: other processes use it too, and every trial takes longer"
+    if device == "cpu" and config.is_here and config.engine != "eager" and not has_compiler():
+        yield "machine: there is no C++ compiler, g++: merging takes several times as long"
 
 
 class _Sample(NamedTuple):
