@@ -105,7 +105,7 @@ def make_worker(
     if followers:
         merger = FollowedMerger(merger, model, targets, list(followers.values()))
     watch.check()
-    return Worker(model, merger, evaluators, CoefficientGradients(model, plain))
+    return Worker(model, merger, evaluators, CoefficientGradients(model, plain), plain)
 
 
 def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Evaluator]:

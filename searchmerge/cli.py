@@ -212,6 +212,7 @@ def merge(
     from searchmerge.models import (
         check_groups,
         load_task_vectors,
+        merged_anew,
         open_models,
         save_merge,
         warn_of_doubts,
@@ -237,7 +238,8 @@ def merge(
     watch = Watch(models)
     vectors = load_task_vectors(study, models)
     heads = head_files(saved_heads(study, models), models.dtype)
-    save_merge(models, vectors, what, out, files=heads, check=watch.check)
+    weights = merged_anew(models, vectors, what)
+    save_merge(models, weights, what, out, files=heads, check=watch.check)
     _out.print(f"Written: {out}", soft_wrap=True)
 
 

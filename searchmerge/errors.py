@@ -30,5 +30,9 @@ class StudyError(SearchMergeError, RuntimeError):
     """A study cannot go on: changed since it began, already running, or every trial failed."""
 
 
+class WorkerError(SearchMergeError, RuntimeError):
+    """A worker could not do what another process may do as well."""
+
+
 class DeviceFault(SearchMergeError, RuntimeError):
     """A device failed beneath a candidate; nothing more can be computed in this process."""

@@ -259,19 +259,19 @@ def make_merger(
 
 def save_merge(
     models: Models,
-    vectors: TaskVectors,
+    weights: Iterator[tuple[str, torch.Tensor]],
     plan: MergePlan,
     out: Path,
     *,
     files: Mapping[str, str | bytes],
     check: Callable[[], None],
 ) -> None:
-    """Merge ``plan`` and write the model and its plan, in the study's dtype.
+    """Write a merged model and its plan, in the study's dtype.
 
     Args:
         models: The models.
-        vectors: What is merged of them.
-        plan: How.
+        weights: All tensors by name, as ``plan`` merges them in that dtype, one at a time.
+        plan: How they are merged.
         out: The directory to make.
         files: What else is written, e.g. the experts' heads: content by file name.
         check: Raises an error where a file of the models has changed.
@@ -282,12 +282,25 @@ def save_merge(
     """
     check()
     save_model(
-        _checked(make_merger(models, vectors).merged(plan, dtype=models.dtype), check),
+        _checked(weights, check),
         out,
         like=models.base,
         dtype=models.dtype,
         extra_files={PLAN_FILE: plan.to_yaml(), **files},
     )
+
+
+def merged_anew(
+    models: Models, vectors: TaskVectors, plan: MergePlan
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return the tensors of a merged model, in the study's dtype, merged on the CPU.
+
+    Args:
+        models: The models.
+        vectors: What is merged of them.
+        plan: How.
+    """
+    return make_merger(models, vectors).merged(plan, dtype=models.dtype)
 
 
 def _checked(

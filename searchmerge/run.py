@@ -103,7 +103,7 @@ def run_study(
         )
         results = StudyRun(study, models, directory, executor, observer).run(search=search)
         watch.check()
-        save_results(results, study, models, run_dir, observer, watch.check)
+        save_results(results, study, watch, run_dir, observer, executor)
         return results
 
 

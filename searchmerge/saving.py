@@ -1,14 +1,16 @@
 """What a run leaves: its report, and the winner's model with its card."""
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.classifier import SavedHead, head_files
-from searchmerge.errors import SpecError
+from searchmerge.errors import SpecError, WorkerError
+from searchmerge.execution.executor import Executor
 from searchmerge.heads import saved_heads
-from searchmerge.models import Models, load_task_vectors, save_merge
+from searchmerge.models import Models, load_task_vectors, merged_anew, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
 from searchmerge.report.front import save_front
@@ -17,33 +19,49 @@ from searchmerge.search.observer import Observer
 from searchmerge.search.references import BASE
 from searchmerge.spec import merge_overrides
 from searchmerge.study import Study
+from searchmerge.watch import Watch
 from searchmerge.yaml_text import yaml_in_one_line
 
 MODEL_DIR = "model"
+
+_logger = logging.getLogger(__name__)
 
 
 def save_results(
     results: Results,
     study: Study,
-    models: Models,
+    watch: Watch,
     run_dir: Path,
     observer: Observer,
-    check: Callable[[], None],
+    executor: Executor,
 ) -> None:
-    """Write the report, and the winner's model unless it is there already."""
+    """Write the report, and the winner's model unless it is there already.
+
+    A worker merges it where one can: it has what its method measured, and its device. What is
+    saved then is what was scored, to the bit.
+    """
     results.save(run_dir)
     if results.points:
         save_front(results.points, results.winner, results.front_title, run_dir, results.raw)
     out, plan = run_dir / MODEL_DIR, results.merge_plan
+    models, check = watch.models, watch.check
     heads = saved_heads(study, models)
     card = _card(results, study, models, out, heads)
     if is_saved(out, plan, heads):
         (out / "README.md").write_text(card, encoding="utf-8")
         return
     observer.phase("saving the model", None)
-    vectors = load_task_vectors(study, models)
     files = {**head_files(heads, models.dtype), "README.md": card}
-    save_merge(models, vectors, plan, out, files=files, check=check)
+    weights = executor.merged(plan, models.dtype)
+    if weights is not None:
+        try:
+            save_merge(models, weights, plan, out, files=files, check=check)
+        except WorkerError as error:
+            _logger.warning("the model is merged anew in this process, as %s", error)
+        else:
+            return
+    weights = merged_anew(models, load_task_vectors(study, models), plan)
+    save_merge(models, weights, plan, out, files=files, check=check)
 
 
 def _card(

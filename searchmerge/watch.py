@@ -28,12 +28,16 @@ class Watch:
         models: The models, as they are now.
         content: What they have to hold; ``None`` for whatever they hold now.
 
+    Attributes:
+        models: The models.
+        content: What they hold.
+
     Raises:
         CheckpointError: If they hold something else.
     """
 
     def __init__(self, models: Models, content: Content | None = None) -> None:
-        self._models = models
+        self.models = models
         self._stamps = {file: stamp(file) for file in _files(models)}
         self.content = content_of(models)
         if content is not None:
@@ -53,7 +57,7 @@ class Watch:
                     raise CheckpointError(_message(file, _change(noted, now)))
                 moved = True  # or its rights were changed; or it was written to, times put back
         if moved:
-            _compare(self._models, self.content, content_of(self._models), "than before")
+            _compare(self.models, self.content, content_of(self.models), "than before")
             self._stamps = {file: stamp(file) for file in self._stamps}
 
 

@@ -20,7 +20,6 @@ ELSEWHERE = {
     "merging/methods": "merging/test_methods.py",
     # wiring: a study's whole run, or its check, is what tests it
     "__main__.py": "test_cli.py",
-    "saving.py": "test_cli.py",
     "check.py": "test_cli.py",
     "keys.py": "test_one_file.py",
     "evaluators/lm_harness/verification.py": "test_verify.py",

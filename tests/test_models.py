@@ -11,6 +11,7 @@ from searchmerge.merging.method import default_plan
 from searchmerge.models import (
     check_groups,
     load_task_vectors,
+    merged_anew,
     merged_names,
     open_models,
     save_merge,
@@ -78,7 +79,14 @@ def test_what_is_saved_is_the_plans_merge_with_the_plan_beside_it(study, tmp_pat
     opened = open_models(told)
     plan = default_plan("ties", EXPERTS, coefficient=[0.5, 1.5])
     vectors, check = load_task_vectors(told, opened), Watch(opened).check
-    save_merge(opened, vectors, plan, tmp_path / "out", files={"a/b": "c"}, check=check)
+    save_merge(
+        opened,
+        merged_anew(opened, vectors, plan),
+        plan,
+        tmp_path / "out",
+        files={"a/b": "c"},
+        check=check,
+    )
     assert (tmp_path / "out" / "a" / "b").read_text() == "c"
     base, *experts = (
         load_file(tmp_path / name / "model.safetensors") for name in ("base", *EXPERTS)
@@ -106,7 +114,14 @@ def test_a_plan_with_a_row_for_every_tensor_is_saved_and_read_again(study, tmp_p
     opened = open_models(asked)
     vectors, groups = load_task_vectors(asked, opened), Groups.of_tensors(merged_names(opened))
     plan = default_plan("ties", EXPERTS, groups=groups, density=0.5)
-    save_merge(opened, vectors, plan, tmp_path / "out", files={}, check=lambda: None)
+    save_merge(
+        opened,
+        merged_anew(opened, vectors, plan),
+        plan,
+        tmp_path / "out",
+        files={},
+        check=lambda: None,
+    )
     assert MergePlan.from_yaml(tmp_path / "out" / "merge_plan.yaml") == plan
     merged = load_file(tmp_path / "out" / "model.safetensors")
     whole = dict(Merger(vectors).merged(default_plan("ties", EXPERTS, density=0.5)))

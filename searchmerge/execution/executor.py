@@ -5,6 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
+from torch import Tensor
+
 from searchmerge.errors import EvaluationError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
@@ -119,6 +122,19 @@ class Executor(Protocol):
         """Start a job that computes losses and their gradient; the same of its number."""
         ...
 
+    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
+        """Return all tensors of a merged model by name, one at a time, from a free worker.
+
+        Args:
+            plan: How they are merged.
+            dtype: Of those that are floating-point.
+
+        Returns:
+            The tensors, on any device, or ``None`` where no worker can give them. They may end
+            with ``WorkerError``, and with what :meth:`Merger.merged` raises.
+        """
+        ...
+
     def stop(self, job: int) -> None:
         """Give up a job; nothing more is heard of it."""
         ...
@@ -183,6 +199,10 @@ class InProcessExecutor:
     def submit_gradient(self, job: int, plan: MergePlan, request: LossRequest) -> None:
         """Start a job; its work is done inside :meth:`next_event`."""
         self._start(job, self._worker.gradient(plan, request))
+
+    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
+        """Return all tensors of a merged model, unless a job runs."""
+        return self._worker.merged(plan, dtype) if self._job is None else None
 
     def _start(self, job: int, results: Iterator[RoundResult | LossResult]) -> None:
         if self._job is not None:

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from searchmerge.errors import DeviceFault, EvaluationError
+from searchmerge.errors import DeviceFault, EvaluationError, WorkerError
 from searchmerge.evaluators.evaluator import (
     Answer,
     Answering,
@@ -45,6 +45,16 @@ class RoundResult:
         return self.merge_s + self.score_s
 
 
+class MergesWhole(Protocol):
+    """Merges models that are not the resident one."""
+
+    def merged(
+        self, plan: MergePlan, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the base by name, merged or as it is, one at a time."""
+        ...
+
+
 Tuning = dict[str, dict[str, Any]]
 """Task to how it is scored, as its evaluator measured it: JSON."""
 
@@ -57,6 +67,7 @@ class Worker:
         merger: Writes into that model's parameters.
         evaluators: Task name to the evaluator that scores it; several tasks may share one.
         gradients: Collects gradients by coefficients; ``None`` where none can be had.
+        whole: Merges whole models, with what it keeps for ``merger``; ``None`` where it cannot.
     """
 
     def __init__(
@@ -65,9 +76,11 @@ class Worker:
         merger: Merges,
         evaluators: Mapping[str, Evaluator],
         gradients: Gradients | None = None,
+        whole: MergesWhole | None = None,
     ) -> None:
         self._model = model
         self._merger = merger
+        self._whole = whole
         self._evaluators = evaluators
         self._losses = Losses(model, merger, evaluators, gradients)
 
@@ -138,6 +151,20 @@ class Worker:
             result = self._losses.compute(plan, request)
         yield result
 
+    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
+        """Return all tensors of a merged model by name, one at a time, on their devices.
+
+        They may end with ``WorkerError`` where the device failed or has no more memory.
+
+        Args:
+            plan: How they are merged.
+            dtype: Of those that are floating-point.
+
+        Returns:
+            The tensors, or ``None`` where whole models are not merged.
+        """
+        return None if self._whole is None else _guarded(self._whole.merged(plan, dtype))
+
     def _score_round(self, blocks: Round) -> Iterator[BlockScores]:
         for task, group in itertools.groupby(blocks, key=lambda block: block.task):
             task_blocks, evaluator = list(group), self._evaluators[task]
@@ -183,6 +210,15 @@ def _answers(evaluator: Evaluator, block: Block) -> tuple[Answer, ...]:
     if not block.n_answers or not isinstance(evaluator, Answering):
         return ()
     return evaluator.answers(block.task, block.examples[: block.n_answers])
+
+
+def _guarded(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors; raise ``WorkerError`` where another process, or device, may do better."""
+    try:
+        with _faults_named():
+            yield from weights
+    except (DeviceFault, torch.OutOfMemoryError) as error:
+        raise WorkerError(f"a worker could not merge it: {error}") from error
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from searchmerge.errors import CheckpointError, SpecError
 from searchmerge.evaluators.tokenizer import load_tokenizer
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.models import load_task_vectors, open_models, save_merge
+from searchmerge.models import load_task_vectors, merged_anew, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.spec import study_model
 from searchmerge.study import Study, plain_study
@@ -79,7 +79,14 @@ def _merged(base, experts, out, plan=None, **said):
     opened = open_models(study, resident=False)
     one = [1.0] + [0.0] * (len(experts) - 1)
     plan = plan or _plan(experts, one)
-    save_merge(opened, load_task_vectors(study, opened), plan, out, files={}, check=lambda: None)
+    save_merge(
+        opened,
+        merged_anew(opened, load_task_vectors(study, opened), plan),
+        plan,
+        out,
+        files={},
+        check=lambda: None,
+    )
     return transformers.AutoModelForCausalLM.from_pretrained(out), load_tokenizer(out)
 
 

@@ -5,8 +5,9 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
-from searchmerge.errors import SpecError
+from searchmerge.errors import EvaluationError, SpecError, WorkerError
 from searchmerge.execution.executor import (
     Differentiated,
     Failed,
@@ -190,3 +191,27 @@ def test_a_refinement_proposes_the_same_on_every_executor(differentiating):
     expected = proposed(InProcessExecutor(gradients.worker()))
     assert any(expected.values())
     assert proposed(differentiating) == expected
+
+
+def test_a_merged_models_tensors_come_from_the_worker():
+    executor = InProcessExecutor(workers.make_whole())
+    names = [name for name, _ in executor.merged(plan(0.5), torch.float32)]
+    assert names == ["large", "small"]
+    executor.submit(1, plan(FINE), ROUNDS)
+    assert executor.merged(plan(0.5), torch.float32) is None
+    assert InProcessExecutor(workers.make()).merged(plan(0.5), torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (FAILS, EvaluationError, "'small' is not finite"),
+        (workers.DEVICE_FAULT, WorkerError, "could not merge it: the device failed: CUDA error"),
+        (BREAKS, WorkerError, "could not merge it: no memory for it"),
+    ],
+)
+def test_what_ends_a_merged_models_tensors_is_said(kind, error, message):
+    given = InProcessExecutor(workers.make_whole(kind)).merged(plan(0.5), torch.float32)
+    assert next(given)[0] == "large"
+    with pytest.raises(error, match=message):
+        next(given)

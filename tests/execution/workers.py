@@ -6,7 +6,9 @@ import signal
 import time
 from pathlib import Path
 
-from searchmerge.errors import StudyError
+import torch
+
+from searchmerge.errors import EvaluationError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import make_blocks, make_rounds
 from searchmerge.execution.worker import Worker
@@ -180,3 +182,31 @@ def busy(folder):
     """Return the processes that score at present, and the first coefficient of each."""
     notes = [file.read_text().split() for file in folder.glob("at-*") if not file.suffix]
     return {int(pid): float(first) for pid, first in notes if Path(f"/proc/{pid}").exists()}
+
+
+class Whole:
+    """Yields a large tensor and a small one, and misbehaves before the second."""
+
+    def __init__(self, kind):
+        self._kind = kind
+
+    def merged(self, plan, dtype=None):
+        yield "large", torch.full((50_000_000,), plan.values["coefficient"][0][0], dtype=dtype)
+        if self._kind == DIES:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._kind == FAILS:
+            raise EvaluationError("merged tensor 'small' is not finite")
+        if self._kind == DEVICE_FAULT:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if self._kind == BREAKS:
+            raise torch.OutOfMemoryError("no memory for it")
+        if self._kind == HANGS:
+            time.sleep(3600)
+        yield "small", torch.arange(3, dtype=dtype)
+
+
+def make_whole(kind=FINE):
+    """Load a toy worker that merges whole models as ``kind`` says."""
+    model = ToyModel()
+    evaluators = dict.fromkeys(EXPERTS, ToyEvaluator())
+    return Worker(model, ToyMerger(model), evaluators, whole=Whole(kind))

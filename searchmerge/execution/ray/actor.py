@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import ray
+import torch
+from torch import Tensor
 
-from searchmerge.errors import DeviceFault
+from searchmerge.errors import DeviceFault, SearchMergeError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.gradient import LossRequest, LossResult
@@ -59,6 +61,7 @@ class RayWorker:
     def __init__(self, environment: Mapping[str, str]) -> None:
         os.environ.update(environment)
         self._worker: Worker | None = None
+        self._weights: Iterator[tuple[str, Tensor]] = iter(())
 
     def load(self, make_worker: Callable[[], Worker]) -> Iterator[Placed | Loaded]:
         """Yield where it is, then load the model and yield what can be done with it."""
@@ -88,6 +91,21 @@ class RayWorker:
     ) -> Iterator[Begun | LossResult | DeviceFault]:
         """Yield that the job is taken up, then its losses and gradient, or a fault."""
         yield from _taken_up(self._loaded().gradient(plan, request))
+
+    def begin_merging(self, plan: MergePlan, dtype: torch.dtype) -> bool:
+        """Have :meth:`next_weight` give the tensors of a merged model; return whether it can."""
+        weights = self._loaded().merged(plan, dtype)
+        self._weights = iter(weights or ())
+        return weights is not None
+
+    def next_weight(self) -> tuple[str, Tensor] | SearchMergeError | None:
+        """Return the next tensor's name and it, on the CPU; ``None`` at the end, or an error."""
+        try:
+            for name, tensor in self._weights:
+                return name, tensor.cpu()
+        except SearchMergeError as error:
+            return error
+        return None
 
     def _loaded(self) -> Worker:
         if self._worker is None:

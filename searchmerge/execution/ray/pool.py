@@ -2,15 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ray
+import torch
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     RayError,
     RayTaskError,
 )
+from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SearchMergeError, StudyError
 from searchmerge.evaluators.evaluator import TaskInfo
@@ -36,6 +38,7 @@ from searchmerge.execution.ray.cluster import (
 )
 from searchmerge.execution.ray.nodes import MAX_LOAD_DEATHS, Nodes
 from searchmerge.execution.ray.slots import Slot, Slots
+from searchmerge.execution.ray.weights import weights_of
 from searchmerge.execution.worker import RoundResult, Tuning, Worker, is_device_fault
 from searchmerge.plan import MergePlan
 
@@ -142,6 +145,13 @@ class RayExecutor:
         """Start a job on a free worker that computes losses and their gradient."""
         slot = self._free_slot(job, "gradient")
         slot.call = slot.actor.gradient.options(num_returns="streaming").remote(plan, request)
+
+    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
+        """Return all tensors of a merged model, as a free worker gives them one by one."""
+        slot = next((slot for slot in self._slots if slot.is_free), None)
+        if slot is None:
+            return None
+        return weights_of(slot.actor, plan, dtype, self._settings.loading_s)
 
     def _free_slot(self, job: int, work: Work = "round") -> Slot:
         """Return a free worker, which has the job from now on."""

@@ -1,0 +1,60 @@
+"""A worker elsewhere gives a merged model's tensors, or the reason why it does not."""
+
+import functools
+
+import pytest
+import torch
+
+from searchmerge.errors import EvaluationError, WorkerError
+from tests.execution import workers
+from tests.execution.conftest import STORE_BYTES
+from tests.execution.ray.test_pool import pool  # noqa: F401
+from tests.execution.workers import DIES, FAILS, HANGS, plan
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def weights(pool):  # noqa: F811
+    """Return what a worker of some kind gives."""
+
+    def give(make, **settings):
+        executor = pool(make, workers=1, **settings)
+        executor.tasks()
+        return executor.merged(plan(0.5), torch.float32)
+
+    return give
+
+
+def test_tensors_come_one_by_one_those_too_that_are_larger_than_rays_store(weights):
+    [(first, large), (second, small)] = weights(workers.make_whole)
+    assert (first, second) == ("large", "small")
+    assert large.nbytes > STORE_BYTES
+    assert torch.equal(large, torch.full_like(large, 0.5))
+    assert torch.equal(small, torch.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (DIES, WorkerError, "a worker was lost as it merged: .*died"),
+        (FAILS, EvaluationError, "'small' is not finite"),
+    ],
+)
+def test_what_ends_them_is_said(weights, kind, error, message):
+    given = weights(functools.partial(workers.make_whole, kind))
+    assert next(given)[0] == "large"
+    with pytest.raises(error, match=message):
+        next(given)
+
+
+def test_a_worker_that_hangs_is_not_waited_for_for_ever(weights):
+    given = weights(functools.partial(workers.make_whole, HANGS), loading_s=3.0)
+    assert next(given)[0] == "large"
+    with pytest.raises(WorkerError, match="a worker gave no tensor within 3 s"):
+        next(given)
+
+
+def test_a_worker_that_merges_no_whole_models_says_so(weights):
+    with pytest.raises(WorkerError, match="merges no whole models"):
+        next(weights(workers.make))
