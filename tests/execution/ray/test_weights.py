@@ -1,6 +1,7 @@
 """A worker elsewhere gives a merged model's tensors, or the reason why it does not."""
 
 import functools
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from searchmerge.errors import EvaluationError, WorkerError
 from tests.execution import workers
 from tests.execution.conftest import STORE_BYTES
 from tests.execution.ray.test_pool import pool  # noqa: F401
-from tests.execution.workers import DIES, FAILS, HANGS, plan
+from tests.execution.workers import DIES, FAILS, plan
 
 pytestmark = pytest.mark.ray
 
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.ray
 def weights(pool):  # noqa: F811
     """Return what a worker of some kind gives."""
 
-    def give(make, **settings):
-        executor = pool(make, workers=1, **settings)
+    def give(make):
+        executor = pool(make, workers=1)
         executor.tasks()
         return executor.merged(plan(0.5), torch.float32)
 
@@ -48,11 +49,21 @@ def test_what_ends_them_is_said(weights, kind, error, message):
         next(given)
 
 
-def test_a_worker_that_hangs_is_not_waited_for_for_ever(weights):
-    given = weights(functools.partial(workers.make_whole, HANGS), loading_s=3.0)
-    assert next(given)[0] == "large"
-    with pytest.raises(WorkerError, match="a worker gave no tensor within 3 s"):
-        next(given)
+def test_a_worker_that_hangs_is_not_waited_for_for_ever(cluster):
+    import ray
+
+    from searchmerge.execution.ray.weights import weights_of
+
+    class Hangs:
+        def begin_merging(self, plan, dtype):
+            time.sleep(3600)
+
+    actor = ray.remote(Hangs).options(num_cpus=0.1).remote()
+    try:
+        with pytest.raises(WorkerError, match=r"a worker gave no tensor within 0\.5 s"):
+            next(weights_of(actor, plan(0.5), torch.float32, 0.5))
+    finally:
+        ray.kill(actor)
 
 
 def test_a_worker_that_merges_no_whole_models_says_so(weights):
