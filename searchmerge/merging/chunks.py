@@ -87,13 +87,19 @@ class Chunks:
             yield torch.stack([torch.dot(of_set, weights) for of_set in merged])
 
     def _chunk(self, part: Operands) -> tuple[Chunk, Tensor]:
-        """Return a chunk whose deltas lie in buffers, and the base."""
+        """Return a chunk whose deltas lie in buffers, and the base: float32, or float64 if it is.
+
+        Task vectors are differences of what experts and base are in float32, as they are measured.
+        """
         n_entries, n_experts, device = len(part.base), len(part.experts), part.base.device
         if (device, n_experts) not in self._buffers:
-            self._buffers[device, n_experts] = torch.empty(n_experts + 1, CHUNK, device=device)
+            self._buffers[device, n_experts] = torch.empty(
+                n_experts + 1, CHUNK, dtype=torch.float32, device=device
+            )
         buffers = [buffer[:n_entries] for buffer in self._buffers[device, n_experts]]
-        narrow = part.base.dtype.itemsize < buffers[-1].dtype.itemsize
-        base = buffers[-1].copy_(part.base) if narrow else part.base
+        base = part.base
+        if base.dtype != torch.float32:
+            base = buffers[-1].copy_(base)
         deltas = tuple(
             buffer.copy_(expert).sub_(base)
             for buffer, expert in zip(buffers, part.experts, strict=False)
@@ -102,4 +108,5 @@ class Chunks:
         if part.keys is not None:
             positions = torch.arange(part.start, part.start + n_entries, device=device)
         kept = tuple(tensor.float() for tensor in part.kept)
-        return Chunk(deltas, part.scalars, kept, positions, part.keys), base
+        chunk = Chunk(deltas, part.scalars, kept, positions, part.keys)
+        return chunk, part.base if part.base.dtype == torch.float64 else base

@@ -56,7 +56,13 @@ class Engine:
 
     def is_compiled(self, device: torch.device) -> bool:
         """Return whether arithmetic on ``device`` is compiled, as far as is known so far."""
-        return self._is_native(device) or self._is_torch_compiled(device)
+        return self.way(device) != "by chunks"
+
+    def way(self, device: torch.device) -> str:
+        """Return in words how arithmetic runs on ``device``: each way rounds as it does."""
+        if self._is_native(device):
+            return "as C++"
+        return "by torch's compiler" if self._is_torch_compiled(device) else "by chunks"
 
     def merge(
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor

@@ -27,6 +27,7 @@ from searchmerge.merging.chunks import CHUNK
 from searchmerge.merging.compiled import MOST_AT_ONCE
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.groups import assign_groups
+from searchmerge.merging.kernels import float32_by_default
 from searchmerge.merging.measure import MemoryBudget
 from searchmerge.merging.method import Pass, linear_hyperparameter
 from searchmerge.merging.operands import Operands
@@ -73,6 +74,7 @@ class Directions:
         return [kernel for alike in groups for kernel in _of_one_size(alike)]
 
     @torch.no_grad()
+    @float32_by_default()
     def products(self, name: str, gradient: Tensor) -> Tensor:
         """Return the inner product of a parameter's gradient with each direction.
 

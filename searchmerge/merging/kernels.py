@@ -6,7 +6,8 @@ operations work in place and avoid boolean masks, which are several times slower
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -55,6 +56,20 @@ task vector ``(m,)`` float32 and, where the pass has a ``revise``, two tallies: 
 entries, of whole numbers. It is never given more than 2^24 entries at once, or else in rows,
 ``(n_rows, m)``, of which it returns tallies ``(n_rows,)``.
 """
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make tensors in float32 where no dtype is said, whatever a user's code has set."""
+    before = torch.get_default_dtype()
+    if before == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def is_on_gpu(numbers: Tensor) -> bool:

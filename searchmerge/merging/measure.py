@@ -355,7 +355,7 @@ class Measure:
             return None
         layout = [(name, tuple(self.shape(name))) for name in self.names]
         device = next(map(self.device, self.names), torch.device("cpu"))
-        way = (torch.__version__, device.type, self.engine.is_compiled(device))
+        way = (torch.__version__, device.type, self.engine.way(device))
         digest = hashlib.sha256(repr((label, self.experts, layout, way)).encode()).hexdigest()
         return self.cache.with_name(f"{self.cache.name}-{digest[:24]}.safetensors")
 

@@ -12,6 +12,7 @@ from searchmerge.errors import EvaluationError, SpecError
 from searchmerge.merging.engine import Engine, EngineKind
 from searchmerge.merging.gradient import Directions
 from searchmerge.merging.groups import depth_positions
+from searchmerge.merging.kernels import float32_by_default
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.method import (
     DEPTH_SLOPE,
@@ -185,6 +186,7 @@ class Merger:
 
         return Directions(tuple(passes), scales, operands, self._engine, self._budget)
 
+    @float32_by_default()
     def _bind(self, plan: MergePlan) -> tuple[TaskVectors, Pass, dict[str, float]]:
         validate_plan(plan)
         plan = _in_order(plan, self._vectors.experts)
@@ -234,6 +236,7 @@ class Merger:
         kept = tuple(t.to(tensors[0].device, non_blocking=True) for t in kept)
         return Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
 
+    @float32_by_default()
     def _applied_at_once(
         self,
         vectors: TaskVectors,
@@ -275,6 +278,7 @@ class Merger:
         runs = [each.run(work, scales) for each in passes]
         return [tally for _, tally in runs] if all(done for done, _ in runs) else None
 
+    @float32_by_default()
     def _settled(self, vectors: TaskVectors, work: Pass, scales: Mapping[str, float]) -> Pass:
         """Return the pass that will stand, having gone through all parameters to find out."""
         while work.revise is not None:
@@ -285,6 +289,7 @@ class Merger:
             work = _revised(work, tallies) or replace(work, revise=None)
         return work
 
+    @float32_by_default()
     def _write(
         self,
         name: str,

@@ -52,3 +52,15 @@ def test_products_are_those_of_what_each_set_of_scalars_merges(n_entries):
     found = sum(sums.double() for sums in Chunks().products(mean_delta, own, sets, numbers))
     expected = [torch.dot(weighted(own, row.tolist()), numbers.double()) for [row] in sets]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-2)
+
+
+def test_task_vectors_of_a_wider_base_are_those_that_are_measured():
+    """The base's digits beyond float32 are no change that an expert made."""
+    base = torch.randn(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    own = Operands(base, (base.float(), base.float() + 1.0), torch.zeros(1, 2))
+    same, other = Chunks().compute(lambda chunk: chunk.deltas, own)
+    assert torch.equal(same, torch.zeros(200))
+    assert torch.equal(other, base.float() + 1.0 - base.float())
+    out = torch.empty_like(base)
+    Chunks().merge(lambda chunk: (chunk.deltas[0],), own, 1.0, out)
+    assert torch.equal(out, base)

@@ -90,6 +90,13 @@ for _ in range(2):
     assert done.stderr.count("merging runs uncompiled, as compiling failed") == 2  # two mergers
 
 
+def test_ways_that_round_otherwise_are_told_apart():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert Engine("eager").way(cpu) == Engine("eager").way(gpu) == "by chunks"
+    assert Engine("auto").way(cpu) == Engine("compiled").way(cpu) == "as C++"
+    assert Engine("auto").way(gpu) == "by torch's compiler"
+
+
 def test_auto_compiles_on_every_device():
     assert Engine("auto").is_compiled(torch.device("cpu"))
     assert not Engine("eager").is_compiled(torch.device("cpu"))

@@ -23,11 +23,15 @@ from searchmerge.merging.native.operations import (
     operand_dtypes,
     text_of,
     texts_of,
+    whole_bound,
 )
+
+MOST_COUNTED = 1 << 18
+"""Whole numbers up to this one are counted in 32 bits over a part of at most 4096 entries."""
 
 _ENTRIES = 4099  # of the tensors that a function is followed on: a prime, and no other size
 
-_WHERE_IT_LIES = ("layout", "device", "pin_memory", "memory_format", "non_blocking")
+_WHERE_IT_LIES = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
 
 _VIEWS = ("select", "slice", "unbind", "squeeze", "unsqueeze")
 
@@ -60,14 +64,16 @@ class Body:
         inputs: The dtype of each tensor that is read: the base's, the experts', what was kept.
         before: Statements before the loop, of what is the same for all entries.
         loop: Statements on one entry.
-        counters: Names of the whole numbers that the loop counts up.
+        counters: Names of what is summed over entries; whether they are whole numbers, which the
+            loop counts up in 32 bits, or else floats that it writes, one for each entry.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.inputs: list[torch.dtype] = []
         self.before: list[str] = []
         self.loop: list[str] = []
-        self.counters: list[str] = []
+        self.counters: dict[str, bool] = {}
+        self._bounds: dict[str, int] = {}
         self._layout = layout
         self._n_names = 0
 
@@ -82,7 +88,7 @@ class Body:
         Raises:
             NoSourceError: If it is a sum over entries, or not one number for each.
         """
-        if value.names in self.counters:
+        if isinstance(value.names, str) and value.names in self.counters:
             raise NoSourceError("returns a sum where entries are due")
         return cast(one(value), value.dtype, torch.float32)
 
@@ -90,8 +96,18 @@ class Body:
         """Write all that a function does; return what it returns.
 
         Raises:
-            NoSourceError: If it does what is not written here.
+            NoSourceError: If it does what is not written here, or cannot be followed, as where
+                its flow depends on the numbers.
         """
+        try:
+            return self._follow(function)
+        except NoSourceError:
+            raise
+        except Exception as error:  # torch's export raises anything, and so may the function
+            told = next(iter(str(error).strip().splitlines()), "")
+            raise NoSourceError(f"cannot be followed: {type(error).__name__}: {told}") from error
+
+    def _follow(self, function: ChunkFunction) -> list[Value]:
         given, held = iter(self._arguments()), dict[Node, Any]()
         for node in _graph(function, self._layout).nodes:
             if node.op == "placeholder":
@@ -99,10 +115,20 @@ class Body:
             elif node.op == "call_function":
                 held[node] = self._call(node, held)
             elif node.op == "output":
-                return [held[returned].value for returned in node.args[0]]
+                return [self._returned(returned, held) for returned in node.args[0]]
             else:
                 raise NoSourceError(f"has a step {node.op}")
         raise NoSourceError("returns nothing")
+
+    def _returned(self, node: Node, held: dict[Node, Any]) -> Value:
+        """Return what is returned: a number for each entry, float32, or a sum over them."""
+        value: Value = held[node].value
+        if isinstance(value.names, str) and value.names in self.counters:
+            return value
+        returned = node.meta["val"]
+        if returned.shape != (_ENTRIES,) or returned.dtype != torch.float32:
+            raise NoSourceError(f"returns {returned.dtype} of shape {tuple(returned.shape)}")
+        return value
 
     def _arguments(self) -> list[Value]:
         """Write how entries are read; return what a function is given, in the order of a chunk."""
@@ -131,56 +157,35 @@ class Body:
 
     def _call(self, node: Node, held: dict[Node, Any]) -> Any:
         """Write what one step does; return the cell, or the cells, of what it returns."""
-        args: list[Any] = [held[arg] if isinstance(arg, Node) else arg for arg in node.args]
+        step = _step(node, held)
         if node.target is operator.getitem:
-            return args[0][args[1]]
-        name = str(node.target).split(".")[1]
-        name = SPELLED.get(name, name)
-        if name.startswith("_assert"):
+            return step.args[0][step.args[1]]
+        if step.name.startswith("_assert"):
             return None
-        kwargs = {
-            key: held[arg] if isinstance(arg, Node) else arg
-            for key, arg in node.kwargs.items()
-            if key not in (*_WHERE_IT_LIES, "dtype")
-        }
-        if name in _VIEWS:
-            return _view(name, args, kwargs)
-        plain, dtype = name.rstrip("_"), _dtype(node)
-        if plain in ("to", "alias", "detach") and dtype == args[0].value.dtype:
-            return args[0]
-        if plain == "sum":
-            return _Cell(self._sum(args[0].value))
-        value = self._operation(plain, dtype, args, kwargs)
-        if plain == name:
-            return _Cell(value)
-        if dtype != args[0].value.dtype:
-            raise NoSourceError(f"has {name} of {args[0].value.dtype}")
-        args[0].value = value
-        return args[0]
+        if step.name in _VIEWS:
+            return _view(step)
+        if step.is_sum:
+            return _Cell(self._sum(step))
+        if _is_given_back(step):
+            return step.args[0]
+        if not step.is_in_place:
+            return _Cell(self._operation(step))
+        _check_in_place(step)
+        step.args[0].value = self._operation(step)
+        return step.args[0]
 
-    def _operation(
-        self, name: str, dtype: torch.dtype, args: list[Any], kwargs: dict[str, Any]
-    ) -> Value:
+    def _operation(self, step: "_Step") -> Value:
         """Write one operation; return what it computes."""
-        if kwargs.pop("alpha", 1) != 1:
-            raise NoSourceError(f"has {name} with a factor")
-        given = [*args, *kwargs.values()]
-        if name == "clamp" and kwargs:
-            bounds = dict(zip(("min", "max"), args[1:], strict=False)) | kwargs
-            given = [args[0], bounds.get("min"), bounds.get("max")]
-        if name in MADE_OF_A_NUMBER:
-            given = [arg for arg in given if not isinstance(arg, _Cell)]
-        elif name in ("to", "_to_copy", "clone"):
-            given = given[:1]
-        operands: list[Operand] = [arg.value if isinstance(arg, _Cell) else arg for arg in given]
+        name, dtype = step.plain, step.dtype
+        operands = _operands(step)
         dtypes = operand_dtypes(name, dtype, operands)
-        names = [arg.value.names for arg in (*args, *kwargs.values()) if isinstance(arg, _Cell)]
+        names = [cell.value.names for cell in step.cells]
         of_entries = [of_entry for of_entry in names if isinstance(of_entry, str)]
         if any(counter in of_entries for counter in self.counters):
             raise NoSourceError(f"has {name} of a sum over entries")
         if of_entries:
             texts = [text_of(o, d) for o, d in zip(operands, dtypes, strict=True)]
-            return Value(self._name(dtype, expression(name, dtype, texts)), dtype)
+            return self._bounded(step, operands, expression(name, dtype, texts))
         arrays = [texts_of(o, d) for o, d in zip(operands, dtypes, strict=True)]
         if not arrays:
             raise NoSourceError(f"has {name} of what is the same for all entries")
@@ -191,13 +196,27 @@ class Body:
         )
         return Value(np.array(write(*arrays), dtype=object), dtype)
 
-    def _sum(self, value: Value) -> Value:
-        """Write the count of whole numbers; return it."""
-        name = f"counter{len(self.counters)}"
+    def _bounded(self, step: "_Step", operands: list[Operand], text: str) -> Value:
+        """Name an expression; note where it is a whole number, and how large at most."""
+        name = self._name(step.dtype, text)
+        bound = whole_bound(step.plain, operands, self._bounds)
+        if bound is not None:
+            self._bounds[name] = bound
+        return Value(name, step.dtype)
+
+    def _sum(self, step: "_Step") -> Value:
+        """Write what is summed over entries; return its name."""
+        value: Value = step.args[0].value
         if not isinstance(value.names, str):
             raise NoSourceError("has a sum of what is the same for all entries")
-        self.counters.append(name)
-        self.loop.append(f"{name} += (int32_t){value.names};")
+        if step.dtype != torch.float32 or step.shape:
+            raise NoSourceError(f"has a sum in {step.dtype} of shape {step.shape}")
+        name = f"counter{len(self.counters)}"
+        self.counters[name] = self._bounds.get(value.names, math.inf) <= MOST_COUNTED
+        entry = self.number(value)
+        self.loop.append(
+            f"{name} += (int32_t){entry};" if self.counters[name] else f"{name}[i] = {entry};"
+        )
         return Value(name, torch.float32)
 
 
@@ -206,6 +225,100 @@ class _Cell:
 
     def __init__(self, value: Value) -> None:
         self.value = value
+
+
+class _Step(NamedTuple):
+    """One step of a function.
+
+    Attributes:
+        name: Torch's name of it.
+        args: What it is given: cells, lists of them, and numbers.
+        kwargs: The same by name, but for dtype and device.
+        dtype: Of what it returns.
+        shape: Of what it returns.
+    """
+
+    name: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def plain(self) -> str:
+        """The name of the same operation where it is not in place."""
+        return self.name.rstrip("_")
+
+    @property
+    def is_in_place(self) -> bool:
+        return self.plain != self.name
+
+    @property
+    def is_sum(self) -> bool:
+        return self.plain == "sum"
+
+    @property
+    def cells(self) -> list[_Cell]:
+        return [arg for arg in (*self.args, *self.kwargs.values()) if isinstance(arg, _Cell)]
+
+
+def _step(node: Node, held: dict[Node, Any]) -> _Step:
+    """Return what a node of the graph says."""
+    args = [held[arg] if isinstance(arg, Node) else arg for arg in node.args]
+    kwargs = {
+        key: held[arg] if isinstance(arg, Node) else arg
+        for key, arg in node.kwargs.items()
+        if key not in _WHERE_IT_LIES
+    }
+    name = "" if node.target is operator.getitem else str(node.target).split(".")[1]
+    name = SPELLED.get(name, name)
+    returned = node.meta.get("val")
+    if isinstance(returned, Tensor):
+        return _Step(name, args, kwargs, returned.dtype, tuple(returned.shape))
+    if name and not name.startswith("_assert") and name not in _VIEWS:
+        raise NoSourceError(f"has a step {node.target}, which returns no tensor")
+    return _Step(name, args, kwargs, torch.float32, ())
+
+
+def _is_given_back(step: _Step) -> bool:
+    """Return whether a step returns the very tensor that it is given."""
+    if step.name not in ("to", "alias", "detach"):
+        return False
+    if True in (*step.args[2:], *step.kwargs.values()):
+        raise NoSourceError("has a conversion that may copy")
+    own: Value = step.args[0].value
+    return own.dtype == step.dtype
+
+
+def _operands(step: _Step) -> list[Operand]:
+    """Return what an operation computes with.
+
+    Raises:
+        NoSourceError: If it is given what is not looked at here.
+    """
+    given, kwargs = step.args, dict(step.kwargs)
+    if kwargs.pop("alpha", 1) != 1:
+        raise NoSourceError(f"has {step.name} with a factor")
+    if step.plain == "clamp":
+        bounds = dict(zip(("min", "max"), given[1:], strict=False)) | kwargs
+        given, kwargs = [given[0], bounds.pop("min", None), bounds.pop("max", None)], bounds
+    if kwargs:
+        raise NoSourceError(f"has {step.name} with {', '.join(kwargs)}")
+    if step.plain in MADE_OF_A_NUMBER:
+        given = [arg for arg in given if not isinstance(arg, _Cell)]
+    elif step.plain in ("to", "_to_copy", "clone"):
+        given = given[:1]
+    return [arg.value if isinstance(arg, _Cell) else arg for arg in given]
+
+
+def _check_in_place(step: _Step) -> None:
+    """Refuse changes in place of what views may share, and in another precision than it has."""
+    own: Value = step.args[0].value
+    if not isinstance(own.names, str):
+        raise NoSourceError(f"has {step.name} of what is the same for all entries")
+    dtypes = {cell.value.dtype for cell in step.cells}
+    if any(dtype.is_floating_point and dtype != own.dtype for dtype in dtypes):
+        raise NoSourceError(f"has {step.name} in several precisions")
 
 
 class _Followed(torch.nn.Module):
@@ -219,40 +332,30 @@ class _Followed(torch.nn.Module):
         n_experts, n_kept = len(self._layout.experts), len(self._layout.kept)
         kept = given[n_experts + 1 : n_experts + 1 + n_kept]
         positions, keys = given[-2:] if self._layout.n_keys else (None, None)
-        return self._function(Chunk(given[:n_experts], given[n_experts], kept, positions, keys))
+        chunk = Chunk(given[:n_experts], given[n_experts], kept, positions, keys)
+        returned: Any = self._function(chunk)
+        if not isinstance(returned, tuple) or not all(isinstance(t, Tensor) for t in returned):
+            raise TypeError("it returns something else than a tuple of tensors")
+        return returned
 
 
 def _graph(function: ChunkFunction, layout: Layout) -> Graph:
-    """Return what a function does on a chunk.
-
-    Raises:
-        NoSourceError: If it cannot be followed, as where its flow depends on the numbers.
-    """
-    given = [torch.zeros(_ENTRIES) for _ in layout.experts]
-    given.append(torch.zeros(layout.scalars))
-    given += [torch.zeros(_ENTRIES) for _ in layout.kept]
-    if layout.n_keys:
-        given += [torch.arange(_ENTRIES), torch.zeros(layout.n_keys, dtype=torch.int64)]
-    try:
-        followed = torch.export.export(_Followed(function, layout), tuple(given), strict=False)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise NoSourceError(f"cannot be followed: {error}") from error
+    """Return what a function does on a chunk; raise anything where it cannot be followed."""
+    with torch.device("cpu"):
+        given = [torch.zeros(_ENTRIES, dtype=torch.float32) for _ in layout.experts]
+        given.append(torch.zeros(layout.scalars, dtype=torch.float32))
+        given += [torch.zeros(_ENTRIES, dtype=torch.float32) for _ in layout.kept]
+        if layout.n_keys:
+            given += [torch.arange(_ENTRIES), torch.zeros(layout.n_keys, dtype=torch.int64)]
+    followed = torch.export.export(_Followed(function, layout), tuple(given), strict=False)
     graph: Graph = followed.graph
     return graph
 
 
-def _dtype(node: Node) -> torch.dtype:
-    """Return the dtype of what a step returns."""
-    returned = node.meta.get("val")
-    if not isinstance(returned, Tensor):
-        raise NoSourceError(f"has a step {node.target}, which returns no tensor")
-    return returned.dtype
-
-
-def _view(name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _view(step: _Step) -> Any:
     """Return the cell, or the cells, of a part of what is the same for all entries."""
-    value, *where = args[0].value, *args[1:]
-    if kwargs or isinstance(value.names, str):
+    name, value, where = step.name, step.args[0].value, step.args[1:]
+    if step.kwargs or isinstance(value.names, str):
         raise NoSourceError(f"has a {name} of entries")
     names = value.names
 

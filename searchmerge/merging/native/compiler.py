@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -27,25 +26,45 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fwrapv",
-    "-fno-tree-pre",  # it makes branches of what was none, which are not vectorised
+    "-fno-tree-pre",  # these make branches of what was none, which are not vectorised
+    "-fno-thread-jumps",
     "-fopt-info-vec-optimized",
+    "-fdiagnostics-color=never",
 )
+
+_PLACE = "smallest.cpp"
+
+_SMALLEST = f"""
+#line 1 "{_PLACE}"
+extern "C" void run(float* numbers, int n) {{ for (int i = 0; i < n; i++) numbers[i] *= 2; }}
+"""
 
 _X86_FLAGS = ("-mprefer-vector-width=512",)
 
 
 @cache
 def has_compiler() -> bool:
-    """Return whether there is a C++ compiler: the one that ``CXX`` names, or else ``g++``."""
-    name = _compiler()[0]
-    if shutil.which(name) is None:
-        _logger.info("there is no compiler %s: merging on a CPU takes several times as long", name)
+    """Return whether there is g++, or a like compiler that ``CXX`` names, and it works."""
+    try:
+        load(_SMALLEST, vectorised=_PLACE)
+    except NoSourceError as error:
+        told = str(error).splitlines()[0]
+        _logger.info("merging on a CPU takes several times as long, as C++ %s", told)
         return False
     return True
 
 
 def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    """Return the compiler's command.
+
+    Raises:
+        NoSourceError: If ``CXX`` is none.
+    """
+    named = os.environ.get("CXX", "")
+    try:
+        return shlex.split(named) or ["g++"]
+    except ValueError as error:
+        raise NoSourceError(f"cannot be compiled: CXX is {named!r}: {error}") from error
 
 
 def load(text: str, *, vectorised: str | None = None) -> ctypes.CDLL:
@@ -63,18 +82,31 @@ def load(text: str, *, vectorised: str | None = None) -> ctypes.CDLL:
             it is.
     """
     flags = _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
-    with tempfile.TemporaryDirectory(prefix="searchmerge-") as folder:
-        source, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
-        source.write_text(text)
-        command = [*_compiler(), *flags, str(source), "-o", str(library), "-lm"]
-        try:
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+    compiler = _compiler()
+    try:
+        with tempfile.TemporaryDirectory(prefix="searchmerge-") as folder:
+            source, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+            source.write_text(text, encoding="utf-8")
+            told = _run([*compiler, *flags, str(source), "-o", str(library), "-lm"])
             if vectorised is not None and not re.search(
-                rf"^{re.escape(vectorised)}:.*loop vectorized", done.stderr, re.MULTILINE
+                rf"^{re.escape(vectorised)}:.*loop vectorized", told, re.MULTILINE
             ):
-                raise NoSourceError(f"is not vectorised by {command[0]}")
+                raise NoSourceError(f"is not vectorised by {compiler[0]}")
             return ctypes.CDLL(str(library))
-        except subprocess.CalledProcessError as error:
-            raise NoSourceError(f"is refused by {command[0]}: {error.stderr.strip()}") from error
-        except OSError as error:
-            raise NoSourceError(f"cannot be compiled: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise NoSourceError(f"is refused by {compiler[0]}: {error.stderr.strip()}") from error
+    except OSError as error:
+        raise NoSourceError(f"cannot be compiled: {error}") from error
+
+
+def _run(command: list[str]) -> str:
+    """Run a compiler; return what it says, in English."""
+    done = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    return done.stderr

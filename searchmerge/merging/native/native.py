@@ -2,9 +2,11 @@
 
 import ctypes
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +29,9 @@ _logger = logging.getLogger(__name__)
 _ALONE = 8 * PART
 """Entries that are not worth a second thread."""
 
+
+_WRITING = threading.Lock()
+"""Torch follows one function at a time."""
 
 _POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
 
@@ -66,7 +71,7 @@ def merge(
     kernel = _kernel(
         ("merge", function, layout, out.dtype), lambda: merge_source(function, layout, out.dtype)
     )
-    if kernel is None or not _are_contiguous(operands, out):
+    if kernel is None or not _are_plain(operands, out):
         return False, None
     sums = _run(kernel, operands, operands.scalars, (), (out,), scale)
     return True, sums if kernel.n_sums else None
@@ -81,10 +86,10 @@ def compute(function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...] |
     """
     layout = _layout(operands)
     kernel = _kernel(("compute", function, layout), lambda: compute_source(function, layout))
-    if kernel is None or not _are_contiguous(operands):
+    if kernel is None or not _are_plain(operands):
         return None
-    n_outs = count_tallies(function, operands) + 1
-    outs = tuple(torch.empty(len(operands.base)) for _ in range(n_outs))
+    n_outs, n_entries = count_tallies(function, operands) + 1, len(operands.base)
+    outs = tuple(torch.empty(n_entries, dtype=torch.float32, device="cpu") for _ in range(n_outs))
     _run(kernel, operands, operands.scalars, (), outs, 1.0)
     return outs
 
@@ -110,7 +115,7 @@ def products(
         ("products", function, layout, n_sets, dtype),
         lambda: products_source(function, layout, n_sets, dtype),
     )
-    if kernel is None or not _are_contiguous(operands, numbers):
+    if kernel is None or not _are_plain(operands, numbers):
         return None
     return _run(kernel, operands, sets, (numbers,), (), 1.0)
 
@@ -118,15 +123,22 @@ def products(
 def _kernel(key: object, write: Callable[[], Source]) -> _Kernel | None:
     """Return what is compiled, at the first call, for some function and layout."""
     if key not in _KERNELS:
-        try:
-            source = write()
-            run = load(source.text, vectorised=ENTRIES).run
-            run.restype, run.argtypes = None, _ARGUMENTS
-            _KERNELS[key] = _Kernel(run, source.n_sums)
-        except NoSourceError as error:
-            _logger.info("a merge function %s", error)
-            _KERNELS[key] = None
+        with _WRITING:
+            if key not in _KERNELS:
+                _KERNELS[key] = _made(write)
     return _KERNELS[key]
+
+
+def _made(write: Callable[[], Source]) -> _Kernel | None:
+    """Return what is compiled, or ``None`` where a function is left to others."""
+    try:
+        source = write()
+        run = load(source.text, vectorised=ENTRIES).run
+    except NoSourceError as error:
+        _logger.info("a merge function %s", error)
+        return None
+    run.restype, run.argtypes = None, _ARGUMENTS
+    return _Kernel(run, source.n_sums)
 
 
 def _layout(operands: Operands) -> Layout:
@@ -139,9 +151,14 @@ def _layout(operands: Operands) -> Layout:
     )
 
 
-def _are_contiguous(operands: Operands, *more: Tensor) -> bool:
+def _are_plain(operands: Operands, *more: Tensor) -> bool:
+    """Return whether all entries lie in memory as a kernel reads them."""
+    n_entries = len(operands.base)
     tensors = (operands.base, *operands.experts, *operands.kept, *more)
-    return all(tensor.is_contiguous() for tensor in tensors)
+    return all(
+        len(t) == n_entries and t.is_contiguous() and not t.is_neg() and t.device.type == "cpu"
+        for t in tensors
+    )
 
 
 def _run(
@@ -156,9 +173,10 @@ def _run(
 
     Those of the parts are added in their order, however many threads there are.
     """
-    n_entries = len(operands.base)
-    sets, keys = sets.contiguous(), operands.keys
-    of_parts = torch.empty(-(-n_entries // PART), kernel.n_sums, dtype=torch.float64)
+    n_entries, keys = len(operands.base), operands.keys
+    sets = sets.resolve_neg().to("cpu", torch.float32).contiguous()
+    keys = None if keys is None else keys.to("cpu", torch.int64).contiguous()
+    of_parts = np.empty((-(-n_entries // PART), kernel.n_sums))
     inputs = (operands.base, *operands.experts, *operands.kept, *more)
     kernel.run(
         _addresses(inputs),
@@ -169,10 +187,10 @@ def _run(
         operands.start,
         scale,
         n_entries,
-        of_parts.data_ptr(),
+        of_parts.ctypes.data,
         torch.get_num_threads() if n_entries > _ALONE else 1,
     )
-    return of_parts.sum(0)
+    return torch.from_numpy(of_parts.sum(0))
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:

@@ -1,10 +1,11 @@
 """The operations of torch that are written as C++, one number at a time.
 
-Each rounds by itself and treats NaN as torch does; the bounds of a clamp are none.
+Each rounds by itself and treats NaN as torch does. What torch does otherwise than C++, or by
+rules that are not followed here, is refused.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -35,6 +36,20 @@ SPELLED = {
 """Other names that torch has for an operation."""
 
 _COMPARISONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
+
+_BOUNDS: dict[str, Callable[[Sequence[int]], int]] = {
+    **dict.fromkeys(("add", "sub", "rsub"), sum),
+    "mul": math.prod,
+    **dict.fromkeys(("where", "maximum", "minimum"), max),
+    **dict.fromkeys(("neg", "abs", "relu", "to", "_to_copy", "clone"), max),
+    **dict.fromkeys(("full_like", "scalar_tensor"), max),
+    "zeros_like": lambda _: 0,
+    "ones_like": lambda _: 1,
+}
+"""How large a whole number each operation returns at most, by how large its operands are."""
+
+_SHIFTS = ("bitwise_left_shift", "bitwise_right_shift")
+_BITS = 64
 
 _OF_FLOAT32 = ("exp", "tanh")  # there are vectors of those
 _OF_FLOATS = ("div", "sqrt", "floor", "ceil")
@@ -94,12 +109,56 @@ def operand_dtypes(
     if name.startswith("logical_"):
         return [torch.bool] * len(operands)
     if name in _COMPARISONS:
+        _check_alike(name, operands)
         dtype = reduce(torch.promote_types, (_brought(operand) for operand in operands))
     if name in _OF_FLOAT32 and dtype != torch.float32:
         raise NoSourceError(f"has {name} in {dtype}")
+    if name in _SHIFTS:
+        _check_shift(name, operands[1])
     if name in _OF_FLOATS and not dtype.is_floating_point:
         raise NoSourceError(f"has {name} in {dtype}")
     return [dtype] * len(operands)
+
+
+def whole_bound(name: str, operands: Sequence[Operand], bounds: Mapping[str, int]) -> int | None:
+    """Return how large a whole number an operation returns at most; ``None`` where it may not.
+
+    Args:
+        name: Torch's name of the operation.
+        operands: What it is given.
+        bounds: The same of what is named.
+    """
+    given = [_bound(operand, bounds) for operand in operands]
+    if name in _COMPARISONS or name.startswith("logical_") or name == "sign":
+        return 1
+    if name == "where":
+        given = given[1:]
+    known = [bound for bound in given if bound is not None]
+    if name not in _BOUNDS or len(known) < len(given):
+        return None
+    return _BOUNDS[name](known)
+
+
+def _bound(operand: Operand, bounds: Mapping[str, int]) -> int | None:
+    if isinstance(operand, Value):
+        if operand.dtype == torch.bool:
+            return 1
+        return bounds.get(operand.names) if isinstance(operand.names, str) else None
+    is_whole = isinstance(operand, int | float) and math.isfinite(operand) and not operand % 1
+    return abs(int(operand)) if is_whole and operand is not None else None
+
+
+def _check_alike(name: str, operands: Sequence[Operand]) -> None:
+    """Refuse operands of several precisions, of which torch takes one by their shapes."""
+    given = {operand.dtype for operand in operands if isinstance(operand, Value)}
+    if len([dtype for dtype in given if dtype.is_floating_point]) > 1:
+        raise NoSourceError(f"has {name} of several precisions")
+
+
+def _check_shift(name: str, by: Operand) -> None:
+    """Refuse what C++ does not define."""
+    if isinstance(by, bool) or not isinstance(by, int) or not 0 <= by < _BITS:
+        raise NoSourceError(f"has {name} by something else than 0 to {_BITS - 1}")
 
 
 def text_of(operand: Operand, dtype: torch.dtype) -> str | None:
@@ -146,6 +205,8 @@ def cast(text: str, given: torch.dtype, wanted: torch.dtype) -> str:
         raise NoSourceError(f"computes in {wanted}")
     if given == wanted:
         return text
+    if given.is_floating_point and wanted == torch.int64:
+        raise NoSourceError("makes whole numbers of real ones")  # C++ does not define all of them
     if wanted == torch.bool:
         return f"({text} != 0)"
     if given == torch.bool:  # a conversion would not be vectorised
@@ -179,10 +240,12 @@ def literal(number: object, dtype: torch.dtype) -> str:
 
 
 def _brought(operand: Operand) -> torch.dtype:
-    """Return the dtype that an operand brings; a number brings the least of its kind."""
+    """Return the dtype that an operand brings; a real number the least, as it widens none."""
     if isinstance(operand, Value):
         return operand.dtype
-    return torch.float16 if isinstance(operand, float) else torch.bool
+    if isinstance(operand, float):
+        return torch.float16
+    return torch.bool if isinstance(operand, bool) else torch.int64
 
 
 def _between(sign: str) -> Callable[..., str]:

@@ -11,7 +11,7 @@ from searchmerge.merging.native.operations import NoSourceError
 
 PART = 4096
 """Entries that a thread goes over at once, and of which each sum is formed: they stay in its
-cache, and whole numbers up to 256 are counted in 32 bits."""
+cache, and 32 bits hold the sums of what is counted."""
 
 ENTRIES = "entries.cpp"
 """What the compiler is told to call the lines with the loop over entries."""
@@ -51,10 +51,11 @@ def merge_source(function: ChunkFunction, layout: Layout, out: torch.dtype) -> S
     body = Body(layout)
     merged, *tallies = body.follow(function)
     counted = [str(tally.names) for tally in tallies]
-    if not set(counted) <= set(body.counters):
+    if not set(counted) <= body.counters.keys():
         raise NoSourceError("returns a tally that is no sum over entries")
     body.loop.append(f"put(out0[i], origin(in0[i]) + scale * {body.number(merged)});")
-    return _source(body, [out], counted)
+    sums = [name if body.counters[name] else f"total({name}, n)" for name in counted]
+    return _source(body, [out], sums)
 
 
 def compute_source(function: ChunkFunction, layout: Layout) -> Source:
@@ -110,7 +111,10 @@ def _source(
         f"{STORED[dtype]}* __restrict out{i} = ({STORED[dtype]}*)out[{i}] + begin;"
         for i, dtype in enumerate(outs)
     ]
-    counters = [f"int32_t {name} = 0;" for name in body.counters]
+    counters = [
+        f"int32_t {name} = 0;" if is_whole else f"float {name}[part_size];"
+        for name, is_whole in body.counters.items()
+    ]
     made = [f"sums[{i}] = {text};" for i, text in enumerate(sums)]
     text = _TEXT.format(
         entries=ENTRIES,
@@ -173,9 +177,9 @@ inline void put(float16& to, float a) {
 }
 template <class T> inline void put(T& to, double a) { put(to, (float)a); }
 
-// the second where it is beyond the first; else the first, NaN included
-template <class T> inline T at_least(T a, T low) { return low > a ? low : a; }
-template <class T> inline T at_most(T a, T high) { return high < a ? high : a; }
+// the second where it is beyond the first, or NaN; else the first, NaN included
+template <class T> inline T at_least(T a, T low) { return (low > a) | (low != low) ? low : a; }
+template <class T> inline T at_most(T a, T high) { return (high < a) | (high != high) ? high : a; }
 template <class T> inline T positive(T a) { return at_least(a, (T)0); }
 
 inline float magnitude(float a) { return __builtin_fabsf(a); }

@@ -71,7 +71,30 @@ REFUSED = {
     r"computes in torch\.bfloat16": lambda c: (c.deltas[0].bfloat16(),),
     r"computes in torch\.int32": lambda c: (c.deltas[0].int() * 2,),
     "has add with a factor": lambda c: (torch.add(c.deltas[0], c.deltas[1], alpha=2),),
-    "has several numbers": lambda c: (c.scalars[0],),
+    r"returns torch\.float32 of shape \(3,\)": lambda c: (c.scalars[0],),
+    r"returns torch\.bool of shape": lambda c: (c.deltas[0] > 0,),
+    "something else than a tuple of tensors": lambda c: c.deltas[0] * 2,
+    r"AttributeError: .* 'no_such'": lambda c: (c.no_such,),
+    "StopIteration": lambda c: (c.deltas[0] * torch.tensor([2.0]),),
+    "has mul_ of what is the same for all": lambda c: (
+        (c.scalars * 2)[0].mul_(3)[0] * c.deltas[0],
+    ),
+    "has mul_ in several precisions": lambda c: (c.deltas[0].mul_(c.deltas[1].double()),),
+    "has eq of several precisions": lambda c: (
+        (c.deltas[0] == c.scalars[0, 0].double() * 0.1).float(),
+    ),
+    "has bitwise_right_shift by something else": lambda c: ((c.positions >> 64).float(),),
+    "has bitwise_left_shift by something else": lambda c: ((c.keys[0] << c.positions).float(),),
+    "makes whole numbers of real ones": lambda c: (c.deltas[0].long().float(),),
+    "has a conversion that may copy": lambda c: (c.deltas[0].to(torch.float32, copy=True),),
+    "has clamp_min with out": lambda c: (torch.clamp_min(c.deltas[0], 0.5, out=c.deltas[1]),),
+    "has div with rounding_mode": lambda c: (
+        torch.div(c.deltas[0], c.deltas[1], rounding_mode="floor"),
+    ),
+    r"has a sum in torch\.float64": lambda c: (
+        c.deltas[0] * 2,
+        c.deltas[0].sum(dtype=torch.float64),
+    ),
     r"has exp in torch\.float64": lambda c: (c.deltas[0].double().exp(),),
     "has an operation select_scatter": lambda c: (
         torch.select_scatter(c.deltas[0], c.scalars[0, 0], 0, 1),

@@ -44,7 +44,9 @@ def test_without_a_compiler_everything_runs_all_the_same_and_that_is_said_once()
         check=True,
     )
     assert done.stdout.split() == ["499500.0", "499500.0"]
-    assert done.stderr.count("there is no compiler /no/compiler: merging on a CPU takes") == 1
+    told = "merging on a CPU takes several times as long, as C++ cannot be compiled: "
+    assert done.stderr.count(told) == 1
+    assert "/no/compiler" in done.stderr
     assert "warn" not in done.stderr.lower()
 
 
@@ -60,4 +62,23 @@ def test_a_compiler_that_fails_leaves_all_to_others(tmp_path):
         check=True,
     )
     assert done.stdout.split() == ["499500.0", "499500.0"]
-    assert done.stderr.count(f"a merge function is refused by {compiler}: out of order") == 1
+    assert done.stderr.count(f"as C++ is refused by {compiler}: out of order") == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("g++ 'x", 'CXX is "g\\+\\+ \'x": No closing quotation'),
+        ("/no/compiler", "No such file or directory: '/no/compiler'"),
+    ],
+)
+def test_a_compiler_that_is_none_is_said(monkeypatch, named, message):
+    monkeypatch.setenv("CXX", named)
+    with pytest.raises(NoSourceError, match=message):
+        load("int run() { return 1; }")
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(NoSourceError, match=r"cannot be compiled: .*missing"):
+        load("int run() { return 1; }")

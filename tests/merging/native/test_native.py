@@ -126,3 +126,45 @@ def test_a_function_is_written_once(monkeypatch):
     assert native.merge(counted, operands(50), 1.0, out[:50])[0]
     halves = operands(100, torch.float16)
     assert native.merge(counted, halves, 1.0, out) == (False, None)  # another kernel
+
+
+def summed(chunk: Chunk):
+    return (chunk.deltas[0] * 1, chunk.deltas[1].sum(-1), (chunk.deltas[0] * 1e6).sum(-1))
+
+
+def test_sums_of_any_numbers_are_no_whole_ones():
+    given = operands(10 * PART + 5)
+    done, sums = native.merge(summed, given, 1.0, torch.empty(len(given.base)))
+    assert done
+    deltas = [(expert - given.base).double() for expert in given.experts]
+    wanted = torch.stack([deltas[1].sum(), deltas[0].sum() * 1e6])
+    torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-3)
+    given.experts[1][7] = torch.nan
+    assert native.merge(summed, given, 1.0, torch.empty(len(given.base)))[1][0].isnan()
+
+
+def test_numbers_that_do_not_lie_as_kernels_read_them_are_made_so_or_left():
+    given, out = operands(300), torch.empty(300)
+    wanted = torch.empty(300)
+    native.merge(counted, given, 1.0, wanted)
+    others = Operands(given.base, given.experts, given.scalars.double().T.contiguous().T)
+    assert native.merge(counted, others, 1.0, out)[0]
+    torch.testing.assert_close(out, wanted)
+    assert native.merge(counted, given, 1.0, torch.empty(299)) == (False, None)
+    negated = Operands(torch._neg_view(given.base), given.experts, given.scalars)
+    assert native.merge(counted, negated, 1.0, out) == (False, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype):
+    base, experts = models()
+    wanted = {}
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            for method in ("karcher", "pcb", "breadcrumbs", "ties"):
+                merger = Merger(TaskVectors.from_weights(base, experts))
+                for name, found in merger.merged(default_plan(method, list(experts))):
+                    assert torch.equal(found, wanted.setdefault((method, name), found))
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -28,7 +28,7 @@ ONE = {
     "relu": torch.relu,
     "sign": torch.sign,
     "logical_not": lambda a: torch.logical_not(a).float(),
-    "in integers": lambda a: (torch.where(a.abs() < 9, a, 7).long() * -3 >> 1).float(),
+    "in integers": lambda a: ((a > 0).long() * -3 >> 1).float(),
     "not in integers": lambda a: (~(a > 0).long()).float(),
     "not of truth": lambda a: (~(a > 0)).float(),
     "clamp": lambda a: a.clamp(-0.75, 2.0),
@@ -39,6 +39,7 @@ ONE = {
     "rsub": lambda a: 3.0 - a,
     "in doubles": lambda a: (a.double() * 1e-30 / 3).float(),
     "likes": lambda a: torch.full_like(a, 2.5) + torch.ones_like(a) * a + torch.zeros_like(a),
+    "not a number": lambda a: a.clamp(min=float("nan")),
     "infinite": lambda a: torch.where(a > float("-inf"), float("inf"), float("nan")),
 }
 TWO = {
@@ -48,7 +49,8 @@ TWO = {
     "div": torch.div,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
-    "clamp": lambda a, b: a.clamp(-torch.where(b > 0, b, 2), torch.where(b > 0, b, 2)),
+    "clamp": lambda a, b: a.clamp(-b.abs(), b.abs()),
+    "clamp within what is chosen": lambda a, b: a.clamp(max=torch.where(b > 0, b, 2)),
     "where": lambda a, b: torch.where(a > b, a, b),
     "where numbers": lambda a, b: torch.where(a >= b, 1.0, -2.0),
     "lt": lambda a, b: (a < b).float(),
@@ -57,6 +59,7 @@ TWO = {
     "ne": lambda a, b: (a != b).float(),
     "logical_and": lambda a, b: torch.logical_and(a, b).float(),
     "logical_or": lambda a, b: torch.logical_or(a, b > 0).float(),
+    "truths as numbers": lambda a, b: (((a > 0) == 2) | ((a > 0) >= -1) & ((b > 0) != 1)).float(),
     "of truths": lambda a, b: ((a > 0) & (b > 0) | (a < 0) ^ (b < 1)).float(),
 }
 
