@@ -86,6 +86,7 @@ class Merger:
         self._resident: dict[object, list[ResidentPass]] = {}
 
     @torch.no_grad()
+    @float32_by_default()
     def apply(self, plan: MergePlan) -> None:
         """Overwrite every target of a merged parameter with what ``plan`` asks for, in place.
 
@@ -144,7 +145,8 @@ class Merger:
         for name, tensors in self._inputs(vectors, work):
             base = vectors.base[name]
             out = torch.empty(base.shape, dtype=dtype or base.dtype, device=tensors[0].device)
-            self._write(name, tensors, work, scales[name], out)
+            with float32_by_default():
+                self._write(name, tensors, work, scales[name], out)
             _check_finite({name: _ends(out)})
             for each in (name, *_aliases(vectors, name)):
                 yield each, out
@@ -236,7 +238,6 @@ class Merger:
         kept = tuple(t.to(tensors[0].device, non_blocking=True) for t in kept)
         return Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
 
-    @float32_by_default()
     def _applied_at_once(
         self,
         vectors: TaskVectors,
@@ -289,7 +290,6 @@ class Merger:
             work = _revised(work, tallies) or replace(work, revise=None)
         return work
 
-    @float32_by_default()
     def _write(
         self,
         name: str,

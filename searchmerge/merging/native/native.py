@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,12 +152,13 @@ def _layout(operands: Operands) -> Layout:
 
 def _are_plain(operands: Operands, *more: Tensor) -> bool:
     """Return whether all entries lie in memory as a kernel reads them."""
-    n_entries = len(operands.base)
-    tensors = (operands.base, *operands.experts, *operands.kept, *more)
-    return all(
-        len(t) == n_entries and t.is_contiguous() and not t.is_neg() and t.device.type == "cpu"
-        for t in tensors
-    )
+    n_entries = operands.base.numel()
+    for tensor in (operands.base, *operands.experts, *operands.kept, *more):
+        if tensor.numel() != n_entries or not tensor.is_contiguous():
+            return False
+        if tensor.is_neg() or not tensor.is_cpu:
+            return False
+    return True
 
 
 def _run(
@@ -173,13 +173,13 @@ def _run(
 
     Those of the parts are added in their order, however many threads there are.
     """
-    n_entries, keys = len(operands.base), operands.keys
-    sets = sets.resolve_neg().to("cpu", torch.float32).contiguous()
-    keys = None if keys is None else keys.to("cpu", torch.int64).contiguous()
-    of_parts = np.empty((-(-n_entries // PART), kernel.n_sums))
-    inputs = (operands.base, *operands.experts, *operands.kept, *more)
+    n_entries = operands.base.numel()
+    sets = _plain(sets, torch.float32)
+    keys = None if operands.keys is None else _plain(operands.keys, torch.int64)
+    n_parts = -(-n_entries // PART)
+    of_parts = torch.empty(n_parts, kernel.n_sums, dtype=torch.float64, device="cpu")
     kernel.run(
-        _addresses(inputs),
+        _addresses((operands.base, *operands.experts, *operands.kept, *more)),
         _addresses(outs),
         sets.data_ptr(),
         sets.shape[-2] * sets.shape[-1],
@@ -187,11 +187,18 @@ def _run(
         operands.start,
         scale,
         n_entries,
-        of_parts.ctypes.data,
+        of_parts.data_ptr(),
         torch.get_num_threads() if n_entries > _ALONE else 1,
     )
-    return torch.from_numpy(of_parts.sum(0))
+    return of_parts[0] if n_parts == 1 else torch.from_numpy(of_parts.numpy().sum(0))
+
+
+def _plain(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return some numbers as a kernel reads them."""
+    if numbers.dtype == dtype and numbers.is_cpu and not numbers.is_neg():
+        return numbers.contiguous()
+    return numbers.resolve_neg().to("cpu", dtype).contiguous()
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    return (_POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
