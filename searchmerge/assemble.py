@@ -22,7 +22,7 @@ from searchmerge.execution.executor import Executor, InProcessExecutor
 from searchmerge.execution.followed_merger import FollowedMerger
 from searchmerge.execution.gradient import Merges
 from searchmerge.execution.int8_merger import Int8Merger
-from searchmerge.execution.watched_merger import WatchedMerger
+from searchmerge.execution.watched_merger import WatchedMerger, WatchedWhole
 from searchmerge.execution.worker import Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
@@ -105,7 +105,8 @@ def make_worker(
     if followers:
         merger = FollowedMerger(merger, model, targets, list(followers.values()))
     watch.check()
-    return Worker(model, merger, evaluators, CoefficientGradients(model, plain), plain)
+    gradients, whole = CoefficientGradients(model, plain), WatchedWhole(plain, watch.check)
+    return Worker(model, merger, evaluators, gradients, whole)
 
 
 def make_evaluators(study: Study, models: Models, device: str) -> dict[str, Evaluator]:

@@ -212,7 +212,7 @@ def merge(
     from searchmerge.models import (
         check_groups,
         load_task_vectors,
-        merged_anew,
+        merged_here,
         open_models,
         save_merge,
         warn_of_doubts,
@@ -238,7 +238,7 @@ def merge(
     watch = Watch(models)
     vectors = load_task_vectors(study, models)
     heads = head_files(saved_heads(study, models), models.dtype)
-    weights = merged_anew(models, vectors, what)
+    weights = merged_here(models, vectors, what)
     save_merge(models, weights, what, out, files=heads, check=watch.check)
     _out.print(f"Written: {out}", soft_wrap=True)
 

@@ -290,7 +290,7 @@ def save_merge(
     )
 
 
-def merged_anew(
+def merged_here(
     models: Models, vectors: TaskVectors, plan: MergePlan
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Return the tensors of a merged model, in the study's dtype, merged on the CPU.

@@ -1,16 +1,20 @@
 """What a run leaves: its report, and the winner's model with its card."""
 
+import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.classifier import SavedHead, head_files
 from searchmerge.errors import SpecError, WorkerError
 from searchmerge.execution.executor import Executor
 from searchmerge.heads import saved_heads
-from searchmerge.models import Models, load_task_vectors, merged_anew, save_merge
+from searchmerge.models import Models, load_task_vectors, merged_here, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.report.card import model_card
 from searchmerge.report.front import save_front
@@ -37,8 +41,7 @@ def save_results(
 ) -> None:
     """Write the report, and the winner's model unless it is there already.
 
-    A worker merges it where one can: it has what its method measured, and its device. What is
-    saved then is what was scored, to the bit.
+    A worker merges it where one can, on its device and with what its methods have measured.
     """
     results.save(run_dir)
     if results.points:
@@ -52,16 +55,26 @@ def save_results(
         return
     observer.phase("saving the model", None)
     files = {**head_files(heads, models.dtype), "README.md": card}
-    weights = executor.merged(plan, models.dtype)
-    if weights is not None:
-        try:
-            save_merge(models, weights, plan, out, files=files, check=check)
-        except WorkerError as error:
-            _logger.warning("the model is merged anew in this process, as %s", error)
-        else:
-            return
-    weights = merged_anew(models, load_task_vectors(study, models), plan)
-    save_merge(models, weights, plan, out, files=files, check=check)
+    save = functools.partial(save_merge, plan=plan, out=out, files=files, check=check)
+    try:
+        save(models, _of_a_worker(executor, plan, models.dtype))
+    except WorkerError as error:
+        _logger.warning("the model is merged in this process, as %s", error)
+        save(models, merged_here(models, load_task_vectors(study, models), plan))
+
+
+def _of_a_worker(
+    executor: Executor, plan: MergePlan, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Return the tensors of a merged model as a worker merges them.
+
+    Raises:
+        WorkerError: If there is none that can.
+    """
+    weights = executor.merged(plan, dtype)
+    if weights is None:
+        raise WorkerError("no worker is free that could merge it")
+    return weights
 
 
 def _card(

@@ -11,7 +11,7 @@ from searchmerge.merging.method import default_plan
 from searchmerge.models import (
     check_groups,
     load_task_vectors,
-    merged_anew,
+    merged_here,
     merged_names,
     open_models,
     save_merge,
@@ -81,7 +81,7 @@ def test_what_is_saved_is_the_plans_merge_with_the_plan_beside_it(study, tmp_pat
     vectors, check = load_task_vectors(told, opened), Watch(opened).check
     save_merge(
         opened,
-        merged_anew(opened, vectors, plan),
+        merged_here(opened, vectors, plan),
         plan,
         tmp_path / "out",
         files={"a/b": "c"},
@@ -116,7 +116,7 @@ def test_a_plan_with_a_row_for_every_tensor_is_saved_and_read_again(study, tmp_p
     plan = default_plan("ties", EXPERTS, groups=groups, density=0.5)
     save_merge(
         opened,
-        merged_anew(opened, vectors, plan),
+        merged_here(opened, vectors, plan),
         plan,
         tmp_path / "out",
         files={},

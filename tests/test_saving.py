@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError, EvaluationError, WorkerError
-from searchmerge.models import load_task_vectors, merged_anew, open_models
+from searchmerge.models import load_task_vectors, merged_here, open_models
 from searchmerge.run import run_study
 from searchmerge.saving import MODEL_DIR, save_results
 from searchmerge.study import read_study
@@ -29,7 +29,7 @@ class Gives:
         return self._doubled(plan)
 
     def _doubled(self, plan):
-        for n_given, (name, tensor) in enumerate(merged_anew(self._models, self._vectors, plan)):
+        for n_given, (name, tensor) in enumerate(merged_here(self._models, self._vectors, plan)):
             if n_given == 2 and self._error is not None:
                 raise self._error
             yield name, tensor * 2 if tensor.is_floating_point() else tensor
@@ -81,16 +81,16 @@ def test_what_a_worker_merges_is_saved(done, save):
         torch.testing.assert_close(tensor, 2 * wanted[name])
 
 
-def test_what_no_worker_merges_is_merged_anew(done, save):
+def test_what_no_worker_merges_is_merged_here(done, save):
     found, wanted = save(GivesNothing()), expected(done)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name])
 
 
-def test_a_worker_that_fails_half_way_has_the_model_merged_anew(done, save, caplog):
+def test_a_worker_that_fails_half_way_has_the_model_merged_here(done, save, caplog):
     with caplog.at_level(logging.WARNING, logger="searchmerge"):
         found = save(gives(done, WorkerError("a worker was lost as it merged")))
-    assert "merged anew in this process, as a worker was lost as it merged" in caplog.text
+    assert "the model is merged in this process, as a worker was lost as it merged" in caplog.text
     wanted = expected(done)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name])

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from searchmerge.errors import DeviceFault, EvaluationError, WorkerError
+from searchmerge.errors import DeviceFault, EvaluationError, SearchMergeError, WorkerError
 from searchmerge.evaluators.evaluator import (
     Answer,
     Answering,
@@ -48,9 +48,7 @@ class RoundResult:
 class MergesWhole(Protocol):
     """Merges models that are not the resident one."""
 
-    def merged(
-        self, plan: MergePlan, dtype: torch.dtype | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the base by name, merged or as it is, one at a time."""
         ...
 
@@ -154,7 +152,7 @@ class Worker:
     def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
         """Return all tensors of a merged model by name, one at a time, on their devices.
 
-        They may end with ``WorkerError`` where the device failed or has no more memory.
+        They may end with ``WorkerError`` where this device or process fails.
 
         Args:
             plan: How they are merged.
@@ -213,11 +211,18 @@ def _answers(evaluator: Evaluator, block: Block) -> tuple[Answer, ...]:
 
 
 def _guarded(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors; raise ``WorkerError`` where another process, or device, may do better."""
+    """Yield tensors; raise ``WorkerError`` where another process, or device, may do better.
+
+    That is wherever torch fails: for want of memory, or in a library of a GPU's.
+    """
     try:
         with _faults_named():
             yield from weights
-    except (DeviceFault, torch.OutOfMemoryError) as error:
+    except DeviceFault as error:
+        raise WorkerError(f"a worker could not merge it: {error}") from error
+    except SearchMergeError:
+        raise
+    except RuntimeError as error:
         raise WorkerError(f"a worker could not merge it: {error}") from error
 
 

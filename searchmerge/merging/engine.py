@@ -28,6 +28,9 @@ from searchmerge.merging.rows import (
 
 EngineKind = Literal["auto", "compiled", "eager"]
 
+Way = Literal["native", "torch", "chunks"]
+"""C++ on a CPU, torch's compiler, or chunk by chunk."""
+
 _TOO_SMALL = 64  # entries: not worth compiled code, and sizes it would be specialised for
 
 
@@ -39,7 +42,7 @@ class Engine:
     is left to torch's compiler, which takes about 15 s the first time on a machine. ``auto``
     runs what would take so long on a CPU chunk by chunk; a caller with many trials ahead asks for
     ``compiled``. Where compiling fails, as without a C++ compiler, everything runs chunk by
-    chunk, after one warning if it was asked for. Both ways agree up to the rounding of float32.
+    chunk, after one warning if it was asked for. All ways agree up to the rounding of float32.
 
     Args:
         kind: Which way to run.
@@ -54,15 +57,25 @@ class Engine:
         self.compiled = Compiled()
         self.chunks = Chunks()
 
-    def is_compiled(self, device: torch.device) -> bool:
-        """Return whether arithmetic on ``device`` is compiled, as far as is known so far."""
-        return self.way(device) != "by chunks"
+    def is_compiled(self, device: torch.device, function: ChunkFunction | None = None) -> bool:
+        """Return whether arithmetic on ``device`` is compiled, as far as is known so far.
 
-    def way(self, device: torch.device) -> str:
-        """Return in words how arithmetic runs on ``device``: each way rounds as it does."""
-        if self._is_native(device):
-            return "as C++"
-        return "by torch's compiler" if self._is_torch_compiled(device) else "by chunks"
+        Args:
+            device: Where it is computed.
+            function: The arithmetic; ``None`` for what methods usually do.
+        """
+        return self.way(device, function) != "chunks"
+
+    def way(self, device: torch.device, function: ChunkFunction | None = None) -> Way:
+        """Return how arithmetic runs on ``device``, as far as is known: no two ways round alike.
+
+        Args:
+            device: Where it is computed.
+            function: The arithmetic; ``None`` for what methods usually do.
+        """
+        if self._is_native(device) and not native.refuses(function):
+            return "native"
+        return "torch" if self._is_torch_compiled(device) else "chunks"
 
     def merge(
         self, function: ChunkFunction, operands: Operands, scale: float, out: Tensor

@@ -111,7 +111,7 @@ class Directions:
         # float16 has not the range of what fine-tuning changed
         dtype = like.dtype if like.dtype == torch.bfloat16 else torch.float32
         size_bytes = dtype.itemsize * len(self.passes) * len(like)
-        if not size_bytes or self.engine.is_compiled(like.device):
+        if not size_bytes or self.engine.is_compiled(like.device, self.passes[0].function):
             return None
         if not self.budget.take(size_bytes):
             return None

@@ -15,7 +15,7 @@ from searchmerge.config import RunConfig
 from searchmerge.errors import CheckpointError
 from searchmerge.evaluators.causal.generation import GenerationOptions, Generator
 from searchmerge.evaluators.causal.scoring import CausalScorer
-from searchmerge.models import load_task_vectors, merged_anew, open_models, save_merge
+from searchmerge.models import load_task_vectors, merged_here, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.spec import study_model
 from searchmerge.study import Study, plain_study
@@ -140,7 +140,7 @@ def _merged(base, expert, out, **overrides):
     models = open_models(study, resident=False)
     plan = MergePlan(method="linear", experts=("a",), values={"coefficient": ((1.0,),)})
     vectors = load_task_vectors(study, models)
-    save_merge(models, merged_anew(models, vectors, plan), plan, out, files={}, check=lambda: None)
+    save_merge(models, merged_here(models, vectors, plan), plan, out, files={}, check=lambda: None)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "t5", "bart", "bert"])

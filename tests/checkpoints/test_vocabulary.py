@@ -20,7 +20,7 @@ from searchmerge.errors import CheckpointError, SpecError
 from searchmerge.evaluators.tokenizer import load_tokenizer
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.task_vectors import TaskVectors
-from searchmerge.models import load_task_vectors, merged_anew, open_models, save_merge
+from searchmerge.models import load_task_vectors, merged_here, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.spec import study_model
 from searchmerge.study import Study, plain_study
@@ -81,7 +81,7 @@ def _merged(base, experts, out, plan=None, **said):
     plan = plan or _plan(experts, one)
     save_merge(
         opened,
-        merged_anew(opened, load_task_vectors(study, opened), plan),
+        merged_here(opened, load_task_vectors(study, opened), plan),
         plan,
         out,
         files={},

@@ -29,7 +29,7 @@ from searchmerge.evaluators.classification import macro_f1
 from searchmerge.execution.gradient import LossRequest
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import saved_heads
-from searchmerge.models import load_task_vectors, merged_anew, open_models, save_merge
+from searchmerge.models import load_task_vectors, merged_here, open_models, save_merge
 from searchmerge.plan import MergePlan
 from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
@@ -384,7 +384,7 @@ def test_a_saved_head_is_used_by_transformers_alone(write, tmp_path):
     files, check = head_files(heads, models.dtype), Watch(models).check
     save_merge(
         models,
-        merged_anew(models, load_task_vectors(study, models), plan),
+        merged_here(models, load_task_vectors(study, models), plan),
         plan,
         out,
         files=files,

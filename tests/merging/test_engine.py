@@ -64,6 +64,7 @@ def test_what_torch_alone_compiles_is_left_to_it_or_runs_chunk_by_chunk(monkeypa
         monkeypatch.setattr(engine.compiled, "merge", lambda *a: (taken.append(a[0]), None))
         engine.merge(cubed, own, 1.0, out)
         torch.testing.assert_close(out, own.base + (own.experts[0] - own.base) ** 3)
+        assert not Engine("auto").is_compiled(torch.device("cpu"), cubed)
     assert taken == [cubed]
 
 
@@ -92,9 +93,9 @@ for _ in range(2):
 
 def test_ways_that_round_otherwise_are_told_apart():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert Engine("eager").way(cpu) == Engine("eager").way(gpu) == "by chunks"
-    assert Engine("auto").way(cpu) == Engine("compiled").way(cpu) == "as C++"
-    assert Engine("auto").way(gpu) == "by torch's compiler"
+    assert Engine("eager").way(cpu) == Engine("eager").way(gpu) == "chunks"
+    assert Engine("auto").way(cpu) == Engine("compiled").way(cpu) == "native"
+    assert Engine("auto").way(gpu) == "torch"
 
 
 def test_auto_compiles_on_every_device():

@@ -101,11 +101,10 @@ class RayWorker:
     def next_weight(self) -> tuple[str, Tensor] | SearchMergeError | None:
         """Return the next tensor's name and it, on the CPU; ``None`` at the end, or an error."""
         try:
-            for name, tensor in self._weights:
-                return name, tensor.cpu()
+            named = next(self._weights, None)
         except SearchMergeError as error:
             return error
-        return None
+        return None if named is None else (named[0], named[1].cpu())
 
     def _loaded(self) -> Worker:
         if self._worker is None:

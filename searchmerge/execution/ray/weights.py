@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor
 
 from searchmerge.errors import SearchMergeError, WorkerError
@@ -28,10 +28,17 @@ def weights_of(
         WorkerError: If the worker is lost, or cannot merge whole models.
         SearchMergeError: What it met as it merged.
     """
-    if not _answer(actor.begin_merging.remote(plan, dtype), timeout_s):
-        raise WorkerError("a worker merges no whole models")
-    while (weight := _answer(actor.next_weight.remote(), timeout_s)) is not None:
-        yield weight
+    try:
+        if not _answer(actor.begin_merging.remote(plan, dtype), timeout_s):
+            raise WorkerError("a worker merges no whole models")
+        while (weight := _answer(actor.next_weight.remote(), timeout_s)) is not None:
+            yield weight
+    except GetTimeoutError as error:
+        ray.kill(actor)  # or it would merge beside whoever does so in its place
+        raise WorkerError(
+            f"a worker gave no tensor within {timeout_s:g} s; ray.loading_deadline of the config "
+            "says how long it may take"
+        ) from error
 
 
 def _answer(asked: Any, timeout_s: float) -> Any:
@@ -39,12 +46,15 @@ def _answer(asked: Any, timeout_s: float) -> Any:
 
     Raises:
         WorkerError: If it does not.
+        GetTimeoutError: If it does not in time.
         SearchMergeError: If it answered with an error.
     """
     try:
         answer = ray.get(asked, timeout=timeout_s)
-    except GetTimeoutError as error:
-        raise WorkerError(f"a worker gave no tensor within {timeout_s:g} s") from error
+    except GetTimeoutError:
+        raise
+    except RayTaskError as error:
+        raise WorkerError(f"a worker failed as it merged: {short(error)}") from error
     except RayError as error:
         raise WorkerError(f"a worker was lost as it merged: {short(error)}") from error
     if isinstance(answer, SearchMergeError):

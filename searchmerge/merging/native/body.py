@@ -101,7 +101,7 @@ class Body:
         """
         try:
             return self._follow(function)
-        except NoSourceError:
+        except (NoSourceError, MemoryError):
             raise
         except Exception as error:  # torch's export raises anything, and so may the function
             told = next(iter(str(error).strip().splitlines()), "")

@@ -32,6 +32,8 @@ _FLAGS = (
     "-fdiagnostics-color=never",
 )
 
+_LONGEST_S = 300.0  # it takes a fraction of a second, and more where others are at work
+
 _PLACE = "smallest.cpp"
 
 _SMALLEST = f"""
@@ -95,7 +97,7 @@ def load(text: str, *, vectorised: str | None = None) -> ctypes.CDLL:
             return ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         raise NoSourceError(f"is refused by {compiler[0]}: {error.stderr.strip()}") from error
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise NoSourceError(f"cannot be compiled: {error}") from error
 
 
@@ -108,5 +110,6 @@ def _run(command: list[str]) -> str:
         encoding="utf-8",
         errors="replace",
         env={**os.environ, "LC_ALL": "C"},
+        timeout=_LONGEST_S,
     )
     return done.stderr

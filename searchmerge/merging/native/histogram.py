@@ -62,7 +62,7 @@ def _tally(counts: Tensor, cells: Tensor) -> None:
 def _count(name: str, numbers: Tensor, counts: Tensor, table: Tensor | None) -> bool:
     """Count by a function of the source below; return whether that could be compiled."""
     library = _library(counts.dtype)
-    if library is None:
+    if library is None or numbers.dtype != torch.float32 or not numbers.is_cpu:
         return False
     numbers = numbers.contiguous()
     getattr(library, name)(
@@ -80,20 +80,19 @@ def _library(dtype: torch.dtype) -> Any:
     if not has_compiler():
         return None
     counter = {torch.int32: "int32_t", torch.int64: "int64_t"}[dtype]
-    settings = f"const int low_bits = {LOW_BITS}, stride = {STRIDE};\ntypedef {counter} counter;\n"
     try:
-        return load(_INCLUDES + settings + _SOURCE)
+        return load(_SOURCE % {"counter": counter, "low_bits": LOW_BITS, "stride": STRIDE})
     except NoSourceError as error:
         _logger.info("counting %s", error)
         return None
 
 
-_INCLUDES = """
+_SOURCE = """
 #include <cstdint>
 #include <cstring>
-"""
 
-_SOURCE = """
+typedef %(counter)s counter;
+const int low_bits = %(low_bits)d, stride = %(stride)d;
 const int high_bits = 32 - low_bits, at_once = 1024;
 
 // calls count(key) for the order-preserving key of each number; -0 counts as 0

@@ -52,6 +52,15 @@ _KERNELS: dict[object, _Kernel | None] = {}
 """What this process compiled, by what it was written for; ``None`` where it could not be."""
 
 
+_REFUSED: set[ChunkFunction] = set()
+"""Functions that are left to others."""
+
+
+def refuses(function: ChunkFunction | None) -> bool:
+    """Return whether a function was found not to be expressed as C++, or not to be vectorised."""
+    return function in _REFUSED
+
+
 def merge(
     function: ChunkFunction, operands: Operands, scale: float, out: Tensor
 ) -> tuple[bool, Tensor | None]:
@@ -66,11 +75,13 @@ def merge(
     Returns:
         Whether it could be done, and the tally, float64.
     """
+    if not _are_plain(operands, out):
+        return False, None
     layout = _layout(operands)
     kernel = _kernel(
         ("merge", function, layout, out.dtype), lambda: merge_source(function, layout, out.dtype)
     )
-    if kernel is None or not _are_plain(operands, out):
+    if kernel is None:
         return False, None
     sums = _run(kernel, operands, operands.scalars, (), (out,), scale)
     return True, sums if kernel.n_sums else None
@@ -83,9 +94,11 @@ def compute(function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...] |
         function: The method's arithmetic.
         operands: The parameter, on the CPU.
     """
+    if not _are_plain(operands):
+        return None
     layout = _layout(operands)
     kernel = _kernel(("compute", function, layout), lambda: compute_source(function, layout))
-    if kernel is None or not _are_plain(operands):
+    if kernel is None:
         return None
     n_outs, n_entries = count_tallies(function, operands) + 1, len(operands.base)
     outs = tuple(torch.empty(n_entries, dtype=torch.float32, device="cpu") for _ in range(n_outs))
@@ -109,22 +122,28 @@ def products(
     Returns:
         ``(n_sets,)`` float64; ``None`` if it cannot be done.
     """
+    if not _are_plain(operands, numbers):
+        return None
     layout, n_sets, dtype = _layout(operands), len(sets), numbers.dtype
     kernel = _kernel(
         ("products", function, layout, n_sets, dtype),
         lambda: products_source(function, layout, n_sets, dtype),
     )
-    if kernel is None or not _are_plain(operands, numbers):
+    if kernel is None:
         return None
     return _run(kernel, operands, sets, (numbers,), (), 1.0)
 
 
-def _kernel(key: object, write: Callable[[], Source]) -> _Kernel | None:
-    """Return what is compiled, at the first call, for some function and layout."""
+def _kernel(
+    key: tuple[str, ChunkFunction, *tuple[object, ...]], write: Callable[[], Source]
+) -> _Kernel | None:
+    """Return what is compiled, at the first call, for a use, function and layout."""
     if key not in _KERNELS:
         with _WRITING:
             if key not in _KERNELS:
                 _KERNELS[key] = _made(write)
+                if _KERNELS[key] is None:
+                    _REFUSED.add(key[1])
     return _KERNELS[key]
 
 
