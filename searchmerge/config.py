@@ -1,6 +1,8 @@
 """What a run config may say: on which machine a study runs, and how its trials are kept there.
 
-Of all this the kind of device alone may change a score, and a study keeps to that it began on.
+Of all this the kind of device alone may change a score by more than rounding, and a study keeps
+to that it began on. The engine, the memory that is kept, and whether there is a C++ compiler
+decide how merges are rounded.
 """
 
 import re

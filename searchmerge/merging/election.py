@@ -88,9 +88,10 @@ def positive_bound(majority: float) -> float:
 def _merge_chosen(
     deltas: Sequence[Tensor], scalars: ElectionScalars, *, is_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :func:`merge_elected` does, with as few operations as can be.
+    """Return what :func:`merge_elected` does with as few operations as can be: it is compiled.
 
-    A GPU that reads memory as fast as it can has time for some hundred operations an entry.
+    A GPU that reads memory as fast as it can has time for some hundred operations an entry, and
+    a CPU for fewer.
     """
     total, coefficients = add_up(deltas), scalars.coefficients
     is_positive_, is_zero_ = total > scalars.bound[0], total == 0

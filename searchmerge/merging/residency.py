@@ -21,7 +21,7 @@ _LEFT_FREE = 0.35  # of a GPU's free memory, for activations
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """How a merger uses memory; it can only change the time taken.
+    """How a merger uses memory; it changes the time taken, and nothing else but the rounding.
 
     Attributes:
         residency: ``device`` copies base and experts to where the targets lie; ``pinned`` to

@@ -44,8 +44,8 @@ class Block(NamedTuple):
 
     Attributes:
         size: How many of each row.
-        rows: One function per row, from a slice of ``range(size)`` to those numbers, float32 on
-            any device. Each is called in a thread of its own.
+        rows: One function per row, from a slice of ``range(size)`` to those numbers, float32,
+            where they are counted. Each is called in a thread of its own.
         part: What holds all of them on a GPU; ``None`` where they are read.
         device: Where they are counted.
         is_view: Whether they lie there anyway, so that to wait with them takes no memory.
