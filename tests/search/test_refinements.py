@@ -35,7 +35,7 @@ from tests.tiny import make_models, make_study
 from tests.toy import EXPERTS as TOYS
 from tests.waiting import wait_for
 
-CONFIG = RunConfig(engine="eager", device="cpu")
+CONFIG = RunConfig(device="cpu")
 REFINE = {"loss": "agreement", "steps": 12, "batch": 24, "rate": 0.1, "starts": 2}
 
 
