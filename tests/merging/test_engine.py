@@ -12,6 +12,7 @@ from searchmerge.merging.chunks import CHUNK
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.kernels import Chunk
 from searchmerge.merging.operands import Operands
+from tests.merging.compiling import needs_compiler
 
 
 def positions_and_keys(chunk: Chunk):
@@ -91,6 +92,7 @@ for _ in range(2):
     assert done.stderr.count("merging runs uncompiled, as compiling failed") == 2  # two mergers
 
 
+@needs_compiler
 def test_ways_that_round_otherwise_are_told_apart():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert Engine("eager").way(cpu) == Engine("eager").way(gpu) == "chunks"
@@ -98,6 +100,7 @@ def test_ways_that_round_otherwise_are_told_apart():
     assert Engine("auto").way(gpu) == "torch"
 
 
+@needs_compiler
 def test_auto_compiles_on_every_device():
     assert Engine("auto").is_compiled(torch.device("cpu"))
     assert not Engine("eager").is_compiled(torch.device("cpu"))

@@ -22,6 +22,7 @@ from searchmerge.merging.method import (
 from searchmerge.merging.operands import Operands
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import Groups, MergePlan
+from tests.merging.compiling import needs_compiler
 
 EXPERTS = ("math", "code", "law")
 SHAPES = {
@@ -214,6 +215,7 @@ def test_groups_with_equal_rows_equal_the_whole_plan(method, engine, groups):
     assert_same(found, expected, rtol=0, atol=0)
 
 
+@needs_compiler
 @of_every_method
 def test_compiled_and_eager_code_agree(method, caplog):
     base, experts = weights(seed=3)

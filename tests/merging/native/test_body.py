@@ -8,6 +8,9 @@ from searchmerge.merging.native import native
 from searchmerge.merging.native.body import Body, Layout
 from searchmerge.merging.native.operations import NoSourceError
 from searchmerge.merging.operands import Operands
+from tests.merging.compiling import needs_compiler
+
+pytestmark = needs_compiler
 
 REAL = torch.float32
 LAYOUT = Layout(REAL, (REAL, REAL, REAL), (REAL,), (2, 3), 3)

@@ -8,13 +8,16 @@ import pytest
 
 from searchmerge.merging.native.compiler import load
 from searchmerge.merging.native.operations import NoSourceError
+from tests.merging.compiling import needs_compiler
 
 
+@needs_compiler
 def test_what_the_compiler_refuses_is_said():
     with pytest.raises(NoSourceError, match=r"is refused by g\+\+: (.|\n)*not_declared"):
         load("int run() { return not_declared; }")
 
 
+@needs_compiler
 def test_a_loop_that_is_not_vectorised_is_left_to_others():
     with pytest.raises(NoSourceError, match=r"is not vectorised by g\+\+"):
         load('extern "C" void run() {}', vectorised="entries.cpp")

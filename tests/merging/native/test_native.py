@@ -13,6 +13,9 @@ from searchmerge.merging.native import native
 from searchmerge.merging.native.source import PART
 from searchmerge.merging.operands import Operands
 from searchmerge.merging.task_vectors import TaskVectors
+from tests.merging.compiling import needs_compiler
+
+pytestmark = needs_compiler
 
 SIZES = (1, 63, PART - 1, PART + 1, 20 * PART + 17)
 

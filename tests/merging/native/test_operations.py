@@ -10,7 +10,10 @@ from searchmerge.merging.native.operations import (
     literal,
     operand_dtypes,
 )
+from tests.merging.compiling import needs_compiler
 from tests.merging.native.running import applied
+
+pytestmark = needs_compiler
 
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.5, -2.5, 1e-45, -1e-38, 3.4e38, 1e30)
 ODD = (float("nan"), float("inf"), float("-inf"))

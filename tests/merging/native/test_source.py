@@ -9,6 +9,9 @@ from searchmerge.merging.native.body import Layout
 from searchmerge.merging.native.operations import NoSourceError
 from searchmerge.merging.native.source import merge_source, products_source
 from searchmerge.merging.operands import Operands
+from tests.merging.compiling import needs_compiler
+
+pytestmark = needs_compiler
 
 HALVES = (torch.bfloat16, torch.float16)
 REAL = torch.float32
