@@ -1,5 +1,5 @@
 # make quickstart   install into .venv and run the main job end to end
-# make test         install into .venv and run the tests, two at a time (about 6 minutes on 2 cores)
+# make test         install into .venv and run the tests, two at a time (about 7 minutes on 2 cores)
 # make test-all     the same with the slow tests
 # make bench        merging, scoring, driver and samplers against named alternatives
 # make gpu          all of it on this machine's GPU, 450 s at the most; figures go to gpu.jsonl

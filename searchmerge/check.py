@@ -114,7 +114,10 @@ def _models(study: Study, models: Models, config: RunConfig) -> Iterator[str]:
     if crowded := config.crowding():
         yield f"machine: {crowded}: other processes use it too, and every trial takes longer"
     if device == "cpu" and config.is_here and config.engine != "eager" and not has_compiler():
-        yield "machine: there is no C++ compiler, g++: merging takes several times as long"
+        yield (
+            "machine: there is no g++ that works, nor a like compiler that CXX names: merging "
+            "takes several times as long"
+        )
 
 
 class _Sample(NamedTuple):

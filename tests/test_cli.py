@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from searchmerge.merging.native.compiler import has_compiler
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results, Row
 from tests.tiny import EXPERTS, WORDS, make_study, save_tokenizer
@@ -244,6 +245,23 @@ def test_check_says_what_a_trial_will_cost(study, searchmerge):
     assert "GiB of base and experts are read in every merge" in out
     assert out.count("  | w") == 4  # two prompts of each task
     assert "chat template" not in out
+
+
+def test_check_says_where_merging_is_not_compiled(study, searchmerge, monkeypatch):
+    told = "there is no g++ that works, nor a like compiler that CXX names: merging takes"
+    monkeypatch.setenv("CXX", "/no/compiler")
+    has_compiler.cache_clear()
+    try:
+        code, out, err = searchmerge("check", study())
+    finally:
+        has_compiler.cache_clear()
+    assert code == 0, err
+    assert told in out
+    config = study().parent / "eager.yaml"
+    config.write_text("engine: eager\ndevice: cpu\n")
+    code, out, err = searchmerge("check", study(), "--config", config)
+    assert code == 0, err
+    assert told not in out
 
 
 def test_check_says_what_can_be_told_apart_and_what_would_be_needed(study, searchmerge):

@@ -26,8 +26,11 @@ from searchmerge.merging.native.operations import (
     whole_bound,
 )
 
-MOST_COUNTED = 1 << 18
-"""Whole numbers up to this one are counted in 32 bits over a part of at most 4096 entries."""
+PART = 4096
+"""Entries that a thread goes over at once, and of which each sum is formed: they stay in its
+cache."""
+
+_MOST_COUNTED = (1 << 30) // PART  # whole numbers of which 32 bits hold the sum over a part
 
 _ENTRIES = 4099  # of the tensors that a function is followed on: a prime, and no other size
 
@@ -212,7 +215,7 @@ class Body:
         if step.dtype != torch.float32 or step.shape:
             raise NoSourceError(f"has a sum in {step.dtype} of shape {step.shape}")
         name = f"counter{len(self.counters)}"
-        self.counters[name] = self._bounds.get(value.names, math.inf) <= MOST_COUNTED
+        self.counters[name] = self._bounds.get(value.names, math.inf) <= _MOST_COUNTED
         entry = self.number(value)
         self.loop.append(
             f"{name} += (int32_t){entry};" if self.counters[name] else f"{name}[i] = {entry};"

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from searchmerge.merging.kernels import ChunkFunction
-from searchmerge.merging.native.body import Layout
+from searchmerge.merging.native.body import PART, Layout
 from searchmerge.merging.native.compiler import load
 from searchmerge.merging.native.operations import NoSourceError
 from searchmerge.merging.native.source import (
     ENTRIES,
-    PART,
     Source,
     compute_source,
     merge_source,
     products_source,
 )
-from searchmerge.merging.operands import Operands, count_tallies
+from searchmerge.merging.operands import Operands
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +44,7 @@ class _Kernel(NamedTuple):
     """What was compiled; see :mod:`searchmerge.merging.native.source`."""
 
     run: Any
+    n_outs: int
     n_sums: int
 
 
@@ -100,8 +100,8 @@ def compute(function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...] |
     kernel = _kernel(("compute", function, layout), lambda: compute_source(function, layout))
     if kernel is None:
         return None
-    n_outs, n_entries = count_tallies(function, operands) + 1, len(operands.base)
-    outs = tuple(torch.empty(n_entries, dtype=torch.float32, device="cpu") for _ in range(n_outs))
+    shape = kernel.n_outs, len(operands.base)
+    outs = tuple(torch.empty(shape, dtype=torch.float32, device="cpu"))
     _run(kernel, operands, operands.scalars, (), outs, 1.0)
     return outs
 
@@ -156,7 +156,7 @@ def _made(write: Callable[[], Source]) -> _Kernel | None:
         _logger.info("a merge function %s", error)
         return None
     run.restype, run.argtypes = None, _ARGUMENTS
-    return _Kernel(run, source.n_sums)
+    return _Kernel(run, source.n_outs, source.n_sums)
 
 
 def _layout(operands: Operands) -> Layout:

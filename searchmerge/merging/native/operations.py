@@ -144,8 +144,9 @@ def _bound(operand: Operand, bounds: Mapping[str, int]) -> int | None:
         if operand.dtype == torch.bool:
             return 1
         return bounds.get(operand.names) if isinstance(operand.names, str) else None
-    is_whole = isinstance(operand, int | float) and math.isfinite(operand) and not operand % 1
-    return abs(int(operand)) if is_whole and operand is not None else None
+    if operand is None or not math.isfinite(operand) or operand % 1:
+        return None
+    return abs(int(operand))
 
 
 def _check_alike(name: str, operands: Sequence[Operand]) -> None:

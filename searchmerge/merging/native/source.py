@@ -6,12 +6,8 @@ from typing import NamedTuple
 import torch
 
 from searchmerge.merging.kernels import ChunkFunction
-from searchmerge.merging.native.body import Body, Layout
+from searchmerge.merging.native.body import PART, Body, Layout
 from searchmerge.merging.native.operations import NoSourceError
-
-PART = 4096
-"""Entries that a thread goes over at once, and of which each sum is formed: they stay in its
-cache, and 32 bits hold the sums of what is counted."""
 
 ENTRIES = "entries.cpp"
 """What the compiler is told to call the lines with the loop over entries."""
@@ -30,10 +26,12 @@ class Source(NamedTuple):
 
     Attributes:
         text: C++, with one function ``run``.
+        n_outs: How many tensors it writes.
         n_sums: How many sums it forms of every part.
     """
 
     text: str
+    n_outs: int
     n_sums: int
 
 
@@ -126,7 +124,7 @@ def _source(
         loop="\n      ".join(body.loop),
         sums="\n    ".join(made),
     )
-    return Source(f'#line 1 "{ENTRIES}"' + _PRELUDE + text, n_sets * len(sums))
+    return Source(f'#line 1 "{ENTRIES}"' + _PRELUDE + text, len(outs), n_sets * len(sums))
 
 
 _PRELUDE = r"""

@@ -9,14 +9,13 @@ import torch
 from searchmerge.errors import EvaluationError, WorkerError
 from tests.execution import workers
 from tests.execution.conftest import STORE_BYTES
-from tests.execution.ray.test_pool import pool  # noqa: F401
 from tests.execution.workers import DIES, FAILS, plan
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def weights(pool):  # noqa: F811
+def weights(pool):
     """Return what a worker of some kind gives."""
 
     def give(make):

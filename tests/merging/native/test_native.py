@@ -10,7 +10,7 @@ from searchmerge.merging.kernels import Chunk, exact_sum, weighted_sum
 from searchmerge.merging.merger import Merger
 from searchmerge.merging.method import METHODS, default_plan, linear_hyperparameter
 from searchmerge.merging.native import native
-from searchmerge.merging.native.source import PART
+from searchmerge.merging.native.body import PART
 from searchmerge.merging.operands import Operands
 from searchmerge.merging.task_vectors import TaskVectors
 from tests.merging.compiling import needs_compiler
