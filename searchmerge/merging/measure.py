@@ -40,9 +40,15 @@ FINE_GRID = 1000
 
 @dataclass
 class MemoryBudget:
-    """Bytes that methods may still keep of what they measured."""
+    """What methods may keep in memory of what they measured.
+
+    Attributes:
+        left_bytes: How much more.
+        readers: Each is called with what is given back, to forget the tensors.
+    """
 
     left_bytes: int
+    readers: list[Callable[[Mapping[str, tuple[Tensor, ...]]], None]] = field(default_factory=list)
 
     def take(self, size_bytes: int) -> bool:
         """Take ``size_bytes`` and return true, or return false if fewer are left."""
@@ -243,11 +249,13 @@ class Measure:
         return kept
 
     def release(self, kept: Mapping[str, tuple[Tensor, ...]]) -> None:
-        """Give back the budget of what was kept; the caller forgets the tensors."""
+        """Give back the budget of what was kept; the caller and all readers forget the tensors."""
         if isinstance(kept, dict):
             for name, tensors in kept.items():
                 here = [t for t in tensors if t.device.type == self.device(name).type]
                 self.budget.left_bytes += sum(tensor.nbytes for tensor in here)
+        for forget in self.budget.readers:
+            forget(kept)
 
     def compute(self, function: ChunkFunction, name: str) -> tuple[Tensor, ...]:
         """Return what ``function`` returns of one whole parameter, without scalars."""

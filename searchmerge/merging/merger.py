@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from searchmerge.errors import EvaluationError, SpecError
+from searchmerge.merging.at_once import AtOnce
 from searchmerge.merging.engine import Engine, EngineKind
 from searchmerge.merging.gradient import Directions
 from searchmerge.merging.groups import depth_positions
@@ -24,14 +25,11 @@ from searchmerge.merging.method import (
     validate_plan,
 )
 from searchmerge.merging.operands import Operands
-from searchmerge.merging.replay import Parameter, ResidentPass, resident_passes
 from searchmerge.merging.residency import Memory, place, streamed
 from searchmerge.merging.task_vectors import TaskVectors
 from searchmerge.plan import MergePlan
 
 _logger = logging.getLogger(__name__)
-
-_MOST_RESIDENT = 4  # functions whose launches are kept
 
 
 class Merger:
@@ -83,7 +81,8 @@ class Merger:
         self._everyone = self._measure(self._vectors)
         self._methods: dict[tuple[str, tuple[str, ...]], MergeMethod] = {}
         self._flat: dict[object, list[tuple[str, tuple[Tensor, ...]]]] = {}
-        self._resident: dict[object, list[ResidentPass]] = {}
+        self._at_once = AtOnce(self._engine, first_targets)
+        self._budget.readers.append(self._at_once.forget)
 
     @torch.no_grad()
     @float32_by_default()
@@ -102,11 +101,13 @@ class Merger:
         vectors, first_pass, scales = self._bind(plan)
         work: Pass | None = first_pass
         while work is not None:
-            tallies = self._applied_at_once(vectors, work, scales, self._targets)
+            inputs, tallies = self._inputs(vectors, work), None
+            if isinstance(inputs, list):  # the same tensors each time
+                tallies = self._at_once.run(vectors.experts, work, inputs, scales)
             if tallies is None:
                 tallies = [
                     self._write(name, tensors, work, scales[name], self._targets[name][0])
-                    for name, tensors in self._inputs(vectors, work)
+                    for name, tensors in inputs
                 ]
             work = _revised(work, tallies)
         self._finish(self._targets)
@@ -237,47 +238,6 @@ class Merger:
         kept = () if not work.kept else work.kept[name]
         kept = tuple(t.to(tensors[0].device, non_blocking=True) for t in kept)
         return Operands(tensors[0], tensors[1:], work.scalars(name), kept, keys)
-
-    def _applied_at_once(
-        self,
-        vectors: TaskVectors,
-        work: Pass,
-        scales: Mapping[str, float],
-        targets: Mapping[str, tuple[Tensor, ...]],
-    ) -> list[Tensor | None] | None:
-        """Write all parameters where each lies on a GPU with its experts; return the tallies.
-
-        ``None`` where that is not so, or nothing is compiled.
-        """
-        inputs = self._inputs(vectors, work)
-        on_gpus = all(device.type == "cuda" for device in self._devices.values())
-        is_kept = not work.kept or (
-            isinstance(work.kept, dict)
-            and all(t.device.type == "cuda" for kept in work.kept.values() for t in kept)
-        )
-        if not (isinstance(inputs, list) and inputs and on_gpus and is_kept):
-            return None
-        if not all(self._engine.is_compiled(device) for device in self._devices.values()):
-            return None
-        key = (vectors.experts, work.experts, work.function)
-        passes = self._resident.get(key)
-        if passes is None or not passes[0].serves(work):
-            self._resident.pop(key, None)
-            if not all(target.is_contiguous() for target, *_ in targets.values()):
-                return None
-            while len(self._resident) >= _MOST_RESIDENT:
-                del self._resident[next(iter(self._resident))]
-            passes = resident_passes(
-                self._engine,
-                work,
-                (
-                    Parameter(name, tensors, work.kept.get(name, ()), targets[name][0].view(-1))
-                    for name, tensors in inputs
-                ),
-            )
-            self._resident[key] = passes
-        runs = [each.run(work, scales) for each in passes]
-        return [tally for _, tally in runs] if all(done for done, _ in runs) else None
 
     @float32_by_default()
     def _settled(self, vectors: TaskVectors, work: Pass, scales: Mapping[str, float]) -> Pass:

@@ -1,11 +1,13 @@
 """What the merge of one parameter reads, and how many numbers come back beside what is merged."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from searchmerge.merging.kernels import Chunk, ChunkFunction
+from searchmerge.merging.method import Pass
 
 _TALLIES: dict[object, int] = {}
 """How many tallies each function returns, by it and what it reads."""
@@ -45,6 +47,28 @@ class Operands:
     def with_scalars(self, scalars: Tensor) -> "Operands":
         """Return the same with other scalars."""
         return replace(self, scalars=scalars)
+
+
+class Parameter(NamedTuple):
+    """A parameter that stays where it is merged, with all that is read and written, 1-D.
+
+    Attributes:
+        name: Its name.
+        tensors: The base's entries and each expert's.
+        kept: What the method kept of it.
+        target: Where it is written.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    target: Tensor
+
+    def operands(self, work: Pass) -> Operands:
+        """Return what its merge reads in a pass."""
+        base, *experts = self.tensors
+        keys = None if work.keys is None else work.keys(self.name)
+        return Operands(base, tuple(experts), work.scalars(self.name), self.kept, keys)
 
 
 def count_tallies(function: ChunkFunction, operands: Operands) -> int:

@@ -1,7 +1,7 @@
 """Passes over a model that lies on a GPU with its experts: launched once, then played again.
 
-Nothing but numbers changes from one candidate to the next: every address stays. All launches of a
-pass are recorded as a CUDA graph, and a candidate costs one copy of its numbers and one launch.
+All launches of a pass are recorded as a CUDA graph, and a candidate costs one copy of its numbers
+and one launch.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.method import Pass
-from searchmerge.merging.operands import Operands, count_tallies
+from searchmerge.merging.operands import Operands, Parameter, count_tallies
 from searchmerge.merging.rows import (
     ROW,
     SUMMED,
@@ -39,22 +39,6 @@ _AT_ONCE = 4  # kernels: one's last blocks leave room for the first of the next
 Launch = Callable[[], object]
 Recorder = Callable[[Launch], Launch]
 """Takes what launches a pass; returns what plays it again."""
-
-
-class Parameter(NamedTuple):
-    """A parameter that lies on a GPU with all that its merge reads and writes, 1-D.
-
-    Attributes:
-        name: Its name.
-        tensors: The base's entries and each expert's.
-        kept: What the method kept of it.
-        target: Where it is written.
-    """
-
-    name: str
-    tensors: tuple[Tensor, ...]
-    kept: tuple[Tensor, ...]
-    target: Tensor
 
 
 class _Piece(NamedTuple):
@@ -122,7 +106,7 @@ class _Branches:
         return done
 
 
-class ResidentPass:
+class RecordedPass:
     """One function over all parameters that lie on one GPU.
 
     The first run launches every kernel, which compiles it; the second records; from then on the
@@ -143,11 +127,10 @@ class ResidentPass:
         parameters: Sequence[Parameter],
         record: Recorder,
     ) -> None:
-        self._kept = work.kept
         self._engine, self._function, self._parameters = engine, work.function, parameters
         self._record, self._n_runs = record, 0
         self._play: Launch | None = None
-        every = [_operands(parameter, work) for parameter in parameters]
+        every = [parameter.operands(work) for parameter in parameters]
         device, scalars, first_keys = parameters[0].target.device, every[0].scalars, every[0].keys
         sizes = (len(parameters), n_number_rows(*scalars.shape), scalars.shape[1])
         self._numbers = _Sent(sizes, torch.float32, device)
@@ -190,10 +173,6 @@ class ResidentPass:
         tallies = tuple(tally[place : place + len(target)] for tally in self._tallies)
         return _Piece(parameter, start, rows, (target, *tallies))
 
-    def serves(self, work: Pass) -> bool:
-        """Return whether a pass of the same function reads what this one was made for."""
-        return work.kept is self._kept or not (work.kept or self._kept)
-
     def run(self, work: Pass, scales: Mapping[str, float]) -> tuple[bool, Tensor | None]:
         """Merge under the numbers of a pass; return whether it could be done, and the tally.
 
@@ -211,7 +190,7 @@ class ResidentPass:
             return False, None
         tallies = [self._total] if self._tallies else []
         for parameter, whole in self._rests:
-            rest = _operands(parameter, work).part(whole, len(parameter.target))
+            rest = parameter.operands(work).part(whole, len(parameter.target))
             scale, out = scales[parameter.name], parameter.target[whole:]
             tally = self._engine.chunks.merge(self._function, rest, scale, out)
             tallies += [tally.double()] if tally is not None else []
@@ -271,23 +250,3 @@ def record_graph(launch: Launch, device: torch.device) -> Launch:
             graph.replay()
 
     return play
-
-
-def resident_passes(
-    engine: Engine, work: Pass, parameters: Iterable[Parameter]
-) -> list[ResidentPass]:
-    """Return a pass over the parameters of each GPU that a model is spread over."""
-    on_device: dict[torch.device, list[Parameter]] = {}
-    for parameter in parameters:
-        on_device.setdefault(parameter.target.device, []).append(parameter)
-    return [
-        ResidentPass(engine, work, some, partial(record_graph, device=device))
-        for device, some in on_device.items()
-    ]
-
-
-def _operands(parameter: Parameter, work: Pass) -> Operands:
-    base, *experts = parameter.tensors
-    keys = None if work.keys is None else work.keys(parameter.name)
-    scalars = work.scalars(parameter.name)
-    return Operands(base, tuple(experts), scalars, parameter.kept, keys)

@@ -1,7 +1,6 @@
 """A pass over a resident model is launched, then recorded, then played."""
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from searchmerge.merging.compiled import Compiled
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.measure import Measure, MemoryBudget
 from searchmerge.merging.method import METHODS, default_plan
-from searchmerge.merging.operands import Operands
-from searchmerge.merging.replay import Parameter, ResidentPass
+from searchmerge.merging.operands import Operands, Parameter
+from searchmerge.merging.replay import RecordedPass
 from searchmerge.merging.task_vectors import TaskVectors
 
 EXPERTS = ("math", "code", "law")
@@ -98,14 +97,15 @@ def test_every_run_gives_what_each_parameter_gives_by_itself(method):
     own = vectors()
     bound = METHODS[method](Measure(own, Engine("eager"), MemoryBudget(2**20)))
     targets = {name: torch.empty(size) for name, size in SIZES.items()}
-    recorder, engine, passes = Recorder(), uncompiled(), None
+    recorder, engine, passes, kept = Recorder(), uncompiled(), None, None
     for i, coefficient in enumerate([0.5, 1.0, 1.5]):
         plan = default_plan(method, EXPERTS, coefficient=coefficient, **settings(method))
         work = bound.bind(plan)
         scales = {name: 1.0 + i * place for place, name in enumerate(SIZES)}
         wanted, tally = expected(own, work, scales)
-        if passes is None or not passes.serves(work):
-            passes = ResidentPass(engine, work, list(parameters(own, targets, work)), recorder)
+        if passes is None or work.kept is not kept:
+            passes = RecordedPass(engine, work, list(parameters(own, targets, work)), recorder)
+        kept = work.kept
         done, found = passes.run(work, scales)
         assert done
         assert all(torch.equal(targets[name], tensor) for name, tensor in wanted.items())
@@ -118,7 +118,7 @@ def ties_pass(engine, recorder):
     targets = {name: torch.empty(size) for name, size in SIZES.items()}
     bound = METHODS["ties"](Measure(own, Engine("eager"), MemoryBudget(0)))
     work = bound.bind(default_plan("ties", EXPERTS))
-    return ResidentPass(engine, work, list(parameters(own, targets, work)), recorder), work
+    return RecordedPass(engine, work, list(parameters(own, targets, work)), recorder), work
 
 
 def test_it_is_launched_once_recorded_once_and_then_played():
@@ -148,19 +148,3 @@ def test_where_recording_fails_each_kernel_is_launched_and_it_is_said_once(caplo
 def test_what_cannot_be_compiled_is_told():
     passes, work = ties_pass(uncompiled(n_kernels=1), Recorder())
     assert passes.run(work, dict.fromkeys(SIZES, 1.0)) == (False, None)
-
-
-@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "dare", "linear", "breadcrumbs"])
-def test_a_pass_serves_every_plan_where_nothing_is_kept(method):
-    """Or each candidate would be launched anew, and none played."""
-    own = vectors()
-    bound = METHODS[method](Measure(own, Engine("eager"), MemoryBudget(2**30)))
-    plans = [default_plan(method, EXPERTS, coefficient=c, **settings(method)) for c in (0.5, 1.0)]
-    first, second = (bound.bind(plan) for plan in plans)
-    targets = {name: tensor.clone() for name, tensor in own.base.items()}
-    read = list(parameters(own, targets, first))
-    made = ResidentPass(uncompiled(), first, read, record=Recorder())
-    assert first.function is second.function
-    assert not first.kept
-    assert made.serves(second)
-    assert not made.serves(replace(second, kept={"norm": (torch.zeros(7),)}))

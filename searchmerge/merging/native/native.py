@@ -1,6 +1,7 @@
 """Running merge functions as C++ on a CPU."""
 
 import ctypes
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -33,10 +34,7 @@ _WRITING = threading.Lock()
 
 _POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
 
-_ARGUMENTS = (
-    *(_POINTER, _POINTER, _POINTER, _WHOLE, _POINTER, _WHOLE, ctypes.c_float, _WHOLE, _POINTER),
-    ctypes.c_int,
-)
+_ARGUMENTS: Any = (_WHOLE, *[_POINTER] * 10, ctypes.c_int)
 """Of a kernel: see the source's function ``run``."""
 
 
@@ -61,6 +59,52 @@ def refuses(function: ChunkFunction | None) -> bool:
     return function in _REFUSED
 
 
+class Merges:
+    """The merges of parameters that stay where they lie in memory: one call for all of them.
+
+    Args:
+        kernel: What was compiled for their layout.
+        parameters: What is read, whose own scalars and keys do not count.
+        outs: Where each is written.
+    """
+
+    def __init__(
+        self, kernel: _Kernel, parameters: Sequence[Operands], outs: Sequence[Tensor]
+    ) -> None:
+        self._call = _Call(kernel, parameters, [()] * len(parameters), [(out,) for out in outs])
+        self._counts = bool(kernel.n_sums)
+
+    @classmethod
+    def of(
+        cls, function: ChunkFunction, parameters: Sequence[Operands], outs: Sequence[Tensor]
+    ) -> "Merges | None":
+        """Return the merges of parameters of one layout; ``None`` if they cannot be done.
+
+        Args:
+            function: The method's arithmetic.
+            parameters: At least one, on the CPU, each of the same :func:`layout_of`.
+            outs: Where to write each, 1-D and contiguous, all of one float dtype.
+        """
+        if not all(map(_are_plain, parameters, outs)):
+            return None
+        layout, dtype = layout_of(parameters[0]), outs[0].dtype
+        kernel = _kernel(
+            ("merge", function, layout, dtype), lambda: merge_source(function, layout, dtype)
+        )
+        return None if kernel is None else cls(kernel, parameters, outs)
+
+    def run(self, scalars: Tensor, keys: Tensor | None, scales: Sequence[float]) -> Tensor | None:
+        """Write ``base + scale * merged task vector`` of each; return the tally of all, float64.
+
+        Args:
+            scalars: ``(n_parameters, n_scalars, n_experts)``.
+            keys: ``(n_parameters, n_keys)``; ``None`` where nothing is random.
+            scales: Of each, the factor on the merged task vector.
+        """
+        sums = self._call.run(scalars, keys, scales)
+        return sums if self._counts else None
+
+
 def merge(
     function: ChunkFunction, operands: Operands, scale: float, out: Tensor
 ) -> tuple[bool, Tensor | None]:
@@ -75,16 +119,10 @@ def merge(
     Returns:
         Whether it could be done, and the tally, float64.
     """
-    if not _are_plain(operands, out):
+    merges = Merges.of(function, (operands,), (out,))
+    if merges is None:
         return False, None
-    layout = _layout(operands)
-    kernel = _kernel(
-        ("merge", function, layout, out.dtype), lambda: merge_source(function, layout, out.dtype)
-    )
-    if kernel is None:
-        return False, None
-    sums = _run(kernel, operands, operands.scalars, (), (out,), scale)
-    return True, sums if kernel.n_sums else None
+    return True, merges.run(operands.scalars, operands.keys, (scale,))
 
 
 def compute(function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...] | None:
@@ -96,13 +134,13 @@ def compute(function: ChunkFunction, operands: Operands) -> tuple[Tensor, ...] |
     """
     if not _are_plain(operands):
         return None
-    layout = _layout(operands)
+    layout = layout_of(operands)
     kernel = _kernel(("compute", function, layout), lambda: compute_source(function, layout))
     if kernel is None:
         return None
     shape = kernel.n_outs, len(operands.base)
     outs = tuple(torch.empty(shape, dtype=torch.float32, device="cpu"))
-    _run(kernel, operands, operands.scalars, (), outs, 1.0)
+    _Call(kernel, (operands,), ((),), (outs,)).run(operands.scalars, operands.keys, (1.0,))
     return outs
 
 
@@ -124,14 +162,14 @@ def products(
     """
     if not _are_plain(operands, numbers):
         return None
-    layout, n_sets, dtype = _layout(operands), len(sets), numbers.dtype
+    layout, n_sets, dtype = layout_of(operands), len(sets), numbers.dtype
     kernel = _kernel(
         ("products", function, layout, n_sets, dtype),
         lambda: products_source(function, layout, n_sets, dtype),
     )
     if kernel is None:
         return None
-    return _run(kernel, operands, sets, (numbers,), (), 1.0)
+    return _Call(kernel, (operands,), ((numbers,),), ((),)).run(sets, operands.keys, (1.0,))
 
 
 def _kernel(
@@ -159,7 +197,8 @@ def _made(write: Callable[[], Source]) -> _Kernel | None:
     return _Kernel(run, source.n_outs, source.n_sums)
 
 
-def _layout(operands: Operands) -> Layout:
+def layout_of(operands: Operands) -> Layout:
+    """Return what of a parameter a kernel is written for."""
     return Layout(
         operands.base.dtype,
         tuple([tensor.dtype for tensor in operands.experts]),
@@ -180,36 +219,65 @@ def _are_plain(operands: Operands, *more: Tensor) -> bool:
     return True
 
 
-def _run(
-    kernel: _Kernel,
-    operands: Operands,
-    sets: Tensor,
-    more: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    scale: float,
-) -> Tensor:
-    """Run a kernel; return its sums over all entries, ``(n_sums,)`` float64.
+class _Call:
+    """A kernel with the places of all that it reads and writes.
 
-    Those of the parts are added in their order, however many threads there are.
+    Args:
+        kernel: What was compiled.
+        parameters: What is read, whose own scalars and keys do not count.
+        more: What else is read of each.
+        outs: What is written of each.
     """
-    n_entries = operands.base.numel()
-    sets = _plain(sets, torch.float32)
-    keys = None if operands.keys is None else _plain(operands.keys, torch.int64)
-    n_parts = -(-n_entries // PART)
-    of_parts = torch.empty(n_parts, kernel.n_sums, dtype=torch.float64, device="cpu")
-    kernel.run(
-        _addresses((operands.base, *operands.experts, *operands.kept, *more)),
-        _addresses(outs),
-        sets.data_ptr(),
-        sets.shape[-2] * sets.shape[-1],
-        None if keys is None else keys.data_ptr(),
-        operands.start,
-        scale,
-        n_entries,
-        of_parts.data_ptr(),
-        torch.get_num_threads() if n_entries > _ALONE else 1,
-    )
-    return of_parts[0] if n_parts == 1 else torch.from_numpy(of_parts.numpy().sum(0))
+
+    def __init__(
+        self,
+        kernel: _Kernel,
+        parameters: Sequence[Operands],
+        more: Sequence[Sequence[Tensor]],
+        outs: Sequence[Sequence[Tensor]],
+    ) -> None:
+        self._kernel = kernel
+        self._tensors = [  # they stay in memory as long as this does
+            [each.base, *each.experts, *each.kept, *others]
+            for each, others in zip(parameters, more, strict=True)
+        ]
+        self._outs = outs
+        sizes = [len(each.base) for each in parameters]
+        parts = itertools.accumulate((-(-size // PART) for size in sizes), initial=0)
+        self._in, self._out = _addresses(self._tensors), _addresses(outs)
+        self._firsts = _wholes([each.start for each in parameters])
+        self._sizes, self._starts = _wholes(sizes), _wholes(list(parts))
+        self._is_large = sum(sizes) > _ALONE
+
+    def run(self, sets: Tensor, keys: Tensor | None, scales: Sequence[float]) -> Tensor:
+        """Return the kernel's sums over all entries, ``(n_sums,)`` float64.
+
+        Those of the parts are added in their order, however many threads there are.
+
+        Args:
+            sets: Scalars, all that there are of each parameter, one behind the other.
+            keys: The same of keys.
+            scales: Of each parameter.
+        """
+        sets = _plain(sets, torch.float32)
+        keys = None if keys is None else _plain(keys, torch.int64)
+        sums = torch.empty(self._kernel.n_sums, dtype=torch.float64, device="cpu")
+        of_parts = torch.empty(self._starts[-1] * len(sums), dtype=torch.float64, device="cpu")
+        self._kernel.run(
+            len(scales),
+            self._in,
+            self._out,
+            sets.data_ptr(),
+            None if keys is None else keys.data_ptr(),
+            self._firsts,
+            (ctypes.c_float * len(scales))(*scales),
+            self._sizes,
+            self._starts,
+            of_parts.data_ptr(),
+            sums.data_ptr(),
+            torch.get_num_threads() if self._is_large else 1,
+        )
+        return sums
 
 
 def _plain(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,5 +287,11 @@ def _plain(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers.resolve_neg().to("cpu", dtype).contiguous()
 
 
-def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (_POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def _addresses(tensors: Sequence[Sequence[Tensor]]) -> Any:
+    """Return where tensors lie, one behind the other, as C reads it."""
+    places = [tensor.data_ptr() for of_one in tensors for tensor in of_one]
+    return (_POINTER * len(places))(*places)
+
+
+def _wholes(numbers: Sequence[int]) -> Any:
+    return (_WHOLE * len(numbers))(*numbers)

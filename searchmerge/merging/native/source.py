@@ -1,5 +1,6 @@
-"""The whole of what is compiled: a loop over entries, cut into parts for threads."""
+"""The whole of what is compiled: a loop over entries of parameters, cut into parts for threads."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,9 +26,9 @@ class Source(NamedTuple):
     """What is compiled.
 
     Attributes:
-        text: C++, with one function ``run``.
-        n_outs: How many tensors it writes.
-        n_sums: How many sums it forms of every part.
+        text: C++, with one function ``run``, which goes over any number of parameters.
+        n_outs: How many tensors of each parameter it writes.
+        n_sums: How many sums it forms.
     """
 
     text: str
@@ -53,7 +54,7 @@ def merge_source(function: ChunkFunction, layout: Layout, out: torch.dtype) -> S
         raise NoSourceError("returns a tally that is no sum over entries")
     body.loop.append(f"put(out0[i], origin(in0[i]) + scale * {body.number(merged)});")
     sums = [name if body.counters[name] else f"total({name}, n)" for name in counted]
-    return _source(body, [out], sums)
+    return _source(body, layout, [out], sums)
 
 
 def compute_source(function: ChunkFunction, layout: Layout) -> Source:
@@ -71,7 +72,7 @@ def compute_source(function: ChunkFunction, layout: Layout) -> Source:
     if body.counters:
         raise NoSourceError("returns tallies beside entries")
     body.loop += [f"put(out{i}[i], {body.number(value)});" for i, value in enumerate(values)]
-    return _source(body, [torch.float32] * len(values), [])
+    return _source(body, layout, [torch.float32] * len(values), [])
 
 
 def products_source(
@@ -91,11 +92,15 @@ def products_source(
     body = Body(layout)
     merged = body.number(body.follow(function)[0])
     body.loop.append(f"products[i] = {merged} * {body.add_input(numbers)};")
-    return _source(body, [], ["total(products, n)"], n_sets)
+    return _source(body, layout, [], ["total(products, n)"], n_sets)
 
 
 def _source(
-    body: Body, outs: Sequence[torch.dtype], sums: Sequence[str], n_sets: int = 1
+    body: Body,
+    layout: Layout,
+    outs: Sequence[torch.dtype],
+    sums: Sequence[str],
+    n_sets: int = 1,
 ) -> Source:
     """Return the statements with all that is around them."""
     unknown = {*body.inputs, *outs} - STORED.keys()
@@ -117,7 +122,11 @@ def _source(
     text = _TEXT.format(
         entries=ENTRIES,
         part=PART,
+        n_in=len(body.inputs),
+        n_out=len(outs),
         n_sets=n_sets,
+        set_size=math.prod(layout.scalars),
+        n_keys=layout.n_keys,
         n_sums=len(sums),
         tensors="\n  ".join(reads + writes),
         before="\n    ".join(body.before + counters),
@@ -206,11 +215,12 @@ inline double total(const float* products, int64_t n) {
 
 _TEXT = """
 #line 1 "{entries}"
-const int64_t part_size = {part}, n_sets = {n_sets}, n_sums = {n_sums};
+const int64_t part_size = {part}, n_in = {n_in}, n_out = {n_out}, n_keys = {n_keys};
+const int64_t n_sets = {n_sets}, set_size = {set_size}, n_sums = {n_sums};
 
 void part(
-    const void* const* in, void* const* out, const float* sets, int64_t set_size,
-    const int64_t* keys, int64_t first, float scale, int64_t begin, int64_t n, double* sums) {{
+    const void* const* in, void* const* out, const float* sets, const int64_t* keys,
+    int64_t first, float scale, int64_t begin, int64_t n, double* sums) {{
   float products[part_size];
   {tensors}
   for (int64_t set = 0; set < n_sets; set++, sums += n_sums) {{
@@ -226,14 +236,27 @@ void part(
 
 }}  // namespace
 
+#line 1 "run.cpp"
+// of parameter k the parts are starts[k] to starts[k + 1]; of each there is room for its sums
 extern "C" void run(
-    const void* const* in, void* const* out, const float* sets, int64_t set_size,
-    const int64_t* keys, int64_t first, float scale, int64_t n, double* sums, int n_threads) {{
-#pragma omp parallel for num_threads(n_threads) schedule(static)
-  for (int64_t begin = 0; begin < n; begin += part_size) {{
-    const int64_t size = n - begin < part_size ? n - begin : part_size;
-    part(in, out, sets, set_size, keys, first + begin, scale, begin, size,
-         sums + begin / part_size * n_sets * n_sums);
+    int64_t n_parameters, const void* const* in, void* const* out, const float* sets,
+    const int64_t* keys, const int64_t* firsts, const float* scales, const int64_t* sizes,
+    const int64_t* starts, double* of_parts, double* sums, int n_threads) {{
+  const int64_t n_parts = starts[n_parameters], n_all = n_sets * n_sums;
+  const int64_t even = n_parts / (8 * n_threads);
+  const int64_t at_once = even < 1 ? 1 : even > 64 ? 64 : even;
+  int64_t k = 0;
+#pragma omp parallel for num_threads(n_threads) schedule(dynamic, at_once) firstprivate(k)
+  for (int64_t p = 0; p < n_parts; p++) {{
+    while (p < starts[k]) k--;
+    while (p >= starts[k + 1]) k++;
+    const int64_t begin = (p - starts[k]) * part_size, left = sizes[k] - begin;
+    part(in + k * n_in, out + k * n_out, sets + k * n_sets * set_size, keys + k * n_keys,
+         firsts[k] + begin, scales[k], begin, left < part_size ? left : part_size,
+         of_parts + p * n_all);
   }}
+  for (int64_t i = 0; i < n_all; i++) sums[i] = 0;
+  for (int64_t p = 0; p < n_parts; p++)
+    for (int64_t i = 0; i < n_all; i++) sums[i] += of_parts[p * n_all + i];
 }}
 """

@@ -1,0 +1,103 @@
+"""Passes over all parameters at once, where these lie with their experts where they are merged.
+
+Nothing but numbers changes from one candidate to the next: every address stays. What is known of
+the addresses is prepared once, so that a candidate costs one call, or one launch, for all.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from searchmerge.merging.engine import Engine
+from searchmerge.merging.method import Pass
+from searchmerge.merging.native.native_pass import NativePass
+from searchmerge.merging.operands import Parameter
+from searchmerge.merging.replay import RecordedPass, record_graph
+
+_MOST_KEPT = 4  # functions whose calls are kept
+
+Inputs = Sequence[tuple[str, tuple[Tensor, ...]]]
+"""Each parameter's name, base and experts, 1-D, where it is merged."""
+
+
+class _Prepared(NamedTuple):
+    """The passes over the parameters of each device, and the kept tensors that they read."""
+
+    passes: Sequence[NativePass | RecordedPass]
+    kept: Mapping[str, tuple[Tensor, ...]]
+
+    def serves(self, work: Pass) -> bool:
+        """Return whether a pass of the same function reads what these were made for."""
+        return work.kept is self.kept or not (work.kept or self.kept)
+
+
+class AtOnce:
+    """Merges all parameters into their targets by what was prepared for their function.
+
+    Args:
+        engine: Runs arithmetic.
+        targets: Parameter name to where it is written first.
+    """
+
+    def __init__(self, engine: Engine, targets: Mapping[str, Tensor]) -> None:
+        self._engine, self._targets = engine, targets
+        self._prepared: dict[object, _Prepared] = {}
+
+    def run(
+        self, experts: tuple[str, ...], work: Pass, inputs: Inputs, scales: Mapping[str, float]
+    ) -> list[Tensor | None] | None:
+        """Write all parameters; return the tallies, ``None`` where it cannot be done.
+
+        Args:
+            experts: Whose measurements a pass is of.
+            work: A pass.
+            inputs: All parameters, the same tensors each time.
+            scales: Parameter name to the factor on the merged task vector.
+        """
+        key = (experts, work.experts, work.function)
+        prepared = self._prepared.get(key)
+        if prepared is None or not prepared.serves(work):
+            self._prepared.pop(key, None)
+            if (prepared := self._prepare(work, inputs)) is None:
+                return None
+            while len(self._prepared) >= _MOST_KEPT:
+                del self._prepared[next(iter(self._prepared))]
+            self._prepared[key] = prepared
+        runs = [each.run(work, scales) for each in prepared.passes]
+        return [tally for _, tally in runs] if all(done for done, _ in runs) else None
+
+    def forget(self, kept: Mapping[str, tuple[Tensor, ...]]) -> None:
+        """Let go of what was prepared to read tensors that are not kept any more."""
+        for key, prepared in list(self._prepared.items()):
+            if prepared.kept is kept:
+                del self._prepared[key]
+
+    def _prepare(self, work: Pass, inputs: Inputs) -> _Prepared | None:
+        if work.kept and not isinstance(work.kept, dict):
+            return None  # it is computed when it is asked for
+        on_device: dict[torch.device, list[Parameter]] = {}
+        for name, tensors in inputs:
+            kept, target = work.kept.get(name, ()), self._targets[name]
+            if not target.is_contiguous() or any(t.device != target.device for t in kept):
+                return None
+            parameter = Parameter(name, tensors, kept, target.view(-1))
+            on_device.setdefault(target.device, []).append(parameter)
+        passes = []
+        for device, some in on_device.items():
+            if (prepared := self._pass_on(device, work, some)) is None:
+                return None
+            passes.append(prepared)
+        return _Prepared(passes, work.kept)
+
+    def _pass_on(
+        self, device: torch.device, work: Pass, parameters: Sequence[Parameter]
+    ) -> NativePass | RecordedPass | None:
+        if self._engine.way(device, work.function) == "native":
+            return NativePass.of(work, parameters)
+        if device.type == "cuda" and self._engine.is_compiled(device):
+            record = partial(record_graph, device=device)
+            return RecordedPass(self._engine, work, parameters, record)
+        return None
