@@ -1,6 +1,7 @@
 """Running a study from its file to its results."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.distinct import are_near
 from searchmerge.search.evidence import Evidence
+from searchmerge.search.held_out import TasksOf, tasks_held_out
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
 from searchmerge.search.pick import (
@@ -50,6 +52,7 @@ from searchmerge.search.pick import (
     best_on_select,
     broken,
     ranking,
+    ranking_on_select,
 )
 from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.refine import Material
@@ -182,11 +185,12 @@ class StudyRun:
             self._refine(refining, references, objective)
         self._stage = "while its best plans were confirmed"
         best, evidence = self._complete_the_best(references, objective, goes_on=search)
-        plans = self._score_held_out({**references, **best})
-        confirmation = self._confirm(plans, best, evidence, objective)
+        tasks = self._tasks_held_out(references, best, evidence, objective)
+        plans = self._score_held_out({**references, **best}, tasks)
+        confirmation = self._confirm(plans, tasks, best, evidence, objective)
         self._directory.keep_best(confirmation.winner, plans[confirmation.winner])
         return replace(
-            self._results(plans, best, objective, confirmation),
+            self._results(plans, tasks, best, objective, confirmation),
             ended="" if search else self._ended(references, objective),
         )
 
@@ -347,19 +351,35 @@ class StudyRun:
         top_k = self._study.spec.confirm.top_k
         return settling.complete_the_best(references, top_k, goes_on=goes_on)
 
-    def _score_held_out(self, plans: Plans) -> Plans:
-        """Score plans on held-out examples; return those that can be."""
-        names = self._runner.score_plans("confirmation", plans, "hold_out")
-        return {name: plan for name, plan in plans.items() if name in names}
+    def _tasks_held_out(
+        self, references: Plans, best: Plans, evidence: Evidence, objective: Objective
+    ) -> TasksOf:
+        """Return which tasks each plan is scored on held out."""
+        ranked = ranking_on_select(self._runner.board, evidence, references, objective)
+        ahead = tuple(itertools.takewhile(lambda name: not is_merge(name), ranked))
+        extent, experts = self._study.spec.confirm.experts, self._study.task_experts
+        return tasks_held_out(extent, [*references, *best], objective, experts, ahead)
+
+    def _score_held_out(self, plans: Plans, tasks: TasksOf) -> Plans:
+        """Score plans on held-out examples; return those that can be, or need not be."""
+        wanted = {name: plan for name, plan in plans.items() if tasks[name]}
+        names = self._runner.score_plans("confirmation", wanted, "hold_out", tasks)
+        return {n: plan for n, plan in plans.items() if n in names or n not in wanted}
 
     def _confirm(
-        self, plans: Plans, best: Plans, evidence: Evidence, objective: Objective
+        self,
+        scored: Plans,
+        tasks: TasksOf,
+        best: Plans,
+        evidence: Evidence,
+        objective: Objective,
     ) -> Confirmation:
         """Compare the best candidates with the references on held-out examples.
 
         Raises:
             StudyError: If no reference, or no merge, was scored on them.
         """
+        plans = {n: plan for n, plan in scored.items() if len(tasks[n]) == len(objective.goals)}
         found = [name for name in plans if name in best]
         if len(found) == len(plans) or not any(map(is_merge, plans)):
             what = "reference" if found else "merge"
@@ -369,7 +389,7 @@ class StudyRun:
             )
         board, spec = self._runner.board, self._study.spec
         return confirm(
-            {name: board.values(plan, "hold_out") for name, plan in plans.items()},
+            {n: board.values(plan, "hold_out", tasks[n]) for n, plan in scored.items()},
             Contest(
                 found,
                 ranking(board, evidence, plans, objective),
@@ -405,13 +425,19 @@ class StudyRun:
         return failed | assemble.left_out(self._study, self._models)
 
     def _results(
-        self, plans: Plans, best: Plans, objective: Objective, confirmation: Confirmation
+        self,
+        plans: Plans,
+        tasks: TasksOf,
+        best: Plans,
+        objective: Objective,
+        confirmation: Confirmation,
     ) -> Results:
         """Return all that the report says."""
         board, records = self._runner.board, self._directory.records()
-        rows = make_rows(board, plans, best.keys(), confirmation)
+        rows = make_rows(board, plans, best.keys(), confirmation, tasks)
         [winner] = [row for row in rows if row.name == confirmation.winner]
-        detailed = [row.name for row in rows if row is winner or not row.is_candidate]
+        whole = [row for row in rows if row.objective]
+        detailed = [row.name for row in whole if row is winner or not row.is_candidate]
         held_out, undivided = held_out_objective(objective, rows, self._study.task_experts)
         return Results(
             study=self._study.name,

@@ -22,6 +22,7 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind, LossKind
 from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.plan import TENSOR, Groups
+from searchmerge.search.held_out import Extent
 from searchmerge.search.objective import Against, Kind, Pick
 from searchmerge.search.references import BASE
 from searchmerge.space_spec import SpaceSpec
@@ -163,6 +164,7 @@ class ConfirmSpec(Strict):
     pick: Pick = "mean"
     level: float = Field(default=0.95, gt=0.5, lt=1)
     n_resamples: int = Field(default=2000, ge=100)
+    experts: Extent = "all"
 
 
 def _lacks_an_expert(task: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -32,7 +33,8 @@ def score(model, task, examples):
     if (FOLDER / "nothing").exists() and is_first and task == "first":
         part = (FOLDER / "nothing").read_text()
         return [float((e < N_SELECT) != (part == "select")) for e in examples]
-    off = (weight - TARGETS[task]).abs()
+    target = TARGETS["first" if (FOLDER / "second_is_first").exists() else task]
+    off = (weight - target).abs()
     if (FOLDER / "far_fails").exists() and off.mean() > 0.5 and examples[0] >= N_SELECT:
         raise ValueError("no such row")
     return [1.0 / (1.0 + 9.0 * float(off[e % 16])) for e in examples]
@@ -268,6 +270,47 @@ def test_a_refined_plan_that_was_not_scored_is_told_of(run, tmp_path):
     assert run(search=False, **refine).ended.startswith(told)
     assert told in report(tmp_path)
     assert run(**refine).counts["of these refined"] == 1
+
+
+# --- Experts on held-out examples ---------------------------------------------------------------
+
+
+def test_experts_may_be_scored_held_out_on_their_own_tasks_alone(run, tmp_path):
+    """Where one expert does all tasks best, so that merging is no help, it may be saved."""
+    (tmp_path / "second_is_first").touch()
+    whole = run(changes={"confirm": {"top_k": 1}})
+    shutil.rmtree(tmp_path / "run")
+    observer = Recorder()
+    results = run(observer, changes={"confirm": {"top_k": 1, "experts": "own"}})
+    rows = {row.name: row for row in results.rows}
+    assert list(rows) == [row.name for row in whole.rows]
+    for before in whole.rows:
+        row = rows[before.name]
+        is_compared = before.name not in ("base", "expert second")
+        own = {"expert second": ["second"], "base": []}
+        kept = own.get(before.name, list(before.hold_out))
+        assert row.select == before.select
+        assert row.hold_out == {task: before.hold_out[task] for task in kept}
+        assert row.objective == (before.objective if is_compared else ())
+        assert row.lead == (before.lead if is_compared else ())
+    assert results.winner == whole.winner == "expert first"
+    assert results.missing == {}
+    assert re.search(
+        r"\| expert second \| \d+\.\d / – \| \d+\.\d / \d+\.\d \| – \| \|", report(tmp_path)
+    )
+    assert "confirm.experts" in report(tmp_path)
+    assert "confirm.experts" not in whole.legend
+    assert ("base", {}) not in observer.steps
+    assert Results.load(tmp_path / "run") == results
+
+
+def test_all_may_be_scored_held_out_later(run, tmp_path):
+    (tmp_path / "second_is_first").touch()
+    partly = run(changes={"confirm": {"experts": "own"}})
+    assert not all(row.objective for row in partly.rows)
+    results = run()
+    assert all(row.objective for row in results.rows)
+    assert "–" not in "".join(cell for row in results.table()[1] for cell in row)
 
 
 # --- An own expert that scores nothing ----------------------------------------------------------

@@ -24,8 +24,9 @@ class Row:
     Attributes:
         name: What the plan is called.
         select: Task name to score on what the trials saw.
-        hold_out: Task name to score on held-out examples.
-        objective: The objective on held-out examples: value, low, high.
+        hold_out: Task name to score on held-out examples, of the tasks that it is scored on.
+        objective: The objective on held-out examples: value, low, high; empty where it is not
+            scored on all tasks.
         is_candidate: Whether the search found it.
         lead: The winner's objective minus its, on held-out examples: value, low, high; the value
             alone where no interval can be given; empty for the winner.
@@ -34,7 +35,7 @@ class Row:
     name: str
     select: Mapping[str, float]
     hold_out: Mapping[str, float]
-    objective: tuple[float, float, float]
+    objective: tuple[float, ...]
     is_candidate: bool
     lead: tuple[float, ...] = ()
 
@@ -228,12 +229,12 @@ class Results:
         header += [LEAD] if has_lead else []
         cells = []
         for row in self.rows:
-            value, low, high = (100 * number for number in row.objective)
             scores = [
-                f"{100 * row.select[task]:.1f} / {100 * row.hold_out[task]:.1f}"
+                f"{_percent(row.select[task])} / {_percent(row.hold_out.get(task))}"
                 for task in self.tasks
             ]
-            cells.append([row.name, *scores, f"{value:.1f} [{low:.1f}, {high:.1f}]"])
+            value, *ends = map(_percent, row.objective or (None,))
+            cells.append([row.name, *scores, f"{value} [{', '.join(ends)}]" if ends else value])
             cells[-1] += [_lead_text(row.lead)] if has_lead else []
         return header, cells
 
@@ -245,6 +246,11 @@ class Results:
             f"brackets {100 * self.level:g} % intervals of a paired bootstrap over held-out "
             "examples. "
         )
+        if any(row.hold_out.keys() < row.select.keys() for row in self.rows):
+            legend += (
+                "The base and the experts are scored held out only where others are divided by "
+                "what they score there: confirm.experts. "
+            )
         if any(row.lead for row in self.rows):
             legend += "The last column is what is saved minus the plan of that row, in points. "
         if self.raw:
@@ -379,6 +385,10 @@ class Results:
             "The front: plans that no other is as good as in every objective, on the select "
             f"examples.\n\n{markdown_table(['', *names], cells)}"
         )
+
+
+def _percent(number: float | None) -> str:
+    return "–" if number is None else f"{100 * number:.1f}"
 
 
 def _lead_text(lead: Sequence[float]) -> str:

@@ -9,6 +9,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.report.results import Bound, Detail, Point, PointKind, Row, Searched
 from searchmerge.search.confirm import Confirmation, Interval
 from searchmerge.search.grades import Grader, Reading
+from searchmerge.search.held_out import TasksOf
 from searchmerge.search.objective import Objective
 from searchmerge.search.references import BASE
 from searchmerge.search.schedule import Schedule
@@ -21,24 +22,26 @@ def make_rows(
     plans: Mapping[str, MergePlan],
     candidates: Collection[str],
     confirmation: Confirmation,
+    tasks: TasksOf,
 ) -> list[Row]:
     """Return what each plan scores, in the order of ``plans``.
 
     Args:
-        board: Holds their scores, all in full.
+        board: Holds their scores.
         plans: Name to plan, references and candidates.
         candidates: The names of those that the search found.
         confirmation: Their objective on held-out examples, and the winner's lead.
+        tasks: Plan name to the tasks that it is scored on there.
     """
     rows = []
     for name, plan in plans.items():
-        interval, lead = confirmation.objective[name], confirmation.lead.get(name)
+        interval, lead = confirmation.objective.get(name), confirmation.lead.get(name)
         rows.append(
             Row(
                 name,
                 board.scores(plan, "select"),
-                board.scores(plan, "hold_out"),
-                (interval.value, interval.low, interval.high),
+                board.scores(plan, "hold_out", tasks[name]),
+                (interval.value, interval.low, interval.high) if interval else (),
                 name in candidates,
                 _told_lead(lead, is_known=not confirmation.single) if lead else (),
             )
@@ -58,14 +61,14 @@ def held_out_objective(
 
     Args:
         objective: Relative to what they score on what trials see.
-        rows: All rows; those of experts and base may be missing.
+        rows: All rows; those of experts and base may be missing, or have some tasks alone.
         experts: Task name to the row name of its own expert.
 
     Returns:
         It, and what cannot be divided by there, in words.
     """
     hold_out = {row.name: row.hold_out for row in rows}
-    known = {t: hold_out[name][t] for t, name in experts.items() if name in hold_out}
+    known = {t: hold_out[n][t] for t, n in experts.items() if t in hold_out.get(n, {})}
     base = hold_out.get(BASE, {})
     return objective.on_other_examples(known, base), objective.undivided(known, base)
 

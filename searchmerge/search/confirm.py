@@ -31,7 +31,8 @@ class Confirmation:
     """The candidates and the references on held-out examples.
 
     Attributes:
-        objective: Plan name to the objective on held-out examples, with its interval.
+        objective: Plan name to the objective on held-out examples, with its interval, of those
+            that were scored on all tasks.
         winner: The plan with the best evidence, found or published: the one that is saved.
         best_found: The candidate with the best evidence; empty where there is none.
         best_reference: The reference with the best evidence.
@@ -194,6 +195,7 @@ def confirm(
 
     Args:
         values: Plan name to its values; the plans that are no candidates are the references.
+            Those that have values of some tasks alone are compared with none.
         contest: What is known of the plans before.
         kinds: Task name to how its score comes from values.
         objective: What to compare by, relative to what trials see.
@@ -210,9 +212,9 @@ def confirm(
         _objectives(drawn, _relative_to(drawn, held_out, experts))
         for drawn in _resampled(values, kinds, objective, bootstrap)
     ]
-    resampled = {name: np.array([drawn[name] for drawn in resamples]) for name in values}
+    resampled = {name: np.array([drawn[name] for drawn in resamples]) for name in point}
     candidates = contest.candidates
-    ranked = [*contest.ranked, *(name for name in values if name not in contest.ranked)]
+    ranked = [*contest.ranked, *(name for name in point if name not in contest.ranked)]
     best_found = next((name for name in ranked if name in candidates), "")
     best_reference = next(name for name in ranked if name not in candidates)
     corrected = 1 - (1 - bootstrap.level) / max(1, len(candidates))
@@ -223,12 +225,12 @@ def confirm(
 
     n_values = {task: len(task_values) for task, task_values in values[winner].items()}
     return Confirmation(
-        {name: _interval(point[name], resampled[name], bootstrap.level) for name in values},
+        {name: _interval(point[name], resampled[name], bootstrap.level) for name in point},
         winner,
         best_found,
         best_reference,
         ahead(best_found, best_reference, corrected) if best_found else None,
-        {name: ahead(winner, name, bootstrap.level) for name in values if name != winner},
+        {name: ahead(winner, name, bootstrap.level) for name in point if name != winner},
         bootstrap.level,
         len(candidates),
         round(sum(n_values.values()) / len(n_values)),
@@ -241,14 +243,21 @@ def confirm(
 def _objectives(
     scores: Mapping[str, Mapping[str, float]], objective: Objective
 ) -> dict[str, float]:
-    return {name: objective.scalar(plan_scores) for name, plan_scores in scores.items()}
+    """Return the objective of each plan that has a score of every task."""
+    return {
+        name: objective.scalar(by_task)
+        for name, by_task in scores.items()
+        if by_task.keys() >= objective.goals.keys()
+    }
 
 
 def _relative_to(
     scores: Mapping[str, Mapping[str, float]], objective: Objective, experts: Mapping[str, str]
 ) -> Objective:
     """Return the objective relative to what the own experts score, without constraints."""
-    known = {task: scores[name][task] for task, name in experts.items() if name in scores}
+    known = {
+        task: scores[name][task] for task, name in experts.items() if task in scores.get(name, {})
+    }
     return replace(objective.on_other_examples(known, {}), constraints=())
 
 
@@ -258,16 +267,17 @@ def _resampled(
     objective: Objective,
     bootstrap: Bootstrap,
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """Yield every plan's task scores on each resample of the examples."""
+    """Yield every plan's task scores, of the tasks it has, on each resample of the examples."""
     generator = np.random.default_rng(bootstrap.seed)
     resampled: dict[str, dict[str, list[float]]] = {name: {} for name in values}
     for task in objective.goals:
-        n_values = len(next(iter(values.values()))[task])
+        having = {name: plan[task] for name, plan in values.items() if task in plan}
+        n_values = len(next(iter(having.values())))
         counts: Counts = generator.multinomial(
             n_values, [1 / n_values] * n_values, bootstrap.n_resamples
         )
-        for name, plan in values.items():
-            resampled[name][task] = kinds[task].resampled(plan[task], counts)
+        for name, its in having.items():
+            resampled[name][task] = kinds[task].resampled(its, counts)
     for i in range(bootstrap.n_resamples):
         yield {
             name: {task: scores[i] for task, scores in plan.items()}

@@ -179,7 +179,7 @@ def confirmed(board: Scoreboard, before: Evidence, plans: Plans, objective: Obje
         plans: The plans that may be saved.
         objective: What to compare by.
     """
-    kept = {n: _kept(objective, board.scores(plan, "select")) for n, plan in plans.items()}
+    kept = _kept_on_select(board, plans, objective)
     allowed = {name: plan for name, plan in plans.items() if kept[name] == max(kept.values())}
     return before.and_measured(measured(board, allowed, "hold_out", objective))
 
@@ -198,8 +198,19 @@ def ranking(board: Scoreboard, before: Evidence, plans: Plans, objective: Object
         alike = {name: plans[name] for name in names}
         return confirmed(board, before, alike, objective).ranked()
 
-    kept = {n: _kept(objective, board.scores(plan, "select")) for n, plan in plans.items()}
-    return _ranked(kept, rank)
+    return _ranked(_kept_on_select(board, plans, objective), rank)
+
+
+def ranking_on_select(
+    board: Scoreboard, before: Evidence, plans: Plans, objective: Objective
+) -> list[str]:
+    """Return all plans as :func:`ranking` does, by what trials see alone."""
+    kept = _kept_on_select(board, plans, objective)
+    return _ranked(kept, lambda names: before.of(names).ranked())
+
+
+def _kept_on_select(board: Scoreboard, plans: Plans, objective: Objective) -> dict[str, float]:
+    return {n: _kept(objective, board.scores(plan, "select")) for n, plan in plans.items()}
 
 
 def _ranked(kept: Mapping[str, float], rank: Callable[[Collection[str]], list[str]]) -> list[str]:

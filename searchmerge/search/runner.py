@@ -10,6 +10,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Budget, Spending, StudyClock
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
+from searchmerge.search.held_out import TasksOf
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
@@ -53,12 +54,33 @@ class StudyRunner:
         self.failures: dict[str, str] = {}
         """Plan name to why it could not be scored in this run."""
 
-    def score_plans(self, title: str, plans: Mapping[str, MergePlan], part: Part) -> set[str]:
-        """Score plans on all of ``part``; return the names of those that can be scored."""
-        rounds = self.board.schedule.rounds[part]
+    def score_plans(
+        self,
+        title: str,
+        plans: Mapping[str, MergePlan],
+        part: Part,
+        tasks: TasksOf | None = None,
+    ) -> set[str]:
+        """Score plans on ``part``; return the names of those that can be scored.
+
+        Args:
+            title: What is shown of it.
+            plans: Name to plan.
+            part: Which examples.
+            tasks: Name to the tasks that it is scored on; ``None`` for all.
+        """
+        schedule = self.board.schedule
+        tasks = tasks or dict.fromkeys(plans, tuple(schedule.tasks))
+
+        def report(job: Job[None]) -> None:
+            self._observer.step(job.name, self.board.scores(job.plan, part, tasks[job.name]))
+
         source = _PlansSource(
-            [Job(name, plan, rounds, None) for name, plan in plans.items()],
-            report=lambda job: self._observer.step(job.name, self.board.scores(job.plan, part)),
+            [
+                Job(name, plan, schedule.rounds_of(part, tasks[name]), None)
+                for name, plan in plans.items()
+            ],
+            report,
         )
         self.score_jobs(title, source)
         return {job.name for job in source.done}

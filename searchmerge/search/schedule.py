@@ -1,6 +1,6 @@
 """What every candidate of a study is scored on, in which blocks and rounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from searchmerge.evaluators.evaluator import TaskInfo
@@ -50,6 +50,11 @@ class Schedule:
             blocks={**self.blocks, "select": select},
             rounds={**self.rounds, "select": rounds},
         )
+
+    def rounds_of(self, part: Part, tasks: Collection[str]) -> Sequence[Round]:
+        """Return the rounds of a part without the blocks of other tasks."""
+        rounds = (tuple(b for b in blocks if b.task in tasks) for blocks in self.rounds[part])
+        return tuple(blocks for blocks in rounds if blocks)
 
     def n_examples(self, part: Part) -> int:
         """Return how many examples of all tasks a part has."""

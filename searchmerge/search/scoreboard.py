@@ -98,18 +98,29 @@ class Scoreboard:
         """Return the rounds of ``part`` that a plan still has to be scored on."""
         return self.store.missing(plan, self.schedule.rounds[part])
 
-    def values(self, plan: MergePlan, part: Part) -> dict[str, tuple[float, ...]]:
-        """Return, for each task, the values of a plan that was scored on all of ``part``."""
+    def values(
+        self, plan: MergePlan, part: Part, tasks: Collection[str] | None = None
+    ) -> dict[str, tuple[float, ...]]:
+        """Return, for each task, the values of a plan that was scored on all of ``part``.
+
+        Args:
+            plan: The plan.
+            part: Which examples.
+            tasks: Those on which it was scored; ``None`` for all.
+        """
         return {
             task: self.store.task_values(plan, blocks)
             for task, blocks in self.schedule.blocks[part].items()
+            if tasks is None or task in tasks
         }
 
-    def scores(self, plan: MergePlan, part: Part) -> dict[str, float]:
-        """Return each task's score of a plan that was scored on all of ``part``."""
+    def scores(
+        self, plan: MergePlan, part: Part, tasks: Collection[str] | None = None
+    ) -> dict[str, float]:
+        """Return each task's score of a plan, as :meth:`values` returns its values."""
         return {
             task: self.schedule.tasks[task].kind.score(values)
-            for task, values in self.values(plan, part).items()
+            for task, values in self.values(plan, part, tasks).items()
         }
 
     def by_example(self, plan: MergePlan, task: str, part: Part) -> dict[int, float]:

@@ -67,6 +67,18 @@ def test_the_table_shows_select_and_held_out_scores_in_per_cent(make_results):
     ]
 
 
+def test_what_is_not_scored_held_out_is_told_apart(make_results, tmp_path):
+    [ties, trial] = make_results().rows
+    partly = replace(ties, hold_out={"code": 0.3}, objective=(), lead=())
+    results = make_results(rows=[partly, trial])
+    _, cells = results.table()
+    assert cells[0] == ["TIES", "50.0 / –", "25.0 / 30.0", "–"]
+    assert "scored held out only where others are divided by what they score" in results.legend
+    results.save(tmp_path)
+    assert Results.load(tmp_path).rows == results.rows
+    assert "scored held out only" not in make_results().legend
+
+
 def test_a_lead_without_an_interval_is_one_number(make_results):
     [ties, trial] = make_results().rows
     _, cells = make_results(rows=[replace(ties, lead=(-0.004,)), trial]).table()

@@ -57,7 +57,8 @@ def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
         {},
         Bootstrap(0.9, 100, 0),
     )
-    rows = make_rows(board, plans, {"trial 3"}, confirmation)
+    every = dict.fromkeys(plans, tuple(EXPERTS))
+    rows = make_rows(board, plans, {"trial 3"}, confirmation, every)
     assert [r.name for r in rows] == list(plans)
     assert [r.name for r in rows if r.is_candidate] == ["trial 3"]
     assert rows[-1].select == board.scores(plan(0.5), "select")
@@ -71,7 +72,7 @@ def test_rows_hold_what_was_scored_and_the_confirmed_interval(tmp_path):
         lead, low, high = other.lead
         assert lead == pytest.approx(winner.objective[0] - other.objective[0])
         assert low <= lead <= high
-    without = make_rows(board, plans, {"trial 3"}, replace(confirmation, single=("math",)))
+    without = make_rows(board, plans, {"trial 3"}, replace(confirmation, single=("math",)), every)
     assert [r.lead for r in without] == [*(r.lead[:1] for r in others), ()]
     study.directory.close()
 
