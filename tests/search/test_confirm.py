@@ -51,6 +51,25 @@ def test_a_clear_winner_is_called_better_and_a_clear_loser_worse():
     assert "is worse than the best baseline" in worse.verdict
 
 
+def test_what_has_values_of_some_tasks_is_compared_with_nothing_and_divides_as_before():
+    data = values(0, 0.3)
+    partly = {**data, "base": {}, "expert a": {"a": data["expert a"]["a"]}}
+    candidates, experts = ["trial 1", "trial 2"], OWN
+    compared = {name: its for name, its in data.items() if name not in ("base", "expert a")}
+    told = confirm(
+        partly,
+        Contest(candidates, by_mean(compared)),
+        MEANS,
+        Objective("normalised", GOALS),
+        experts,
+        Bootstrap(level=0.95, n_resamples=400, seed=0),
+    )
+    whole = run(data)
+    assert told.objective == {name: whole.objective[name] for name in compared}
+    assert told.lead == {name: whole.lead[name] for name in compared if name != "trial 1"}
+    assert (told.winner, told.best_reference) == ("trial 1", "expert b")
+
+
 def test_a_lost_verdict_says_how_many_examples_it_takes():
     data = {name: by_task for name, by_task in values(0, 0.0).items() if name != "trial 2"}
     best = run(data).best_reference
