@@ -73,6 +73,10 @@ def run(
     config: ConfigFile = None,
     runs_dir: RunsDir = None,
     set_: Overrides = None,
+    *,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try trials again that failed in earlier runs.")
+    ] = False,
 ) -> None:
     """Run a study, or go on with it where it was stopped."""
     from searchmerge.config import read_config
@@ -80,7 +84,8 @@ def run(
 
     settings = read_config(config)
     asked = read_study(study, _read_overrides(set_))
-    _run(asked, settings, (runs_dir or Path(settings.runs_dir)) / asked.name, search=True)
+    run_dir = (runs_dir or Path(settings.runs_dir)) / asked.name
+    _run(asked, settings, run_dir, search=True, retry_failed=retry_failed)
 
 
 @app.command()
@@ -89,17 +94,21 @@ def finish(run_dir: RunDir, config: ConfigFile = None) -> None:
     from searchmerge.config import read_config
     from searchmerge.study import kept_study
 
-    _run(kept_study(run_dir), read_config(config), run_dir, search=False)
+    _run(kept_study(run_dir), read_config(config), run_dir, search=False, retry_failed=False)
 
 
-def _run(study: "StudyValue", config: "RunConfig", run_dir: Path, *, search: bool) -> None:
+def _run(
+    study: "StudyValue", config: "RunConfig", run_dir: Path, *, search: bool, retry_failed: bool
+) -> None:
     from searchmerge.interrupts import Stopped, stopped_by_signals
     from searchmerge.progress import ProgressView
     from searchmerge.run import run_study
 
     try:
         with stopped_by_signals(), ProgressView(_err, crowding=config.crowding) as view:
-            results = run_study(study, config, run_dir, view, search=search)
+            results = run_study(
+                study, config, run_dir, view, search=search, retry_failed=retry_failed
+            )
     except Stopped as stopped:
         _print_stopped(run_dir, config.storage)
         raise typer.Exit(_SIGNALLED + stopped.number) from None
@@ -283,8 +292,8 @@ def _print_results(results: "Results") -> None:
         _print_table(header, cells, bold=results.winner)
     _out.print(results.legend, soft_wrap=True)
     _out.print(results.verdict, soft_wrap=True)
-    if results.ended:
-        _out.print(results.ended, soft_wrap=True)
+    for more in filter(None, (results.ended, results.failed)):
+        _out.print(more, soft_wrap=True)
 
 
 def _in_parts(

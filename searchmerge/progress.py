@@ -63,10 +63,11 @@ class ProgressView:
         """Show what became of a trial."""
         self._bar.advance(self._task)
         name = f"  {record.name}"
+        marks = [f"trial {record.repeats} again"] if record.repeats is not None else []
         if record.value is None:
-            self._line(f"{name:12} failed: {record.failure}")
+            self._line(f"{name:12} failed{' again' if marks else ''}: {record.failure}")
             return
-        marks = [record.kind] if record.kind else []
+        marks += [record.kind] if record.kind else []
         if record.stopped_after is not None:
             marks.append(f"stopped after {counted(record.stopped_after, 'block')}")
         if is_best:

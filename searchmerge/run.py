@@ -44,6 +44,7 @@ from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
 from searchmerge.search.distinct import are_near
 from searchmerge.search.evidence import Evidence
+from searchmerge.search.failures import failure_reasons, told_failures
 from searchmerge.search.held_out import TasksOf, tasks_held_out
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
@@ -74,7 +75,13 @@ Plans = dict[str, MergePlan]
 
 
 def run_study(
-    study: Study, config: RunConfig, run_dir: Path, observer: Observer, *, search: bool = True
+    study: Study,
+    config: RunConfig,
+    run_dir: Path,
+    observer: Observer,
+    *,
+    search: bool = True,
+    retry_failed: bool = False,
 ) -> Results:
     """Run a study to its end, from wherever an earlier run left it.
 
@@ -84,6 +91,7 @@ def run_study(
         run_dir: Where everything is kept.
         observer: Shows a person what happens.
         search: Whether trials are run; else the best of those there are is confirmed and saved.
+        retry_failed: Whether trials that failed in earlier runs are tried again.
 
     Raises:
         SearchMergeError: If it cannot be run; all that was scored is kept.
@@ -101,6 +109,9 @@ def run_study(
         study.keep(run_dir)
         if not directory.is_begun:  # a study that was resumed has them already
             directory.enqueue("warm start", assemble.warm_start(study))
+        if retry_failed:
+            n_failed = directory.enqueue_failed()
+            observer.phase(f"{counted(n_failed, 'failed trial')} to be tried again", None)
         executor = stack.enter_context(
             contextlib.closing(assemble.make_executor(study, models, config, watch.content))
         )
@@ -242,6 +253,7 @@ class StudyRun:
             counts=self._counts(records),
             raw=objective.raw if objective else (),
             broken=[name for name, by in violations.items() if by > 0],
+            failed=told_failures(failure_reasons(records), len(records)),
         ).save(directory.run_dir)
 
     def _leader(
@@ -460,6 +472,7 @@ class StudyRun:
             undivided=undivided,
             missing=self._missing(plans),
             points=make_points(candidates(records, objective), rows, objective),
+            failed=told_failures(failure_reasons(records), len(records)),
         )
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from searchmerge.merging.native.compiler import has_compiler
 from searchmerge.plan import MergePlan
 from searchmerge.report.results import Results, Row
+from searchmerge.search.references import reference_plans
 from tests.tiny import EXPERTS, WORDS, make_study, save_tokenizer
 from tests.waiting import wait_for
 
@@ -654,6 +655,51 @@ def test_a_run_that_is_stopped_says_that_the_model_of_its_report_is_not_saved(
     shutil.rmtree(model)
     code, _, err = searchmerge("run", file, "--set", "search.n_trials=9")
     assert told in err
+
+
+def test_trials_that_failed_are_told_and_tried_again_once_that_is_asked_for(
+    study, searchmerge, tmp_path
+):
+    n_references = len(reference_plans(EXPERTS))
+    (tmp_path / "reads.py").write_text(
+        "import pathlib\n"
+        "SEEN = []\n"
+        "def score(model, task, examples):\n"
+        "    mean = float(model.get_parameter('model.norm.weight').double().mean())\n"
+        "    if mean not in SEEN:\n"
+        "        SEEN.append(mean)\n"
+        f"    if SEEN.index(mean) >= {n_references} and SEEN.index(mean) % 2:\n"
+        "        pathlib.Path(__file__).with_name('shared').read_text()\n"
+        "    return [mean + 0.001 * (e % 7) for e in examples]\n"
+    )
+    task = {"evaluator": "function", "function": "reads:score", "n_examples": 40}
+    search = {"sampler": "random", "n_trials": 9, "racing": "off"}
+    file = study(name="reads", tasks={"own": task}, search=search)
+    run_dir = tmp_path / "runs" / "reads"
+    code, out, err = searchmerge("run", file)
+    assert code == 0, err
+    n_failed = [state for _, state in trials(run_dir)].count("FAIL")
+    assert n_failed > 1
+    told = f"{n_failed} of 9 trials failed, as: "
+    for text in (out, searchmerge("status", run_dir)[1], searchmerge("report", run_dir)[1]):
+        assert re.search(
+            rf"^{told}.*No such file.* with --retry-failed tries them again", text, re.M
+        )
+    assert told in (run_dir / "report.md").read_text()
+    (tmp_path / "shared").touch()
+    code, out, err = searchmerge("run", file)
+    assert (code, len(trials(run_dir))) == (0, 9), err
+    assert told in out
+    code, out, err = searchmerge("run", file, "--retry-failed")
+    assert code == 0, err
+    assert f"{n_failed} failed trials to be tried again" in err
+    assert "trials failed, as" not in out
+    states = [state for _, state in trials(run_dir)]
+    assert states.count("COMPLETE") == 9
+    assert len(states) == 9 + n_failed
+    counts = Results.load(run_dir).counts
+    assert counts["trials in full"] == 9
+    assert counts["trials tried again after they failed"] == n_failed
 
 
 def test_an_expert_that_is_given_twice_is_refused(searchmerge, tmp_path):

@@ -48,6 +48,7 @@ def test_a_reference_is_shown_with_its_scores(shown):
         ({}, True, "best so far"),
         ({"kind": "TIES"}, True, "TIES, best so far"),
         ({"stopped_after": 6}, False, "stopped after 6 blocks"),
+        ({"repeats": 3, "kind": "TIES"}, False, "trial 3 again, TIES"),
     ],
 )
 def test_a_trial_is_shown_with_value_scores_time_and_what_is_special(
@@ -62,7 +63,8 @@ def test_a_trial_is_shown_with_value_scores_time_and_what_is_special(
 def test_a_failed_trial_is_shown_with_its_reason(shown):
     view, lines = shown
     view.trial(TrialRecord(3, plan(0), failure="NaN logits"), is_best=False)
-    assert lines() == ["  trial 3    failed: NaN logits"]
+    view.trial(TrialRecord(8, plan(0), repeats=3, failure="NaN logits"), is_best=False)
+    assert lines() == ["  trial 3    failed: NaN logits", "  trial 8    failed again: NaN logits"]
 
 
 def test_a_trial_on_a_crowded_machine_says_so():

@@ -44,6 +44,7 @@ class InterimReport:
         counts: Numbers of trials by what became of them, examples, seconds.
         raw: Tasks that count as they are scored, for want of an own expert.
         broken: Constraints that the best row breaks; then no other row keeps them all.
+        failed: How many trials failed, and why, if any did.
     """
 
     study: str
@@ -56,6 +57,7 @@ class InterimReport:
     counts: Mapping[str, float]
     raw: Sequence[str] = ()
     broken: Sequence[str] = ()
+    failed: str = ""
 
     def save(self, run_dir: Path) -> None:
         """Write the report into ``run_dir``, unless that of an earlier, confirmed end is there.
@@ -97,7 +99,7 @@ in the table. Metrics: {metrics}.
 {table}
 
 Counts: {counts}.
-{self._plan_text()}"""
+{self._failed_text()}{self._plan_text()}"""
 
     def _value_names(self) -> list[str]:
         if len(self.objectives) == 1:
@@ -122,6 +124,9 @@ Counts: {counts}.
             "confirms the best\nthat was scored on held-out examples, saves the model, and writes "
             "the report in place of this one."
         )
+
+    def _failed_text(self) -> str:
+        return f"\n{markdown(self.failed)}\n" if self.failed else ""
 
     def _plan_text(self) -> str:
         if self.plan is None:

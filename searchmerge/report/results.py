@@ -134,6 +134,7 @@ class Results:
             relative to its score on what trials saw, in words.
         missing: References and best candidates that are not in the table to why.
         ended: Where the search ended, if before its budget was used up.
+        failed: How many trials failed, and why, if any did.
     """
 
     study: str
@@ -157,6 +158,7 @@ class Results:
     undivided: Sequence[str] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     ended: str = ""
+    failed: str = ""
 
     @property
     def merge_plan(self) -> MergePlan:
@@ -275,6 +277,7 @@ class Results:
         )
         parts = (
             self.ended,
+            markdown(self.failed),
             self._missing_text(),
             self.drawn_from_text(),
             self._bounds_text(),

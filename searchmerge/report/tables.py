@@ -217,6 +217,8 @@ def make_counts(
     if n_completed := sum(record.is_completed for record in records):
         counts["of these scored in full since"] = n_completed
     counts["trials failed"] = n_failed
+    if n_again := sum(record.repeats is not None for record in records):
+        counts["trials tried again after they failed"] = n_again
     if n_refined := sum(bool(record.refines) for record in records):
         counts["of these refined"] = n_refined
     seen: Part = "select" if "select" in schedule.blocks else "pilot"  # among the references

@@ -13,7 +13,8 @@ class Budget:
     """When a study ends; the first limit that is reached ends it.
 
     Attributes:
-        n_trials: Trials that are finished, failed ones counted; ``None`` for no limit.
+        n_trials: Trials that are finished, failed ones counted unless they are tried again;
+            ``None`` for no limit.
         timeout_s: Seconds over all runs of the study; ``None`` for no limit.
         patience: Finished trials since the best one, of those that the sampler proposed; ``None``
             for no limit.

@@ -36,12 +36,15 @@ from searchmerge.search.trials import (
     CompletedScores,
     TrialRecord,
     enqueue,
+    enqueue_failed,
     enqueue_refined,
     is_refined,
     left_running,
-    next_refined,
+    next_due,
     refines_of,
     refining_of,
+    repeats_of,
+    standing_trials,
 )
 from searchmerge.search.within_space import WithinSpace
 
@@ -263,7 +266,7 @@ class StudyDirectory:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def records(self, *, as_told: bool = False) -> list[TrialRecord]:
-        """Return the records of all finished trials, by number.
+        """Return what :func:`records_of` does.
 
         Args:
             as_told: Whether to return them as they were when they were told or completed, and
@@ -327,7 +330,7 @@ class StudyDirectory:
             plan: What came of it.
             refining: How; ``key`` tells the plan and the way of refining it from all others.
         """
-        names = [refines_of(trial) for trial in self.trials()]
+        names = [refines_of(trial) for trial in self.trials() if repeats_of(trial) is None]
         n_before = sum(other == name or other.startswith(f"{name} (") for other in names)
         label = f"{name} ({n_before + 1})" if n_before else name
         enqueue_refined(self.study, label, plan, refining)
@@ -356,9 +359,9 @@ class StudyDirectory:
         self._note(attribute, crashes)
         return crashes.n
 
-    def next_refined(self) -> optuna.Trial | None:
-        """Return the first refined trial that waits in the queue, begun."""
-        return next_refined(self.study, self._storage)
+    def next_due(self) -> optuna.Trial | None:
+        """Return the first trial that waits and is run whatever is left of the budget, begun."""
+        return next_due(self.study, self._storage)
 
     def left_running(self) -> list[optuna.Trial]:
         """Return the trials that a stopped run left behind, to be taken up again."""
@@ -369,6 +372,11 @@ class StudyDirectory:
         """Let trials with these parameters be the next ones, but for those that were before."""
         for trial_params in params:
             enqueue(self.study, kind, trial_params)
+
+    @held_back()
+    def enqueue_failed(self) -> int:
+        """Let all trials that failed be the next ones, each once; return how many there are."""
+        return enqueue_failed(self.study)
 
     def close(self) -> None:
         """Close the score cache and the storage."""
@@ -410,6 +418,8 @@ def plan_file(run_dir: Path, name: str) -> Path:
 def records_of(study: optuna.Study, *, as_told: bool = False) -> list[TrialRecord]:
     """Return the records of a study's finished trials, by number.
 
+    A failed trial is none of them once another one is to try it again.
+
     Args:
         study: The study.
         as_told: Whether to return them as they were when they were told or completed, and not
@@ -419,12 +429,11 @@ def records_of(study: optuna.Study, *, as_told: bool = False) -> list[TrialRecor
         StudyError: If an earlier version of searchmerge wrote one.
     """
     attributes = study.user_attrs
-    trials = study.get_trials(deepcopy=False, states=FINISHED)
     told = [
         record.completed(attributes[f"{_COMPLETED}{record.number}"])
         if f"{_COMPLETED}{record.number}" in attributes
         else record
-        for record in map(TrialRecord.read, trials)
+        for record in map(TrialRecord.read, standing_trials(study))
     ]
     if as_told:
         return told

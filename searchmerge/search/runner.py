@@ -19,7 +19,7 @@ from searchmerge.search.references import BASE, is_merge
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.space import SearchSpace
 from searchmerge.search.trial_source import TrialSource, enter_all
-from searchmerge.search.trials import FINISHED, is_refined
+from searchmerge.search.trials import is_refined, standing_trials
 
 T = TypeVar("T")
 
@@ -168,7 +168,7 @@ class StudyRunner:
 
     def _begun(self, budget: Budget) -> Spending:
         """Return what is spent of a budget, but for the trials that its patience counts."""
-        finished = self._directory.trials(*FINISHED)
+        finished = standing_trials(self._directory.study)
         n_finished = sum(not is_refined(trial) for trial in finished)
         return Spending(budget, StudyClock(self._directory.searching), n_finished)
 

@@ -13,8 +13,9 @@ from searchmerge.search.directory import (
     records_of,
     stored_study,
 )
+from searchmerge.search.failures import failure_reasons, told_failures
 from searchmerge.search.roster import read_roster
-from searchmerge.search.trials import best_of, by_completion
+from searchmerge.search.trials import best_of, by_completion, repeats_of
 from searchmerge.wording import counted
 
 _N_BEST = 5
@@ -22,6 +23,8 @@ _N_BEST = 5
 
 def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
     """Return counts of trials by state, seconds so far, the workers, and what is best.
+
+    Failed trials are those that no other one is to try again.
 
     Trials that a stopped run left behind are running as Optuna has it, though none is at work.
     Of a run that is not known to have ended and that holds the directory no more, as far as this
@@ -43,6 +46,7 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
         records, elapsed_s = records_of(study), elapsed_of(study)
         best_so_far, is_noted = best_so_far_of(study), is_at_work(study)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     workers, workers_age_s = read_roster(run_dir)
     held = held_before or is_held(run_dir)  # it may have begun, or ended, since
     holds = is_noted if held is None else held
@@ -54,6 +58,8 @@ def read_status(run_dir: Path, storage: str | None = None) -> dict[str, Any]:
             "running": len(running),
             "fail": n_failed,
         },
+        "to_try_again": sum(repeats_of(trial) is not None for trial in waiting),
+        "failures": failure_reasons(records),
         "at_work": holds,
         "ended_abruptly": is_noted and not holds,
         "refined": sum(bool(record.refines) for record in records),
@@ -90,11 +96,16 @@ def describe_status(run_dir: Path, storage: str | None = None) -> list[str]:
     of_these = [f"{status['stopped_early']} stopped early"]
     if status["refined"]:
         of_these.append(f"{status['refined']} refined")
+    n_again = status["to_try_again"]
+    again = f", {n_again} to be tried again" if n_again else ""
     lines = [
         f"{status['study']}: {counted(trials['complete'], 'trial')} complete "
         f"({', '.join(of_these)}), {begun}, "
-        f"{trials['fail']} failed, {status['elapsed_s']:.0f} s"
+        f"{trials['fail']} failed{again}, {status['elapsed_s']:.0f} s"
     ]
+    n_finished = trials["complete"] + trials["fail"]
+    if failed := told_failures(status["failures"], n_finished):
+        lines.append(failed)
     if status["ended_abruptly"]:
         lines.append(
             "its last run ended abruptly, by a kill, say: the same command goes on (unless it is "

@@ -1,4 +1,4 @@
-"""The trials of a study as jobs: those a stopped run left behind, refined ones, then new ones."""
+"""The trials of a study as jobs: those a stopped run left behind, those due, then new ones."""
 
 import logging
 from dataclasses import replace
@@ -13,6 +13,7 @@ from searchmerge.search.candidates import candidates
 from searchmerge.search.crashes import MAX_CUT_OFF
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Job
+from searchmerge.search.failures import TRIED_AGAIN
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
@@ -34,7 +35,10 @@ TrialJob = Job[optuna.Trial]
 
 
 class TrialSource:
-    """The trials of a study: those a stopped run left behind, refined ones, then new ones.
+    """The trials of a study: those a stopped run left behind, those due, then new ones.
+
+    Due whatever is left of the budget are refined ones, and those that try failed ones again:
+    they stand in the place of what the budget has counted.
 
     Refined ones are scored and recorded like the others, and stopped by a collapse alone. But
     they cost nothing of the budget, and no other candidate is compared with them: the examples
@@ -65,7 +69,7 @@ class TrialSource:
         self._spending = spending
         self._observer = observer
         self._left_running = directory.left_running()
-        self._may_be_refined = True
+        self._may_be_due = True
         enter_all(directory, objective, incumbents, spending)
         self._written: tuple[str, MergePlan] | None = None
         self._read = incumbents.read
@@ -73,7 +77,7 @@ class TrialSource:
         self._write_best()  # a run that was killed may have left an earlier one's
 
     def next_job(self) -> TrialJob | None:
-        """Return a trial left behind, or a refined one, or a new one while the budget lasts."""
+        """Return a trial left behind, or one that is due, or a new one while the budget lasts."""
         while self._left_running:
             job = self._job(self._left_running.pop(0))
             if not self._is_given_up(job):
@@ -81,10 +85,10 @@ class TrialSource:
                     job.go_on_block_by_block()
                 return job
             self.failed(job, f"{MAX_CUT_OFF} runs ended abruptly while they were at it")
-        if self._may_be_refined:  # none is enqueued while trials are run
-            if (refined := self._directory.next_refined()) is not None:
-                return self._job(refined)
-            self._may_be_refined = False
+        if self._may_be_due:  # none is enqueued while trials are run
+            if (due := self._directory.next_due()) is not None:
+                return self._job(due)
+            self._may_be_due = False
         if self._spending.is_over:
             return None
         return self._job(self._directory.study.ask())
@@ -129,7 +133,8 @@ class TrialSource:
         if all(r.value is None for r in records):
             n_failed = self._spending.n_finished
             raise StudyError(
-                f"the first {n_failed} trials all failed; the first: {records[0].failure}"
+                f"the first {n_failed} trials all failed; the first: {records[0].failure}; if "
+                f"that is mended, {TRIED_AGAIN}"
             )
 
     def _is_given_up(self, job: TrialJob) -> bool:

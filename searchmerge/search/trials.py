@@ -25,6 +25,7 @@ _FAILURE = "failure"
 _CUT_OFF = "cut_off"
 _REFINES = "refines"
 _REFINING = "refining"
+_REPEATS = "repeats"
 
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 
@@ -62,6 +63,7 @@ class TrialRecord:
         kind: The reference or the warm start that it is; empty where a sampler proposed it.
         refines: What the plan is called that it was refined from, by gradient; empty where it
             was not. Such a trial has no parameters, as its plan is not in the space.
+        repeats: The number of the failed trial that it tries again; ``None`` where it is none.
         scores: Task name to score; predicted ones where it was stopped early.
         estimates: Task name to what the score is taken for when trials are compared: with how
             clearly examples were answered, as far as that tells of the score.
@@ -82,6 +84,7 @@ class TrialRecord:
     plan: MergePlan
     kind: str = ""
     refines: str = ""
+    repeats: int | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     estimates: Mapping[str, float] = field(default_factory=dict)
     values: tuple[float, ...] = ()
@@ -98,7 +101,8 @@ class TrialRecord:
     @classmethod
     def of(cls, trial: optuna.Trial, plan: MergePlan) -> "TrialRecord":
         """Return the record of a trial that is not told yet: its number, its plan, its kind."""
-        return cls(trial.number, plan, str(trial.user_attrs.get(_KIND, "")), refines_of(trial))
+        kind = str(trial.user_attrs.get(_KIND, ""))
+        return cls(trial.number, plan, kind, refines_of(trial), repeats_of(trial))
 
     @property
     def name(self) -> str:
@@ -205,6 +209,7 @@ class TrialRecord:
             plan,
             str(kept.get(_KIND, "")),
             refines_of(trial),
+            repeats_of(trial),
             datetime_complete=trial.datetime_complete,
         )
         if trial.state == TrialState.FAIL:
@@ -330,6 +335,41 @@ def enqueue_refined(
     study.enqueue_trial({}, user_attrs=attributes)  # one write: there is all of it, or nothing
 
 
+def enqueue_failed(study: optuna.Study) -> int:
+    """Enqueue all failed trials again, each once, with its parameters or its refined plan.
+
+    Returns:
+        How many there are.
+    """
+    failed = [trial for trial in standing_trials(study) if trial.state == TrialState.FAIL]
+    for trial in failed:
+        kept = trial.user_attrs
+        attributes = {key: kept[key] for key in (_KIND, _REFINES, _REFINING) if key in kept}
+        if is_refined(trial):
+            attributes[_PLAN] = kept[_PLAN]  # others' parameters say it
+        attributes[_REPEATS] = trial.number
+        study.enqueue_trial(dict(trial.params), user_attrs=attributes)
+    return len(failed)
+
+
+def repeats_of(trial: FrozenTrial | optuna.Trial) -> int | None:
+    """Return the number of the failed trial that a trial tries again; ``None`` if it does not."""
+    number: int | None = trial.user_attrs.get(_REPEATS)
+    return number
+
+
+def repeated(trials: Iterable[FrozenTrial]) -> set[int]:
+    """Return the numbers of those failed trials that others of ``trials`` try again."""
+    return {number for trial in trials if (number := repeats_of(trial)) is not None}
+
+
+def standing_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the finished trials, by number, but for failed ones in whose place is another."""
+    trials = study.get_trials(deepcopy=False)
+    replaced = repeated(trials)
+    return [t for t in trials if t.state in FINISHED and t.number not in replaced]
+
+
 def refines_of(trial: FrozenTrial | optuna.Trial) -> str:
     """Return what the plan is called that a trial's was refined from; empty where it was not."""
     return str(trial.user_attrs.get(_REFINES, ""))
@@ -361,10 +401,13 @@ def left_running(study: optuna.Study, storage: BaseStorage) -> list[optuna.Trial
     return [optuna.Trial(study, _id_of(trial, study, storage)) for trial in trials]
 
 
-def next_refined(study: optuna.Study, storage: BaseStorage) -> optuna.Trial | None:
-    """Return the first refined trial that waits in the queue, begun; ``None`` if none does."""
+def next_due(study: optuna.Study, storage: BaseStorage) -> optuna.Trial | None:
+    """Return the first trial of the queue that is run whatever is left of the budget, begun.
+
+    That is one that was refined, or that tries a failed one again; ``None`` if there is none.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        if is_refined(trial):
+        if is_refined(trial) or repeats_of(trial) is not None:
             trial_id = _id_of(trial, study, storage)
             storage.set_trial_state_values(trial_id, TrialState.RUNNING)
             return optuna.Trial(study, trial_id)

@@ -1,10 +1,11 @@
 """A sampler that sees the trials of its space alone.
 
 A trial whose plan was refined has no parameters. Samplers of Optuna search what all trials have
-in common, so that a single one would leave them nothing to search.
+in common, so that a single one would leave them nothing to search. A failed trial that is tried
+again says nothing of its plan, which a sampler may take for a bad one.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Any, cast
 
 import optuna
@@ -13,11 +14,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from searchmerge.search.samplers.delegating import DelegatingSampler
-from searchmerge.search.trials import is_refined
+from searchmerge.search.trials import is_refined, repeated
 
 
 class WithinSpace(DelegatingSampler):
-    """A sampler to which trials outside its space are not shown.
+    """A sampler to which trials outside its space, and failed ones tried again, are not shown.
 
     Args:
         sampler: Proposes the parameters of all others.
@@ -26,23 +27,26 @@ class WithinSpace(DelegatingSampler):
 
     def __init__(self, sampler: BaseSampler, storage: BaseStorage) -> None:
         self._sampler, self._storage = sampler, storage
-        self._hides_some: bool | None = None  # until the study is looked at
+        self._hides_some = False
+        self._repeated: set[int] | None = None  # until the study is looked at
 
     def sampler_of(self, trial: FrozenTrial) -> BaseSampler:
         """Return the sampler."""
         return self._sampler
 
     def shown(self, study: optuna.Study) -> optuna.Study:
-        """Return the study as it would be without the trials outside the space.
+        """Return the study as it would be without the trials that are not shown.
 
         The study is looked at once, as that reads its storage: what is outside comes to this
-        sampler before it is run.
+        sampler before it is run, and failed trials are enqueued again before any is.
         """
-        if self._hides_some is None:
-            self._hides_some = any(map(is_refined, study.get_trials(deepcopy=False)))
+        if self._repeated is None:
+            trials = study.get_trials(deepcopy=False)
+            self._repeated = repeated(trials)
+            self._hides_some |= bool(self._repeated) or any(map(is_refined, trials))
         if not self._hides_some:
             return study
-        shown = cast("BaseStorage", _Shown(study, self._storage))
+        shown = cast("BaseStorage", _Shown(study, self._storage, self._repeated))
         return optuna.load_study(study_name=study.study_name, storage=shown, sampler=self._sampler)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -69,10 +73,10 @@ class WithinSpace(DelegatingSampler):
 
 
 class _Shown:
-    """A study's storage, but for the trials outside the space."""
+    """A study's storage, but for the trials outside the space and some others."""
 
-    def __init__(self, study: optuna.Study, storage: BaseStorage) -> None:
-        self._study, self._storage = study, storage
+    def __init__(self, study: optuna.Study, storage: BaseStorage, others: Collection[int]) -> None:
+        self._study, self._storage, self._others = study, storage, others
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
@@ -85,4 +89,4 @@ class _Shown:
     ) -> list[FrozenTrial]:
         """Return the trials of the space; the study itself keeps those that are finished."""
         trials = self._study.get_trials(deepcopy=deepcopy, states=states)
-        return [trial for trial in trials if not is_refined(trial)]
+        return [t for t in trials if not is_refined(t) and t.number not in self._others]

@@ -33,6 +33,7 @@ def results():
         level=0.95,
         made_of={name: f"{name}, 0123" for name in NAMES},
         points=[Point(name, scores, "front") for name in NAMES],
+        failed=f"1 of 3 trials failed, as: {' '.join(NAMES)}",
     )
 
 

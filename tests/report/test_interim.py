@@ -65,6 +65,11 @@ def test_constraints_that_the_best_breaks_are_named(make_report, tmp_path):
     ) in text
 
 
+def test_trials_that_failed_are_told(make_report, tmp_path):
+    text = make_report(failed="2 of 5 trials failed, as: <nan>.").markdown(tmp_path)
+    assert "search seconds 12.\n\n2 of 5 trials failed, as: &lt;nan&gt;.\n\n## The best" in text
+
+
 def test_without_a_merge_there_is_no_best(make_report, tmp_path):
     text = make_report(rows=[], best="", plan=None, stage="among the references").markdown(
         tmp_path

@@ -190,6 +190,11 @@ def test_every_trial_is_counted_once_by_what_became_of_it():
         "of these refined": 1,
         "refining seconds": 4,
     }
+    again = TrialRecord(5, plan(3), repeats=3, failure="NaN")
+    assert make_counts([*records[:3], again], toy_schedule(), 12.6, 0.0) == {
+        **counts,
+        "trials tried again after they failed": 1,
+    }
 
 
 def test_trials_are_told_by_method_and_by_whether_experts_have_their_own_numbers():

@@ -58,6 +58,26 @@ def test_of_a_front_the_plan_that_is_picked_comes_first(toy, pick):
     assert read_status(study.directory.run_dir)["best"][0]["trial"] == picked.number
 
 
+def test_failed_trials_are_told_with_a_reason_and_how_many_wait_to_be_tried_again(toy):
+    toy(evaluator=ToyEvaluator(fails=lambda c: c[1] > 0.3)).run(8)
+    study = toy()
+    n_failed = sum(record.value is None for record in study.directory.records())
+    first, told, *_ = describe_status(study.directory.run_dir)
+    assert f", 0 running, {n_failed} failed, " in first
+    assert told.startswith(f"{n_failed} of 8 trials failed, as: task ")
+    status = read_status(study.directory.run_dir)
+    [(reason, n_alike)] = status["failures"].items()
+    assert reason in told
+    assert n_alike == status["trials"]["fail"] == n_failed
+    study.directory.enqueue_failed()
+    first, *others = describe_status(study.directory.run_dir)
+    assert f", 0 failed, {n_failed} to be tried again, " in first
+    assert not any("trials failed" in line for line in others)
+    study.run(8)
+    first, *_ = describe_status(study.directory.run_dir)
+    assert first.startswith("toy: 8 trials complete (0 stopped early), 0 running, 0 failed, ")
+
+
 def test_references_are_named(toy):
     study = toy()
     study.run(6)

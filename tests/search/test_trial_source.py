@@ -10,7 +10,7 @@ from searchmerge.plan import MergePlan
 from searchmerge.search.budget import StudyClock
 from searchmerge.search.directory import BEST_SO_FAR, plan_file
 from searchmerge.search.racing import Racing
-from tests.search.conftest import OPTIMUM
+from tests.search.conftest import OPTIMUM, Recorder
 from tests.toy import ToyEvaluator
 
 
@@ -108,6 +108,140 @@ def test_trials_that_were_stopped_did_not_fail(toy):
     failed = [r.number for r in records if r.value is None]
     assert failed[-1] >= 5
     assert len(failed) < len(records) == 30
+
+
+# --- Failed trials that are tried again ---------------------------------------------------------
+
+
+def is_far(coefficients):
+    """Return whether a plan is one that fails until what makes it fail is mended."""
+    return coefficients[0] + coefficients[1] > 1.2
+
+
+def mended(toy, fails=lambda coefficients: False):
+    """Return a study whose failed trials are enqueued again, and how many they are."""
+    study = toy(evaluator=ToyEvaluator(fails=fails))
+    return study, study.directory.enqueue_failed()
+
+
+def failed_in(trials):
+    return [trial for trial in trials if trial.state == TrialState.FAIL]
+
+
+def test_failed_trials_are_tried_again_once_and_the_budget_is_of_what_is_scored(toy):
+    before = toy(evaluator=ToyEvaluator(fails=is_far)).run(16)
+    failed = failed_in(before)
+    assert len(failed) > 2
+    assert len(toy().run(16)) == 16  # unasked, none is
+    study, n_failed = mended(toy)
+    assert n_failed == len(failed)
+    trials = study.run(16)
+    assert ("search", 16, 16 - n_failed) in study.observer.phases
+    assert trials[:16] == before
+    assert [trial.params for trial in trials[16:]] == [trial.params for trial in failed]
+    records = study.directory.records()
+    assert [r.repeats for r in records if r.number >= 16] == [t.number for t in failed]
+    assert len(records) == sum(record.is_full for record in records) == 16
+    again, n_failed = mended(toy)
+    assert n_failed == 0
+    assert again.run(16) == trials
+
+
+def test_only_what_fails_still_is_tried_a_third_time(toy):
+    def is_further(coefficients):
+        return coefficients[0] + coefficients[1] > 1.4
+
+    first = failed_in(toy(evaluator=ToyEvaluator(fails=is_far)).run(16))
+    study, _ = mended(toy, is_further)
+    second = failed_in(study.run(16)[16:])
+    assert 0 < len(second) < len(first)
+    assert len(toy().run(16)) == 16 + len(first)
+    study, n_failed = mended(toy)
+    assert n_failed == len(second)
+    records = {record.number: record for record in study.directory.records()}
+    study.run(16)
+    third = [r for r in study.directory.records() if r.number not in records]
+    assert [record.repeats for record in third] == [trial.number for trial in second]
+
+
+def test_a_failed_reference_is_tried_again_as_what_it_is(toy):
+    toy(evaluator=ToyEvaluator(fails=lambda c: c == (0.0, 1.0, 0.0))).run(8)
+    study, n_failed = mended(toy)
+    assert n_failed == 1
+    again = study.run(8)[8]
+    assert again.user_attrs["kind"] == study.directory.records()[-1].kind == "expert code"
+
+
+@pytest.mark.parametrize("spent", [{"timeout_s": 0.0}, {"patience": 1}])
+def test_failed_trials_are_tried_again_whatever_is_left_of_the_budget(toy, spent):
+    failed = failed_in(toy(evaluator=ToyEvaluator(fails=is_far)).run(16))
+    study, _ = mended(toy)
+    again = study.run(None, **spent)[16 : 16 + len(failed)]  # more, where one is the best
+    assert [trial.params for trial in again] == [trial.params for trial in failed]
+
+
+def test_what_was_to_be_tried_again_when_a_run_was_stopped_is_by_the_next_one(toy):
+    failed = failed_in(toy(evaluator=ToyEvaluator(fails=is_far)).run(16))
+    study, _ = mended(toy)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(16, observer=Recorder(interrupt_at=1))
+    study, n_failed = mended(toy)
+    assert n_failed == 0
+    trials = study.run(16)
+    assert len(trials) == 16 + len(failed)
+    assert [trial.params for trial in trials[16:]] == [trial.params for trial in failed]
+    assert {record.value is None for record in study.directory.records()} == {False}
+
+
+def test_a_study_whose_first_trials_all_failed_goes_on_once_that_is_mended(toy):
+    def never(coefficients):
+        return True
+
+    told = "all failed; the first: .* if that is mended, the same `searchmerge run` with --retry"
+    with pytest.raises(StudyError, match=f"first 5 trials {told}"):
+        toy(evaluator=ToyEvaluator(fails=never)).run(8)
+    study, n_failed = mended(toy, never)
+    assert n_failed == 5
+    with pytest.raises(StudyError, match=f"first 5 trials {told}"):
+        study.run(8)
+    study, _ = mended(toy)
+    assert len(study.run(8)) == 5 + 5 + 8
+    assert sum(record.is_full for record in study.directory.records()) == 8
+
+
+def test_a_trial_that_was_given_up_as_runs_ended_abruptly_is_tried_again_from_the_start(toy):
+    class Dies(ToyEvaluator):
+        def score(self, model, task, examples):
+            raise KeyboardInterrupt
+
+    toy().run(4)
+    for _ in range(3):
+        study = toy(evaluator=Dies())
+        with pytest.raises(KeyboardInterrupt):
+            study.run(8)
+        study.directory.begin_run()  # as a killed run leaves it
+    [failed] = failed_in(toy().run(8))
+    study, _ = mended(toy)
+    assert study.run(8)[8].params == failed.params
+    assert all(record.is_full for record in study.directory.records())
+
+
+def test_a_refined_trial_that_failed_is_tried_again_and_takes_nothing_of_the_budget(toy):
+    toy().run(8)
+    [failed] = run_refined(toy(evaluator=ToyEvaluator(fails=lambda coefficients: True)))
+    assert failed.failure
+    study, n_failed = mended(toy)
+    assert n_failed == 1
+    keys = study.directory.refined_keys()
+    study.run(8)
+    [record] = [record for record in toy().directory.records() if record.refines]
+    assert (record.number, record.name, record.plan) == (9, "refined trial 3", OPTIMUM)
+    assert record.is_full
+    assert record.repeats == failed.number
+    study = toy()
+    assert study.directory.refined_keys() == keys
+    study.directory.enqueue_refined("trial 3", POOR, {"key": "another"})
+    assert study.directory.next_due().user_attrs["refines"] == "trial 3 (2)"
 
 
 # --- Refined trials ---------------------------------------------------------------------------
