@@ -83,9 +83,9 @@ class Groups:
         )
 
     def to_data(self) -> Any:
-        """Return what :meth:`from_data` reads; ``tensor`` where values name the tensors."""
+        """Return what :meth:`from_data` reads, or what says that values name the tensors."""
         if self.tensors:
-            return TENSOR
+            return NAMED if REST in self.tensors else TENSOR
         if self.depth is not None:
             return {"depth": self.depth}
         return {"patterns": list(self.patterns)} if self.patterns else "whole"
@@ -94,6 +94,8 @@ class Groups:
 WHOLE = Groups()
 TENSOR = "tensor"
 """What a file says of groups of one parameter each, whose names stand before their rows."""
+NAMED = "named tensor"
+"""As ``tensor``, where a parameter is called ``rest``, so that no row is for all others."""
 REST = "rest"
 """As the last pattern, the parameters that no other pattern matches; before a row, the tensors
 that no other row of the hyper-parameter is for."""
@@ -177,8 +179,9 @@ class MergePlan:
             raise SpecError(f"plan: method is {method!r}; a name is needed")
         if not (isinstance(experts, list | tuple) and all(isinstance(e, str) for e in experts)):
             raise SpecError(f"plan: experts is {experts!r}; a list of names is needed")
-        if data.get("groups") == TENSOR:
-            groups, values = _read_tensor_values(data["values"])
+        if (kind := data.get("groups")) in (TENSOR, NAMED):
+            rest = REST if kind == TENSOR else None
+            groups, values = _read_tensor_values(data["values"], rest)
         else:
             groups = Groups.from_data(data.get("groups", "whole"))
             values = _read_values(data["values"])
@@ -251,14 +254,16 @@ def _check_row(where: str, row: tuple[float, ...], experts: tuple[str, ...]) -> 
 def _by_tensor(names: tuple[str, ...], values: Mapping[str, Rows]) -> dict[str, Any]:
     """Return the rows of each hyper-parameter under the names of the tensors that they are for.
 
-    The first names them all; in the others the commonest row is that of ``rest``.
+    The first names them all; in the others the commonest row is that of ``rest``, unless a tensor
+    is called so.
     """
     by_tensor: dict[str, Any] = {}
     for number, (name, rows) in enumerate(values.items()):
         alike: dict[tuple[float, ...], list[str]] = {}
         for tensor, row in zip(names, rows, strict=True):
             alike.setdefault(row, []).append(tensor)
-        rest = max(alike, key=lambda row: len(alike[row])) if number else None
+        has_rest = number and REST not in names
+        rest = max(alike, key=lambda row: len(alike[row])) if has_rest else None
         lines = {
             pattern: list(row)
             for row, tensors in alike.items()
@@ -270,8 +275,13 @@ def _by_tensor(names: tuple[str, ...], values: Mapping[str, Rows]) -> dict[str, 
     return by_tensor
 
 
-def _read_tensor_values(data: Any) -> tuple[Groups, dict[str, Rows]]:
-    """Return the tensors that values name, and their rows in the order of these groups."""
+def _read_tensor_values(data: Any, rest: str | None) -> tuple[Groups, dict[str, Rows]]:
+    """Return the tensors that values name, and their rows in the order of these groups.
+
+    Args:
+        data: The values as they are written.
+        rest: What stands before the row of all other tensors; ``None`` where no row is theirs.
+    """
     if not isinstance(data, Mapping) or not all(isinstance(v, Mapping) for v in data.values()):
         raise SpecError(
             f"plan: groups: {TENSOR} needs values of the form {{coefficient: {{NAME: row}}}}, "
@@ -279,17 +289,19 @@ def _read_tensor_values(data: Any) -> tuple[Groups, dict[str, Rows]]:
         )
     listed = {str(name): _listed_rows(str(name), rows) for name, rows in data.items()}
     groups = Groups.of_tensors(
-        tensor for rows in listed.values() for tensor in rows if tensor != REST
+        tensor for rows in listed.values() for tensor in rows if tensor != rest
     )
     if not groups.tensors:
         raise SpecError(f"plan: groups: {TENSOR}, but values name no tensor")
     values: dict[str, Any] = {}
     for name, rows in listed.items():
-        values[name] = [rows.get(tensor, rows.get(REST)) for tensor in groups.tensors]
+        others = None if rest is None else rows.get(rest)
+        values[name] = [rows.get(tensor, others) for tensor in groups.tensors]
         if None in values[name]:
             missing = groups.tensors[values[name].index(None)]
             raise SpecError(
-                f"plan: values.{name} has no row for tensor {missing!r}; give one, or a row {REST}"
+                f"plan: values.{name} has no row for tensor {missing!r}; give one"
+                f"{f', or a row {rest}' if rest else ''}"
             )
     return groups, _read_values(values)
 

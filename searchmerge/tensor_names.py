@@ -1,4 +1,7 @@
-"""Names of many tensors in few lines: ``layers.{0..11}.norm.weight`` stands for twelve."""
+"""Names of many tensors in few lines: ``layers.{0..11}.norm.weight`` stands for twelve.
+
+Numbers in braces that are part of a name have braces twice: ``layers{{3}}.w`` is ``layers{3}.w``.
+"""
 
 import re
 from collections.abc import Iterable
@@ -7,9 +10,12 @@ from searchmerge.errors import SpecError
 
 _MOST = 100_000  # names that one pattern may stand for
 
-_NUMBERS = re.compile(r"\{(\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*)\}")
+_RUN = r"[0-9]+(?:\.\.[0-9]+)?"
+_NUMBERS = rf"\{{{_RUN}(?:,{_RUN})*\}}"
+_NAMED = re.compile(_NUMBERS)
+_WRITTEN = re.compile(rf"\{{(?P<named>{_NUMBERS})\}}|(?P<numbers>{_NUMBERS})")
 _DIGITS = re.compile(r"(\d+)")
-_PLAIN = re.compile(r"0|[1-9]\d*")
+_PLAIN = re.compile(r"0|[1-9][0-9]*")
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -28,18 +34,24 @@ def expand(pattern: str) -> list[str]:
     Raises:
         SpecError: If they are more than any model has.
     """
-    match = _NUMBERS.search(pattern)
-    if match is None:
-        return [pattern]
-    numbers: list[int] = []
-    for part in match[1].split(","):
-        first, _, last = part.partition("..")
-        run = range(int(first), int(last or first) + 1)
-        _check_count(pattern, len(numbers) + len(run))
-        numbers += run
-    rest = expand(pattern[match.end() :])
-    _check_count(pattern, len(numbers) * len(rest))
-    return [f"{pattern[: match.start()]}{number}{tail}" for number in numbers for tail in rest]
+    names, end = [""], 0
+    for match in _WRITTEN.finditer(pattern):
+        before, end = pattern[end : match.start()], match.end()
+        parts = [match["named"]] if match["named"] else _numbers(pattern, match["numbers"])
+        _check_count(pattern, len(names) * len(parts))
+        names = [f"{name}{before}{part}" for name in names for part in parts]
+    return [f"{name}{pattern[end:]}" for name in names]
+
+
+def _numbers(pattern: str, in_braces: str) -> list[str]:
+    """Return the numbers that the runs in a pattern's braces stand for."""
+    numbers: list[str] = []
+    for run in in_braces[1:-1].split(","):
+        first, _, last = run.partition("..")
+        found = range(int(first), int(last or first) + 1)
+        _check_count(pattern, len(numbers) + len(found))
+        numbers += map(str, found)
+    return numbers
 
 
 def _check_count(pattern: str, n_names: int) -> None:
@@ -60,15 +72,16 @@ def compress(names: Iterable[str]) -> list[str]:
         else:
             layers[(name,)] = []
     return [
-        f"{around[0]}{_shown(numbers)}{around[1]}" if numbers else around[0]
+        # what a layer's number stands between ends and begins with a dot, so that no braces meet
+        _shown(numbers).join(_NAMED.sub(r"{\g<0>}", part) for part in around)
         for around, numbers in layers.items()
     ]
 
 
 def _shown(numbers: list[int]) -> str:
     """Return ascending numbers as text: a single one as it is, others as runs in braces."""
-    if len(numbers) == 1:
-        return str(numbers[0])
+    if len(numbers) <= 1:
+        return "".join(map(str, numbers))
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from searchmerge.errors import SpecError
 from searchmerge.plan import Groups, MergePlan
+from tests.test_tensor_names import any_name
 
 DATA = {
     "method": "ties",
@@ -138,6 +139,32 @@ def test_a_plan_with_a_row_per_tensor_is_as_short_as_its_rows_differ():
         "density": {"rest": [0.2, 0.2]},
     }
     assert MergePlan.from_yaml(plan.to_yaml()) == plan
+
+
+@given(st.sets(any_name | st.sampled_from(["rest", "", "1e3", "<<", "null", "x" * 2000])))
+def test_a_plan_of_tensors_with_any_names_is_read_as_it_was_written(names):
+    groups = Groups.of_tensors({*names, "layers{3}.w"})
+    rows = tuple((1.0, float(i % 3 == 0)) for i in range(len(groups)))
+    values = {"coefficient": rows, "density": tuple((0.2, second) for _, second in rows)}
+    plan = MergePlan("ties", ("math", "code"), values, groups)
+    assert MergePlan.from_yaml(plan.to_yaml()) == plan
+    assert MergePlan.from_dict(plan.to_dict()) == plan
+
+
+def test_a_tensor_that_is_called_rest_is_no_row_of_all_others():
+    groups = Groups.of_tensors(["rest", "a", "b"])
+    values = {"coefficient": ((1.0, 1.0),) * 3, "density": ((0.2, 0.2), (0.2, 0.2), (0.5, 0.5))}
+    plan = MergePlan("ties", ("math", "code"), values, groups)
+    assert plan.to_dict()["groups"] == "named tensor"
+    assert plan.to_dict()["values"]["density"] == {
+        "a": [0.2, 0.2],
+        "b": [0.2, 0.2],
+        "rest": [0.5, 0.5],
+    }
+    data = plan.to_dict()
+    del data["values"]["density"]["a"]
+    with pytest.raises(SpecError, match=r"no row for tensor 'a'; give one$"):
+        MergePlan.from_dict(data)
 
 
 @pytest.mark.parametrize(
