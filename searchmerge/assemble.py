@@ -26,6 +26,7 @@ from searchmerge.execution.watched_merger import WatchedMerger, WatchedWhole
 from searchmerge.execution.worker import Worker
 from searchmerge.fingerprint import fingerprint
 from searchmerge.heads import expert_head
+from searchmerge.merging.engine import Engine, Way
 from searchmerge.merging.gradient import CoefficientGradients
 from searchmerge.merging.method import METHODS
 from searchmerge.models import Models, load_task_vectors, make_merger, merged_names, open_models
@@ -43,6 +44,11 @@ from searchmerge.study import Study
 from searchmerge.watch import Content, Watch
 
 _logger = logging.getLogger(__name__)
+_WAYS: dict[Way, str] = {
+    "native": "C++",
+    "torch": "torch's compiler",
+    "chunks": "torch, uncompiled",
+}
 _TAKES_LONG = (
     "taking every matrix of models of this size apart takes long; where the space has the method "
     "it is one"
@@ -63,6 +69,14 @@ def pick_device(config: RunConfig) -> str:
     if config.executor == "ray":  # this process may be on a machine without the workers' GPUs
         return "cuda" if config.workers.gpus_per_worker else "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def way_of_merging(config: RunConfig) -> str:
+    """Return in words how merges are computed, which decides how they are rounded."""
+    device = pick_device(config)
+    if device.partition(":")[0] == "cpu" and config.engine != "eager" and not config.is_here:
+        return "C++ on workers that have a compiler"
+    return _WAYS[Engine(config.engine).way(torch.device(device))]
 
 
 def make_worker(

@@ -107,6 +107,7 @@ def run_study(
             contextlib.closing(assemble.open_directory(study, watch.content, config, run_dir))
         )
         study.keep(run_dir)
+        _note_way_of_merging(directory, assemble.way_of_merging(config))
         if not directory.is_begun:  # a study that was resumed has them already
             directory.enqueue("warm start", assemble.warm_start(study))
         if retry_failed:
@@ -461,7 +462,11 @@ class StudyRun:
             plan=plans[winner.name].to_dict(),
             counts=self._counts(records),
             level=confirmation.level,
-            made_of=_described(self._models) | versions(self._study),
+            made_of={
+                **_described(self._models),
+                **versions(self._study),
+                "merged by": ", then ".join(self._directory.ways_of_merging),
+            },
             bounds=make_bounds(winner, objective, held_out),
             details=make_details(board, plans, detailed),
             searched=make_searched(candidates(records, objective)),
@@ -474,6 +479,17 @@ class StudyRun:
             points=make_points(candidates(records, objective), rows, objective),
             failed=told_failures(failure_reasons(records), len(records)),
         )
+
+
+def _note_way_of_merging(directory: StudyDirectory, way: str) -> None:
+    """Keep how merges are computed, and say so where they were computed otherwise before."""
+    if (before := directory.ways_of_merging[-1:]) not in ([], [way]):
+        _logger.warning(
+            "merges are computed by %s, and by %s in earlier runs: they are rounded otherwise, so "
+            "that a plan may score a little otherwise than it would have there",
+            *(way, before[0]),
+        )
+    directory.keep_way_of_merging(way)
 
 
 def _described(models: Models) -> dict[str, str]:

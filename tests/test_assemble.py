@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from searchmerge import assemble
+from searchmerge.config import RunConfig
 from searchmerge.evaluators.evaluator import Origin, TaskInfo
+from searchmerge.merging.native.compiler import has_compiler
 from searchmerge.search.references import reference_plans
 from searchmerge.study import read_study
+from tests.merging.compiling import needs_compiler
 from tests.tiny import make_study
 
 
@@ -25,6 +28,38 @@ def test_parts_are_counted_or_fractions_of_all_examples(tmp_path, select, hold_o
     assert counts == tuple(
         sum(len(block.examples) for block in schedule.blocks[part]["first"]) for part in parts
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        ({"engine": "auto"}, "torch, uncompiled"),
+        ({"engine": "compiled"}, "torch's compiler"),
+        ({"engine": "eager"}, "torch, uncompiled"),
+        ({"executor": "ray", "engine": "auto"}, "torch, uncompiled"),
+        ({"executor": "ray", "ray": {"address": "auto"}}, "C++ on workers that have a compiler"),
+        (
+            {"executor": "ray", "ray": {"address": "auto"}, "engine": "eager"},
+            "torch, uncompiled",
+        ),
+    ],
+)
+def test_how_merges_are_computed_is_said_where_there_is_no_compiler(monkeypatch, config, way):
+    monkeypatch.setenv("CXX", "/no/compiler")
+    has_compiler.cache_clear()
+    try:
+        assert assemble.way_of_merging(RunConfig(device="cpu", **config)) == way
+    finally:
+        has_compiler.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("engine", "way"),
+    [("auto", "C++"), ("compiled", "C++"), ("eager", "torch, uncompiled")],
+)
+def test_how_merges_are_computed_is_said_where_there_is_a_compiler(engine, way):
+    assert assemble.way_of_merging(RunConfig(device="cpu", engine=engine)) == way
 
 
 def shared(**second):

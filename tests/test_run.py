@@ -14,6 +14,7 @@ from searchmerge.run import run_study
 from searchmerge.search.references import reference_plans
 from searchmerge.search.status import describe_status, read_status
 from searchmerge.study import read_study
+from tests.merging.compiling import needs_compiler
 from tests.search.conftest import Recorder
 from tests.tiny import EXPERTS, make_study
 
@@ -81,7 +82,7 @@ def run(models, tmp_path, monkeypatch):
         "n_examples": {"select": 24, "hold_out": 24},
     }
 
-    def go(observer=None, *, search=True, changes=None, **keys):
+    def go(observer=None, *, search=True, changes=None, engine="eager", **keys):
         study = {
             "space": WITHIN,
             "tasks": {name: {**task, "expert": name} for name in EXPERTS},
@@ -91,7 +92,7 @@ def run(models, tmp_path, monkeypatch):
         }
         file = make_study(tmp_path, **study)
         file.write_text(file.read_text().replace("lm_harness:\n  include_path: tasks\n", ""))
-        config = RunConfig(engine="eager", device="cpu")
+        config = RunConfig(engine=engine, device="cpu")
         seen = observer or Recorder()
         return run_study(read_study(file), config, tmp_path / "run", seen, search=search)
 
@@ -214,6 +215,22 @@ def test_it_is_said_of_the_best_so_far_which_constraints_it_breaks(run, tmp_path
         run(Stops("search", 2), changes={"constraints": [constraint]})
     breaks = "though it breaks first at least 2: none keeps every constraint; it is not confirmed"
     assert breaks in report(tmp_path)
+
+
+@needs_compiler
+def test_a_run_whose_merges_are_rounded_otherwise_than_before_says_so(run, tmp_path, caplog):
+    told = "merges are computed by C++, and by torch, uncompiled in earlier runs"
+    results = run()
+    assert results.made_of["merged by"] == "torch, uncompiled"
+    run(n_trials=9)
+    assert "merges are computed" not in caplog.text
+    results = run(engine="auto", n_trials=10)
+    assert told in caplog.text
+    assert results.made_of["merged by"] == "torch, uncompiled, then C++"
+    assert "| merged by | `torch, uncompiled, then C++` |" in report(tmp_path)
+    caplog.clear()
+    assert run(engine="auto", n_trials=11).counts["trials in full"] == 11
+    assert "merges are computed" not in caplog.text
 
 
 # --- Each phase ---------------------------------------------------------------------------------

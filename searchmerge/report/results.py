@@ -120,7 +120,8 @@ class Results:
         plan: The winner's plan.
         counts: Numbers of trials by what became of them, examples, seconds.
         level: Of the intervals, in (0, 1).
-        made_of: Name to source and fingerprint of every model, and the versions used.
+        made_of: Name to source and fingerprint of every model, the versions used, and how merges
+            were computed.
         bounds: How the winner stands to each constraint.
         points: Of a study with several objectives, all that was scored in full.
         details: Scores by other metrics, and of tasks' members.

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import optuna
+
+from searchmerge.interrupts import held_back
+
 _KEEP_S = 5.0  # how often the time so far is kept
 
 
@@ -36,6 +40,29 @@ class KeepsTime(Protocol):
     def set_elapsed(self, seconds: float) -> None:
         """Keep the seconds so far."""
         ...
+
+
+@dataclass(frozen=True)
+class KeptTime:
+    """Seconds that all runs of a study have taken for something, kept in the study.
+
+    Attributes:
+        study: The study.
+        attribute: Under which of its user attributes.
+    """
+
+    study: optuna.Study
+    attribute: str
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that were kept last."""
+        return float(self.study.user_attrs.get(self.attribute, 0.0))
+
+    @held_back()
+    def set_elapsed(self, seconds: float) -> None:
+        """Keep the seconds so far."""
+        self.study.set_user_attr(self.attribute, seconds)
 
 
 class StudyClock:

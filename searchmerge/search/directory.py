@@ -6,7 +6,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from searchmerge.errors import StudyError
 from searchmerge.interrupts import held_back
 from searchmerge.plan import MergePlan, SettingValue
+from searchmerge.search.budget import KeptTime
 from searchmerge.search.crashes import Crashes
 from searchmerge.search.loss_store import LossStore
 from searchmerge.search.references import expert_name
@@ -63,6 +63,7 @@ _ELAPSED = "elapsed_s"
 _DECIDING = "deciding"  # references that decide the blocks' order
 _BEST = "best"  # what the plan is called that has the best evidence
 _TUNING = "tuning"  # task to how it is scored
+_MERGING = "merging"  # how merges were computed, one after the other
 _REFINING_S = "refining_s"
 _UNREFINED = "unrefined:"  # begins the name of a refinement that proposed nothing
 _REFINING = "refining:"  # begins the name of how often runs ended abruptly during a refinement
@@ -221,6 +222,16 @@ class StudyDirectory:
         return kept
 
     @property
+    def ways_of_merging(self) -> list[str]:
+        """In words how merges were computed, which decides how they are rounded; the last now."""
+        return list(self.study.user_attrs.get(_MERGING, ()))
+
+    def keep_way_of_merging(self, way: str) -> None:
+        """Keep how merges are computed from here on."""
+        if self.ways_of_merging[-1:] != [way]:
+            self._note(_MERGING, [*self.ways_of_merging, way])
+
+    @property
     def is_past_references(self) -> bool:
         """Whether a run has come to the end of the references, and more may be there."""
         return _DECIDING in self.study.user_attrs
@@ -234,12 +245,12 @@ class StudyDirectory:
         return kept
 
     @property
-    def searching(self) -> "KeptTime":
+    def searching(self) -> KeptTime:
         """The seconds that all runs of this study have searched."""
         return KeptTime(self.study, _ELAPSED)
 
     @property
-    def refining(self) -> "KeptTime":
+    def refining(self) -> KeptTime:
         """The seconds that all runs of this study have refined plans and scored them."""
         return KeptTime(self.study, _REFINING_S)
 
@@ -443,29 +454,6 @@ def records_of(study: optuna.Study, *, as_told: bool = False) -> list[TrialRecor
         else record
         for record in told
     ]
-
-
-@dataclass(frozen=True)
-class KeptTime:
-    """Seconds that all runs of a study have taken for something, kept in the study.
-
-    Attributes:
-        study: The study.
-        attribute: Under which of its user attributes.
-    """
-
-    study: optuna.Study
-    attribute: str
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds that were kept last."""
-        return float(self.study.user_attrs.get(self.attribute, 0.0))
-
-    @held_back()
-    def set_elapsed(self, seconds: float) -> None:
-        """Keep the seconds so far."""
-        self.study.set_user_attr(self.attribute, seconds)
 
 
 def best_so_far_of(study: optuna.Study) -> str:

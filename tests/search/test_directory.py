@@ -141,3 +141,13 @@ def test_a_study_whose_score_cache_was_emptied_is_refused(toy, tmp_path):
 )
 def test_a_plan_has_a_file_of_one_folder_whatever_its_experts_are_called(tmp_path, name, file):
     assert plan_file(tmp_path, name) == tmp_path / PLANS_DIR / file
+
+
+def test_how_merges_are_computed_is_kept_where_it_changes(toy):
+    ways = []
+    for way in ("C++", "C++", "torch", "C++"):
+        directory = toy().directory
+        directory.keep_way_of_merging(way)
+        ways.append(directory.ways_of_merging)
+        directory.close()
+    assert ways == [["C++"], ["C++"], ["C++", "torch"], ["C++", "torch", "C++"]]
