@@ -1,7 +1,6 @@
 """Running a study from its file to its results."""
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -39,23 +38,16 @@ from searchmerge.report.tables import (
 )
 from searchmerge.saving import save_results
 from searchmerge.search.candidates import candidates
-from searchmerge.search.confirm import Bootstrap, Confirmation, Contest, confirm
+from searchmerge.search.confirm import Bootstrap
 from searchmerge.search.directory import StudyDirectory, locked
 from searchmerge.search.dispatch import Dispatcher
-from searchmerge.search.distinct import are_near
 from searchmerge.search.evidence import Evidence
 from searchmerge.search.failures import failure_reasons, told_failures
-from searchmerge.search.held_out import TasksOf, tasks_held_out
+from searchmerge.search.held_out import Compared, HeldOut, Plans
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
-from searchmerge.search.pick import (
-    Contender,
-    best_on_select,
-    broken,
-    ranking,
-    ranking_on_select,
-)
-from searchmerge.search.references import BASE, is_merge
+from searchmerge.search.pick import Contender, best_on_select
+from searchmerge.search.references import BASE
 from searchmerge.search.refine import Material
 from searchmerge.search.refinements import Refinements, Refining
 from searchmerge.search.runner import StudyRunner
@@ -69,9 +61,6 @@ from searchmerge.wording import counted
 
 _logger = logging.getLogger(__name__)
 _N_SHOWN = 5  # trials in the report of a study that was stopped
-
-Plans = dict[str, MergePlan]
-"""What a plan is called to the plan."""
 
 
 def run_study(
@@ -197,12 +186,11 @@ class StudyRun:
             self._refine(refining, references, objective)
         self._stage = "while its best plans were confirmed"
         best, evidence = self._complete_the_best(references, objective, goes_on=search)
-        tasks = self._tasks_held_out(references, best, evidence, objective)
-        plans = self._score_held_out({**references, **best}, tasks)
-        confirmation = self._confirm(plans, tasks, best, evidence, objective)
-        self._directory.keep_best(confirmation.winner, plans[confirmation.winner])
+        compared = self._held_out(objective).compare(references, best, evidence)
+        winner = compared.confirmation.winner
+        self._directory.keep_best(winner, compared.plans[winner])
         return replace(
-            self._results(plans, tasks, best, objective, confirmation),
+            self._results(compared, best, objective),
             ended="" if search else self._ended(references, objective),
         )
 
@@ -364,71 +352,17 @@ class StudyRun:
         top_k = self._study.spec.confirm.top_k
         return settling.complete_the_best(references, top_k, goes_on=goes_on)
 
-    def _tasks_held_out(
-        self, references: Plans, best: Plans, evidence: Evidence, objective: Objective
-    ) -> TasksOf:
-        """Return which tasks each plan is scored on held out."""
-        ranked = ranking_on_select(self._runner.board, evidence, references, objective)
-        ahead = tuple(itertools.takewhile(lambda name: not is_merge(name), ranked))
-        extent, experts = self._study.spec.confirm.experts, self._study.task_experts
-        return tasks_held_out(extent, [*references, *best], objective, experts, ahead)
-
-    def _score_held_out(self, plans: Plans, tasks: TasksOf) -> Plans:
-        """Score plans on held-out examples; return those that can be, or need not be."""
-        wanted = {name: plan for name, plan in plans.items() if tasks[name]}
-        names = self._runner.score_plans("confirmation", wanted, "hold_out", tasks)
-        return {n: plan for n, plan in plans.items() if n in names or n not in wanted}
-
-    def _confirm(
-        self,
-        scored: Plans,
-        tasks: TasksOf,
-        best: Plans,
-        evidence: Evidence,
-        objective: Objective,
-    ) -> Confirmation:
-        """Compare the best candidates with the references on held-out examples.
-
-        Raises:
-            StudyError: If no reference, or no merge, was scored on them.
-        """
-        plans = {n: plan for n, plan in scored.items() if len(tasks[n]) == len(objective.goals)}
-        found = [name for name in plans if name in best]
-        if len(found) == len(plans) or not any(map(is_merge, plans)):
-            what = "reference" if found else "merge"
-            raise StudyError(
-                f"{self._directory.run_dir}: no {what} could be scored on held-out examples, so "
-                "that nothing is confirmed; see the warnings above, and run the study again"
-            )
-        board, spec = self._runner.board, self._study.spec
-        return confirm(
-            {n: board.values(plan, "hold_out", tasks[n]) for n, plan in scored.items()},
-            Contest(
-                found,
-                ranking(board, evidence, plans, objective),
-                broken(board, plans, objective),
-                "" if found else self._absent(best),
-            ),
-            {name: info.kind for name, info in board.schedule.tasks.items()},
+    def _held_out(self, objective: Objective) -> HeldOut:
+        """Return what scores plans on held-out examples, and compares them there."""
+        confirm, seed = self._study.spec.confirm, self._study.spec.search.seed
+        return HeldOut(
+            self._directory,
+            self._runner,
             objective,
-            self._study.task_experts if objective.kind != "mean" else {},
-            Bootstrap(spec.confirm.level, spec.confirm.n_resamples, spec.search.seed),
+            self._study.task_experts,
+            confirm.experts,
+            Bootstrap(confirm.level, confirm.n_resamples, seed),
         )
-
-    def _absent(self, best: Plans) -> str:
-        """Return why nothing that the search found could be confirmed."""
-        failures = self._runner.failures
-        if best:
-            name = next(iter(best))
-            return f"{', '.join(best)} could not be scored on held-out examples: {failures[name]}"
-        references = list(self._references.values())
-        others = [r for r in self._directory.records() if not are_near(r.plan, references)]
-        if not others:
-            return "it ended among the references, before another merge was scored"
-        if all(record.value is None for record in others):
-            n_failed = counted(len(others), "trial")
-            return f"{n_failed} beside the references failed, the first as {others[0].failure}"
-        return "none of its trials could be scored in full"
 
     def _missing(self, plans: Plans) -> dict[str, str]:
         """Return the references and the best candidates that are not compared, and why."""
@@ -437,15 +371,9 @@ class StudyRun:
         failed = {name: failures.get(name, "") for name in names if name not in plans}
         return failed | assemble.left_out(self._study, self._models)
 
-    def _results(
-        self,
-        plans: Plans,
-        tasks: TasksOf,
-        best: Plans,
-        objective: Objective,
-        confirmation: Confirmation,
-    ) -> Results:
+    def _results(self, compared: Compared, best: Plans, objective: Objective) -> Results:
         """Return all that the report says."""
+        plans, tasks, confirmation = compared
         board, records = self._runner.board, self._directory.records()
         rows = make_rows(board, plans, best.keys(), confirmation, tasks)
         [winner] = [row for row in rows if row.name == confirmation.winner]

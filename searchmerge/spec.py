@@ -22,8 +22,7 @@ from searchmerge.errors import SpecError
 from searchmerge.evaluators.evaluator import EVALUATORS, EvaluatorKind, LossKind
 from searchmerge.keys import Strict, declared_keys, has_key, hinted, keys_model
 from searchmerge.plan import TENSOR, Groups
-from searchmerge.search.held_out import Extent
-from searchmerge.search.objective import Against, Kind, Pick
+from searchmerge.search.objective import Against, Extent, Kind, Pick
 from searchmerge.search.references import BASE
 from searchmerge.space_spec import SpaceSpec
 from searchmerge.yaml_file import to_model

@@ -9,9 +9,9 @@ from searchmerge.plan import MergePlan
 from searchmerge.report.results import Bound, Detail, Point, PointKind, Row, Searched
 from searchmerge.search.confirm import Confirmation, Interval
 from searchmerge.search.grades import Grader, Reading
-from searchmerge.search.held_out import TasksOf
 from searchmerge.search.objective import Objective
 from searchmerge.search.references import BASE
+from searchmerge.search.runner import TasksOf
 from searchmerge.search.schedule import Schedule
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.trials import TrialRecord, front_of

@@ -10,6 +10,9 @@ from searchmerge.errors import StudyError
 Kind = Literal["normalised", "mean", "worst", "tasks"]
 Against = Literal["expert", "base", "score"]
 Pick = Literal["mean", "worst"]
+Extent = Literal["all", "own"]
+"""Held out, the base and the experts are scored on all tasks, or on those alone that others are
+divided by their scores of."""
 
 
 @dataclass(frozen=True, slots=True)

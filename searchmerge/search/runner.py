@@ -1,6 +1,6 @@
 """The study runner: references first, then what the sampler proposes, until the budget ends."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from searchmerge.errors import StudyError
@@ -10,7 +10,6 @@ from searchmerge.plan import MergePlan
 from searchmerge.search.budget import Budget, Spending, StudyClock
 from searchmerge.search.directory import StudyDirectory
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
-from searchmerge.search.held_out import TasksOf
 from searchmerge.search.incumbents import Incumbents
 from searchmerge.search.objective import Objective
 from searchmerge.search.observer import Observer
@@ -22,6 +21,9 @@ from searchmerge.search.trial_source import TrialSource, enter_all
 from searchmerge.search.trials import is_refined, standing_trials
 
 T = TypeVar("T")
+
+TasksOf = Mapping[str, Collection[str]]
+"""Plan name to tasks."""
 
 
 class StudyRunner:
