@@ -292,7 +292,7 @@ def _print_results(results: "Results") -> None:
         _print_table(header, cells, bold=results.winner)
     _out.print(results.legend, soft_wrap=True)
     _out.print(results.verdict, soft_wrap=True)
-    for more in filter(None, (results.ended, results.failed)):
+    for more in filter(None, (results.ended, results.failed, results.unsaved)):
         _out.print(more, soft_wrap=True)
 
 

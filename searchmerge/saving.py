@@ -3,15 +3,14 @@
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from searchmerge.checkpoints.writer import PLAN_FILE
 from searchmerge.classifier import SavedHead, head_files
-from searchmerge.errors import SpecError, WorkerError
+from searchmerge.durable import write_atomically
+from searchmerge.errors import SpecError, StudyError, WorkerError
 from searchmerge.execution.executor import Executor
 from searchmerge.heads import saved_heads
 from searchmerge.models import Models, load_task_vectors, merged_here, save_merge
@@ -27,6 +26,7 @@ from searchmerge.watch import Watch
 from searchmerge.yaml_text import yaml_in_one_line
 
 MODEL_DIR = "model"
+CARD_FILE = "README.md"
 
 _logger = logging.getLogger(__name__)
 
@@ -42,39 +42,40 @@ def save_results(
     """Write the report, and the winner's model unless it is there already.
 
     A worker merges it where one can, on its device and with what its methods have measured.
+    Until it is there the report says that it is not.
+
+    Raises:
+        SearchMergeError: If something cannot be written, or the model cannot be merged.
     """
-    results.save(run_dir)
-    if results.points:
-        save_front(results.points, results.winner, results.front_title, run_dir, results.raw)
     out, plan = run_dir / MODEL_DIR, results.merge_plan
-    models, check = watch.models, watch.check
+    models = watch.models
     heads = saved_heads(study, models)
     card = _card(results, study, models, out, heads)
     if is_saved(out, plan, heads):
-        (out / "README.md").write_text(card, encoding="utf-8")
-        return
-    observer.phase("saving the model", None)
-    files = {**head_files(heads, models.dtype), "README.md": card}
-    save = functools.partial(save_merge, plan=plan, out=out, files=files, check=check)
+        _renew_card(out, card)
+    else:
+        replace(results, is_saved=False).save(run_dir)
+        observer.phase("saving the model", None)
+        files = {**head_files(heads, models.dtype), CARD_FILE: card}
+        write = functools.partial(
+            save_merge, models, plan=plan, out=out, files=files, check=watch.check
+        )
+        try:
+            executor.write_merged(plan, models.dtype, write)
+        except WorkerError as error:
+            _logger.warning("the model is merged in this process, as %s", error)
+            write(merged_here(models, load_task_vectors(study, models), plan))
+    results.save(run_dir)
+    if results.points:
+        save_front(results.points, results.winner, results.front_title, run_dir, results.raw)
+
+
+def _renew_card(out: Path, card: str) -> None:
+    """Write the card of a model that is there already."""
     try:
-        save(models, _of_a_worker(executor, plan, models.dtype))
-    except WorkerError as error:
-        _logger.warning("the model is merged in this process, as %s", error)
-        save(models, merged_here(models, load_task_vectors(study, models), plan))
-
-
-def _of_a_worker(
-    executor: Executor, plan: MergePlan, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors of a merged model as a worker merges them.
-
-    Raises:
-        WorkerError: If there is none that can.
-    """
-    weights = executor.merged(plan, dtype)
-    if weights is None:
-        raise WorkerError("no worker is free that could merge it")
-    return weights
+        write_atomically(out / CARD_FILE, card)
+    except OSError as error:
+        raise StudyError(f"{out}: cannot be written: {error.strerror}") from error
 
 
 def _card(

@@ -1,14 +1,14 @@
 """Where plans are run: the executor protocol, and the executor that runs them here and now."""
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from searchmerge.errors import EvaluationError
+from searchmerge.errors import EvaluationError, WorkerError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.gradient import LossRequest, LossResult
@@ -66,6 +66,9 @@ class Lost:
 
 Event = Scored | Differentiated | Finished | Failed | Lost
 
+Write = Callable[[Iterator[tuple[str, Tensor]]], None]
+"""Takes all tensors of a merged model by name, one at a time, on any device."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
@@ -122,16 +125,19 @@ class Executor(Protocol):
         """Start a job that computes losses and their gradient; the same of its number."""
         ...
 
-    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
-        """Return all tensors of a merged model by name, one at a time, from a free worker.
+    def write_merged(self, plan: MergePlan, dtype: torch.dtype, write: Write) -> None:
+        """Have a worker merge a whole model, once all jobs have ended.
 
         Args:
-            plan: How they are merged.
-            dtype: Of those that are floating-point.
+            plan: How it is merged.
+            dtype: Of its tensors that are floating-point.
+            write: Is given one worker's tensors. Where they end with ``WorkerError``, which it
+                has to let pass, it is called anew with those of another.
 
-        Returns:
-            The tensors, on any device, or ``None`` where no worker can give them. They may end
-            with ``WorkerError``, and with what :meth:`Merger.merged` raises.
+        Raises:
+            WorkerError: If no worker can; another process may do better.
+            SearchMergeError: What ``write`` raises, or :meth:`Merger.merged`: another worker
+                would end the same way.
         """
         ...
 
@@ -200,9 +206,11 @@ class InProcessExecutor:
         """Start a job; its work is done inside :meth:`next_event`."""
         self._start(job, self._worker.gradient(plan, request))
 
-    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
-        """Return all tensors of a merged model, unless a job runs."""
-        return self._worker.merged(plan, dtype) if self._job is None else None
+    def write_merged(self, plan: MergePlan, dtype: torch.dtype, write: Write) -> None:
+        """Merge a whole model here."""
+        if self._job is not None:
+            raise WorkerError(f"the one worker is at job {self._job}")
+        write(self._worker.merged(plan, dtype))
 
     def _start(self, job: int, results: Iterator[RoundResult | LossResult]) -> None:
         if self._job is not None:

@@ -149,19 +149,19 @@ class Worker:
             result = self._losses.compute(plan, request)
         yield result
 
-    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
-        """Return all tensors of a merged model by name, one at a time, on their devices.
-
-        They may end with ``WorkerError`` where this device or process fails.
+    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors of a merged model by name, one at a time, on their devices.
 
         Args:
             plan: How they are merged.
             dtype: Of those that are floating-point.
 
-        Returns:
-            The tensors, or ``None`` where whole models are not merged.
+        Raises:
+            WorkerError: If whole models are not merged, or this device or process fails.
         """
-        return None if self._whole is None else _guarded(self._whole.merged(plan, dtype))
+        if self._whole is None:
+            raise WorkerError("a worker merges no whole models")
+        yield from _guarded(self._whole.merged(plan, dtype))
 
     def _score_round(self, blocks: Round) -> Iterator[BlockScores]:
         for task, group in itertools.groupby(blocks, key=lambda block: block.task):

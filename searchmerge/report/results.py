@@ -136,6 +136,7 @@ class Results:
         missing: References and best candidates that are not in the table to why.
         ended: Where the search ended, if before its budget was used up.
         failed: How many trials failed, and why, if any did.
+        is_saved: Whether the winner's model is there.
     """
 
     study: str
@@ -160,11 +161,19 @@ class Results:
     missing: Mapping[str, str] = field(default_factory=dict)
     ended: str = ""
     failed: str = ""
+    is_saved: bool = True
 
     @property
     def merge_plan(self) -> MergePlan:
         """Return the winner's plan."""
         return MergePlan.from_dict(self.plan)
+
+    @property
+    def unsaved(self) -> str:
+        """Return that the model is not there, or nothing where it is."""
+        if self.is_saved:
+            return ""
+        return "The model is not saved yet; the same command saves it."
 
     @property
     def front_title(self) -> str:
@@ -288,9 +297,10 @@ class Results:
             self._details_text(),
         )
         more = "".join(part + "\n\n" for part in parts if part)
+        verdict = f"{self.unsaved}\n\n**{markdown(self.verdict)}**".lstrip()
         return f"""# {markdown(self.study)}
 
-**{markdown(self.verdict)}**
+{verdict}
 
 {markdown(self.legend)} Objective: {self.objective}; metrics: {metrics}.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from searchmerge.errors import EvaluationError, SpecError, WorkerError
+from searchmerge.errors import CheckpointError, EvaluationError, SpecError, WorkerError
 from searchmerge.execution.executor import (
     Differentiated,
     Failed,
@@ -193,13 +193,45 @@ def test_a_refinement_proposes_the_same_on_every_executor(differentiating):
     assert proposed(differentiating) == expected
 
 
-def test_a_merged_models_tensors_come_from_the_worker():
-    executor = InProcessExecutor(workers.make_whole())
-    names = [name for name, _ in executor.merged(plan(0.5), torch.float32)]
-    assert names == ["large", "small"]
+@pytest.fixture(scope="module", params=[in_process, pytest.param(on_ray, marks=pytest.mark.ray)])
+def merging(request):
+    executor = request.param(request, workers.make_whole)
+    executor.tasks()
+    yield executor
+    executor.close()
+
+
+def test_a_merged_models_tensors_come_from_the_worker(merging):
+    given = []
+    merging.write_merged(plan(0.5), torch.float32, given.extend)
+    [(first, large), (second, small)] = given
+    assert (first, second) == ("large", "small")
+    assert torch.equal(large, torch.full_like(large, 0.5))
+    assert torch.equal(small, torch.arange(3.0))
+    assert merging.n_free == 1
+
+
+def test_what_cannot_be_written_is_not_asked_of_another_worker(merging):
+    given = []
+
+    def fail(weights):
+        given.append(next(weights))
+        raise CheckpointError("out: cannot be written: No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        merging.write_merged(plan(0.5), torch.float32, fail)
+    assert len(given) == 1
+    merging.write_merged(plan(0.5), torch.float32, given.extend)
+    assert [name for name, _ in given] == ["large", "large", "small"]
+
+
+def test_a_worker_here_that_is_at_a_job_or_merges_no_whole_models_says_so():
+    executor = InProcessExecutor(workers.make())
+    with pytest.raises(WorkerError, match="merges no whole models"):
+        executor.write_merged(plan(0.5), torch.float32, list)
     executor.submit(1, plan(FINE), ROUNDS)
-    assert executor.merged(plan(0.5), torch.float32) is None
-    assert InProcessExecutor(workers.make()).merged(plan(0.5), torch.float32) is None
+    with pytest.raises(WorkerError, match="the one worker is at job 1"):
+        executor.write_merged(plan(0.5), torch.float32, list)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +243,8 @@ def test_a_merged_models_tensors_come_from_the_worker():
     ],
 )
 def test_what_ends_a_merged_models_tensors_is_said(kind, error, message):
-    given = InProcessExecutor(workers.make_whole(kind)).merged(plan(0.5), torch.float32)
-    assert next(given)[0] == "large"
+    given = []
+    executor = InProcessExecutor(workers.make_whole(kind))
     with pytest.raises(error, match=message):
-        next(given)
+        executor.write_merged(plan(0.5), torch.float32, given.extend)
+    assert [name for name, _ in given] == ["large"]

@@ -187,11 +187,11 @@ def busy(folder):
 class Whole:
     """Yields a large tensor and a small one, and misbehaves before the second."""
 
-    def __init__(self, kind):
-        self._kind = kind
+    def __init__(self, kind, size=50_000_000):
+        self._kind, self._size = kind, size
 
     def merged(self, plan, dtype=None):
-        yield "large", torch.full((50_000_000,), plan.values["coefficient"][0][0], dtype=dtype)
+        yield "large", torch.full((self._size,), plan.values["coefficient"][0][0], dtype=dtype)
         if self._kind == DIES:
             os.kill(os.getpid(), signal.SIGKILL)
         if self._kind == FAILS:
@@ -200,6 +200,8 @@ class Whole:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if self._kind == BREAKS:
             raise torch.OutOfMemoryError("no memory for it")
+        if self._kind == HANGS:
+            time.sleep(3600)
         yield "small", torch.arange(3, dtype=dtype)
 
 
@@ -208,3 +210,25 @@ def make_whole(kind=FINE):
     model = ToyModel()
     evaluators = dict.fromkeys(EXPERTS, ToyEvaluator())
     return Worker(model, ToyMerger(model), evaluators, whole=Whole(kind))
+
+
+class Numbered:
+    """Yields tensors that hold how many have merged before; the first ``n_bad`` misbehave."""
+
+    def __init__(self, folder: Path, kind, n_bad):
+        self._folder, self._kind, self._n_bad = folder, kind, n_bad
+
+    def merged(self, plan, dtype=None):
+        number = len(list(self._folder.glob("merges-*")))
+        (self._folder / f"merges-{number}").touch()
+        whole = Whole(self._kind if number < self._n_bad else FINE, size=2)
+        for name, tensor in whole.merged(plan, dtype):
+            yield name, torch.full_like(tensor, number)
+
+
+def make_numbered(folder: Path, kind=FINE, n_bad=0):
+    """Load a toy worker that notes in ``folder`` that it does, and that it merges."""
+    (folder / f"loads-{os.getpid()}").touch()
+    model = ToyModel()
+    evaluators = dict.fromkeys(EXPERTS, ToyEvaluator())
+    return Worker(model, ToyMerger(model), evaluators, whole=Numbered(folder, kind, n_bad))

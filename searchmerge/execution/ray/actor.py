@@ -92,11 +92,9 @@ class RayWorker:
         """Yield that the job is taken up, then its losses and gradient, or a fault."""
         yield from _taken_up(self._loaded().gradient(plan, request))
 
-    def begin_merging(self, plan: MergePlan, dtype: torch.dtype) -> bool:
-        """Have :meth:`next_weight` give the tensors of a merged model; return whether it can."""
-        weights = self._loaded().merged(plan, dtype)
-        self._weights = iter(weights or ())
-        return weights is not None
+    def begin_merging(self, plan: MergePlan, dtype: torch.dtype) -> None:
+        """Have :meth:`next_weight` give the tensors of a merged model from the first on."""
+        self._weights = self._loaded().merged(plan, dtype)
 
     def next_weight(self) -> tuple[str, Tensor] | SearchMergeError | None:
         """Return the next tensor's name and it, on the CPU; ``None`` at the end, or an error."""

@@ -1,8 +1,9 @@
 """The executor that runs jobs on a pool of Ray actors, each with one resident model."""
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ray
 import torch
@@ -12,9 +13,8 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
-from torch import Tensor
 
-from searchmerge.errors import EvaluationError, SearchMergeError, StudyError
+from searchmerge.errors import EvaluationError, SearchMergeError, StudyError, WorkerError
 from searchmerge.evaluators.evaluator import TaskInfo
 from searchmerge.execution.blocks import Round
 from searchmerge.execution.deadline import Deadlines, Work
@@ -24,6 +24,7 @@ from searchmerge.execution.executor import (
     Finished,
     Lost,
     WorkerState,
+    Write,
     event_of,
 )
 from searchmerge.execution.gradient import LossRequest, LossResult
@@ -47,6 +48,7 @@ _logger = logging.getLogger(__name__)
 _TEND_S = 5.0  # how often the pool is compared with the cluster
 _QUIET_S = 60.0  # how long nothing may be ready before a line says so
 _LONGEST_PAUSE_S = 60.0  # after a worker that died as it loaded
+_MORE_TRIES = 2  # at merging a whole model, with workers in the place of those that were lost
 
 
 class RayExecutor:
@@ -121,9 +123,7 @@ class RayExecutor:
             SearchMergeError: If no worker can be loaded.
         """
         self.tasks()
-        while not (free := [slot for slot in self._slots if slot.is_free]):
-            self.next_event(_TEND_S)
-        slot, self._measured = free[0], {}
+        slot, self._measured = self._soon_free(), {}
         slot.call = slot.actor.tune.options(num_returns="streaming").remote(blocks)
         slot.since = time.monotonic()
         while not slot.is_free:
@@ -146,12 +146,42 @@ class RayExecutor:
         slot = self._free_slot(job, "gradient")
         slot.call = slot.actor.gradient.options(num_returns="streaming").remote(plan, request)
 
-    def merged(self, plan: MergePlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]] | None:
-        """Return all tensors of a merged model, as a free worker gives them one by one."""
-        slot = next((slot for slot in self._slots if slot.is_free), None)
-        if slot is None:
-            return None
-        return weights_of(slot.actor, plan, dtype, self._settings.loading_s)
+    def write_merged(self, plan: MergePlan, dtype: torch.dtype, write: Write) -> None:
+        """Have one worker after another merge a whole model, until one has.
+
+        Each that fails is killed, and what takes its place may be asked too, but no more workers
+        than there are now and ``_MORE_TRIES``. One that loads is waited for.
+        """
+        n_tries, allowed_s = len(self._slots) + _MORE_TRIES, self._settings.loading_s
+        for _ in range(n_tries):
+            try:
+                slot = self._soon_free(allowed_s)
+            except StudyError as error:
+                if not self._head.answers():  # without it this process has not long to live
+                    raise
+                raise WorkerError(str(error)) from error
+            try:
+                write(weights_of(slot.actor, plan, dtype, allowed_s))
+            except WorkerError as error:
+                self._slots.drop(slot)  # or it would merge beside whoever does so in its place
+                _logger.warning("%s did not merge the model: %s", slot.at, error)
+            else:
+                return
+        raise WorkerError(f"{n_tries} workers in a row did not merge it")
+
+    def _soon_free(self, within_s: float = math.inf) -> Slot:
+        """Return a free worker; wait for one where there is none.
+
+        Raises:
+            WorkerError: If there is none within ``within_s``, and none that loads.
+            SearchMergeError: If no worker can be loaded.
+        """
+        until = time.monotonic() + within_s
+        while (slot := next((slot for slot in self._slots if slot.is_free), None)) is None:
+            if time.monotonic() > until and all(s.doing != "loading" for s in self._slots):
+                raise WorkerError(f"no worker was free within {within_s:g} s")
+            self.next_event(_TEND_S)
+        return slot
 
     def _free_slot(self, job: int, work: Work = "round") -> Slot:
         """Return a free worker, which has the job from now on."""

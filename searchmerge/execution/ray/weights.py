@@ -25,16 +25,14 @@ def weights_of(
         timeout_s: Seconds that it may take to give the next one.
 
     Raises:
-        WorkerError: If the worker is lost, or cannot merge whole models.
+        WorkerError: If the worker is lost, or gives none in time.
         SearchMergeError: What it met as it merged.
     """
     try:
-        if not _answer(actor.begin_merging.remote(plan, dtype), timeout_s):
-            raise WorkerError("a worker merges no whole models")
+        _answer(actor.begin_merging.remote(plan, dtype), timeout_s)
         while (weight := _answer(actor.next_weight.remote(), timeout_s)) is not None:
             yield weight
     except GetTimeoutError as error:
-        ray.kill(actor)  # or it would merge beside whoever does so in its place
         raise WorkerError(
             f"a worker gave no tensor within {timeout_s:g} s; ray.loading_deadline of the config "
             "says how long it may take"

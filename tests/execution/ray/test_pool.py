@@ -7,17 +7,29 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import torch
 
-from searchmerge.errors import SpecError, StudyError
+from searchmerge.errors import EvaluationError, SpecError, StudyError, WorkerError
 from searchmerge.execution.executor import Finished, Lost, Scored, WorkerState
 from searchmerge.search.dispatch import Dispatcher, Job, ListSource
 from tests.execution import workers
 from tests.execution.conftest import STORE_BYTES
 from tests.execution.test_executor import until_it_ends
-from tests.execution.workers import DEVICE_FAULT, DIES, FINE, HANGS, ROUNDS, STOPS, plan
+from tests.execution.workers import (
+    BREAKS,
+    DEVICE_FAULT,
+    DIES,
+    FAILS,
+    FINE,
+    HANGS,
+    ROUNDS,
+    STOPS,
+    plan,
+)
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
@@ -259,6 +271,90 @@ def test_a_worker_that_hangs_before_it_says_where_it_is_is_asked_for_anew(pool, 
     assert f"{told}: another is asked for in its place" in caplog.text
     [worker] = executor.workers()
     assert worker == WorkerState("worker 2", HOST, "cpu", "idle")
+
+
+def merged(executor):
+    """Return the tensors of the worker that merged to the end, and how often one began."""
+    tries = []
+
+    def write(weights):
+        tries.append({})
+        for name, tensor in weights:
+            tries[-1][name] = tensor.tolist()
+
+    executor.write_merged(plan(FINE), torch.float32, write)
+    return tries[-1], len(tries)
+
+
+def of_worker(number):
+    return {"large": [number] * 2, "small": [number] * 3}
+
+
+@pytest.mark.parametrize(("n_workers", "kind"), [(1, DIES), (1, BREAKS), (2, DIES)])
+def test_a_worker_that_fails_as_it_merges_has_another_begin_anew(
+    pool, notes, caplog, kind, n_workers
+):
+    executor = pool(functools.partial(workers.make_numbered, notes, kind, 1), workers=n_workers)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == n_workers)
+    assert merged(executor) == (of_worker(1), 2)
+    assert f"worker 1 on {HOST} did not merge the model: a worker " in caplog.text
+    assert "worker 1" not in [worker.name for worker in executor.workers()]
+
+
+def test_workers_that_die_idle_leave_the_merge_to_others(pool, notes):
+    executor = pool(functools.partial(workers.make_numbered, notes), workers=2)
+    wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 2)
+    for file in notes.glob("loads-*"):
+        os.kill(int(file.name.removeprefix("loads-")), signal.SIGKILL)
+    assert merged(executor) == (of_worker(0), 3)
+
+
+def test_a_merge_waits_for_a_worker_that_loads(pool, notes):
+    executor = pool(functools.partial(workers.make_numbered, notes), workers=1)
+    assert executor.n_free == 0
+    assert merged(executor) == (of_worker(0), 1)
+
+
+def test_a_merge_that_no_worker_gets_done_is_given_up(pool, notes):
+    executor = pool(functools.partial(workers.make_numbered, notes, DIES, 99), workers=1)
+    with pytest.raises(WorkerError, match="3 workers in a row did not merge it"):
+        merged(executor)
+    assert len(list(notes.glob("merges-*"))) == 3
+
+
+def test_a_merge_that_would_end_the_same_way_is_not_asked_of_another(pool, notes):
+    executor = pool(functools.partial(workers.make_numbered, notes, FAILS, 99), workers=2)
+    with pytest.raises(EvaluationError, match="'small' is not finite"):
+        merged(executor)
+    assert len(list(notes.glob("merges-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "loading_s", "message"),
+    [
+        (workers.make_slow, 2.0, "no worker was free within 2 s"),
+        (workers.make_dying, 60.0, "3 workers died as they loaded"),
+    ],
+    ids=["hang", "die"],
+)
+def test_where_no_worker_loads_there_is_none_to_merge(pool, notes, make, loading_s, message):
+    executor = pool(functools.partial(make, notes, 99), workers=1, loading_s=loading_s)
+    with pytest.raises(WorkerError, match=message):
+        merged(executor)
+
+
+def test_a_merge_is_stopped_at_once_while_its_worker_hangs(pool, notes):
+    executor = pool(functools.partial(workers.make_numbered, notes, HANGS, 1), workers=1)
+    stop = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT])
+
+    def write(weights):
+        assert next(weights)[0] == "large"
+        stop.start()
+        next(weights)
+
+    with pytest.raises(KeyboardInterrupt):
+        executor.write_merged(plan(FINE), torch.float32, write)
+    stop.join()
 
 
 def test_it_tells_what_each_worker_is_at(pool, notes):

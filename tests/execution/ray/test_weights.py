@@ -9,21 +9,29 @@ import torch
 from searchmerge.errors import EvaluationError, WorkerError
 from tests.execution import workers
 from tests.execution.conftest import STORE_BYTES
-from tests.execution.workers import DIES, FAILS, plan
+from tests.execution.workers import BREAKS, DIES, FAILS, plan
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def weights(pool):
-    """Return what a worker of some kind gives."""
+def weights(cluster):
+    """Return what an actor of some kind gives."""
+    import ray
 
-    def give(make):
-        executor = pool(make, workers=1)
-        executor.tasks()
-        return executor.merged(plan(0.5), torch.float32)
+    from searchmerge.execution.ray.actor import RayWorker
+    from searchmerge.execution.ray.weights import weights_of
 
-    return give
+    actors = []
+
+    def give(make, timeout_s=60.0):
+        actors.append(ray.remote(RayWorker).options(num_cpus=0.1).remote({}))
+        list(actors[-1].load.options(num_returns="streaming").remote(make))
+        return weights_of(actors[-1], plan(0.5), torch.float32, timeout_s)
+
+    yield give
+    for actor in actors:
+        ray.kill(actor)
 
 
 def test_tensors_come_one_by_one_those_too_that_are_larger_than_rays_store(weights):
@@ -38,6 +46,7 @@ def test_tensors_come_one_by_one_those_too_that_are_larger_than_rays_store(weigh
     ("kind", "error", "message"),
     [
         (DIES, WorkerError, "a worker was lost as it merged: .*died"),
+        (BREAKS, WorkerError, "a worker could not merge it: no memory for it"),
         (FAILS, EvaluationError, "'small' is not finite"),
     ],
 )
