@@ -45,6 +45,14 @@ def test_results_are_read_as_they_were_saved(
     assert data["rows"][0]["lead"] == [0.2, 0.05, 0.35]
 
 
+def test_it_is_said_of_a_model_that_is_not_saved_yet(make_results):
+    told = "The model is not saved yet"
+    assert make_results().unsaved == ""
+    assert told not in make_results().markdown()
+    unsaved = make_results(is_saved=False).markdown()
+    assert unsaved.index(told) < unsaved.index("The found merge is better")
+
+
 def test_a_study_without_results_says_when_they_come(tmp_path):
     with pytest.raises(StudyError, match=r"no results yet; the study writes results\.json once"):
         Results.load(tmp_path)
