@@ -20,6 +20,7 @@ from searchmerge.plan import MergePlan, SettingValue
 from searchmerge.search.budget import KeptTime
 from searchmerge.search.crashes import Crashes
 from searchmerge.search.loss_store import LossStore
+from searchmerge.search.mirrored_storage import mirrored
 from searchmerge.search.references import expert_name
 from searchmerge.search.scores import ScoreStore
 from searchmerge.search.storage import (
@@ -151,15 +152,17 @@ class StudyDirectory:
         with contextlib.ExitStack() as opened, storage_errors(run_dir, storage):
             is_new = not (run_dir / SCORES_FILE).exists()
             prepare_storage(run_dir, storage)
-            self._storage = open_storage(run_dir, storage)
-            opened.callback(close_storage, self._storage)
-            self.study = optuna.create_study(
-                storage=self._storage,
+            stored = open_storage(run_dir, storage)
+            opened.callback(close_storage, stored)
+            study = optuna.create_study(
+                storage=stored,
                 study_name=name,
                 directions=["maximize"] * n_objectives,
                 load_if_exists=True,
             )
-            claim_study(run_dir, storage, self.study)
+            claim_study(run_dir, storage, study)  # others' marks are in the database alone
+            self._storage = mirrored(stored)
+            self.study = optuna.load_study(study_name=name, storage=self._storage)
             if sampler is not None:
                 n_before = sum(not is_refined(trial) for trial in self.trials())
                 self.study.sampler = WithinSpace(sampler(n_before), self._storage)
