@@ -123,6 +123,8 @@ class MergePlan:
     values: Mapping[str, Rows]
     groups: Groups = WHOLE
     settings: Mapping[str, SettingValue] = field(default_factory=dict)
+    # what `digest` says, once it was asked for: of a number per tensor that takes a while
+    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -145,8 +147,11 @@ class MergePlan:
     @property
     def digest(self) -> str:
         """Return 16 hexadecimal digits that are equal for equal plans, in any process."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not self._digest:
+            text = json.dumps(self.to_dict(), sort_keys=True)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            object.__setattr__(self, "_digest", digest)
+        return self._digest
 
     def reordered(self, experts: tuple[str, ...]) -> "MergePlan":
         """Return the same plan with its experts in another order.

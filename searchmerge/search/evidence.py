@@ -5,7 +5,7 @@ by it is worse than it looks. The more a score owes to chance, the more it is dr
 of the study usually score.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ class Evidence:
             typical: The plans that tell what plans usually score, one or more.
             stopped: What others would have been measured at that are as typical.
         """
-        chosen = [measured.names.index(name) for name in typical]
+        chosen = _places(measured.names, typical)
         usual = np.array([*measured.values[chosen], *(expected.value for expected in stopped)])
         # predictions spread less than what is predicted does, by the variance of their errors
         hidden = sum(expected.variance for expected in stopped) / len(usual)
@@ -125,7 +125,8 @@ class Evidence:
 
     def of(self, names: Collection[str]) -> "Evidence":
         """Return what is believed of some of the plans, in the order that they stand in here."""
-        at = [i for i, name in enumerate(self.names) if name in names]
+        wanted = frozenset(names)
+        at = [i for i, name in enumerate(self.names) if name in wanted]
         return Evidence(tuple(self.names[i] for i in at), self.values[at], self.variances[at])
 
     def flattered(self, names: Collection[str]) -> "Evidence":
@@ -144,7 +145,7 @@ class Evidence:
         each counted by how well it was known before. Examples that tell none of the plans apart
         change nothing.
         """
-        at = [self.names.index(name) for name in measured.names]
+        at = _places(self.names, measured.names)
         before, errors = self.values[at], self.variances[at] + _TINY
         if not np.ptp(measured.values) and not measured.variances.any():
             return Evidence(measured.names, before, self.variances[at])
@@ -162,3 +163,9 @@ class Evidence:
     def ranked(self) -> list[str]:
         """Return the plans, best first."""
         return [self.names[i] for i in np.argsort(-self.values, kind="stable")]
+
+
+def _places(names: Sequence[str], wanted: Iterable[str]) -> list[int]:
+    """Return where names stand among others; there may be thousands."""
+    places = {name: i for i, name in enumerate(names)}
+    return [places[name] for name in wanted]

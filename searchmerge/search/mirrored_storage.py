@@ -98,7 +98,7 @@ class MirroredStorage(BaseStorage):
     @contextlib.contextmanager
     def _writing_trial(self, trial_id: int) -> Iterator[FrozenTrial]:
         """Yield a copy of a trial, which takes its place if nothing is raised."""
-        if trial_id not in self._places:  # it is finished, or unknown: writing to it will fail
+        if trial_id not in self._places:  # of a study that is not mirrored, finished, or unknown
             yield self._storage.get_trial(trial_id)
             return
         study_id, number = self._places[trial_id]
@@ -174,9 +174,12 @@ class MirroredStorage(BaseStorage):
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         """Begin or end a trial, at the database's time; return whether its state has changed."""
-        with self._writing_trial(trial_id) as trial:
+        if trial_id not in self._places:
+            return self._storage.set_trial_state_values(trial_id, state, values)
+        study_id, number = self._places[trial_id]
+        with self._writing(study_id) as study:
             has_changed = self._storage.set_trial_state_values(trial_id, state, values)
-            vars(trial).update(vars(self._storage.get_trial(trial_id)))
+            study.trials[number] = self._storage.get_trial(trial_id)
         return has_changed
 
     def set_trial_param(

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import NamedTuple
 
 import optuna
 from optuna.trial import TrialState
@@ -23,7 +24,6 @@ from searchmerge.search.trials import (
     begin,
     by_completion,
     count_cut_off,
-    is_refined,
     refined_plan,
 )
 
@@ -31,7 +31,20 @@ _logger = logging.getLogger(__name__)
 
 _FIRST_TRIALS = 5  # if as many fail and none has a score, the study stops
 
-TrialJob = Job[optuna.Trial]
+
+class Begun(NamedTuple):
+    """A trial that was begun, and its record before it is told.
+
+    Attributes:
+        trial: The trial; to read its attributes copies its plan, so that it is done once.
+        record: Its number, its plan, its kind.
+    """
+
+    trial: optuna.Trial
+    record: TrialRecord
+
+
+TrialJob = Job[Begun]
 
 
 class TrialSource:
@@ -96,12 +109,12 @@ class TrialSource:
     def goes_on(self, job: TrialJob) -> bool:
         """Return whether the candidate may still win."""
         self._spending.clock.tick()
-        return self._incumbents.may_win(job.plan, is_refined=is_refined(job.subject))
+        return self._incumbents.may_win(job.plan, is_refined=bool(job.subject.record.refines))
 
     def finished(self, job: TrialJob) -> None:
         """Tell the study what the trial scored, in full or by paired estimate."""
         outcome = self._incumbents.outcome(job.plan)
-        record = TrialRecord.of(job.subject, job.plan)
+        trial, record = job.subject
         record = replace(
             record.judged(self._objective, outcome.scores, outcome.estimates),
             se=outcome.se,
@@ -109,10 +122,10 @@ class TrialSource:
             merge_s=job.merge_s,
             score_s=job.score_s,
         )
-        record.write(job.subject)
+        record.write(trial)
         is_best = _enter(record, self._incumbents, self._spending)
         self._directory.scores.flush()
-        self._directory.study.tell(job.subject, record.values)
+        self._directory.study.tell(trial, record.values)
         _logger.info("%s: %s", record.name, record.value)
         self._end(record, is_best=is_best)
 
@@ -122,9 +135,9 @@ class TrialSource:
         Raises:
             StudyError: If none of the first trials could be scored.
         """
-        record = replace(TrialRecord.of(job.subject, job.plan), failure=reason)
-        record.write(job.subject)
-        self._directory.study.tell(job.subject, state=TrialState.FAIL)
+        record = replace(job.subject.record, failure=reason)
+        record.write(job.subject.trial)
+        self._directory.study.tell(job.subject.trial, state=TrialState.FAIL)
         _logger.info("%s: %s", record.name, reason)
         self._end(record, is_best=False)
         if record.refines or self._spending.n_finished < _FIRST_TRIALS:
@@ -142,7 +155,7 @@ class TrialSource:
         if not self._directory.was_cut_off:
             return False
         n_blocks = len(self._directory.scores.get(job.plan))
-        return count_cut_off(job.subject, n_blocks) >= MAX_CUT_OFF
+        return count_cut_off(job.subject.trial, n_blocks) >= MAX_CUT_OFF
 
     def _job(self, trial: optuna.Trial) -> TrialJob:
         plan = refined_plan(trial)
@@ -150,8 +163,9 @@ class TrialSource:
             plan = self._space.suggest(trial)
             begin(trial, plan)
             self._spending.begin()
-        name = TrialRecord.of(trial, plan).name
-        return Job(name, plan, self._incumbents.rounds(), trial, is_trial=True)
+        record = TrialRecord.of(trial, plan)
+        rounds = self._incumbents.rounds()
+        return Job(record.name, plan, rounds, Begun(trial, record), is_trial=True)
 
     def _write_best(self) -> None:
         """Write the plan with the best evidence so far, and how trials are read, unless it is."""

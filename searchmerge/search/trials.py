@@ -101,8 +101,9 @@ class TrialRecord:
     @classmethod
     def of(cls, trial: optuna.Trial, plan: MergePlan) -> "TrialRecord":
         """Return the record of a trial that is not told yet: its number, its plan, its kind."""
-        kind = str(trial.user_attrs.get(_KIND, ""))
-        return cls(trial.number, plan, kind, refines_of(trial), repeats_of(trial))
+        kept = trial.user_attrs  # a copy each time
+        kind, refines = str(kept.get(_KIND, "")), str(kept.get(_REFINES, ""))
+        return cls(trial.number, plan, kind, refines, kept.get(_REPEATS))
 
     @property
     def name(self) -> str:
