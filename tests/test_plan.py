@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import yaml
 from hypothesis import given
@@ -35,6 +37,15 @@ def test_dict_and_yaml_give_the_plan_back(plan):
     assert MergePlan.from_dict(plan.to_dict()) == plan
     assert MergePlan.from_yaml(plan.to_yaml()) == plan
     assert MergePlan.from_yaml(plan.to_yaml()).digest == plan.digest
+
+
+def test_a_plan_that_is_made_from_another_has_a_digest_of_its_own():
+    plan = MergePlan.from_dict(DATA)
+    assert plan.digest == pickle.loads(pickle.dumps(plan)).digest
+    turned = plan.reordered(("code", "math"))
+    assert turned.digest == MergePlan.from_dict(turned.to_dict()).digest != plan.digest
+    assert turned.reordered(plan.experts) == plan
+    assert repr(plan) == repr(MergePlan.from_dict(DATA))  # that was never asked for its digest
 
 
 def test_the_documented_file_format_is_read_and_written(tmp_path):
