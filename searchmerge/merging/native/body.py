@@ -77,6 +77,7 @@ class Body:
         self.loop: list[str] = []
         self.counters: dict[str, bool] = {}
         self._bounds: dict[str, int] = {}
+        self._chosen: dict[str, str] = {}  # names of whole numbers to how these are chosen
         self._layout = layout
         self._n_names = 0
 
@@ -188,7 +189,7 @@ class Body:
             raise NoSourceError(f"has {name} of a sum over entries")
         if of_entries:
             texts = [text_of(o, d) for o, d in zip(operands, dtypes, strict=True)]
-            return self._bounded(step, operands, expression(name, dtype, texts))
+            return self._bounded(step, operands, texts)
         arrays = [texts_of(o, d) for o, d in zip(operands, dtypes, strict=True)]
         if not arrays:
             raise NoSourceError(f"has {name} of what is the same for all entries")
@@ -199,13 +200,22 @@ class Body:
         )
         return Value(np.array(write(*arrays), dtype=object), dtype)
 
-    def _bounded(self, step: "_Step", operands: list[Operand], text: str) -> Value:
-        """Name an expression; note where it is a whole number, and how large at most."""
-        name = self._name(step.dtype, text)
+    def _bounded(self, step: "_Step", operands: list[Operand], texts: list[Any]) -> Value:
+        """Name an operation; note where it is a whole number, and how large at most."""
+        name = self._name(step.dtype, expression(step.plain, step.dtype, texts))
         bound = whole_bound(step.plain, operands, self._bounds)
         if bound is not None:
             self._bounds[name] = bound
+            if step.plain == "where":
+                first, second = map(self._whole, operands[1:])
+                self._chosen[name] = f"({texts[0]} ? {first} : {second})"
         return Value(name, step.dtype)
+
+    def _whole(self, operand: Operand) -> str:
+        """Return a whole number for one entry, in 32 bits: choosing takes no conversion."""
+        if not isinstance(operand, Value):
+            return str(int(operand or 0))
+        return self._chosen.get(str(operand.names), f"(int32_t){one(operand)}")
 
     def _sum(self, step: "_Step") -> Value:
         """Write what is summed over entries; return its name."""
@@ -216,9 +226,10 @@ class Body:
             raise NoSourceError(f"has a sum in {step.dtype} of shape {step.shape}")
         name = f"counter{len(self.counters)}"
         self.counters[name] = self._bounds.get(value.names, math.inf) <= _MOST_COUNTED
-        entry = self.number(value)
         self.loop.append(
-            f"{name} += (int32_t){entry};" if self.counters[name] else f"{name}[i] = {entry};"
+            f"{name} += {self._whole(value)};"
+            if self.counters[name]
+            else f"{name}[i] = {self.number(value)};"
         )
         return Value(name, torch.float32)
 

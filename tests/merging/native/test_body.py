@@ -118,3 +118,30 @@ def test_a_function_whose_flow_depends_on_its_numbers_is_refused():
 
     with pytest.raises(NoSourceError, match="cannot be followed"):
         Body(LAYOUT).follow(depends)
+
+
+def chosen(chunk):
+    """Whole numbers that are chosen: of numbers, of others that are chosen, of flags, of sums."""
+    first, second, third = chunk.deltas
+    is_positive, is_small = first > 0, second.abs() < 0.5
+    signs = torch.where(is_positive, 1.0, -1.0)
+    balance = torch.where(is_small, -7.0, signs)
+    count = torch.where(is_positive, 1.0, 0.0) + torch.where(third > 0, 1.0, 0.0)
+    counted = torch.where(is_small, count, 0.0)
+    flags = torch.where(is_positive, is_small.float(), signs)
+    fractions = torch.where(is_small, 0.5, signs)
+    return first * 1, *(n.sum(-1) for n in (balance, counted, flags, fractions, signs * 3))
+
+
+def test_whole_numbers_that_are_chosen_are_counted_without_conversions():
+    given = operands(20_000)
+    found, wanted = torch.empty(20_000), torch.empty(20_000)
+    done, tallies = native.merge(chosen, given, 1.0, found)
+    assert done
+    expected = Chunks().merge(chosen, given, 1.0, wanted)
+    assert torch.equal(tallies, expected.double())
+    body = Body(LAYOUT)
+    body.follow(chosen)
+    summed = [line for line in body.loop if line.startswith("counter")]
+    assert ["(int32_t)" in line for line in summed] == [False, True, True, False, True]
+    assert list(body.counters.values()) == [True, True, True, False, True]
