@@ -29,11 +29,18 @@ def kept_answers(
 
     Raises:
         SpecError: If there is no such task or plan.
-        StudyError: If the run is not finished, or the answers are not kept.
+        StudyError: If the run is not finished, a plan was not scored on the task, or the answers
+            are not kept.
     """
     results = Results.load(run_dir)
     if task not in results.tasks:
         raise SpecError(f"--task {task}: no such task (there are: {', '.join(results.tasks)})")
+    unscored = [row.name for row in results.rows if task not in row.hold_out]
+    if name := next((name for name in names if name in unscored), None):
+        raise StudyError(
+            f"{run_dir}: {name} was not asked the held-out examples of {task!r}: with confirm: "
+            "{experts: all} in the study the same `searchmerge run` asks it them too"
+        )
     plans = {name: _plan(run_dir, results, name) for name in names}
     with contextlib.closing(ScoreStore(run_dir / SCORES_FILE)) as store:
         answers = [(name, store.answers(plan, task, "hold_out")) for name, plan in plans.items()]

@@ -1,5 +1,7 @@
 """What models said: kept where a study says so, shown side by side, told where one scores 0."""
 
+from dataclasses import replace
+
 import pytest
 from typer.testing import CliRunner
 
@@ -61,6 +63,16 @@ def test_what_is_not_there_is_named(finished):
         kept_answers(finished, "second", ["best"])
     with pytest.raises(SpecError, match=r"no plan 'trial 99' .there are: best, base, "):
         kept_answers(finished, "said", ["trial 99"])
+
+
+def test_a_plan_that_was_not_asked_is_named(finished, tmp_path):
+    results = Results.load(finished)
+    rows = [replace(r, hold_out={}) if r.name == "base" else r for r in results.rows]
+    replace(results, rows=rows).save(tmp_path)
+    with pytest.raises(
+        StudyError, match=r"base was not asked .* of 'said': with confirm: .experts"
+    ):
+        kept_answers(tmp_path, "said", ["best", "base"])
 
 
 def test_the_command_shows_them_side_by_side(finished):
