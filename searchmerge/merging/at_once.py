@@ -1,10 +1,11 @@
 """Passes over all parameters at once, where these lie with their experts where they are merged.
 
 Nothing but numbers changes from one candidate to the next: every address stays. What is known of
-the addresses is prepared once, so that a candidate costs one call, or one launch, for all.
+the addresses is prepared once, so that a candidate costs one call, or one launch, for all. It is
+prepared anew where one has changed nonetheless, as when a model is shared with other processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,14 +25,24 @@ Inputs = Sequence[tuple[str, tuple[Tensor, ...]]]
 
 
 class _Prepared(NamedTuple):
-    """The passes over the parameters of each device, and the kept tensors that they read."""
+    """The passes over the parameters of each device.
+
+    Attributes:
+        passes: One a device.
+        kept: The kept tensors that they read.
+        there: Tensors in host memory that they read and write.
+        places: Where these lay.
+    """
 
     passes: Sequence[NativePass | RecordedPass]
     kept: Mapping[str, tuple[Tensor, ...]]
+    there: Sequence[Tensor]
+    places: Sequence[int]
 
     def serves(self, work: Pass) -> bool:
         """Return whether a pass of the same function reads what these were made for."""
-        return work.kept is self.kept or not (work.kept or self.kept)
+        is_kept = work.kept is self.kept or not (work.kept or self.kept)
+        return is_kept and self.places == _places(self.there)
 
 
 class AtOnce:
@@ -57,7 +68,7 @@ class AtOnce:
             inputs: All parameters, the same tensors each time.
             scales: Parameter name to the factor on the merged task vector.
         """
-        key = (experts, work.experts, work.function)
+        key = (experts, work.experts, work.function, *_sizes(work, inputs))
         prepared = self._prepared.get(key)
         if prepared is None or not prepared.serves(work):
             self._prepared.pop(key, None)
@@ -90,7 +101,9 @@ class AtOnce:
             if (prepared := self._pass_on(device, work, some)) is None:
                 return None
             passes.append(prepared)
-        return _Prepared(passes, work.kept)
+        on_host = on_device.get(torch.device("cpu"), [])
+        there = [t for _, tensors, kept, target in on_host for t in (*tensors, *kept, target)]
+        return _Prepared(passes, work.kept, there, _places(there))
 
     def _pass_on(
         self, device: torch.device, work: Pass, parameters: Sequence[Parameter]
@@ -101,3 +114,14 @@ class AtOnce:
             record = partial(record_graph, device=device)
             return RecordedPass(self._engine, work, parameters, record)
         return None
+
+
+def _places(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _sizes(work: Pass, inputs: Inputs) -> tuple[object, ...]:
+    """Return how many numbers a pass has of a parameter; of all it has as many."""
+    for name, _ in inputs:
+        return work.scalars(name).shape, None if work.keys is None else len(work.keys(name))
+    return ()

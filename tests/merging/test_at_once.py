@@ -125,6 +125,39 @@ def test_what_a_method_keeps_is_read_where_it_lies_now():
         torch.testing.assert_close(targets["norm"], own.weights["norm"][0] + number)
 
 
+@needs_compiler
+@pytest.mark.parametrize("moved", ["targets", "experts"])
+def test_what_has_moved_in_memory_since_is_read_and_written_where_it_lies_now(moved):
+    """A model that another process scores too is moved to memory that both of them have."""
+    own = vectors()
+    candidate, targets = merger(own)
+    for plan in plans("ties"):
+        candidate.apply(plan)
+        wanted = dict(Merger(own).merged(plan))
+        assert all(torch.equal(targets[name], wanted[name]) for name in SIZES)
+        for name in SIZES:
+            for tensor in [targets[name]] if moved == "targets" else own.weights[name]:
+                tensor.share_memory_()
+
+
+def scaled(chunk):
+    return (sum(chunk.deltas[0] * row[0] for row in chunk.scalars.unbind()),)
+
+
+@needs_compiler
+def test_numbers_of_another_shape_are_prepared_apart():
+    own = vectors(torch.float32)
+    targets = {"norm": torch.empty(7)}
+    inputs = [("norm", (own.base["norm"], own.weights["norm"][0]))]
+    at_once = AtOnce(Engine("auto"), targets)
+    for n_scalars in (1, 3, 1):
+        work = Pass(scaled, lambda _, n=n_scalars: torch.ones(n, 1))
+        done = at_once.run(EXPERTS, work, inputs, {"norm": 1.0})
+        wanted = own.base["norm"] + n_scalars * (own.weights["norm"][0] - own.base["norm"])
+        assert done == [None]
+        torch.testing.assert_close(targets["norm"], wanted)
+
+
 @pytest.mark.parametrize("reason", ["", "computed", "gaps", "eager", "elsewhere"])
 @needs_compiler
 def test_what_cannot_be_prepared_is_left(reason):
