@@ -54,7 +54,13 @@ from searchmerge.search.runner import StudyRunner
 from searchmerge.search.scoreboard import Scoreboard
 from searchmerge.search.settling import Settling
 from searchmerge.search.storage import storage_errors
-from searchmerge.search.trials import TrialRecord, best_of, by_completion, is_refined
+from searchmerge.search.trials import (
+    TrialRecord,
+    best_of,
+    by_completion,
+    is_refined,
+    repeats_of,
+)
 from searchmerge.study import Study
 from searchmerge.watch import Watch
 from searchmerge.wording import counted
@@ -281,6 +287,8 @@ class StudyRun:
         unscored = self._directory.trials(TrialState.WAITING, TrialState.RUNNING)
         if n_unscored := sum(map(is_refined, unscored)):
             said.append(f"refined plans that were not scored: {n_unscored}")
+        if n_due := sum(repeats_of(t) is not None and not is_refined(t) for t in unscored):
+            said.append(f"failed trials that were not tried again: {n_due}")
         if not said:
             return ""
         return f"Ended early: {'; '.join(said)}. The same `searchmerge run` goes on from here."

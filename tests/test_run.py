@@ -38,6 +38,8 @@ def score(model, task, examples):
     off = (weight - target).abs()
     if (FOLDER / "far_fails").exists() and off.mean() > 0.5 and examples[0] >= N_SELECT:
         raise ValueError("no such row")
+    if (FOLDER / "far_fails_at_once").exists() and off.mean() > 0.5:
+        raise ValueError("disk full")
     return [1.0 / (1.0 + 9.0 * float(off[e % 16])) for e in examples]
 
 def loss(model, task, examples):
@@ -82,7 +84,9 @@ def run(models, tmp_path, monkeypatch):
         "n_examples": {"select": 24, "hold_out": 24},
     }
 
-    def go(observer=None, *, search=True, changes=None, engine="eager", **keys):
+    def go(
+        observer=None, *, search=True, retry_failed=False, changes=None, engine="eager", **keys
+    ):
         study = {
             "space": WITHIN,
             "tasks": {name: {**task, "expert": name} for name in EXPERTS},
@@ -94,7 +98,11 @@ def run(models, tmp_path, monkeypatch):
         file.write_text(file.read_text().replace("lm_harness:\n  include_path: tasks\n", ""))
         config = RunConfig(engine=engine, device="cpu")
         seen = observer or Recorder()
-        return run_study(read_study(file), config, tmp_path / "run", seen, search=search)
+        return run_study(
+            *(read_study(file), config, tmp_path / "run", seen),
+            search=search,
+            retry_failed=retry_failed,
+        )
 
     return go
 
@@ -287,6 +295,20 @@ def test_a_refined_plan_that_was_not_scored_is_told_of(run, tmp_path):
     assert run(search=False, **refine).ended.startswith(told)
     assert told in report(tmp_path)
     assert run(**refine).counts["of these refined"] == 1
+
+
+def test_failed_trials_that_wait_to_be_tried_again_are_told(run, tmp_path):
+    """They are run whatever is left of the budget, so that one that is used up is not the end."""
+    (tmp_path / "far_fails_at_once").touch()
+    far = {"changes": {"space": FAR}, "n_trials": 4}
+    assert run(**far).counts["trials failed"] == 4
+    (tmp_path / "far_fails_at_once").unlink()
+    far["timeout"] = 0.001
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops("search", 4), retry_failed=True, **far)
+    told = "Ended early: failed trials that were not tried again: 3. The same `searchmerge run`"
+    assert run(search=False, **far).ended.startswith(told)
+    assert run(**far).counts["trials in full"] == 4
 
 
 # --- Experts on held-out examples ---------------------------------------------------------------
