@@ -107,7 +107,8 @@ def run_study(
             directory.enqueue("warm start", assemble.warm_start(study))
         if retry_failed:
             n_failed = directory.enqueue_failed()
-            observer.phase(f"{counted(n_failed, 'failed trial')} to be tried again", None)
+            what = counted(n_failed, "failed trial") if n_failed else "no failed trial"
+            observer.phase(f"{what} to be tried again", None)
         executor = stack.enter_context(
             contextlib.closing(assemble.make_executor(study, models, config, watch.content))
         )

@@ -18,7 +18,7 @@ from searchmerge.merging.native.native_pass import NativePass
 from searchmerge.merging.operands import Parameter
 from searchmerge.merging.replay import RecordedPass, record_graph
 
-_MOST_KEPT = 4  # functions whose calls are kept
+_MOST_KEPT = 8  # functions whose calls are kept: those used last
 
 Inputs = Sequence[tuple[str, tuple[Tensor, ...]]]
 """Each parameter's name, base and experts, 1-D, where it is merged."""
@@ -69,14 +69,13 @@ class AtOnce:
             scales: Parameter name to the factor on the merged task vector.
         """
         key = (experts, work.experts, work.function, *_sizes(work, inputs))
-        prepared = self._prepared.get(key)
+        prepared = self._prepared.pop(key, None)
         if prepared is None or not prepared.serves(work):
-            self._prepared.pop(key, None)
             if (prepared := self._prepare(work, inputs)) is None:
                 return None
             while len(self._prepared) >= _MOST_KEPT:
                 del self._prepared[next(iter(self._prepared))]
-            self._prepared[key] = prepared
+        self._prepared[key] = prepared  # behind all others
         runs = [each.run(work, scales) for each in prepared.passes]
         return [tally for _, tally in runs] if all(done for done, _ in runs) else None
 

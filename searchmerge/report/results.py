@@ -260,8 +260,8 @@ class Results:
         )
         if any(row.hold_out.keys() < row.select.keys() for row in self.rows):
             legend += (
-                "The base and the experts are scored held out only where others are divided by "
-                "what they score there: confirm.experts. "
+                "Held out each expert is scored on the tasks that name it alone, and the base "
+                "where a constraint is held against it: confirm.experts. "
             )
         if any(row.lead for row in self.rows):
             legend += "The last column is what is saved minus the plan of that row, in points. "

@@ -137,7 +137,8 @@ def tasks_held_out(
         plans: Names of the references and the best candidates.
         objective: What to compare by.
         experts: Task name to the plan name of its own expert.
-        ahead: References with better evidence than all that merge, before any is scored on them.
+        ahead: References with better evidence than all references that merge, before any is
+            scored on them.
     """
     everything, own = tuple(objective.goals), dict[str, list[str]]()
     for task, name in experts.items():

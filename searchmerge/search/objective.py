@@ -11,8 +11,8 @@ Kind = Literal["normalised", "mean", "worst", "tasks"]
 Against = Literal["expert", "base", "score"]
 Pick = Literal["mean", "worst"]
 Extent = Literal["all", "own"]
-"""Held out, the base and the experts are scored on all tasks, or on those alone that others are
-divided by their scores of."""
+"""Held out, the base and the experts are scored on all tasks, or each expert on those that name it
+and the base on those with a constraint held against it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
+from searchmerge.merging import at_once as module
 from searchmerge.merging.at_once import AtOnce
 from searchmerge.merging.engine import Engine
 from searchmerge.merging.merger import Merger
@@ -101,11 +102,17 @@ def test_some_of_the_experts_are_prepared_apart():
 
 
 @needs_compiler
-def test_a_few_functions_are_kept():
-    candidate, _ = merger(vectors())
-    for method in sorted(METHODS):
+def test_the_functions_that_were_used_last_are_kept(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_KEPT", 2)
+    made, of = [], Merges.of
+    monkeypatch.setattr(Merges, "of", lambda *given: made.append(given[0]) or of(*given))
+    candidate, _ = merger(vectors(norm=torch.bfloat16))
+    for method in ("ties", "linear", "ties", "breadcrumbs", "ties", "linear"):
         candidate.apply(default_plan(method, EXPERTS))
-    assert len(candidate._at_once._prepared) == 4
+    assert len(candidate._at_once._prepared) == 2
+    ties, linear, breadcrumbs, again = made
+    assert linear is again
+    assert len({ties, linear, breadcrumbs}) == 3
 
 
 def add_kept(chunk):

@@ -81,10 +81,10 @@ def test_what_is_not_scored_held_out_is_told_apart(make_results, tmp_path):
     results = make_results(rows=[partly, trial])
     _, cells = results.table()
     assert cells[0] == ["TIES", "50.0 / –", "25.0 / 30.0", "–"]
-    assert "scored held out only where others are divided by what they score" in results.legend
+    assert "is scored on the tasks that name it alone" in results.legend
     results.save(tmp_path)
     assert Results.load(tmp_path).rows == results.rows
-    assert "scored held out only" not in make_results().legend
+    assert "name it alone" not in make_results().legend
 
 
 def test_a_lead_without_an_interval_is_one_number(make_results):
