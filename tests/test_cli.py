@@ -86,7 +86,9 @@ def test_what_a_stopped_run_has_found_is_confirmed_and_saved(study, searchmerge,
     assert f"Ended early: the search was stopped after {n_complete} trials. The same" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_run_that_a_signal_stops_leaves_a_report(study, killed, searchmerge, number, tmp_path):
     file = study(name="cut", search={"sampler": "random", "n_trials": 400, "racing": "off"})
     run_dir = tmp_path / "runs" / "cut"

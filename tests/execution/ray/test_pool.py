@@ -104,6 +104,7 @@ def test_a_worker_that_dies_as_it_measures_costs_no_more_than_itself(pool, notes
     assert until_it_ends(executor, 1)[-1] == Finished(1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_as_it_measures_is_killed_and_replaced(pool, notes, caplog):
     executor = pool(functools.partial(workers.make_tuned, notes, HANGS), workers=1, deadline_s=2.0)
     assert executor.tune(ROUNDS[0]) == {}
@@ -333,7 +334,12 @@ def test_a_merge_that_would_end_the_same_way_is_not_asked_of_another(pool, notes
     ("make", "loading_s", "message"),
     [
         (workers.make_slow, 2.0, "no worker was free within 2 s"),
-        (workers.make_dying, 60.0, "3 workers died as they loaded"),
+        pytest.param(
+            workers.make_dying,
+            60.0,
+            "3 workers died as they loaded",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["hang", "die"],
 )
