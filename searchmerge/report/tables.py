@@ -217,10 +217,10 @@ def make_counts(
     if n_completed := sum(record.is_completed for record in records):
         counts["of these scored in full since"] = n_completed
     counts["trials failed"] = n_failed
-    if n_again := sum(record.repeats is not None for record in records):
-        counts["trials tried again after they failed"] = n_again
     if n_refined := sum(bool(record.refines) for record in records):
         counts["of these refined"] = n_refined
+    if n_again := sum(record.repeats is not None for record in records):
+        counts["trials tried again after they failed"] = n_again
     seen: Part = "select" if "select" in schedule.blocks else "pilot"  # among the references
     parts: dict[str, Part] = {"select": seen, "hold-out": "hold_out"}
     counts |= {f"{label} examples": schedule.n_examples(part) for label, part in parts.items()}
