@@ -135,7 +135,7 @@ def test_a_report_says_that_its_model_is_not_saved_until_it_is(done, save, tmp_p
     with pytest.raises(type(error)):
         save(gives(done, error))
     told = (tmp_path / REPORT_FILE).read_text().splitlines()
-    assert told[2] == "The model is not saved yet; the same command saves it."
+    assert told[2] == "The model is not saved yet; the same `searchmerge run` saves it."
     assert not Results.load(tmp_path).is_saved
     assert not (tmp_path / MODEL_DIR).exists()
     save(gives(done))

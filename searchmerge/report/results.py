@@ -173,7 +173,7 @@ class Results:
         """Return that the model is not there, or nothing where it is."""
         if self.is_saved:
             return ""
-        return "The model is not saved yet; the same command saves it."
+        return "The model is not saved yet; the same `searchmerge run` saves it."
 
     @property
     def front_title(self) -> str:
