@@ -456,6 +456,7 @@ def test_experts_that_do_not_fit_are_refused(study, refusal, models, tmp_path):
     assert "tokenizer" in refusal("check", file)
 
 
+@pytest.mark.slow
 def test_a_study_of_three_methods_is_killed_resumed_and_reported(
     study, searchmerge, killed, tmp_path
 ):

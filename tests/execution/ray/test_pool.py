@@ -132,7 +132,11 @@ def test_a_device_fault_ends_its_worker_and_is_the_reason(pool, store):
     assert source.failures["job 0"].endswith("(3 workers in a row)")
 
 
-@pytest.mark.parametrize("kind", [HANGS, STOPS], ids=["it sleeps", "it is stopped by a signal"])
+@pytest.mark.parametrize(
+    "kind",
+    [HANGS, pytest.param(STOPS, marks=pytest.mark.slow)],
+    ids=["it sleeps", "it is stopped by a signal"],
+)
 def test_a_worker_that_hangs_past_its_deadline_is_killed(pool, notes, kind):
     executor = pool(functools.partial(workers.make, notes), workers=1, deadline_s=1.0)
     executor.tasks()
@@ -190,6 +194,7 @@ def test_a_job_behind_one_that_was_stopped_and_hangs_is_not_to_blame(pool, notes
     assert lost == Lost(2, reason, blameless=True, was_begun=False)
 
 
+@pytest.mark.slow
 def test_a_job_outlives_more_dead_idle_workers_than_may_die_at_it(pool, store, notes):
     executor = pool(functools.partial(workers.make, notes), workers=4)
     wait_for(lambda: executor.next_event(0.1) is None and executor.n_free == 4)
@@ -212,6 +217,7 @@ def test_a_worker_that_finds_a_broken_device_is_replaced(pool, notes):
     assert executor.n_free == 1
 
 
+@pytest.mark.slow
 def test_devices_that_are_all_broken_stop_the_study(pool, notes):
     executor = pool(functools.partial(workers.make_faulty, notes, 99), workers=1)
     with pytest.raises(
@@ -292,7 +298,9 @@ def of_worker(number):
     return {"large": [number] * 2, "small": [number] * 3}
 
 
-@pytest.mark.parametrize(("n_workers", "kind"), [(1, DIES), (1, BREAKS), (2, DIES)])
+@pytest.mark.parametrize(
+    ("n_workers", "kind"), [(1, DIES), pytest.param(1, BREAKS, marks=pytest.mark.slow), (2, DIES)]
+)
 def test_a_worker_that_fails_as_it_merges_has_another_begin_anew(
     pool, notes, caplog, kind, n_workers
 ):
@@ -331,16 +339,12 @@ def test_a_merge_that_would_end_the_same_way_is_not_asked_of_another(pool, notes
     assert len(list(notes.glob("merges-*"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "loading_s", "message"),
     [
         (workers.make_slow, 2.0, "no worker was free within 2 s"),
-        pytest.param(
-            workers.make_dying,
-            60.0,
-            "3 workers died as they loaded",
-            marks=pytest.mark.slow,
-        ),
+        (workers.make_dying, 60.0, "3 workers died as they loaded"),
     ],
     ids=["hang", "die"],
 )
