@@ -124,6 +124,7 @@ def test_a_plan_that_kills_three_workers_is_not_tried_again_and_the_others_go_on
     assert source.failures["job 1"].endswith("(3 workers in a row)")
 
 
+@pytest.mark.slow
 def test_a_device_fault_ends_its_worker_and_is_the_reason(pool, store):
     source = jobs(DEVICE_FAULT, FINE)
     Dispatcher(pool(workers=1), store).run(source)
@@ -272,6 +273,7 @@ def test_a_worker_that_hangs_as_it_loads_is_named_and_replaced(pool, notes, capl
     assert worker == WorkerState("worker 2", HOST, "cpu", "idle")
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_before_it_says_where_it_is_is_asked_for_anew(pool, notes, caplog):
     executor = pool(workers.HangsAsItArrives(notes, 1), workers=1, loading_s=5.0)
     assert executor.tasks()
